@@ -1,0 +1,314 @@
+"""Anatomy: where the vision tokens live in a captured graph, found by structure alone.
+
+The merge is where vision features enter a stream shaped [B, T, H]; the residual stream is the chain of dominators
+from there to the logits; a decoder layer lies between the stream nodes that dominate one attention node and the next.
+No module name is looked at.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+import torch.fx
+from torch import Tensor
+from torch.fx import Node
+
+from vlmrewrite.dialect import ATTENTION, KV_APPEND
+
+_ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One decoder layer.
+
+    Attributes:
+        entry, exit: residual stream before and after, [B, T, H].
+        attention: its ``vlm::attention`` node; its arguments q, k, v.
+        append: its ``vlm::kv_append`` node, or None without a cache.
+        heads, kv_heads, head_size, value_size: of the attention.
+        q_flops, k_flops, rest_flops: matmul FLOPs per token of the slice that only the queries need, that the keys and
+            values need, and of what follows the attention.
+        kv_bytes: cache bytes per token.
+    """
+
+    index: int
+    entry: Node
+    exit: Node
+    attention: Node
+    append: Node | None
+    region: frozenset[Node]
+    heads: int
+    kv_heads: int
+    head_size: int
+    value_size: int
+    q_flops: int
+    k_flops: int
+    rest_flops: int
+    kv_bytes: int
+
+    def flops(self, batch: int, run: int, keys: int, past: int = 0) -> int:
+        """Matmul FLOPs of the layer for ``run`` query tokens and ``keys`` new key tokens a row."""
+        pairs = 2 * self.heads * run * (keys + past) * (self.head_size + self.value_size)
+        return batch * (run * (self.q_flops + self.rest_flops) + keys * self.k_flops + pairs)
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """Read-only facts about a captured graph.
+
+    Attributes:
+        features: the vision features as they enter the graph, [F, C] or [I, N, C].
+        merged_features: the features as they are written into the stream, same tokens.
+        merge: the node that writes them, [B, T, H].
+        vision: the vision-token mask, bool [B, T].
+        layers: the decoder layers in order.
+        length: the symbolic (or constant) size of the token axis.
+        batch: the size of the batch axis.
+        mask: the padding bits or 4-D masks that attention nodes take, one a layer, or None.
+        dtype: of the stream.
+    """
+
+    features: Node
+    merged_features: Node
+    merge: Node
+    vision: Node
+    layers: tuple[Layer, ...]
+    length: object
+    batch: object
+    hidden: int
+    dtype: torch.dtype
+
+    @property
+    def exit(self) -> Node:
+        """The residual stream after the last layer."""
+        return self.layers[-1].exit
+
+
+def value(node: Node) -> object:
+    """The node's example value: a fake tensor, a SymInt, or whatever Dynamo recorded."""
+    return node.meta.get("example_value")
+
+
+def axis(node: Node, length: object) -> int | None:
+    """The dimension of a tensor node that is the token axis, or None.
+
+    Raises:
+        ValueError: more than one dimension has the size of the token axis.
+    """
+    x = value(node)
+    if not isinstance(x, Tensor):
+        return None
+    dims = [d for d, n in enumerate(x.shape) if same(n, length)]
+    if len(dims) > 1:
+        raise ValueError(f"{where(node)} has two token axes, shape {tuple(x.shape)}; expected one")
+    return dims[0] if dims else None
+
+
+def same(a: object, b: object) -> bool:
+    """Whether two sizes are the same symbol (or, if both are ints, equal), without adding a guard."""
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return type(a) is type(b) and a == b
+
+
+def where(node: Node) -> str:
+    """The node with the source line it was captured from, for error messages."""
+    trace = node.meta.get("stack_trace") or ""
+    lines = [line.strip() for line in trace.strip().splitlines()]
+    at = " / ".join(lines[-2:]) if lines else "no source line"
+    return f"node {node.name} ({at})"
+
+
+def reachable(start: Iterable[Node]) -> set[Node]:
+    """``start`` and every node that depends on it."""
+    seen = set(start)
+    queue = list(seen)
+    while queue:
+        for user in queue.pop().users:
+            if user not in seen:
+                seen.add(user)
+                queue.append(user)
+    return seen
+
+
+def needed(end: Iterable[Node], stop: set[Node] | frozenset[Node] = frozenset()) -> set[Node]:
+    """``end`` and every node it depends on, not going beyond ``stop``."""
+    seen = set(end)
+    queue = [n for n in seen if n not in stop]
+    while queue:
+        for source in queue.pop().all_input_nodes:
+            if source not in seen:
+                seen.add(source)
+                if source not in stop:
+                    queue.append(source)
+    return seen
+
+
+def analyse(gm: torch.fx.GraphModule) -> Anatomy:
+    """Find the merge, the residual stream and the layers of a captured forward.
+
+    Raises:
+        ValueError: a part could not be recognised; the message names it, with the node and its source line.
+    """
+    attentions = [n for n in gm.graph.nodes if n.target is ATTENTION]
+    if not attentions:
+        raise ValueError("no attention node was captured; expected one per decoder layer")
+    features = _features(gm)
+    output = next(iter(reversed(gm.graph.nodes)))
+    merge = _merge(features, output, attentions)
+    stream = value(merge)
+    assert isinstance(stream, Tensor)
+    batch, length, hidden = stream.shape
+    if not isinstance(length, torch.SymInt):
+        raise ValueError(f"the token axis was specialised to {length} in the graph at {where(merge)}")
+    vision, merged = _vision(merge, features, batch, length)
+    after = reachable([merge])
+    logits = _logits(output, attentions, after, length)
+    chain = _dominators(merge, logits, after)
+    layers = _layers(chain, attentions, merge, after, length)
+    return Anatomy(features, merged, merge, vision, layers, length, batch, int(hidden), stream.dtype)
+
+
+def _features(gm: torch.fx.GraphModule) -> Node:
+    found = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name == "l_features_"]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} vision feature inputs in the graph; expected 1: is there an image in the call?")
+    return found[0]
+
+
+def _merge(features: Node, output: Node, attentions: list[Node]) -> Node:
+    """The first [B, T, H] node, dominating every attention node, that the features flow through."""
+    after = reachable([features])
+    if attentions[0] not in after:
+        raise ValueError(f"the first attention node does not depend on the vision features: {where(attentions[0])}")
+    graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after)
+    above = nx.immediate_dominators(graph, features)
+    chain = [attentions[0]]
+    while chain[-1] is not features:
+        chain.append(above[chain[-1]])
+    before = needed([attentions[0]])
+    for node in reversed(chain[:-1]):
+        x = value(node)
+        joins = any(n not in after and isinstance(value(n), Tensor) for n in node.all_input_nodes)
+        if isinstance(x, Tensor) and x.dim() == 3 and joins and node in before:
+            return node
+    raise ValueError(f"found no node that writes the vision features ({where(features)}) into a [B, T, H] stream")
+
+
+def _vision(merge: Node, features: Node, batch: object, length: object) -> tuple[Node, Node]:
+    """The bool [B, T] vision mask behind the merge, and the features as the merge takes them."""
+    after = reachable([features])
+    merged = next(n for n in merge.all_input_nodes if n in after)
+    queue = [n for n in merge.all_input_nodes if n not in after]
+    while queue:
+        node = queue.pop(0)
+        x = value(node)
+        if isinstance(x, Tensor) and x.dtype == torch.bool:
+            if x.dim() == 2 and same(x.shape[1], length):
+                return node, merged
+            queue.extend(node.all_input_nodes)
+    raise ValueError(f"found no bool [B, T] vision mask behind the merge, {where(merge)}")
+
+
+def _logits(output: Node, attentions: list[Node], after: set[Node], length: object) -> Node:
+    """The output that depends on the last attention node, other than the cache: the logits, or the hidden state."""
+    last = reachable([attentions[-1]])
+    caches = set()
+    for n in output.all_input_nodes:
+        if n.target is operator.getitem and isinstance(n.args[0], Node) and n.args[0].target is KV_APPEND:
+            caches.add(n)
+    found = [n for n in output.all_input_nodes if n in last and n not in caches]
+    if not found:
+        raise ValueError("no output of the graph depends on the last attention node; expected logits or hidden states")
+    return found[-1]
+
+
+def _dominators(merge: Node, logits: Node, after: set[Node]) -> list[Node]:
+    """Nodes that every path from the merge to the logits goes through, in order."""
+    between = after & needed([logits])
+    graph = nx.DiGraph((a, b) for b in between for a in b.all_input_nodes if a in between)
+    above = nx.immediate_dominators(graph, merge)
+    chain = [logits]
+    while chain[-1] is not merge:
+        chain.append(above[chain[-1]])
+    return chain[::-1]
+
+
+def _layers(
+    chain: list[Node], attentions: list[Node], merge: Node, after: set[Node], length: object
+) -> tuple[Layer, ...]:
+    depth = {n: i for i, n in enumerate(chain)}
+    entries = []
+    graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after)
+    above = nx.immediate_dominators(graph, merge)
+    for node in attentions:
+        at = node
+        while at not in depth:
+            at = above[at]
+        entries.append(at)
+    adds = [n for n in chain if n.target in _ADDS and sum(i in after for i in n.all_input_nodes) == 2]
+    if not adds or depth[adds[-1]] <= depth[entries[-1]]:
+        raise ValueError(f"found no residual add after the last attention node, {where(attentions[-1])}")
+    out = []
+    for i, node in enumerate(attentions):
+        end = entries[i + 1] if i + 1 < len(entries) else adds[-1]
+        if depth[end] <= depth[entries[i]]:
+            raise ValueError(
+                f"attention nodes {i} and {i + 1} hang on the same point of the residual stream, {where(entries[i])}:"
+                " parallel decoder streams are not recognised"
+            )
+        out.append(_layer(i, entries[i], end, node, length))
+    return tuple(out)
+
+
+def _layer(index: int, entry: Node, exit: Node, attention: Node, length: object) -> Layer:
+    q, k, v = (attention.args[i] for i in range(3))
+    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
+    append = k.args[0] if k.target is operator.getitem and isinstance(k.args[0], Node) else None
+    append = append if append is not None and append.target is KV_APPEND else None
+    region = reachable([entry]) & needed([exit, *([append] if append is not None else [])], {entry})
+    if attention not in region:
+        raise ValueError(f"layer {index}: the attention node is not between {where(entry)} and {where(exit)}")
+    new_k, new_v = (append.args[3], append.args[4]) if append is not None else (k, v)
+    assert isinstance(new_k, Node) and isinstance(new_v, Node)
+    q_slice = needed([q], {entry}) & region
+    k_slice = needed([new_k, new_v], {entry}) & region
+    rest = region - q_slice - k_slice
+    qx, kx, vx = value(q), value(new_k), value(new_v)
+    assert isinstance(qx, Tensor) and isinstance(kx, Tensor) and isinstance(vx, Tensor)
+    return Layer(
+        index=index,
+        entry=entry,
+        exit=exit,
+        attention=attention,
+        append=append,
+        region=frozenset(region),
+        heads=int(qx.shape[1]),
+        kv_heads=int(kx.shape[1]),
+        head_size=int(qx.shape[-1]),
+        value_size=int(vx.shape[-1]),
+        q_flops=_matmul_flops(q_slice),
+        k_flops=_matmul_flops(k_slice),
+        rest_flops=_matmul_flops(rest),
+        kv_bytes=int(kx.shape[1]) * (int(qx.shape[-1]) + int(vx.shape[-1])) * kx.element_size(),
+    )
+
+
+def _matmul_flops(nodes: set[Node]) -> int:
+    """FLOPs per token of the linear maps among the nodes."""
+    total = 0
+    for n in nodes:
+        if n.target is torch.nn.functional.linear or n.target is torch._C._nn.linear:
+            weight = value(n.args[1]) if isinstance(n.args[1], Node) else None
+            assert isinstance(weight, Tensor)
+            total += 2 * weight.shape[0] * weight.shape[1]
+        elif n.target in (torch.matmul, operator.matmul, "matmul"):
+            weight = value(n.args[1]) if isinstance(n.args[1], Node) else None
+            if isinstance(weight, Tensor) and weight.dim() == 2:
+                total += 2 * int(weight.shape[0]) * int(weight.shape[1])
+    return total

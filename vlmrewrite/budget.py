@@ -1,0 +1,116 @@
+"""The fields of a pass: how many tokens it keeps, at which depth, and the dataclass they stand in."""
+
+import dataclasses
+import functools
+import math
+from typing import Annotated, Any, TypeVar, dataclass_transform
+
+from pydantic import ConfigDict, Field, PlainValidator, ValidationError
+from pydantic.dataclasses import dataclass
+
+from vlmrewrite.complaints import complaints, shown
+
+T = TypeVar("T")
+
+_BUDGET = "an int >= 1 (tokens per image) or a float in (0, 1] (fraction of an image's tokens)"
+_DEPTH = "an int >= 0 (layer) or a float in [0, 1) (fraction of the decoder's depth)"
+
+
+def _budget(value: object) -> int | float:
+    if type(value) is int and value >= 1:
+        return value
+    if isinstance(value, float) and 0 < value <= 1:
+        return float(value)
+    raise ValueError(f"expected {_BUDGET}, got {shown(value)}")
+
+
+def _depth(value: object) -> int | float:
+    if type(value) is int and value >= 0:
+        return value
+    if isinstance(value, float) and 0 <= value < 1:
+        return float(value)
+    raise ValueError(f"expected {_DEPTH}, got {shown(value)}")
+
+
+Budget = Annotated[int | float, PlainValidator(_budget)]
+"""How many vision tokens to keep: an `int` >= 1 is tokens per image, a `float` in (0, 1] a fraction of each image's."""
+
+Depth = Annotated[int | float, PlainValidator(_depth)]
+"""Before which decoder layer: an `int` >= 0 is the layer, a `float` in [0, 1) a fraction of the decoder's depth."""
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, Field))
+def frozen_pass(cls: type[T]) -> type[T]:
+    """Turns a class into a pass: a frozen dataclass whose fields are checked strictly when it is made.
+
+    The fields are the options, in Python and in a recipe; the class attribute `name` is the pass's key in a recipe:
+
+        @frozen_pass
+        class Stride:
+            name: ClassVar[str] = "stride"
+            keep: Budget
+            at: Depth = 0
+
+    Making an instance raises a `ValueError` with one line for each field that is wrong, such as
+    `Stride.keep: expected an int >= 1 (tokens per image) or ..., got 0`.
+
+    Raises:
+        TypeError: the class has no `name` that is a string, or `name` is a field.
+    """
+    name = cls.__dict__.get("name")
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{cls.__name__}: expected a class attribute `name: ClassVar[str]`, got {name!r}")
+    made: Any = dataclass(cls, frozen=True, config=ConfigDict(extra="forbid", strict=True))
+    fields = [field.name for field in dataclasses.fields(made)]
+    if "name" in fields:
+        raise TypeError(f"{cls.__name__}: expected `name: ClassVar[str]`, got a field called 'name'")
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self: T, *args: object, **kwargs: object) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except ValidationError as error:
+            raise ValueError("\n".join(complaints(error, cls.__name__, fields))) from None
+
+    made.__init__ = checked
+    return made  # type: ignore[no-any-return]
+
+
+def tokens_kept(keep: Budget, n: int) -> int:
+    """How many of an image's `n` tokens a budget keeps: at least one if there is one, at most all.
+
+    Args:
+        keep: tokens (int), or fraction of `n` (float), which is rounded to the nearest count, halves to even.
+        n: tokens of the image.
+
+    Raises:
+        ValueError: `keep` is no budget or `n` is negative.
+    """
+    keep = _budget(keep)
+    if n < 0:
+        raise ValueError(f"expected a number of tokens n >= 0, got {n}")
+    return min(n, keep if isinstance(keep, int) else max(1, round(keep * n)))
+
+
+def layer_index(at: Depth, depth: int) -> int:
+    """The decoder layer that `at` names, in 0 .. depth - 1.
+
+    A fraction is rounded down; a product within 1e-9 below a whole number counts as that number, so that
+    `layer_index(i / depth, depth) == i`.
+
+    Args:
+        at: layer (int), or fraction of the depth (float).
+        depth: number of decoder layers.
+
+    Raises:
+        ValueError: `at` is no depth, or names a layer that is not there.
+    """
+    at = _depth(at)
+    if depth < 1:
+        raise ValueError(f"expected a decoder of at least one layer, got {depth}")
+    if isinstance(at, float):
+        return min(math.floor(at * depth + 1e-9), depth - 1)
+    if at >= depth:
+        raise ValueError(f"expected a layer in 0 .. {depth - 1} (the decoder has {depth}), got {at}")
+    return at

@@ -1,0 +1,228 @@
+"""Capture: the two registered functions, and Dynamo's front end around a model's own forward.
+
+``attention_forward`` and ``mask_forward`` are registered with transformers under one name. While tracing, they leave
+one ``vlm::attention`` node per decoder layer; run eagerly, they compute the same attention from the positions that the
+cache carries. Decoding needs nothing else: the cache already holds what each layer may see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._dynamo.config
+import torch.fx
+import torch.fx.experimental._config
+from torch import Tensor
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import AttentionInterface
+
+from vlmrewrite import dialect
+from vlmrewrite.cache import PositionCache
+
+IMPLEMENTATION = "vlmrewrite"
+_UNSUPPORTED = ("s_aux", "position_bias", "output_attentions")
+_running = threading.local()
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' ``AttentionInterface``: q [B, H, t, D], k and v [B, Hk, m, D]."""
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise NotImplementedError(f"vlmrewrite's attention does not take {name}={kwargs[name]!r}")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise NotImplementedError(f"{type(module).__name__} asks for bidirectional attention; expected a causal decoder")
+    if torch.compiler.is_compiling():  # type: ignore[no-untyped-call]
+        plain = attention_mask is None
+        out = torch.ops.vlm.attention.default(
+            query, key, value, attention_mask, None, None, scaling, plain, softcap, float(dropout)
+        )
+        return out, None
+    cache: PositionCache | None = getattr(_running, "cache", None)
+    layer = None if cache is None else cache.layer_of(key)
+    if cache is None or layer is None:
+        if query.shape[2] != key.shape[2]:
+            raise RuntimeError(
+                f"{key.shape[2]} keys for {query.shape[2]} queries that did not come from vlmrewrite's cache: this"
+                " model transforms its keys after the cache, which is not supported"
+            )
+        plain = attention_mask is None
+        return dialect.attention(query, key, value, attention_mask, None, None, scaling, plain, softcap, dropout), None
+    seen, _ = cache.seen_by(layer, query, attention_mask)
+    return dialect.attend(query, key, value, seen, scaling, softcap, dropout), None
+
+
+def mask_forward(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Mask function for transformers' ``AttentionMaskInterface``.
+
+    Returns:
+        for a plain causal mask, the padding bits [B, kv_length] (None if there is no padding); for every other
+        pattern, bool [B, 1, q_length, kv_length] in logical positions.
+    """
+    if mask_function is causal_mask_function:
+        if attention_mask is None or torch.compiler.is_compiling():  # type: ignore[no-untyped-call]
+            return attention_mask
+        return None if bool(attention_mask.all()) else attention_mask
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
+    return sdpa_mask(  # type: ignore[no-any-return]
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def register() -> None:
+    """Make the implementation known to transformers; idempotent."""
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_forward)
+
+
+@contextlib.contextmanager
+def running(cache: PositionCache | None) -> Iterator[None]:
+    """While an uncaptured forward runs with ``cache``."""
+    before = getattr(_running, "cache", None)
+    if cache is not None:
+        cache.begin()
+    _running.cache = cache
+    try:
+        yield
+    finally:
+        _running.cache = before
+
+
+def decoder_configs(model: torch.nn.Module) -> list[Any]:
+    """The distinct config objects that the text decoder's modules read their attention implementation from."""
+    decoder = model.get_decoder()  # type: ignore[operator]
+    found = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}
+    text = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
+    return list((found | {id(text): text}).values())
+
+
+@contextlib.contextmanager
+def attention_swapped(model: torch.nn.Module, name: str = IMPLEMENTATION) -> Iterator[None]:
+    """Temporarily use another attention implementation in the text decoder only."""
+    before = [(c, c._attn_implementation_internal) for c in decoder_configs(model)]
+    try:
+        for config, _ in before:
+            config._attn_implementation_internal = name
+        yield
+    finally:
+        for config, value in before:
+            config._attn_implementation_internal = value
+
+
+class TracedCall:
+    """A model's forward behind Dynamo: ``on_graph(gm)`` gets each new graph and returns the callable to run for it."""
+
+    def __init__(self, forward: Callable[..., Any], on_graph: Callable[..., Callable[..., Any]]) -> None:
+        self.graphs = 0
+        self.seconds = 0.0
+        self.limit = int(torch._dynamo.config.recompile_limit)
+
+        def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            self.graphs += 1
+            self.seconds += time.perf_counter() - self._begun
+            return on_graph(gm)
+
+        # A code object of its own: Dynamo counts recompiles per code object, and models must not share the limit.
+        entry = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "vlmrewrite_entry")
+        self._compiled = torch.compile(entry, backend=backend, fullgraph=True, dynamic=True)
+        self._forward = forward
+        self._begun = 0.0
+
+    def __call__(
+        self, model: torch.nn.Module, cache: PositionCache, features: Tensor, as_list: bool, kwargs: dict[str, Any]
+    ) -> Any:
+        """Run (and trace if new) the forward with images encoded: features [F, C], or [I, N, C] if not ``as_list``."""
+        with tracing_options():
+            self._begun = time.perf_counter()
+            try:
+                return self._compiled(self._forward, model, cache, features, as_list, kwargs)
+            except torch._dynamo.exc.FailOnRecompileLimitHit as e:
+                raise RuntimeError(
+                    f"{self.graphs} graphs of this model were compiled and Dynamo's limit is reached; raise"
+                    " torch._dynamo.config.recompile_limit, or restore and apply again. The unrewritten model is not"
+                    " run in its place."
+                ) from e
+            except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as e:
+                raise RuntimeError(
+                    f"the forward of {type(model).__name__} could not be captured as one graph: {str(e)[:2000]}"
+                ) from e
+
+
+def _entry(
+    forward: Callable[..., Any],
+    model: torch.nn.Module,
+    cache: PositionCache,
+    features: Tensor,
+    as_list: bool,
+    kwargs: dict[str, Any],
+) -> Any:
+    image = BaseModelOutputWithPooling(pooler_output=[features] if as_list else features)
+    return forward(
+        model, past_key_values=cache, use_cache=True, mm_encoder_outputs={"image": image}, return_dict=True, **kwargs
+    )
+
+
+@contextlib.contextmanager
+def tracing_options() -> Iterator[None]:
+    """Dynamo options of a capture: every axis a symbol of its own, Python floats as constants."""
+    with (
+        torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
+        torch._dynamo.config.patch(specialize_float=True),
+        _symbols_in_messages(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _symbols_in_messages() -> Iterator[None]:
+    """An f-string in an error message makes Dynamo pin the symbol in it; print the symbol's name instead."""
+    from torch._dynamo.variables import lazy
+
+    kind = getattr(lazy, "LazySymNodeFormatString", None)
+    if kind is None:
+        yield
+        return
+    before = kind.__repr__
+
+    def as_symbol(self: Any) -> str:
+        node = getattr(self.sym_node_var.sym_num, "node", None)
+        return str(getattr(node, "expr", self.sym_node_var.sym_num))
+
+    kind.__repr__ = as_symbol
+    try:
+        yield
+    finally:
+        kind.__repr__ = before

@@ -1,0 +1,302 @@
+"""The dialect: semantic operations on token sets, each defined by its PyTorch reference.
+
+Every function here without a leading underscore is the *meaning* of the ``torch.ops.vlm`` operator of the same name.
+Rewritten graphs contain the operators; lowering replaces each by its reference or by a kernel. Shapes use B rows, T
+tokens of the full sequence, n tokens of a set, H heads (Hk of keys), D head size, C channels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+
+def visible(mask: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, plain: bool) -> Tensor | None:
+    """Which key each query sees, by logical position.
+
+    A key is visible if its position is not after the query's and its padding bit is set; with a 4-D mask, the mask
+    alone decides. A negative key position is an empty slot and never visible.
+
+    Args:
+        mask: None, padding bits [B, K] (bool, K logical key positions), or a full mask [B, 1, Q, K] (bool, or additive
+            float) whose last query is the last key position.
+        q_pos: logical positions of the queries, int64 [B, n].
+        k_pos: logical positions of the keys, int64 [B, m].
+        plain: queries and keys are the same tokens in order and no mask applies: plain causal attention.
+
+    Returns:
+        None if ``plain``, else bool (or additive float) [B, 1, n, m].
+    """
+    if plain:
+        return None
+    assert q_pos is not None and k_pos is not None
+    filled = (k_pos >= 0)[:, None, None, :]
+    if mask is None:
+        return (k_pos[:, None, None, :] <= q_pos[:, None, :, None]) & filled
+    at = k_pos.clamp(min=0)
+    if mask.dim() == 2:
+        bits = mask.expand(k_pos.shape[0], -1).gather(1, at)[:, None, None, :]
+        return (k_pos[:, None, None, :] <= q_pos[:, None, :, None]) & bits & filled
+    rows = (q_pos - (mask.shape[-1] - mask.shape[-2])).clamp(min=0)
+    batch = torch.arange(k_pos.shape[0], device=k_pos.device)[:, None, None]
+    full = mask.expand(k_pos.shape[0], -1, -1, -1)[:, 0]
+    out = full[batch, rows[:, :, None], at[:, None, :]][:, None]
+    return out & filled if out.dtype == torch.bool else out.masked_fill(~filled, torch.finfo(out.dtype).min)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None, softcap: float | None, dropout: float
+) -> Tensor:
+    """Attention under a mask made by :func:`visible`; without one, causal with the last query at the last key.
+
+    Args:
+        q: [B, H, n, D]. k: [B, Hk, m, D]. v: [B, Hk, m, Dv].
+        seen: what :func:`visible` returned.
+
+    Returns:
+        [B, n, H, Dv], contiguous, dtype of ``q``.
+    """
+    if softcap is not None:
+        return _attend_softcapped(q, k, v, seen, scale, softcap, dropout)
+    causal = seen is None and q.shape[2] > 1
+    if causal and q.shape[2] != k.shape[2]:
+        n, m = q.shape[2], k.shape[2]
+        seen, causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None], False
+    gqa = q.shape[1] != k.shape[1]
+    if gqa and seen is not None:
+        k, v, gqa = _repeat(k, q.shape[1]), _repeat(v, q.shape[1]), False
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _attend_softcapped(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None, softcap: float, dropout: float
+) -> Tensor:
+    scores = q @ _repeat(k, q.shape[1]).transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.tanh(scores / softcap) * softcap
+    if seen is None:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    bias = seen if seen.dtype != torch.bool else torch.zeros_like(scores).masked_fill(~seen, float("-inf"))
+    weights = (scores + bias).softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(q.dtype)
+    return (F.dropout(weights, dropout) @ _repeat(v, q.shape[1])).transpose(1, 2).contiguous()
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    scale: float | None = None,
+    plain: bool = True,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """One decoder layer's attention, with causality by logical position. See :func:`visible` and :func:`attend`.
+
+    Returns:
+        [B, n, H, Dv], contiguous.
+    """
+    if not plain and (q_pos is None or k_pos is None):
+        at = torch.arange(k.shape[2], device=k.device)[None].expand(k.shape[0], -1)
+        q_pos = at[:, k.shape[2] - q.shape[2] :] if q_pos is None else q_pos
+        k_pos = at if k_pos is None else k_pos
+    return attend(q, k, v, visible(mask, q_pos, k_pos, plain), scale, softcap, dropout)
+
+
+def kv_append(
+    keys: Tensor | None, values: Tensor | None, positions: Tensor | None, k: Tensor, v: Tensor, pos: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grow one layer's cache: keys [B, Hk, m, D], values [B, Hk, m, Dv] and logical positions int64 [B, m] together.
+
+    The first three are None for an empty cache; a position of -1 marks an empty slot.
+    """
+    if keys is None or values is None or positions is None:
+        return k, v, pos
+    return torch.cat([keys, k], 2), torch.cat([values, v], 2), torch.cat([positions, pos], 1)
+
+
+def token_index(member: Tensor, padding: Tensor | None, n: int) -> tuple[Tensor, Tensor]:
+    """The members of a token set as a sorted index of fixed length.
+
+    Args:
+        member: bool [B, T].
+        padding: bool [B, T], True for real tokens, or None.
+        n: length; at least the largest number of members in a row. Rows with fewer members are filled up with
+            padding tokens first, then with others, all marked invalid.
+
+    Returns:
+        index int64 [B, n], ascending in each row; valid bool [B, n].
+    """
+    rank = member.to(torch.int8) * 2
+    if padding is not None:
+        rank = rank + (~padding).to(torch.int8)
+    index = rank.argsort(dim=1, descending=True, stable=True)[:, :n].sort(dim=1).values
+    return index, member.gather(1, index)
+
+
+def select(x: Tensor, index: Tensor, dim: int = 1) -> Tensor:
+    """Gather the tokens of a set: x [B or 1, ..., T, ...] with T at ``dim``, index [B, n] -> [B, ..., n, ...]."""
+    if index.shape[0] == 1 and x.shape[0] == 1:
+        return x.index_select(dim, index[0])
+    x = x.expand(index.shape[0], *x.shape[1:]).movedim(dim, 1)
+    rows = torch.arange(index.shape[0], device=x.device)[:, None]
+    return x[rows, index].movedim(1, dim)
+
+
+def relative_index(outer: Tensor, index: Tensor) -> Tensor:
+    """Where the tokens of ``index`` [B, n] stand in the larger set ``outer`` [B, m]; both ascending in each row.
+
+    Empty slots of ``index`` point at some token of ``outer``.
+    """
+    return torch.searchsorted(outer, index).clamp(max=outer.shape[1] - 1)
+
+
+def restore(full: Tensor, part: Tensor, index: Tensor, valid: Tensor) -> Tensor:
+    """Write the valid rows of ``part`` [B, n, C] over ``full`` [B, T, C] at ``index`` [B, n]; the rest is kept."""
+    at = index[..., None].expand(-1, -1, full.shape[-1])
+    return full.scatter(1, at, torch.where(valid[..., None], part, full.gather(1, at)))
+
+
+def positions(index: Tensor, valid: Tensor, past: int) -> Tensor:
+    """Logical positions of a set's tokens, int64 [B, n]: ``past`` tokens came before; -1 where not valid."""
+    return torch.where(valid, index + past, -1)
+
+
+def attention_received(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    scale: float | None,
+    index: Tensor,
+    valid: Tensor,
+    flat: Tensor,
+    length: int,
+) -> Tensor:
+    """Attention weight that each vision token receives from a query token, mean over heads (STS, stage 2).
+
+    The softmax runs in fp32 over all visible keys, cached ones included.
+
+    Args:
+        q: the query token of each row [B, H, 1, D]. k: [B, Hk, m, D], the last n of them the current tokens.
+        index, valid: the current tokens' set, [B, n].
+        flat: ``row * length + column`` of each vision token, int64 [F].
+        length: T.
+
+    Returns:
+        fp32 [F].
+    """
+    scores = q.float() @ _repeat(k, q.shape[1]).float().transpose(2, 3)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    seen = visible(mask, q_pos, k_pos, False)
+    assert seen is not None
+    bias = seen if seen.dtype != torch.bool else torch.zeros_like(scores).masked_fill(~seen, float("-inf"))
+    weights = (scores + bias).softmax(-1).mean(1)[:, 0, k.shape[2] - index.shape[1] :]
+    full = weights.new_zeros(index.shape[0], length).scatter(1, index, weights.masked_fill(~valid, 0.0))
+    return full.flatten()[flat]
+
+
+def member(text: Tensor | None, vision: Tensor | None, chosen: Tensor | None) -> Tensor:
+    """Members of a token set as bool [B, T].
+
+    Args:
+        text: text tokens to include, bool [B, T], or None.
+        vision: the vision tokens, bool [B, T], with ``chosen`` bool [F] saying which of them belong; or None.
+    """
+    if vision is None or chosen is None:
+        assert text is not None
+        return text.clone()
+    kept = torch.zeros_like(vision).masked_scatter(vision, chosen)
+    return kept if text is None else kept | text
+
+
+_library = torch.library.Library("vlm", "DEF")
+
+
+def define(schema: str, reference: Callable[..., object], fake: Callable[..., object] | None = None) -> None:
+    """Register ``vlm::<schema>`` with its reference.
+
+    With a ``fake`` the operator is opaque to tracing; without one, tracing sees through it to the reference.
+    """
+    name = schema.split("(", 1)[0]
+    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _library.impl(name, reference, "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd")
+    if fake is not None:
+        torch.library.register_fake(f"vlm::{name}", fake, lib=_library)
+    REFERENCES[getattr(torch.ops.vlm, name).default] = reference
+
+
+REFERENCES: dict[object, Callable[..., object]] = {}
+"""Operator -> the Python function that defines it."""
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+def _kv_append_op(
+    keys: Tensor | None, values: Tensor | None, positions: Tensor | None, k: Tensor, v: Tensor, pos: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if keys is None:
+        return k.clone(), v.clone(), pos.clone()  # an operator's output must not be its input
+    return kv_append(keys, values, positions, k, v, pos)
+
+
+def _kv_append_fake(
+    keys: Tensor | None, values: Tensor | None, positions: Tensor | None, k: Tensor, v: Tensor, pos: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    past = 0 if keys is None else keys.shape[2]
+    n = past + k.shape[2]
+    return (
+        k.new_empty(k.shape[0], k.shape[1], n, k.shape[3]),
+        v.new_empty(v.shape[0], v.shape[1], n, v.shape[3]),
+        pos.new_empty(pos.shape[0], n),
+    )
+
+
+define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? q_pos=None, Tensor? k_pos=None,"
+    " float? scale=None, bool plain=True, float? softcap=None, float dropout=0.0) -> Tensor",
+    attention,
+    _attention_fake,
+)
+define(
+    "kv_append(Tensor? keys, Tensor? values, Tensor? positions, Tensor k, Tensor v, Tensor pos)"
+    " -> (Tensor, Tensor, Tensor)",
+    _kv_append_op,
+    _kv_append_fake,
+)
+ATTENTION, KV_APPEND = torch.ops.vlm.attention.default, torch.ops.vlm.kv_append.default
+REFERENCES[KV_APPEND] = kv_append
+define("token_index(Tensor member, Tensor? padding, SymInt n) -> (Tensor, Tensor)", token_index)
+define("select(Tensor x, Tensor index, int dim=1) -> Tensor", select)
+define("relative_index(Tensor outer, Tensor index) -> Tensor", relative_index)
+define("restore(Tensor full, Tensor part, Tensor index, Tensor valid) -> Tensor", restore)
+define("positions(Tensor index, Tensor valid, SymInt past) -> Tensor", positions)
+define("member(Tensor? text, Tensor? vision, Tensor? chosen) -> Tensor", member)
+define(
+    "attention_received(Tensor q, Tensor k, Tensor? mask, Tensor q_pos, Tensor k_pos, float? scale, Tensor index,"
+    " Tensor valid, Tensor flat, SymInt length) -> Tensor",
+    attention_received,
+)
+
+
+@register_flop_formula(torch.ops.vlm.attention)  # type: ignore[untyped-decorator]
+def _attention_flops(
+    q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, out_shape: object = None, **__: object
+) -> int:
+    b, h, n, d = q_shape
+    return 2 * b * h * n * k_shape[2] * (d + v_shape[-1])

@@ -1,0 +1,261 @@
+"""Recipes: a list of passes with a name, read from YAML strictly and written back, and where the passes are found."""
+
+import dataclasses
+import importlib
+import json
+import os
+from collections.abc import Hashable
+from importlib.metadata import EntryPoint, entry_points
+from importlib.resources import files
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic.dataclasses import is_pydantic_dataclass
+
+from vlmrewrite.complaints import choice, complaints, shown
+
+GROUP = "vlmrewrite.passes"
+"""The entry-point group under which other packages register their passes: `name = "module:Class"`."""
+
+
+def known_passes() -> dict[str, type[Any]]:
+    """Every pass by its recipe key: those of `vlmrewrite.passes`, then those of other packages, sorted by name.
+
+    Raises:
+        ImportError: a registered pass cannot be loaded.
+        TypeError: what is registered is not a class made with `frozen_pass`.
+        ValueError: a name is registered twice, or differs from the `name` of its class.
+    """
+    names = dict.fromkeys([*_shipped_passes(), *sorted(entry_points(group=GROUP).names)])
+    return {name: find_pass(name) for name in names}
+
+
+def find_pass(name: str) -> type[Any]:
+    """The class of the pass with this recipe key. Of other packages, only the one that registers it is imported.
+
+    Raises:
+        ImportError, TypeError: as `known_passes`, for this name.
+        ValueError: as `known_passes`, for this name; or there is no such pass, and the message lists what there is.
+    """
+    shipped = _shipped_passes()
+    registered = entry_points(group=GROUP)
+    points = [point for point in registered if point.name == name]
+    owners = ["vlmrewrite"] * (name in shipped) + sorted(_package(point) for point in points)
+    if len(owners) > 1:
+        raise ValueError(f"expected one package to have a pass {name!r}, got {', '.join(owners)}; uninstall the others")
+    if not owners:
+        names = [*shipped, *sorted(registered.names)]
+        raise ValueError(f"unknown pass {name!r}, {choice(name, names)}")
+    return shipped[name] if name in shipped else _registered_pass(points[0])
+
+
+def _shipped_passes() -> dict[str, type[Any]]:
+    module = importlib.import_module("vlmrewrite.passes")  # here, not above: the core knows no technique
+    return {getattr(module, item).name: getattr(module, item) for item in module.__all__}
+
+
+def _registered_pass(point: EntryPoint) -> type[Any]:
+    what = f"the package {_package(point)} registers the pass {point.name!r} as {point.value!r}"
+    try:
+        found: type[Any] = point.load()
+    except Exception as error:
+        raise ImportError(f"{what}, which cannot be loaded: {type(error).__name__}: {error}") from error
+    if not _is_pass_class(found):
+        raise TypeError(f"{what}: expected a class made with vlmrewrite.budget.frozen_pass, got {found!r}")
+    if found.name != point.name:
+        raise ValueError(f"{what}: expected a class whose `name` is {point.name!r}, got {found.name!r}")
+    return found
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "(unknown)"
+
+
+def _is_pass_class(cls: Any) -> bool:
+    return is_pydantic_dataclass(cls) and isinstance(getattr(cls, "name", None), str)
+
+
+def _as_passes(value: object) -> tuple[object, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list of passes, got {shown(value)}")
+    for i, item in enumerate(value):
+        if isinstance(item, type) and _is_pass_class(item):
+            raise ValueError(f"expected a pass as item {i}, got the class {item.__name__}; write {item.__name__}(...)")
+        if not _is_pass_class(type(item)):
+            raise ValueError(f"expected a pass (a class made with frozen_pass) as item {i}, got {shown(item)}")
+    return tuple(value)
+
+
+class Recipe(BaseModel):
+    """What `apply` does to a model: passes, in order, and how the rewritten graph is run.
+
+    Attributes:
+        name: what reports call it; of a shipped recipe, also the name of its file.
+        description: one line.
+        passes: the passes, in the order in which they are asked.
+        backend: `"eager"` runs the graph as it is, `"inductor"` compiles it, `"auto"` is inductor on a GPU.
+        kernels: `"reference"` is plain PyTorch, `"triton"` the kernels, `"auto"` chooses by device.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    passes: Annotated[tuple[Any, ...], BeforeValidator(_as_passes)]
+    backend: Literal["auto", "eager", "inductor"] = "auto"
+    kernels: Literal["auto", "reference", "triton"] = "auto"
+
+    @classmethod
+    def of(cls, recipe: object) -> Self:
+        """The recipe that is meant: a recipe, a shipped name, a path, one pass or a sequence of passes.
+
+        Passes become a recipe called "custom".
+
+        Raises:
+            FileNotFoundError: the path is no file.
+            ValueError: none of these; or as `load`.
+        """
+        if isinstance(recipe, cls):
+            return recipe
+        if isinstance(recipe, str | os.PathLike):
+            return cls.load(recipe)
+        if _is_pass_class(type(recipe)):
+            return cls(name="custom", passes=(recipe,))
+        if not isinstance(recipe, list | tuple):
+            raise ValueError(f"expected a recipe, its name or path, a pass or a list of passes, got {shown(recipe)}")
+        try:
+            return cls(name="custom", passes=tuple(recipe))
+        except ValidationError as error:
+            raise ValueError("\n".join(complaints(error, "", list(cls.model_fields)))) from None
+
+    @classmethod
+    def load(cls, name_or_path: str | os.PathLike[str]) -> Self:
+        """Loads a shipped recipe by its name, or a file.
+
+        A path object is a file, and so is a string that ends in .yaml or .yml or contains a path separator.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: there is no such shipped recipe, and the message lists what there is; or as `from_yaml`.
+        """
+        name = os.fspath(name_or_path)
+        separators = {os.sep, os.altsep or os.sep}
+        if not isinstance(name_or_path, str) or name.endswith((".yaml", ".yml")) or separators & set(name):
+            return cls.from_yaml(name_or_path)
+        if name not in _shipped_names():
+            raise ValueError(f"unknown recipe {name!r}, {choice(name, _shipped_names())}, or a path ending in .yaml")
+        return cls._parse(files("vlmrewrite.recipes").joinpath(f"{name}.yaml").read_bytes(), f"recipes/{name}.yaml")
+
+    @classmethod
+    def from_yaml(cls, path: str | os.PathLike[str]) -> Self:
+        """Reads a recipe file.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a recipe. One line for each thing that is wrong, with the file, the key, the
+                value and what was expected.
+            ImportError, TypeError: a pass of another package cannot be loaded, see `known_passes`.
+        """
+        file = Path(path)
+        if not file.is_file():
+            raise FileNotFoundError(f"expected a recipe file, got {os.fspath(path)!r}, which is not a file")
+        return cls._parse(file.read_bytes(), os.fspath(path))
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file from which `from_yaml` makes an equal recipe; an existing file is overwritten.
+
+        Raises:
+            ValueError: a pass is not registered, so that the file could not be read.
+        """
+        passes: list[object] = []
+        for item in self.passes:
+            if find_pass(item.name) is not type(item):
+                raise ValueError(f"expected a pass of {find_pass(item.name)}, got one of {type(item)}")
+            options = TypeAdapter(type(item)).dump_python(item, mode="json")
+            passes.append({item.name: options} if options else item.name)
+        data = {**self.model_dump(exclude={"passes", "backend", "kernels"}), "passes": passes}
+        data |= {"backend": self.backend, "kernels": self.kernels}
+        text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+        if yaml.load(text, Loader=_StrictLoader) != data:  # line separators of Unicode, which PyYAML does not escape
+            text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
+        Path(path).write_text(text, encoding="utf-8")
+
+    @classmethod
+    def _parse(cls, content: bytes, source: str) -> Self:
+        try:
+            data = yaml.load(content, Loader=_StrictLoader)
+        except yaml.MarkedYAMLError as error:
+            mark = error.problem_mark
+            at = f", line {mark.line + 1}, column {mark.column + 1}" if mark else ""
+            raise ValueError(f"{source}{at}: expected valid YAML: {error.problem}") from None
+        except (yaml.YAMLError, RecursionError) as error:
+            raise ValueError(f"{source}: expected valid YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(data, dict):
+            got = "nothing" if data is None else shown(data)
+            raise ValueError(f"{source}: expected a mapping with the keys {', '.join(cls.model_fields)}, got {got}")
+        problems: list[str] = []
+        if isinstance(data.get("passes"), list):
+            data["passes"] = [_read_pass(item, f"passes[{i}]", problems) for i, item in enumerate(data["passes"])]
+            if problems:
+                data["passes"] = ()
+        try:
+            recipe = cls.model_validate(data)
+        except ValidationError as error:
+            problems += complaints(error, "", list(cls.model_fields))
+        if problems:
+            raise ValueError("\n".join(f"{source}: {problem}" for problem in problems))
+        return recipe
+
+
+def shipped_recipes() -> dict[str, Recipe]:
+    """The recipes that come with vlmrewrite, by name, sorted."""
+    return {name: Recipe.load(name) for name in _shipped_names()}
+
+
+def _shipped_names() -> list[str]:
+    names = [item.name for item in files("vlmrewrite.recipes").iterdir()]
+    return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
+
+
+def _read_pass(item: object, where: str, problems: list[str]) -> object:
+    """The pass that one entry of `passes` describes; what is wrong is added to `problems`."""
+    if isinstance(item, str):
+        item = {item: {}}
+    if not isinstance(item, dict) or len(item) != 1 or not isinstance(next(iter(item)), str):
+        problems.append(
+            f"{where}: expected the name of a pass, or a mapping `name: {{option: value}}`, got {shown(item)}"
+        )
+        return None
+    [(name, options)] = item.items()
+    if not isinstance(options, dict):
+        problems.append(f"{where}.{name}: expected a mapping of options, got {shown(options)}")
+        return None
+    try:
+        cls = find_pass(name)
+        # Strict JSON mode lets a YAML list fill a tuple and converts nothing else.
+        return TypeAdapter(cls).validate_json(json.dumps(options))
+    except ValidationError as error:
+        problems += complaints(error, f"{where}.{name}", [field.name for field in dataclasses.fields(cls)])
+    except ValueError as error:
+        problems.append(f"{where}: {error}")
+    return None
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML whose values are those of JSON, and in which no key stands twice."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for i, key in enumerate(keys):
+            if key.value in (earlier.value for earlier in keys[:i]):
+                raise yaml.MarkedYAMLError(problem=f"the key {key.value!r} stands twice", problem_mark=key.start_mark)
+        return super().construct_mapping(node, deep)
+
+
+_StrictLoader.yaml_constructors = {
+    tag: yaml.SafeLoader.construct_yaml_str if tag == "tag:yaml.org,2002:timestamp" else constructor
+    for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
+    if tag not in {f"tag:yaml.org,2002:{kind}" for kind in ("binary", "omap", "pairs", "set")}
+}
