@@ -93,7 +93,9 @@ def _like_member(_: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Te
 
 
 define("sts_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor", sts_sample, _like_member)
-define("top_attention(Tensor weights, Tensor member, Tensor lengths, Tensor keep) -> Tensor", top_attention, _like_member)
+define(
+    "top_attention(Tensor weights, Tensor member, Tensor lengths, Tensor keep) -> Tensor", top_attention, _like_member
+)
 
 
 @frozen_pass

@@ -1,18 +1,19 @@
 """vlmrewrite: a compiler for the vision tokens of vision-language models.
 
-    import vlmrewrite as vr
+import vlmrewrite as vr
 
-    vr.apply(model, "sts-128")
-    model.generate(**inputs)
-    print(vr.report(model))
-    vr.restore(model)
+vr.apply(model, "sts-128")
+model.generate(**inputs)
+print(vr.report(model))
+vr.restore(model)
 """
 
+from vlmrewrite.install import Stage, applied, apply, kept_tokens, report, restore, verify
 from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.program import Program, rewrite
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report
-from vlmrewrite.session import Stage, applied, apply, kept_tokens, report, restore, trace
+from vlmrewrite.traced import trace
 
 __version__ = "0.1.0"
 __all__ = [
@@ -29,4 +30,5 @@ __all__ = [
     "restore",
     "rewrite",
     "trace",
+    "verify",
 ]

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
 from transformers import PreTrainedModel
 
 _ATTENTION = ("eager", "sdpa")
@@ -27,7 +26,7 @@ def admit(model: Any) -> int:
     config = model.config
     if not hasattr(model.base_model, "get_image_features"):
         raise ValueError(
-            f"{type(model).__name__} has no get_image_features: it is a text-only model; expected a vision-language model"
+            f"{type(model).__name__} has no get_image_features: it is a text-only model; expected a vision-language one"
         )
     if getattr(config, "image_token_id", None) is None:
         raise ValueError(
@@ -49,8 +48,10 @@ def admit(model: Any) -> int:
 
 
 def _check_kind(model: Any) -> None:
-    if isinstance(model, torch.export.ExportedProgram) or isinstance(model, torch.fx.GraphModule):
-        raise ValueError(f"{type(model).__name__} is an exported model; expected the Hugging Face model it was made from")
+    if isinstance(model, (torch.export.ExportedProgram, torch.fx.GraphModule)):
+        raise ValueError(
+            f"{type(model).__name__} is an exported model; expected the Hugging Face model it was made from"
+        )
     if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
         raise ValueError(
             "the model is compiled with torch.compile already; expected the model itself (recipes compile with"

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any, cast
 
 import networkx as nx
 import torch
@@ -109,7 +110,7 @@ def axis(node: Node, length: object) -> int | None:
     return dims[0] if dims else None
 
 
-def same(a: object, b: object) -> bool:
+def same(a: Any, b: Any) -> bool:
     """Whether two sizes are the same symbol (or, if both are ints, equal), without adding a guard."""
     if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
         return bool(a.node.expr == b.node.expr)
@@ -163,6 +164,8 @@ def analyse(gm: torch.fx.GraphModule) -> Anatomy:
     merge = _merge(features, output, attentions)
     stream = value(merge)
     assert isinstance(stream, Tensor)
+    batch: Any
+    length: Any
     batch, length, hidden = stream.shape
     if not isinstance(length, torch.SymInt):
         raise ValueError(f"the token axis was specialised to {length} in the graph at {where(merge)}")
@@ -196,7 +199,7 @@ def _merge(features: Node, output: Node, attentions: list[Node]) -> Node:
         x = value(node)
         joins = any(n not in after and isinstance(value(n), Tensor) for n in node.all_input_nodes)
         if isinstance(x, Tensor) and x.dim() == 3 and joins and node in before:
-            return node
+            return cast(Node, node)
     raise ValueError(f"found no node that writes the vision features ({where(features)}) into a [B, T, H] stream")
 
 

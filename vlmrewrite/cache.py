@@ -11,7 +11,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from vlmrewrite import dialect
 
 
-class PositionLayer(CacheLayerMixin):  # type: ignore[misc]
+class PositionLayer(CacheLayerMixin):
     """One layer's keys [B, Hk, m, D], values [B, Hk, m, Dv] and logical positions int64 [B, m].
 
     ``seen`` is the *logical* length, the tokens that went by, whatever the layer kept of them. A position of -1 is an
@@ -23,7 +23,7 @@ class PositionLayer(CacheLayerMixin):  # type: ignore[misc]
     supports_early_init = False
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.positions: Tensor | None = None
         self.seen = 0
         self.holes = False
@@ -34,7 +34,7 @@ class PositionLayer(CacheLayerMixin):  # type: ignore[misc]
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k [B, Hk, t, D] and v [B, Hk, t, Dv] of the next t tokens and return all keys and values."""
         t = key_states.shape[2]
-        if torch.compiler.is_compiling():  # type: ignore[no-untyped-call]
+        if torch.compiler.is_compiling():
             pos = torch.arange(self.seen, self.seen + t, device=key_states.device)[None].expand(key_states.shape[0], -1)
             self.keys, self.values, self.positions = torch.ops.vlm.kv_append.default(
                 self.keys, self.values, self.positions, key_states, value_states, pos
@@ -42,7 +42,7 @@ class PositionLayer(CacheLayerMixin):  # type: ignore[misc]
         else:
             grown: dict[int, tuple[Tensor | None, Tensor]] = kwargs["grown"]
             _, pos = grown.setdefault(id(self.positions), (self.positions, self._grow(key_states, t)))
-            if self.keys is None:
+            if self.keys is None or self.values is None:
                 self.keys, self.values = key_states, value_states
             else:
                 self.keys = torch.cat([self.keys, key_states], 2)
@@ -81,7 +81,7 @@ class PositionLayer(CacheLayerMixin):  # type: ignore[misc]
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop expects a number of tokens to remove as a negative integer, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.keys is None or self.positions is None:
+        if tokens_to_remove == 0 or self.keys is None or self.values is None or self.positions is None:
             return
         self.seen = max(0, self.seen + tokens_to_remove)
         left = self.positions.masked_fill(self.positions >= self.seen, -1)
@@ -113,13 +113,14 @@ def _used(positions: Tensor) -> int:
     return int(used[-1]) + 1 if len(used) else 0
 
 
-class PositionCache(Cache):  # type: ignore[misc]
+class PositionCache(Cache):
     """A transformers cache of :class:`PositionLayer`; grows as the model updates it."""
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=PositionLayer)
         self._grown: dict[int, tuple[Tensor | None, Tensor]] = {}
         self._masks: dict[tuple[int, int], tuple[Any, Tensor | None]] = {}
+        self._by_keys: dict[int, PositionLayer] = {}
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -127,9 +128,10 @@ class PositionCache(Cache):  # type: ignore[misc]
         """Append to layer ``layer_idx``; see :meth:`PositionLayer.update`."""
         while len(self.layers) <= layer_idx:
             self.layers.append(PositionLayer())
-        layer = self.layers[layer_idx]
-        if torch.compiler.is_compiling():  # type: ignore[no-untyped-call]
-            return layer.update(key_states, value_states)  # type: ignore[no-any-return]
+        layer: Any = self.layers[layer_idx]
+        if torch.compiler.is_compiling():
+            both: tuple[Tensor, Tensor] = layer.update(key_states, value_states)
+            return both
         keys, values = layer.update(key_states, value_states, grown=self._grown)
         self._by_keys[id(keys)] = layer
         return keys, values
@@ -138,7 +140,7 @@ class PositionCache(Cache):  # type: ignore[misc]
         """Called before each uncaptured forward: forget what was shared among the layers of the last one."""
         self._grown.clear()
         self._masks.clear()
-        self._by_keys: dict[int, PositionLayer] = {}
+        self._by_keys.clear()
 
     def seen_by(self, layer: PositionLayer, q: Tensor, mask: Tensor | None) -> tuple[Tensor | None, bool]:
         """Mask for queries q [B, H, t, D] over a layer's keys, shared by layers that hold the same tokens.
@@ -165,9 +167,11 @@ class PositionCache(Cache):  # type: ignore[misc]
 
     def kv_lengths(self) -> list[int]:
         """Number of keys each layer holds."""
-        return [0 if layer.keys is None else layer.keys.shape[2] for layer in self.layers]
+        layers: list[Any] = self.layers
+        return [0 if layer.keys is None else layer.keys.shape[2] for layer in layers]
 
     def kv_bytes(self) -> int:
         """Bytes of keys and values held."""
-        held = [x for layer in self.layers for x in (layer.keys, layer.values) if x is not None]
+        layers: list[Any] = self.layers
+        held: list[Tensor] = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
         return sum(x.numel() * x.element_size() for x in held)

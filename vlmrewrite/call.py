@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Call:
             return []
         cut = (flat[1:] != flat[:-1] + 1) | (entry[1:] != entry[:-1]) | (flat[1:] % self.length == 0)
         starts = [0, *(cut.nonzero()[:, 0] + 1).tolist(), len(flat)]
-        return [(int(flat[a]) // self.length, b - a) for a, b in zip(starts[:-1], starts[1:], strict=True)]
+        return [(int(flat[a]) // self.length, b - a) for a, b in pairwise(starts)]
 
     @property
     def length(self) -> int:

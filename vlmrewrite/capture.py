@@ -48,8 +48,10 @@ def attention_forward(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(f"vlmrewrite's attention does not take {name}={kwargs[name]!r}")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-        raise NotImplementedError(f"{type(module).__name__} asks for bidirectional attention; expected a causal decoder")
-    if torch.compiler.is_compiling():  # type: ignore[no-untyped-call]
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for bidirectional attention; expected a causal decoder"
+        )
+    if torch.compiler.is_compiling():
         plain = attention_mask is None
         out = torch.ops.vlm.attention.default(
             query, key, value, attention_mask, None, None, scaling, plain, softcap, float(dropout)
@@ -86,11 +88,11 @@ def mask_forward(
         pattern, bool [B, 1, q_length, kv_length] in logical positions.
     """
     if mask_function is causal_mask_function:
-        if attention_mask is None or torch.compiler.is_compiling():  # type: ignore[no-untyped-call]
+        if attention_mask is None or torch.compiler.is_compiling():
             return attention_mask
         return None if bool(attention_mask.all()) else attention_mask
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
-    return sdpa_mask(  # type: ignore[no-any-return]
+    return sdpa_mask(
         batch_size=batch_size,
         q_length=q_length,
         kv_length=kv_length,
@@ -189,7 +191,7 @@ def _entry(
     as_list: bool,
     kwargs: dict[str, Any],
 ) -> Any:
-    image = BaseModelOutputWithPooling(pooler_output=[features] if as_list else features)
+    image = BaseModelOutputWithPooling(pooler_output=[features] if as_list else features)  # type: ignore[arg-type]
     return forward(
         model, past_key_values=cache, use_cache=True, mm_encoder_outputs={"image": image}, return_dict=True, **kwargs
     )

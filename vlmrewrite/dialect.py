@@ -294,7 +294,7 @@ define(
 )
 
 
-@register_flop_formula(torch.ops.vlm.attention)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.vlm.attention)
 def _attention_flops(
     q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, out_shape: object = None, **__: object
 ) -> int:

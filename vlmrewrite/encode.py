@@ -6,7 +6,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,7 +43,7 @@ def encode_images(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
         return kwargs
     if (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
         raise ValueError(f"both {given[0]} and mm_encoder_outputs were given; expected one of them")
-    encoder = model.base_model.get_image_features  # type: ignore[union-attr, operator]
+    encoder: Any = cast(nn.Module, model.base_model).get_image_features
     names = [n for n in inspect.signature(encoder).parameters if n != "kwargs"]
     taken = {n: kwargs[n] for n in names if kwargs.get(n) is not None}
     position_ids = _position_ids(model, kwargs)

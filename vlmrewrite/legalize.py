@@ -8,6 +8,7 @@ is kept compact; tokens that a layer does not run on stay in the full stream, un
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -197,7 +198,7 @@ class _Legalizer:
     def _choose(self, s: Selection) -> None:
         """Emit a selection at the layer it happens at."""
         member = self.which(s.source)
-        supply = {
+        supply: dict[str, Callable[[], Node]] = {
             "features": self._features,
             "encoder_features": lambda: self.extra("encoder_features"),
             "ordinal": lambda: self.extra("ordinals"),
@@ -333,7 +334,7 @@ class _Legalizer:
             k, v, k_pos = (self.call(operator.getitem, grown, i) for i in range(3))
             for user in list(self.env[append].users):
                 if user.target is operator.getitem:
-                    user.replace_all_uses_with((k, v, k_pos)[int(user.args[1])], delete_user_cb=self._is_output)  # type: ignore[arg-type, call-overload]
+                    user.replace_all_uses_with((k, v, k_pos)[int(user.args[1])], delete_user_cb=self._is_output)  # type: ignore[arg-type]
         else:
             k, v = (self.value(self._arg(layer.attention, i), keys) for i in (1, 2))
             k_pos = self.set(keys).positions

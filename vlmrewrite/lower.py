@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.fx
@@ -76,14 +76,14 @@ def _has_effect(node: torch.fx.Node) -> bool:
 
 def _fold_first_append(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
     for user in list(node.users):
-        user.replace_all_uses_with(node.args[3 + int(user.args[1])])  # type: ignore[arg-type, call-overload]
+        user.replace_all_uses_with(node.args[3 + int(user.args[1])])  # type: ignore[arg-type]
         graph.erase_node(user)
 
 
 def _split_attention(
     graph: torch.fx.Graph, node: torch.fx.Node, masks: dict[tuple[object, ...], torch.fx.Node]
 ) -> None:
-    q, k, v, mask, q_pos, k_pos, scale, plain, softcap, dropout = (*node.args, *(None,) * (10 - len(node.args)))
+    q, k, v, mask, q_pos, k_pos, scale, plain, softcap, dropout = _padded(node.args, 10)
     if q_pos is None or k_pos is None:
         node.target = dialect.attention
         return
@@ -94,3 +94,7 @@ def _split_attention(
         new = graph.call_function(dialect.attend, (q, k, v, masks[key], scale, softcap, dropout or 0.0))
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+
+
+def _padded(args: tuple[Any, ...], n: int) -> list[Any]:
+    return [*args, *[None] * (n - len(args))]

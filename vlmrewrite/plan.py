@@ -178,8 +178,7 @@ class Plan:
             span = [e.index for e in group]
             where = f"layer {span[0]}" if len(span) == 1 else f"layers {span[0]}-{span[-1]}"
             lines.append(
-                f"{where:<14} run_on {self.render(run)}"
-                + ("" if run == keys else f", attend_to {self.render(keys)}")
+                f"{where:<14} run_on {self.render(run)}" + ("" if run == keys else f", attend_to {self.render(keys)}")
             )
         return "\n".join(lines)
 

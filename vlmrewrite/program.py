@@ -16,6 +16,7 @@ from vlmrewrite.call import Call
 from vlmrewrite.legalize import Rewritten, legalize
 from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.tokens import Census, TokenSet
+from vlmrewrite.wellformed import check
 
 
 @dataclass(frozen=True)
@@ -106,8 +107,6 @@ def rewrite(program: Program, passes: Sequence[Pass] | Pass, *, strict: bool = F
         ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
         TypeError: something in ``passes`` is not a pass.
     """
-    from vlmrewrite import verify
-
     passes = [passes] if isinstance(passes, Pass) else list(passes)
     plan, outcomes = program.plan.copy(), list(program.outcomes)
     start = time.perf_counter()
@@ -130,7 +129,7 @@ def rewrite(program: Program, passes: Sequence[Pass] | Pass, *, strict: bool = F
     planned = time.perf_counter()
     try:
         rewritten = legalize(program.captured, program.anatomy, plan)
-        verify.check(program.anatomy, rewritten)
+        check(program.anatomy, rewritten)
     except Exception as e:
         e.add_note(f"while rewriting to the plan:\n{plan}")
         raise

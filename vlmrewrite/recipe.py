@@ -124,7 +124,8 @@ class Recipe(BaseModel):
         if _is_pass_class(type(recipe)):
             return cls(name="custom", passes=(recipe,))
         if not isinstance(recipe, list | tuple):
-            raise ValueError(f"expected a recipe, its name or path, a pass or a list of passes, got {shown(recipe)}")
+            expected = "a recipe, its name or path, a pass (a class made with frozen_pass) or a list of passes"
+            raise ValueError(f"expected {expected}, got {shown(recipe)}")
         try:
             return cls(name="custom", passes=tuple(recipe))
         except ValidationError as error:

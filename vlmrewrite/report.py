@@ -13,7 +13,8 @@ from vlmrewrite.program import LayerCost, Program, costs
 from vlmrewrite.tokens import Census
 
 if TYPE_CHECKING:
-    from vlmrewrite.session import Session, Traced
+    from vlmrewrite.session import Session
+    from vlmrewrite.traced import Traced
 
 
 def listing(program: Program) -> str:
@@ -79,12 +80,16 @@ class Report:
     def __str__(self) -> str:
         lines = [f"recipe {self.recipe}, backend {self.backend}"]
         for p in self.passes:
-            state = "not tried yet" if p["matched"] is None else "matched" if p["matched"] else f"REFUSED: {p['reason']}"
+            state = (
+                "not tried yet" if p["matched"] is None else "matched" if p["matched"] else f"REFUSED: {p['reason']}"
+            )
             lines.append(f"  {p['configuration']}: {state}")
         if self.plan:
             lines += ["plan:", *(f"  {line}" for line in self.plan.splitlines())]
         if self.layers:
-            lines += ["costs of the last call with an image" + (f" ({self.call['summary']})" if self.call else "") + ":"]
+            lines += [
+                "costs of the last call with an image" + (f" ({self.call['summary']})" if self.call else "") + ":"
+            ]
             lines += [f"  {line}" for line in self._layer_table()]
             lines.append(f"  totals: {self._totals()}")
         if self.kernels:
@@ -114,7 +119,9 @@ class Report:
 
     def _repr_html_(self) -> str:
         rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(str(x[k]))}</td>" for k in ("layer", "run_on", "tokens", "keys")) + "</tr>"
+            "<tr>"
+            + "".join(f"<td>{html.escape(str(x[k]))}</td>" for k in ("layer", "run_on", "tokens", "keys"))
+            + "</tr>"
             for x in self.layers
         )
         head = "<tr><th>layer</th><th>run on</th><th>tokens</th><th>keys</th></tr>"
@@ -126,10 +133,12 @@ def make_report(session: Session, traced: Traced | None) -> Report:
     """The report of a session; see :func:`vlmrewrite.report`."""
     notes = []
     if session.plain_calls:
-        notes.append(f"{session.plain_calls} calls without an image (text-only prompts and decode steps) ran unrewritten")
+        notes.append(
+            f"{session.plain_calls} calls without an image (text-only prompts and decode steps) ran unrewritten"
+        )
     limit = {"captured": traced.call.graphs, "limit": traced.call.limit} if traced is not None else {}
     if session.latest is None:
-        passes = tuple(
+        passes: tuple[dict[str, Any], ...] = tuple(
             {"name": p.name, "configuration": repr(p), "matched": None, "reason": None} for p in session.passes
         )
         return Report(session.recipe.name, session.backend, None, passes, graphs=limit, notes=tuple(notes))

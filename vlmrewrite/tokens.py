@@ -204,7 +204,7 @@ def difference(a: TokenSet, b: TokenSet) -> TokenSet:
 
 def contains(a: TokenSet, b: TokenSet) -> bool:
     """Whether every token of ``b`` is one of ``a``, as far as the expressions alone tell."""
-    if a == b or a == All or b == Nothing:
+    if a in (b, All) or b == Nothing:
         return True
     if isinstance(b, Union):
         return contains(a, b.left) and contains(a, b.right)
@@ -291,7 +291,9 @@ class Census:
         (a, exact_a), (b, exact_b) = self.per_image(s.left), self.per_image(s.right)
         if isinstance(s, Union):
             apart = not any(a) or not any(b)
-            return tuple(min(x + y, n) for x, y, n in zip(a, b, self.images, strict=True)), apart and exact_a and exact_b
+            return tuple(
+                min(x + y, n) for x, y, n in zip(a, b, self.images, strict=True)
+            ), apart and exact_a and exact_b
         if isinstance(s, Intersection):
             return tuple(min(x, y) for x, y in zip(a, b, strict=True)), not any(a) or not any(b)
         return a, exact_a and not any(b)

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from vlmrewrite.anatomy import same, value
 
-_ELEMENTWISE = {
+_ELEMENTWISE: set[Any] = {
     *(getattr(operator, n) for n in "add sub mul truediv neg pow lt le gt ge eq ne and_ or_ invert".split()),
     *(getattr(operator, n) for n in "iadd isub imul itruediv".split()),
     *(getattr(torch, n) for n in "add sub mul div neg pow rsqrt sqrt exp tanh sigmoid relu where clamp square".split()),
@@ -24,11 +24,21 @@ _ELEMENTWISE = {
 }
 _ELEMENTWISE |= set("add sub mul div neg pow rsqrt sqrt exp tanh sigmoid relu to float type type_as clamp".split())
 _ELEMENTWISE |= set("contiguous square masked_fill item half bfloat16 clone detach".split())
-_RESHAPES = {"view", "reshape", "transpose", "permute", "unsqueeze", "squeeze", "expand", "flatten", "unflatten"}
+_RESHAPES: set[Any] = {
+    "view",
+    "reshape",
+    "transpose",
+    "permute",
+    "unsqueeze",
+    "squeeze",
+    "expand",
+    "flatten",
+    "unflatten",
+}
 _RESHAPES |= {torch.transpose, torch.permute, torch.unsqueeze, torch.squeeze, torch.reshape, torch.flatten}
-_ALONG = {"mean", "sum", "softmax", "var", "chunk", "split", "norm", "max", "min", "topk", "argmax"}
+_ALONG: set[Any] = {"mean", "sum", "softmax", "var", "chunk", "split", "norm", "max", "min", "topk", "argmax"}
 _ALONG |= {torch.mean, torch.sum, torch.softmax, F.softmax, torch.chunk, torch.split, torch.cat, torch.stack, F.glu}
-_NORMS = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
+_NORMS: set[Any] = {F.layer_norm, torch.layer_norm, F.rms_norm, torch.rms_norm}
 
 
 def writes(node: Node) -> bool:

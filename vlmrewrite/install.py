@@ -1,0 +1,271 @@
+"""Applying a recipe to a model in place, and taking it back."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from vlmrewrite import capture
+from vlmrewrite.admission import admit
+from vlmrewrite.lower import Kernels, check_kernels
+from vlmrewrite.plan import Pass, Plan
+from vlmrewrite.recipe import Recipe
+from vlmrewrite.report import Report, make_report
+from vlmrewrite.session import Backend, Session
+from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
+from vlmrewrite.tokens import TokenSet, Vision, intersection
+from vlmrewrite.traced import TRACED
+
+_SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def apply(
+    model: nn.Module,
+    recipe: str | Path | Recipe | Pass | Sequence[Pass],
+    *,
+    backend: Backend = "auto",
+    kernels: Kernels = "auto",
+    strict: bool = False,
+) -> nn.Module:
+    """Rewrite a Hugging Face vision-language model in place.
+
+    The model keeps its class, its ``generate()`` and the shapes of its outputs. Images are encoded as before; from the
+    first call with an image on, the decoder runs as the recipe's passes say.
+
+    Args:
+        model: an unmodified model with ``get_image_features`` and a causal text decoder.
+        recipe: name of a shipped recipe, path of a YAML file, :class:`Recipe`, or passes in order.
+        backend: ``"eager"`` runs the rewritten graph as it is, ``"inductor"`` compiles it, ``"auto"`` compiles on a
+            GPU, unless the recipe says which.
+        kernels: ``"reference"``, ``"triton"``, or ``"auto"``: what the recipe says, else the best there is.
+        strict: raise when a pass is refused, instead of reporting it.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ValueError: the recipe or the model cannot be used, or a recipe is applied already. The model is unchanged.
+        TypeError: ``model`` is not a Hugging Face model.
+        RuntimeError: kernels asked for by name cannot run here.
+    """
+    if isinstance(model, nn.Module) and model in _SESSIONS:
+        raise ValueError(
+            f"recipe {_SESSIONS[model].recipe.name!r} is applied to this {type(model).__name__} already; call"
+            " vlmrewrite.restore(model) first"
+        )
+    chosen = Recipe.of(recipe)
+    depth = admit(model)
+    selected = _backend(chosen.backend if backend == "auto" else backend, model)
+    picked: Kernels = chosen.kernels if kernels == "auto" else kernels
+    check_kernels(picked)
+    for p in chosen.passes:
+        _rehearse(p, depth)
+    session = Session(model, chosen, selected, picked, strict)
+    try:
+        _install(model, session)
+    except BaseException:
+        _undo(model, session)
+        raise
+    _SESSIONS[model] = session
+    return model
+
+
+def _rehearse(p: Pass, depth: int) -> None:
+    """Let a pass speak to an empty plan, so that a layer out of range is an error now and not at the first call."""
+    plan = Plan(depth, frozenset({"features", "encoder_features"}))
+    try:
+        if p.refuse(plan) is None:
+            p.change(plan)
+            plan.check()
+    except Exception as e:
+        e.add_note(f"in pass {p!r}, for a decoder of {depth} layers")
+        raise
+
+
+def _backend(backend: str, model: nn.Module) -> Backend:
+    if backend not in ("auto", "eager", "inductor"):
+        raise ValueError(f"backend={backend!r}; expected 'auto', 'eager' or 'inductor'")
+    if backend == "auto":
+        return "inductor" if next(model.parameters()).device.type == "cuda" else "eager"
+    return backend  # type: ignore[return-value]
+
+
+def _install(model: nn.Module, session: Session) -> None:
+    capture.register()
+    for config in capture.decoder_configs(model):
+        before = config._attn_implementation_internal
+        session.undo.append(functools.partial(setattr, config, "_attn_implementation_internal", before))
+        config._attn_implementation_internal = capture.IMPLEMENTATION
+    if session.wants_encoder:
+        base = cast(nn.Module, model.base_model)
+        encoder = cast(Callable[..., Any], base.get_image_features)
+        base.__dict__["get_image_features"] = functools.wraps(encoder)(session.encoder.wrap(encoder))
+        session.undo.append(lambda: base.__dict__.pop("get_image_features", None))
+    for name, method in (("forward", _forward), ("generate", _generate)):
+        model.__dict__[name] = types.MethodType(_in_place_of(getattr(type(model), name), method), model)
+
+
+def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(own)
+    def outer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return method(self, *args, **kwargs)
+
+    return outer
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return _session(self).forward(self, *args, **kwargs)
+
+
+def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """Generation without a cache runs the growing sequence again and again; remember where the prompt ended."""
+    session = _session(self)
+    before, session.prompt_end = session.prompt_end, _prompt_end(args, kwargs)
+    try:
+        return type(self).generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+    finally:
+        session.prompt_end = before
+
+
+def _undo(model: nn.Module, session: Session) -> None:
+    for name in ("forward", "generate"):
+        model.__dict__.pop(name, None)
+    while session.undo:
+        session.undo.pop()()
+
+
+def _prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
+    """Column of each row's last prompt token, for generation without a cache, where the sequence grows past it."""
+    prompt = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs", kwargs.get("inputs_embeds")))
+    if not isinstance(prompt, Tensor) or prompt.dim() < 2:
+        return None
+    mask = kwargs.get("attention_mask")
+    columns = torch.arange(prompt.shape[1], device=prompt.device).expand(prompt.shape[0], -1)
+    if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == columns.shape:
+        columns = columns * mask.to(columns)
+    return columns.amax(1)
+
+
+def _session(model: nn.Module) -> Session:
+    try:
+        return _SESSIONS[model]
+    except KeyError:
+        raise ValueError(
+            f"this {type(model).__name__} is not rewritten; expected a model that a recipe was applied to"
+            " (a copy of a rewritten model is not: apply to the copy of a restored one)"
+        ) from None
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give back exactly the old model.
+
+    Raises:
+        ValueError: no recipe is applied to it.
+    """
+    _undo(model, _session(model))
+    del _SESSIONS[model]
+    return model
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, recipe: Any, **options: Any) -> Iterator[nn.Module]:
+    """``apply``, and ``restore`` at the end of the block, whatever happens in it."""
+    apply(model, recipe, **options)
+    try:
+        yield model
+    finally:
+        if model in _SESSIONS:
+            restore(model)
+
+
+def report(model: nn.Module) -> Report:
+    """What was done to a model: passes matched and refused, costs per layer before and after, times.
+
+    Raises:
+        ValueError: no recipe is applied to it.
+    """
+    session = _session(model)
+    return make_report(session, TRACED.get(model))
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Vision tokens that a run of layers works on: ``vision`` bool [B, T], in the logical sequence."""
+
+    name: str
+    layers: tuple[int, ...]
+    vision: Tensor
+
+
+def kept_tokens(model: nn.Module) -> list[Stage]:
+    """Which vision tokens each layer ran on in the last call with an image.
+
+    Raises:
+        ValueError: no recipe is applied, or there was no such call yet.
+    """
+    session = _session(model)
+    if session.latest is None:
+        raise ValueError("no call with an image was made since the recipe was applied")
+    installed, call = session.latest
+    program = installed.program
+    assert program.rewritten is not None
+    chosen = dict(zip(program.rewritten.selections, session.chosen, strict=True))
+    stages: dict[TokenSet, list[int]] = {}
+    for entry in program.plan.layers:
+        stages.setdefault(entry.run_set, []).append(entry.index)
+    return [
+        Stage(program.plan.render(s), tuple(layers), call.members(intersection(Vision, s), chosen))
+        for s, layers in stages.items()
+    ]
+
+
+def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
+    """What each layer did in the last call with an image, for the oracle; tokens that came later belong to every set.
+
+    Args:
+        total: length of the logical sequence; default: that of the call.
+    """
+    session = _session(model)
+    if session.latest is None:
+        raise ValueError("no call with an image was made since the recipe was applied")
+    installed, call = session.latest
+    assert installed.program.rewritten is not None
+    chosen = dict(zip(installed.program.rewritten.selections, session.chosen, strict=True))
+    more = (total or call.length) - call.length
+
+    def mask(s: TokenSet) -> Tensor:
+        return torch.nn.functional.pad(call.members(s, chosen), (0, more), value=True)
+
+    return [LayerMasks(mask(e.run_set), mask(e.keys)) for e in installed.program.plan.layers]
+
+
+@torch.no_grad()
+def verify(model: nn.Module, inputs: dict[str, Any], recipe: Any, **options: Any) -> float:
+    """Run the oracle against the rewritten model.
+
+    Args:
+        model: an unmodified model.
+        inputs: what the model's forward takes, with an image.
+        recipe, options: as for :func:`apply`.
+
+    Returns:
+        the largest absolute difference of a logit at any token that is not padding.
+    """
+    with applied(model, recipe, **options):
+        got = model(**inputs).logits
+        masks = layer_masks(model)
+    expected = oracle_logits(model, inputs, masks)[:, -got.shape[1] :]
+    padding = inputs.get("attention_mask")
+    error = (got - expected).abs().amax(-1)
+    if isinstance(padding, Tensor) and padding.dim() == 2:
+        error = error.masked_fill(~padding[:, -got.shape[1] :].bool(), 0.0)
+    return float(error.max())
