@@ -28,6 +28,10 @@ from vlmrewrite import dialect
 from vlmrewrite.cache import PositionCache
 
 IMPLEMENTATION = "vlmrewrite"
+LIMIT = 24
+"""Graphs of one model before giving up: with or without gradient, padding, a past, one row or more, one logit or all
+make different graphs, so that Dynamo's default of 8 is soon used up."""
+
 _UNSUPPORTED = ("s_aux", "position_bias", "output_attentions")
 _running = threading.local()
 
@@ -150,7 +154,7 @@ class TracedCall:
     def __init__(self, forward: Callable[..., Any], on_graph: Callable[..., Callable[..., Any]]) -> None:
         self.graphs = 0
         self.seconds = 0.0
-        self.limit = int(torch._dynamo.config.recompile_limit)
+        self.limit = max(LIMIT, int(torch._dynamo.config.recompile_limit))
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             self.graphs += 1
@@ -167,15 +171,14 @@ class TracedCall:
         self, model: torch.nn.Module, cache: PositionCache, features: Tensor, as_list: bool, kwargs: dict[str, Any]
     ) -> Any:
         """Run (and trace if new) the forward with images encoded: features [F, C], or [I, N, C] if not ``as_list``."""
-        with tracing_options():
+        with tracing_options(), torch._dynamo.config.patch(recompile_limit=self.limit):
             self._begun = time.perf_counter()
             try:
                 return self._compiled(self._forward, model, cache, features, as_list, kwargs)
             except torch._dynamo.exc.FailOnRecompileLimitHit as e:
                 raise RuntimeError(
-                    f"{self.graphs} graphs of this model were compiled and Dynamo's limit is reached; raise"
-                    " torch._dynamo.config.recompile_limit, or restore and apply again. The unrewritten model is not"
-                    " run in its place."
+                    f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
+                    " torch._dynamo.config.recompile_limit above it. The unrewritten model is not run in its place."
                 ) from e
             except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as e:
                 raise RuntimeError(

@@ -248,6 +248,15 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
     return [LayerMasks(mask(e.run_set), mask(e.keys)) for e in installed.program.plan.layers]
 
 
+def planned_lengths(model: nn.Module) -> list[int]:
+    """Keys that each layer should have added to the cache in the last call with an image, by the plan alone."""
+    session = _session(model)
+    if session.latest is None:
+        raise ValueError("no call with an image was made since the recipe was applied")
+    installed, call = session.latest
+    return [call.census.size(entry.keys) for entry in installed.program.plan.layers]
+
+
 @torch.no_grad()
 def verify(model: nn.Module, inputs: dict[str, Any], recipe: Any, **options: Any) -> float:
     """Run the oracle against the rewritten model.

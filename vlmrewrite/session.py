@@ -73,7 +73,7 @@ class Session:
             kwargs.pop("mm_encoder_outputs")
             out = self._rewritten(model, cache, encoded_images(output), kwargs)
             if not keep:
-                out.pop("past_key_values", None)
+                out = type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
         assert isinstance(out, ModelOutput)
         return out if return_dict else out.to_tuple()
 
@@ -104,8 +104,8 @@ class Session:
         out = one.run(self._run, model, cache, images, kwargs)
         if one.call.graphs > before and one.call.graphs >= one.call.limit - 2:
             warnings.warn(
-                f"{one.call.graphs} graphs of {type(model).__name__} were captured; Dynamo stops at"
-                f" {one.call.limit} (torch._dynamo.config.recompile_limit)",
+                f"{one.call.graphs} graphs of {type(model).__name__} were captured; {one.call.limit} is the limit"
+                " (the larger of vlmrewrite's and torch._dynamo.config.recompile_limit)",
                 stacklevel=3,
             )
         assert self.latest is not None

@@ -99,24 +99,25 @@ class TinyVLM:
         if not rows or any(row.images + row.before + row.after < 1 for row in rows):
             raise ValueError(f"expected at least one row and a token in each, got {rows}")
         generator = torch.Generator().manual_seed(seed)
-        images, pixels = [], {}
+        images: list[list[int]] = []
+        pixels: dict[str, Tensor] = {}
         if any(row.images for row in rows):
             images, pixels = self.pictures([row.images for row in rows], generator)
         pieces, sequences = iter(images), []
         for row in rows:
-            ids = _text(row.before, generator)
+            prompt = _text(row.before, generator)
             for i in range(row.images):
-                ids += _text(min(i, 1), generator) + next(pieces)
-            sequences.append(torch.tensor(ids + _text(row.after, generator)))
+                prompt += _text(min(i, 1), generator) + next(pieces)
+            sequences.append(torch.tensor(prompt + _text(row.after, generator)))
         ids = torch.nn.utils.rnn.pad_sequence(sequences, True, PAD, padding_side=side)
-        out: dict[str, Any] = {"input_ids": ids, "attention_mask": (ids != PAD).long()}
+        out: dict[str, Any] = {"input_ids": ids, "attention_mask": ids.ne(PAD).long()}
         if self.token_types is not None:
-            out[self.token_types] = (ids == self.image_token_id).long()
+            out[self.token_types] = ids.eq(self.image_token_id).long()
         return out | pixels
 
 
 def _text(n: int, generator: torch.Generator) -> list[int]:
-    return torch.randint(_SPECIAL, VOCABULARY, (n,), generator=generator).tolist()  # type: ignore[no-any-return]
+    return torch.randint(_SPECIAL, VOCABULARY, (n,), generator=generator).tolist()
 
 
 def _choice(generator: torch.Generator, n: int) -> int:

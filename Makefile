@@ -1,0 +1,85 @@
+# `make demo` and `make test` work on a fresh machine that has Python 3.11 or newer and make.
+#
+#   PYTHON=python3.12   the Python to make the environment from. Without it: the first of the Pythons below that is
+#                       new enough, one that already has a torch that is new enough before the others.
+#   VENV=path           the environment to use; it is made if it is not there. A torch >= 2.11 that is found in it, or
+#                       in the Python that it is made from, is used as it is; otherwise the pinned version is installed.
+#   ARGS="-k budget"    more arguments for the command that the target runs.
+
+VENV ?= .venv
+PYTHON ?=
+ARGS ?=
+
+override PYTHONS := $(or $(PYTHON),python3.11 python3.13 python3.12 python3.14 python3 python)
+override BIN := $(VENV)/bin
+override READY := $(VENV)/.vlmrewrite
+NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
+HAS_TORCH := import importlib.metadata as m; v = m.version("torch"); \
+	assert tuple(map(int, v.split(".")[:2])) >= (2, 11); print(v)
+SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))
+
+# Whichever checkout an environment was made for, what runs is this one.
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format typecheck wheel clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+demo: $(READY) ## ask the bundled model about a scene, with and without a recipe; writes demo.png
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(READY) ## run the tests
+	$(BIN)/python -m pytest tests $(ARGS)
+
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: $(READY) ## ruff: rewrite what `make lint` finds
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+typecheck: $(READY) ## mypy --strict on vlmrewrite, passes, recipes and examples
+	$(BIN)/python -m mypy --strict
+
+wheel: $(READY) ## build sdist and wheel into dist/
+	rm -rf build dist
+	$(BIN)/python -m build --quiet --no-isolation .
+
+clean: ## remove builds and caches (the environment stays)
+	rm -rf build dist *.egg-info demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find vlmrewrite passes recipes tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@set -e; \
+	if [ ! -x "$(BIN)/python" ]; then \
+		chosen=; \
+		for python in $(PYTHONS); do \
+			"$$python" -c '$(NEW_ENOUGH)' 2>/dev/null || continue; \
+			chosen="$${chosen:-$$python}"; \
+			if "$$python" -c '$(HAS_TORCH)' >/dev/null 2>&1; then chosen="$$python"; break; fi; \
+		done; \
+		if [ -z "$$chosen" ]; then \
+			echo "make: expected Python 3.11 or newer, found none among: $(PYTHONS); set PYTHON=path" >&2; \
+			exit 1; \
+		fi; \
+		echo "Making $(VENV) with $$chosen"; \
+		"$$chosen" -m venv "$(VENV)"; \
+		if "$$chosen" -c '$(HAS_TORCH)' >/dev/null 2>&1; then \
+			site=$$("$(BIN)/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))'); \
+			"$$chosen" -c '$(SITES)' > "$$site/reused.pth"; \
+		fi; \
+	fi; \
+	pins="$(VENV)/constraints.txt"; \
+	if torch=$$("$(BIN)/python" -c '$(HAS_TORCH)' 2>/dev/null); then \
+		echo "Using the torch $$torch that is there"; \
+		grep -Ev '^(torch|setuptools)==' constraints.txt > "$$pins"; \
+	else \
+		cp constraints.txt "$$pins"; \
+	fi; \
+	"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(BIN)/python" -m ensurepip; \
+	"$(BIN)/python" -m pip install -c "$$pins" 'setuptools>=77.0.3'; \
+	"$(BIN)/python" -m pip install -c "$$pins" --no-build-isolation -e '.[examples,dev]'; \
+	touch "$@"

@@ -1,0 +1,32 @@
+"""Hypothesis profiles, and tiny models shared by all tests (a model's captured graphs are kept with it)."""
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+from vlmrewrite.testing.models import FAMILIES, TinyVLM
+
+_SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
+settings.register_profile("ci", max_examples=25, deadline=None, suppress_health_check=_SLOW, derandomize=True)
+settings.register_profile("long", max_examples=1000, deadline=None, suppress_health_check=_SLOW)
+settings.load_profile("ci")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def llava() -> TinyVLM:
+    return FAMILIES["llava"]()
+
+
+@pytest.fixture(scope="session")
+def llava_qwen2() -> TinyVLM:
+    return FAMILIES["llava_qwen2"]()
