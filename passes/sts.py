@@ -52,8 +52,8 @@ def sts_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) 
 
 
 def _repel(x: Tensor, k: int) -> Tensor:
-    if k >= len(x):
-        return torch.arange(len(x), device=x.device)
+    if k == 0 or k >= len(x):
+        return torch.arange(min(k, len(x)), device=x.device)
     potential = torch.zeros(len(x), device=x.device)
     pick = (x - x.mean(0)).square().sum(1).argmin()
     picks = [pick]

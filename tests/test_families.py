@@ -166,7 +166,7 @@ def test_keeping_everything_generates_the_same(tiny, rows):
     with vr.applied(tiny.model, [Stride(keep=10**6)]):
         out = tiny.model.generate(**inputs, **greedy)
     assert torch.equal(out.sequences, expected.sequences)
-    assert len(out.sequences[0, -6:].unique()) > 1
+    assert len(out.sequences[:, -6:].unique()) > 2
     held = int(inputs["attention_mask"].sum(1).max())
     assert held == inputs["input_ids"].shape[1]
     assert out.past_key_values.kv_lengths() == [held + 5] * 4

@@ -1,0 +1,186 @@
+"""The dialect's operators: their contract, and their meaning against brute force."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vlmrewrite.passes  # noqa: F401 (its operators)
+from vlmrewrite import dialect
+from vlmrewrite.passes.random import random_sample
+from vlmrewrite.passes.stride import stride_sample
+from vlmrewrite.passes.sts import EPSILON, sts_sample, top_attention
+
+VLM = torch.ops.vlm
+LENGTHS, KEEP = torch.tensor([5, 0, 4]), torch.tensor([2, 0, 4])
+MEMBER = torch.tensor([True, True, False, True, True, True, True, True, True])
+
+
+def randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+INDEX = torch.tensor([[0, 2, 3], [1, 2, 4]])
+VALID = torch.tensor([[True, True, False], [True, True, True]])
+AT5 = torch.arange(5).expand(2, -1)
+SAMPLES = {
+    "attention": (randn(2, 4, 5, 8), randn(2, 2, 5, 8), randn(2, 2, 5, 8)),
+    "attention with padding": (
+        randn(2, 4, 3, 8), randn(2, 2, 5, 8), randn(2, 2, 5, 8), torch.ones(2, 5, dtype=torch.bool),
+        AT5[:, 2:].clone(), AT5.clone(), 0.3, False,
+    ),
+    "kv_append": (None, None, None, randn(2, 2, 3, 8), randn(2, 2, 3, 8), INDEX),
+    "kv_append to some": (randn(2, 2, 5, 8), randn(2, 2, 5, 8), AT5.clone(), randn(2, 2, 3, 8), randn(2, 2, 3, 8), INDEX),
+    "token_index": (torch.tensor([[True, False, True], [True, True, True]]), None, 3),
+    "select": (randn(1, 5, 8), INDEX),
+    "restore": (randn(2, 5, 8), randn(2, 3, 8), INDEX, VALID),
+    "relative_index": (AT5.clone(), INDEX),
+    "positions": (INDEX, VALID, 4),
+    "member": (torch.zeros(2, 3, dtype=torch.bool), torch.eye(3, dtype=torch.bool)[:2], torch.tensor([True, False])),
+    "sts_sample": (randn(9, 6), MEMBER, LENGTHS, KEEP),
+    "top_attention": (randn(9), MEMBER, LENGTHS, KEEP),
+    "stride_sample": (MEMBER, LENGTHS, KEEP),
+    "random_sample": (torch.tensor([0, 1, 0]), MEMBER, LENGTHS, KEEP, 3),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("name", SAMPLES)
+def test_opcheck(name):
+    op = getattr(VLM, name.split()[0]).default
+    torch.library.opcheck(op, SAMPLES[name], test_utils=("test_schema", "test_faketensor"))
+    got, expected = op(*SAMPLES[name]), dialect.REFERENCES[op](*SAMPLES[name])
+    for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
+        assert torch.equal(a, b)
+
+
+def brute_force_repulsion(x, k):
+    x = x.double()
+    chosen = [int((x - x.mean(0)).square().sum(1).argmin())]
+    while len(chosen) < k:
+        potential = [
+            sum(1 / (float((x[i] - x[j]).square().sum()) + EPSILON) for j in chosen) if i not in chosen else torch.inf
+            for i in range(len(x))
+        ]
+        chosen.append(min(range(len(x)), key=potential.__getitem__))
+    return sorted(chosen)
+
+
+@given(st.integers(1, 24), st.integers(1, 24), st.integers(1, 9), st.integers(0, 999))
+def test_repulsion_is_brute_force_at_each_step(n, k, channels, seed):
+    x = torch.randn(n, channels, generator=torch.Generator().manual_seed(seed))
+    lengths = torch.tensor([n])
+    chosen = sts_sample(x, torch.ones(n, dtype=torch.bool), lengths, torch.tensor([k]))
+    assert chosen.nonzero()[:, 0].tolist() == brute_force_repulsion(x, min(n, k))
+
+
+def test_repulsion_of_equal_tokens_takes_the_first():
+    chosen = sts_sample(torch.zeros(6, 3), torch.ones(6, dtype=torch.bool), torch.tensor([6]), torch.tensor([3]))
+    assert chosen.nonzero()[:, 0].tolist() == [0, 1, 2]
+
+
+@given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=4), st.data())
+def test_every_sampler_chooses_the_right_number_of_members(images, data):
+    lengths = torch.tensor([n for n, _ in images])
+    total = int(lengths.sum())
+    member = torch.tensor(data.draw(st.lists(st.booleans(), min_size=total, max_size=total)), dtype=torch.bool)
+    parts = member.split(lengths.tolist())
+    keep = torch.tensor([min(k, int(p.sum())) for (_, k), p in zip(images, parts, strict=True)])
+    ordinal = torch.arange(len(images))
+    for chosen in (
+        sts_sample(randn(total, 3), member, lengths, keep),
+        top_attention(randn(total), member, lengths, keep),
+        stride_sample(member, lengths, keep),
+        random_sample(ordinal, member, lengths, keep, 0),
+    ):
+        assert not (chosen & ~member).any()
+        assert [int(c.sum()) for c in chosen.split(lengths.tolist())] == keep.tolist()
+
+
+def test_stride_takes_floor_of_i_n_over_k():
+    chosen = stride_sample(torch.ones(10, dtype=torch.bool), torch.tensor([10]), torch.tensor([4]))
+    assert chosen.nonzero()[:, 0].tolist() == [0, 2, 5, 7]
+
+
+def test_random_depends_on_the_seed_and_the_number_of_the_image():
+    lengths, keep = torch.tensor([20, 20]), torch.tensor([5, 5])
+    member = torch.ones(40, dtype=torch.bool)
+    a, b = random_sample(torch.tensor([0, 1]), member, lengths, keep, 0).split(20)
+    assert not torch.equal(a, b)
+    assert torch.equal(a, random_sample(torch.tensor([1, 0]), member, lengths, keep, 0)[20:])
+    assert not torch.equal(a, random_sample(torch.tensor([0, 1]), member, lengths, keep, 1)[:20])
+
+
+def test_top_attention_breaks_ties_by_order():
+    weights = torch.tensor([0.1, 0.3, 0.3, 0.3])
+    chosen = top_attention(weights, torch.ones(4, dtype=torch.bool), torch.tensor([4]), torch.tensor([2]))
+    assert chosen.tolist() == [False, True, True, False]
+
+
+@given(st.integers(1, 3), st.integers(1, 9), st.data())
+def test_an_index_holds_the_members_then_padding_then_others(batch, length, data):
+    def draw():
+        bits = data.draw(st.lists(st.booleans(), min_size=batch * length, max_size=batch * length))
+        return torch.tensor(bits).view(batch, length)
+
+    member, padding = draw(), draw()
+    member &= padding
+    n = data.draw(st.integers(max(1, int(member.sum(1).max())), length))
+    index, valid = dialect.token_index(member, padding, n)
+    assert index.shape == valid.shape == (batch, n)
+    for row in range(batch):
+        found = index[row].tolist()
+        assert found == sorted(set(found))
+        assert set(member[row].nonzero()[:, 0].tolist()) == set(index[row][valid[row]].tolist())
+        fillers = index[row][~valid[row]]
+        if bool(padding[row][fillers].any()):
+            assert set((~padding[row]).nonzero()[:, 0].tolist()) <= set(found)
+
+
+@given(st.integers(1, 3), st.integers(2, 8), st.integers(0, 3), st.data())
+def test_visibility_follows_logical_positions(batch, length, past, data):
+    q = torch.arange(past, past + length).expand(batch, -1)
+    k = torch.tensor(
+        data.draw(st.lists(st.integers(-1, past + length - 1), min_size=batch * length, max_size=batch * length))
+    ).view(batch, length)
+    bits = torch.tensor(
+        data.draw(st.lists(st.booleans(), min_size=batch * (past + length), max_size=batch * (past + length)))
+    ).view(batch, -1)
+    seen = dialect.visible(bits, q, k, False)
+    full = dialect.visible(
+        (torch.ones(length, past + length).tril(past).bool() & bits[:, None, :])[:, None], q, k, False
+    )
+    assert torch.equal(seen, full)
+    for b in range(batch):
+        for i in range(length):
+            for j in range(length):
+                at = int(k[b, j])
+                assert bool(seen[b, 0, i, j]) == (at >= 0 and at <= past + i and bool(bits[b, at]))
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("heads", [2, 4])
+def test_plain_attention_is_masked_attention(heads, softcap):
+    q, k, v = randn(2, 4, 5, 8), randn(2, heads, 7, 8), randn(2, heads, 7, 8)
+    at = torch.arange(7).expand(2, -1)
+    plain = dialect.attention(q, k, v, softcap=softcap)
+    masked = dialect.attention(q, k, v, None, at[:, 2:], at, None, False, softcap)
+    torch.testing.assert_close(plain, masked)
+
+
+def test_a_query_that_sees_nothing_gives_zeros():
+    q = k = v = randn(1, 2, 3, 8)
+    bits = torch.tensor([[False, False, True]])
+    out = dialect.attention(q, k, v, bits, None, None, None, False)
+    assert not out[:, :2].any()
+    assert out[:, 2].any()
+
+
+def test_flops_are_counted():
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        VLM.attention.default(*SAMPLES["attention"])
+    assert counter.get_total_flops() == 2 * 2 * 4 * 5 * 5 * (8 + 8)
