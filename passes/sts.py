@@ -58,15 +58,11 @@ def _repel(x: Tensor, k: int) -> Tensor:
     pick = (x - x.mean(0)).square().sum(1).argmin()
     picks = [pick]
     for _ in range(k - 1):
-        potential += 1 / (_distances(x, pick) + EPSILON)
+        potential += 1 / ((x - x[pick]).square_().sum(1) + EPSILON)
         potential[pick] = torch.inf
         pick = potential.argmin()
         picks.append(pick)
     return torch.stack(picks)
-
-
-def _distances(x: Tensor, i: Tensor) -> Tensor:
-    return torch.cdist(x, x[i][None], compute_mode="donot_use_mm_for_euclid_dist")[:, 0].square()
 
 
 def top_attention(weights: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:

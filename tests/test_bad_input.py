@@ -22,9 +22,7 @@ def snapshot(model: nn.Module) -> dict[str, Any]:
         for name, m in model.named_modules()
         for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_state_dict_hooks")
     ]
-    configs = [
-        (n, m.config._attn_implementation_internal) for n, m in model.named_modules() if hasattr(m, "config")
-    ]
+    configs = [(n, m.config._attn_implementation_internal) for n, m in model.named_modules() if hasattr(m, "config")]
     return {
         "class": type(model),
         "attributes": {n: sorted(m.__dict__) for n, m in model.named_modules()},
@@ -131,6 +129,24 @@ def test_restore_gives_back_the_model(unchanged):
 def test_a_block_that_fails_restores(unchanged):
     with pytest.raises(KeyError), vr.applied(unchanged.model, "sts-half"):
         raise KeyError("mine")
+
+
+def test_an_apply_that_fails_half_way_undoes_itself(unchanged, monkeypatch):
+    def fail(*_):
+        raise MemoryError("half-way")
+
+    monkeypatch.setattr("vlmrewrite.install._in_place_of", fail)
+    with pytest.raises(MemoryError, match="half-way"):
+        vr.apply(unchanged.model, [STS(features="encoder")])
+
+
+def test_a_call_that_fails_leaves_the_recipe_applied(unchanged, monkeypatch):
+    inputs = unchanged.inputs([Row(1)])
+    with vr.applied(unchanged.model, [Stride(keep=2)]):
+        expected = unchanged.model(**inputs).logits
+        with pytest.raises(IndexError):
+            unchanged.model(**{**inputs, "input_ids": inputs["input_ids"] + 1000 * (inputs["input_ids"] > 7)})
+        assert torch.equal(unchanged.model(**inputs).logits, expected)
 
 
 def test_a_text_only_model():

@@ -88,7 +88,9 @@ def test_chat_goes_on_with_the_kept_cache(llava):
         "attention_mask": torch.ones_like(again.sequences[:, :-1]),
         "pixel_values": torch.cat([first["pixel_values"], second["pixel_values"]]),
     }
-    masks = [LayerMasks(m.run[:, : again.sequences.shape[1] - 1], m.keys[:, : again.sequences.shape[1] - 1]) for m in masks]
+    masks = [
+        LayerMasks(m.run[:, : again.sequences.shape[1] - 1], m.keys[:, : again.sequences.shape[1] - 1]) for m in masks
+    ]
     expected = oracle_logits(model, whole, masks)[:, -6:]
     torch.testing.assert_close(torch.stack(again.logits, 1), expected, atol=2e-4, rtol=0)
 
@@ -122,9 +124,7 @@ def test_cropping_forgets_logical_tokens(llava, rows):
         cache.crop(-1)
         assert cache.get_seq_length() == inputs["input_ids"].shape[1]
         assert cache.kv_lengths() == [n - 1 for n in lengths]
-        assert torch.equal(
-            model(input_ids=token, attention_mask=mask, past_key_values=cache).logits, expected
-        )
+        assert torch.equal(model(input_ids=token, attention_mask=mask, past_key_values=cache).logits, expected)
         cache.crop(-3)
         at = inputs["input_ids"].shape[1] - 2
         short = model(input_ids=inputs["input_ids"][:, at : at + 1], attention_mask=mask[:, : at + 1],
@@ -215,13 +215,18 @@ def test_an_empty_cache_is_exchanged_and_others_refused(llava):
     model, inputs = llava.model, llava.inputs(ONE, seed=13)
     used = model(**inputs).past_key_values
     with vr.applied(model, SOME), torch.no_grad():
-        assert isinstance(model(**inputs, past_key_values=DynamicCache()).past_key_values, PositionCache)
+        mine = DynamicCache()
+        assert model(**inputs, past_key_values=mine).past_key_values is mine
+        assert isinstance(mine, PositionCache)
+        assert mine.get_seq_length() == inputs["input_ids"].shape[1]
         with pytest.raises(ValueError, match=r"holds \d+ tokens that went through the unmodified model"):
             model(**inputs, past_key_values=used)
-        with pytest.raises(NotImplementedError, match="fixed length"):
+        with pytest.raises(NotImplementedError, match="StaticCache cannot hold another number"):
             model(**inputs, past_key_values=StaticCache(config=model.config.text_config, max_cache_len=99))
         with pytest.raises(TypeError, match="expected a transformers Cache"):
             model(**inputs, past_key_values=())
+    with pytest.raises(RuntimeError, match="filled by a rewritten model"):
+        model(input_ids=torch.tensor([[9]]), past_key_values=mine)
 
 
 def test_attentions_and_hidden_states_are_refused(llava):

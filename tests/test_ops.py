@@ -32,7 +32,7 @@ SAMPLES = {
         AT5[:, 2:].clone(), AT5.clone(), 0.3, False,
     ),
     "kv_append": (None, None, None, randn(2, 2, 3, 8), randn(2, 2, 3, 8), INDEX),
-    "kv_append to some": (randn(2, 2, 5, 8), randn(2, 2, 5, 8), AT5.clone(), randn(2, 2, 3, 8), randn(2, 2, 3, 8), INDEX),
+    "kv_append to some": (*[randn(2, 2, 5, 8)] * 2, AT5.clone(), *[randn(2, 2, 3, 8)] * 2, INDEX),
     "token_index": (torch.tensor([[True, False, True], [True, True, True]]), None, 3),
     "select": (randn(1, 5, 8), INDEX),
     "restore": (randn(2, 5, 8), randn(2, 3, 8), INDEX, VALID),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -121,26 +121,50 @@ class PositionCache(Cache):
         self._grown: dict[int, tuple[Tensor | None, Tensor]] = {}
         self._masks: dict[tuple[int, int], tuple[Any, Tensor | None]] = {}
         self._by_keys: dict[int, PositionLayer] = {}
+        self._in_use = False
+
+    @classmethod
+    def take_over(cls, cache: Cache) -> PositionCache:
+        """Turn an empty cache into one of this class, in place, so that its owner goes on with the same object."""
+        cache.__class__ = cls
+        taken = cast(PositionCache, cache)
+        taken.__dict__.clear()
+        taken.__init__()  # type: ignore[misc]
+        return taken
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """Append to layer ``layer_idx``; see :meth:`PositionLayer.update`."""
+        """Append to layer ``layer_idx``; see :meth:`PositionLayer.update`.
+
+        Raises:
+            RuntimeError: the model that is running is not rewritten.
+        """
         while len(self.layers) <= layer_idx:
             self.layers.append(PositionLayer())
         layer: Any = self.layers[layer_idx]
         if torch.compiler.is_compiling():
             both: tuple[Tensor, Tensor] = layer.update(key_states, value_states)
             return both
+        if not self._in_use:
+            raise RuntimeError(
+                "this cache was filled by a rewritten model and holds other tokens in each layer; the model that runs"
+                " now is not rewritten: start with an empty cache"
+            )
         keys, values = layer.update(key_states, value_states, grown=self._grown)
         self._by_keys[id(keys)] = layer
         return keys, values
 
     def begin(self) -> None:
         """Called before each uncaptured forward: forget what was shared among the layers of the last one."""
+        self._in_use = True
         self._grown.clear()
         self._masks.clear()
         self._by_keys.clear()
+
+    def end(self) -> None:
+        """Called after each uncaptured forward."""
+        self._in_use = False
 
     def seen_by(self, layer: PositionLayer, q: Tensor, mask: Tensor | None) -> tuple[Tensor | None, bool]:
         """Mask for queries q [B, H, t, D] over a layer's keys, shared by layers that hold the same tokens.

@@ -125,6 +125,8 @@ def running(cache: PositionCache | None) -> Iterator[None]:
         yield
     finally:
         _running.cache = before
+        if cache is not None:
+            cache.end()
 
 
 def decoder_configs(model: torch.nn.Module) -> list[Any]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
 
 from vlmrewrite.inspection import blamed_on
 
@@ -41,11 +43,23 @@ def with_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     Raises:
         ValueError: the folder holds no weights, or they cannot be loaded.
     """
-    if not any(folder.glob(f"*.{kind}") for kind in ("safetensors", "bin")):
+    if not any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
         raise ValueError(f"{folder}: expected a folder with weights (*.safetensors or *.bin), found none")
-    with blamed_on(folder, "its weights"):
+    with blamed_on(folder, "its weights"), _silence():
         model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
     return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No progress bar of transformers."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def with_random_weights(config: Any, file: Path, dtype: torch.dtype, device: torch.device) -> Any:

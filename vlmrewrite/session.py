@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 import torch
 import torch.fx
 from torch import Tensor, nn
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.utils.generic import ModelOutput
 
 from vlmrewrite import capture
@@ -44,7 +44,7 @@ class Session:
     def __init__(self, model: nn.Module, recipe: Recipe, backend: Backend, kernels: Kernels, strict: bool) -> None:
         self.recipe, self.backend, self.kernels, self.strict = recipe, backend, kernels, strict
         self.passes: list[Pass] = list(recipe.passes)
-        self.installed: dict[Graph, Installed] = {}
+        self.installed: dict[tuple[Graph, bool], Installed] = {}
         self.latest: tuple[Installed, Call] | None = None
         self.chosen: tuple[Tensor, ...] = ()
         self.plain_calls = 0
@@ -85,17 +85,17 @@ class Session:
             return PositionCache(), bool(default if use_cache is None else use_cache)
         if not isinstance(given, Cache):
             raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
-        if given.is_compileable:
+        if type(given) is not DynamicCache or given.offloading:
             raise NotImplementedError(
-                f"{type(given).__name__} has a fixed length; a rewritten model keeps a different length in each layer."
-                " Remove cache_implementation from the generation config"
+                f"{type(given).__name__} cannot hold another number of tokens in each layer; expected a DynamicCache"
+                " without offloading (is cache_implementation set in the generation config?)"
             )
         if given.get_seq_length() > 0:
             raise ValueError(
                 f"past_key_values holds {given.get_seq_length()} tokens that went through the unmodified model;"
                 " start again with an empty cache"
             )
-        return PositionCache(), True
+        return PositionCache.take_over(given), True
 
     def _rewritten(self, model: nn.Module, cache: PositionCache, images: Encoded, kwargs: dict[str, Any]) -> Any:
         self._encoded, self._call = images, {"mask": kwargs.get("attention_mask"), "past": cache.get_seq_length()}
@@ -123,25 +123,32 @@ class Session:
         return out
 
     def _install(self, graph: Graph) -> Installed:
-        if graph not in self.installed:
-            missing = {} if self.wants_encoder and self.encoder.missing is None else {
-                "encoder_features": self.encoder.missing or "no pass asked for them"
-            }  # fmt: skip
-            base = graph.program(missing)
+        """The graph under this recipe; another one where the encoder's features are there and where they are not."""
+        reason = self.encoder.missing if self.wants_encoder else "no pass asked for them"
+        key = graph, reason is None
+        if key not in self.installed:
+            base = graph.program({} if reason is None else {"encoder_features": reason})
             program = rewrite(base, self.passes, strict=self.strict)
             lowered = lower(program.graph_module, self.kernels)
             run: Callable[..., Any] = lowered.graph_module
             if self.backend == "inductor":
                 run = torch.compile(lowered.graph_module, backend="inductor", dynamic=True)
-            self.installed[graph] = Installed(program, lowered, run, base.vision_mask())
-        return self.installed[graph]
+            self.installed[key] = Installed(program, lowered, run, base.vision_mask())
+        return self.installed[key]
 
     def _describe(self, installed: Installed, inputs: Sequence[Any]) -> Call:
         assert self._encoded is not None
         vision = installed.vision(*inputs)
         mask = self._call["mask"]
         padding = mask[:, -vision.shape[1] :].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        encoder = self.encoder.of(self._encoded) if self.wants_encoder and self.encoder.missing is None else None
+        encoder = None
+        if self.wants_encoder and self.encoder.missing is None:
+            encoder = self.encoder.of(self._encoded)
+            if encoder is None:
+                raise ValueError(
+                    "these images were not encoded by the last get_image_features of this model, so that the encoder's"
+                    " features are not known; pass the pixels, or use features='projected'"
+                )
         end = self.prompt_end
         if end is not None and (self._call["past"] or len(vision) % len(end)):
             end = None

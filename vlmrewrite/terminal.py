@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -27,10 +28,11 @@ class Commands(TyperGroup):
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command and, unless ``standalone_mode=False`` is given, end the process."""
-        if not extra.pop("standalone_mode", True):
-            return super().main(*args, **extra, standalone_mode=False)
+        ends, extra["standalone_mode"] = extra.get("standalone_mode", True), False
+        if not ends:
+            return super().main(*args, **extra)
         try:
-            sys.exit(super().main(*args, **extra, standalone_mode=False) or 0)
+            sys.exit(super().main(*args, **extra) or 0)
         except typer.Abort:
             sys.exit(130)
         except Complaints as e:
@@ -52,10 +54,10 @@ def print_json(data: object) -> None:
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    """Cells as they are; long ones are folded."""
-    table = Table()
-    for heading in headings:
-        table.add_column(heading, overflow="fold")
+    """Cells as they are; long ones are folded, but for those of the first column."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", no_wrap=i == 0)
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)

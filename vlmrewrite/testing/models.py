@@ -70,14 +70,14 @@ class TinyVLM:
 
     Attributes:
         name: of the family.
-        model: in eval mode; fp32, on the CPU.
+        model: the Hugging Face model, in eval mode, fp32, on the CPU.
         image_token_id: of the tokens that vision features replace.
         pictures: makes images.
         token_types: the input that marks image tokens by 1, if the family has one.
     """
 
     name: str
-    model: PreTrainedModel
+    model: Any
     image_token_id: int
     pictures: Pictures
     token_types: str | None = None
@@ -201,7 +201,7 @@ def llava_next(layers: int = 4, seed: int = 0) -> TinyVLM:
         for image, n in zip(pixels, tiles, strict=True):
             image[:n] = torch.randn(n, 3, 8, 8, generator=generator)
         inputs = {"pixel_values": pixels, "image_sizes": torch.tensor(sizes)}
-        base: Any = tiny.model.base_model
+        base = tiny.model.base_model
         empty = [torch.zeros(n, 4, HIDDEN) for n in tiles]
         _, lengths = base.pack_image_features(empty, inputs["image_sizes"], "default", base.image_newline)
         return [[IMAGE] * n for n in lengths.tolist()], inputs

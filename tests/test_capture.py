@@ -1,0 +1,146 @@
+"""Capture: few graphs, no silent fallback, exact attention, the encoder's features."""
+
+from __future__ import annotations
+
+import itertools
+import warnings
+
+import pytest
+import torch
+import torch._dynamo
+from hypothesis import given
+from hypothesis import strategies as st
+
+import vlmrewrite as vr
+from vlmrewrite import capture
+from vlmrewrite.cache import PositionCache
+from vlmrewrite.passes import STS, Random, Stride
+from vlmrewrite.testing import strategies
+from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.traced import TRACED
+
+SOME = [STS(keep=4, refine=2)]
+
+
+def test_ten_lengths_and_three_batch_sizes_make_a_handful_of_graphs():
+    tiny = FAMILIES["llava"]()
+    with vr.applied(tiny.model, SOME):
+        for length, batch in itertools.product(range(1, 11), (1, 2, 3)):
+            rows = [Row(1 + (i + length) % 2, length, 2 + i) for i in range(batch)]
+            tiny.model.generate(**tiny.inputs(rows, side="left"), max_new_tokens=2)
+        graphs = vr.report(tiny.model).graphs["captured"]
+    assert graphs <= 4
+
+
+def test_applying_again_captures_nothing():
+    tiny = FAMILIES["llava"]()
+    inputs = tiny.inputs([Row(1)])
+    for passes in (SOME, [Stride(keep=2)], [Random(keep=0.5, at=2)]):
+        with vr.applied(tiny.model, passes):
+            tiny.model.generate(**inputs, max_new_tokens=2)
+    assert TRACED[tiny.model].call.graphs == 1
+
+
+def test_models_do_not_share_a_limit():
+    counts = []
+    for _ in range(3):
+        tiny = FAMILIES["llava"]()
+        with vr.applied(tiny.model, SOME):
+            tiny.model.generate(**tiny.inputs([Row(1)]), max_new_tokens=2)
+            counts.append(vr.report(tiny.model).graphs["captured"])
+    assert counts == [1, 1, 1]
+
+
+def test_the_limit_is_announced_and_never_passed_in_silence(monkeypatch):
+    monkeypatch.setattr(capture, "LIMIT", 2)
+    tiny = FAMILIES["llava"]()
+    with torch._dynamo.config.patch(recompile_limit=2), vr.applied(tiny.model, SOME), torch.no_grad():
+        with pytest.warns(UserWarning, match="1 graphs of LlavaForConditionalGeneration were captured; 2 is the limit"):
+            tiny.model(**tiny.inputs([Row(1)]))
+        with pytest.warns(UserWarning, match="2 graphs"):
+            tiny.model(**tiny.inputs([Row(1), Row(1)]))
+        with pytest.raises(RuntimeError, match="2 graphs of this model were compiled and the limit is reached"):
+            tiny.model(**tiny.inputs([Row(1), Row(1, 5)]), logits_to_keep=1)
+
+
+def test_no_option_is_left_changed(llava):
+    before = torch._dynamo.config.specialize_float, torch.fx.experimental._config.use_duck_shape
+    vr.trace(llava.model, llava.inputs([Row(1)]))
+    assert (torch._dynamo.config.specialize_float, torch.fx.experimental._config.use_duck_shape) == before
+    assert llava.model.config.text_config._attn_implementation in ("sdpa", "eager")
+
+
+@given(strategies.rows(), strategies.sides(), st.integers(0, 9), st.sampled_from(["llava", "llava_qwen2"]))
+def test_keeping_all_is_bit_identical(llava, llava_qwen2, rows, side, seed, name):
+    """With the same two functions in the unmodified model; at every token that is not padding."""
+    tiny = {"llava": llava, "llava_qwen2": llava_qwen2}[name]
+    inputs = tiny.inputs(rows, side=side, seed=seed)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        capture.register()
+        cache = PositionCache()
+        with capture.attention_swapped(tiny.model), capture.running(cache):
+            expected = tiny.model(**inputs, past_key_values=cache).logits
+        for passes in (
+            [STS(keep=1.0, refine=1.0)],
+            [Stride(keep=99, at=1), Random(keep=99, at=3)],
+            [STS(keep=99, refine=99)],
+        ):
+            with vr.applied(tiny.model, passes):
+                assert torch.equal(tiny.model(**inputs).logits[real], expected[real])
+
+
+@given(strategies.rows(), strategies.sides(), st.integers(0, 9))
+def test_keeping_all_is_the_original_attention_within_rounding(llava, rows, side, seed):
+    import copy
+
+    inputs = llava.inputs(rows, side=side, seed=seed)
+    real = inputs["attention_mask"].bool()
+    with torch.no_grad():
+        original = llava.model(**inputs).logits
+        exact = (
+            copy.deepcopy(llava.model).double()(**{**inputs, "pixel_values": inputs["pixel_values"].double()}).logits
+        )
+        with vr.applied(llava.model, [Stride(keep=1.0)]):
+            got = llava.model(**inputs).logits
+    budget = max(float((original - exact)[real].abs().max()), torch.finfo(torch.float32).eps * float(exact.abs().max()))
+    assert float((got - exact)[real].abs().max()) <= 8 * budget
+
+
+def test_encoder_features(llava):
+    """Selection by what the projector takes: the same policy, run by hand on the tower's output."""
+    from vlmrewrite.passes.sts import sts_sample
+
+    rows = [Row(2, 1, 2), Row(1, 3, 1)]
+    inputs = llava.inputs(rows, side="left")
+    taken = []
+    handle = llava.model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
+    llava.model(**inputs)
+    handle.remove()
+    x = taken[0]
+    lengths = torch.full((3,), x.shape[1])
+    flat = x.flatten(0, 1).detach()
+    keep = torch.tensor([3, 3, 3])
+    expected = sts_sample(flat, torch.ones(len(flat), dtype=torch.bool), lengths, keep)
+    with vr.applied(llava.model, [STS(keep=3, refine=None, features="encoder")], strict=True):
+        llava.model.generate(**inputs, max_new_tokens=2)
+        stage = vr.kept_tokens(llava.model)[0]
+        vision = inputs["input_ids"] == llava.image_token_id
+        assert torch.equal(stage.vision[vision], expected)
+        llava.model.generate(**inputs, max_new_tokens=2, num_beams=2)
+        twice = vision.repeat_interleave(2, 0)
+        assert torch.equal(vr.kept_tokens(llava.model)[0].vision[twice].view(2, -1)[0, : 2 * x.shape[1]],
+                           torch.cat([expected[: 2 * x.shape[1]]]))  # fmt: skip
+
+
+def test_inductor_agrees_with_eager(llava):
+    inputs = llava.inputs([Row(1), Row(2)], side="left")
+    with torch.no_grad():
+        with vr.applied(llava.model, SOME, backend="eager"):
+            expected = llava.model(**inputs).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Inductor's own
+            with vr.applied(llava.model, SOME, backend="inductor"):
+                got = llava.model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-4)

@@ -1,0 +1,362 @@
+"""The command line, in process: what it prints, and that every bad input is one line and the exit code 2."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import LlavaProcessor, PreTrainedTokenizerFast
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from typer.testing import CliRunner, Result
+
+from vlmrewrite.cli import app
+from vlmrewrite.loading import question, read_processor
+from vlmrewrite.recipe import known_passes, shipped_recipes
+from vlmrewrite.testing.models import FAMILIES, IMAGE, VOCABULARY
+
+WORDS = {f"w{i}": i for i in range(VOCABULARY)}
+SPECIAL = {"<pad>": 0, "<unk>": 1, "<image>": IMAGE}
+
+
+def run(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments], catch_exceptions=False)
+
+
+def output(*arguments: object) -> str:
+    done = run(*arguments)
+    assert done.exit_code == 0, done.output
+    return done.stdout
+
+
+def refused(*arguments: object) -> list[str]:
+    """The lines on stderr, without their ``error:``."""
+    done = run(*arguments)
+    assert done.exit_code == 2, done.output
+    assert done.stdout == ""
+    lines = done.stderr.splitlines()
+    assert lines
+    assert all(line.startswith("error: ") for line in lines)
+    return [line.removeprefix("error: ") for line in lines]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny LLaVA with weights and processor, and a picture."""
+    path = tmp_path_factory.mktemp("llava")
+    FAMILIES["llava"]().model.save_pretrained(path)
+    words = Tokenizer(WordLevel({w: i for w, i in WORDS.items() if i not in SPECIAL.values()} | SPECIAL, "<unk>"))
+    words.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=words,
+        pad_token="<pad>",
+        unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>"},
+        padding_side="left",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+    pictures = CLIPImageProcessorPil(
+        do_resize=False, size={"shortest_edge": 16}, do_center_crop=False, crop_size={"height": 16, "width": 16}
+    )
+    LlavaProcessor(
+        image_processor=pictures,
+        tokenizer=tokenizer,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        image_token="<image>",
+        num_additional_image_tokens=1,
+    ).save_pretrained(path)
+    noise = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    Image.fromarray(noise.numpy()).save(path / "picture.png")
+    return path
+
+
+def write(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+# ---- what there is
+
+
+def test_without_a_command_the_help_is_shown() -> None:
+    text = output()
+    assert "Usage:" in text
+    assert all(f"  {name}  " in text for name in ("recipes", "passes", "inspect", "apply", "bench"))
+
+
+def test_recipes() -> None:
+    text = output("recipes")
+    assert all(name in text for name in shipped_recipes())
+    found = {r["name"]: r for r in json.loads(output("recipes", "--json"))}
+    assert list(found) == list(shipped_recipes())
+    assert found["stride-half"] == {
+        "name": "stride-half",
+        "description": "Control, 1/2 of each image's tokens, evenly spaced, before the decoder.",
+        "backend": "auto",
+        "kernels": "auto",
+        "passes": [{"name": "stride", "options": {"keep": 0.5, "at": 0}}],
+    }
+
+
+def test_passes() -> None:
+    text = output("passes")
+    assert "keep: Budget = 192" in text
+    assert "refine: Budget | None = 64" in text
+    found = {p["name"]: p for p in json.loads(output("passes", "--json"))}
+    assert list(found) == list(known_passes())
+    assert found["stride"] == {
+        "name": "stride",
+        "description": "Keep evenly spaced vision tokens from layer at on.",
+        "package": "vlmrewrite",
+        "options": [
+            {"name": "keep", "type": "Budget", "required": True},
+            {"name": "at", "type": "Depth", "required": False, "default": 0},
+        ],
+    }
+    assert found["sts"]["options"][3] == {
+        "name": "features",
+        "type": "'projected' | 'encoder'",
+        "required": False,
+        "default": "projected",
+    }
+
+
+# ---- inspect
+
+
+@pytest.mark.parametrize(
+    ("family", "tokens", "source"),
+    [
+        ("llava", 16, "image_seq_length"),
+        ("llava_next", 20, None),
+        ("qwen2_5_vl", 12, None),
+        ("internvl", 4, "image_seq_length"),
+        ("smolvlm", 4, "the tower's patch grid and scale_factor"),
+        ("gemma3", 9, "mm_tokens_per_image"),
+    ],
+)
+def test_inspect_of_a_configuration(family: str, tokens: int, source: str | None, tmp_path: Path) -> None:
+    tiny = FAMILIES[family]()
+    tiny.model.config.save_pretrained(tmp_path)
+    given = () if source else ("--image-tokens", tokens)
+    found = json.loads(output("inspect", tmp_path, "--text", 7, "--images", 2, "--rows", 2, "--json", *given))
+    length, kv = 7 + 2 * tokens, 2 * 2 * 8 * 2  # keys and values, 2 heads of 8, 2 bytes
+    assert found["class"] == type(tiny.model).__name__
+    assert found["parameters"] == sum(p.numel() for p in tiny.model.parameters())
+    assert found["image_tokens_from"] == (source or "as given")
+    assert [x["layer"] for x in found["layers"]] == [0, 1, 2, 3]
+    for layer in found["layers"]:
+        assert layer["run_on"] == layer["attend_to"] == "All"
+        assert layer["tokens"] == layer["keys"] == length
+        assert layer["kv_bytes"] == 2 * length * kv
+        # q, k, v, o and three MLP matrices; scores and weighted values of 4 heads of 8
+        assert layer["flops"] == 2 * length * (2 * 32 * (32 + 16 + 16 + 32 + 3 * 64) + 2 * 4 * 16 * length)
+    assert found["recipe"] is None
+    assert found["totals"]["before"] == found["totals"]["after"]
+
+
+def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
+    mine = write(
+        tmp_path / "mine.yaml",
+        "name: mine\npasses:\n- stride: {keep: 8}\n- random: {keep: 2, at: 2}\n- sts: {features: encoder}\n",
+    )
+    text = output("inspect", folder / "config.json", "--recipe", mine, "--text", 4, "--dtype", "float32")
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert lines[0] == "LlavaForConditionalGeneration, 72,416 parameters; 16 tokens an image (image_seq_length)"
+    assert lines[2] == "program: 4 decoder layers, hidden 32, float32; 1 row of 20 tokens, 1 image, 16 vision tokens"
+    at = lines.index("recipe mine")
+    assert lines[at + 1 : at + 4] == [
+        "  Stride(keep=8, at=0): matched",
+        "  Random(keep=2, at=2, seed=0): matched",
+        "  STS(keep=192, refine=64, at=0.5, features='encoder'): REFUSED: a traced program does not hold them",
+    ]
+    assert lines[at + 6 : at + 11] == [
+        "stride = Vision.select(stride, keep=8) at layer 0",
+        "random = stride.select(random, keep=2) at layer 2",
+        "layers  run on         attend to      tokens  keys  q    k, v  GFLOP      K/V",
+        "0-1     Text | stride  Text | stride  12      12    4x8  2x8   0.0002396  1.5 KiB",
+        "2-3     Text | random  Text | random  6       6     4x8  2x8   0.0001152  768 B",
+    ]
+    assert any(line.split() == ["tokens", "a", "layer", "20", "9", "÷", "2.22"] for line in lines[at + 11 :])
+    assert any(line.split()[:2] == ["K/V", "MiB"] and line.endswith("÷ 2.22") for line in lines[at + 11 :])
+
+
+def test_inspect_of_a_layer_that_is_not_there(folder: Path, tmp_path: Path) -> None:
+    mine = write(tmp_path / "mine.yaml", "name: mine\npasses:\n- stride: {keep: 8, at: 40}\n")
+    [line] = refused("inspect", folder, "--recipe", mine)
+    assert line.startswith("expected a layer in 0 .. 3 (the decoder has 4), got 40 (in pass Stride(keep=8, at=40)")
+
+
+# ---- apply
+
+
+def test_apply_answers_without_and_with_a_recipe(folder: Path, tmp_path: Path) -> None:
+    mine = write(tmp_path / "mine.yaml", "name: all-of-them\npasses:\n- stride: {keep: 1.0}\n")
+    arguments = ("apply", folder, "--image", folder / "picture.png", "--max-new-tokens", 3, "--prompt", "w10 w20")
+    lines = output(*arguments, "--recipe", mine).splitlines()
+    before, after = lines[0].split(), lines[1].split()
+    assert before[0] == "unmodified"
+    assert after[0] == "all-of-them"
+    assert before[1:] == after[1:]
+    assert len(before) == 4
+    assert set(before[1:]) <= set(WORDS)
+    assert lines[3] == "recipe all-of-them, backend eager"
+    assert "  Stride(keep=1.0, at=0): matched" in lines
+    assert any(line.endswith("(1 row of 18 tokens, 1 image, 16 vision tokens):") for line in lines)
+
+
+def test_image_tokens_and_chat_templates_in_prompts(folder: Path) -> None:
+    processor: Any = read_processor(folder)
+    picture = Image.open(folder / "picture.png")
+    expected = [IMAGE] * 16 + [10]
+    for prompt in ("w10", "<image> w10"):
+        assert question(processor, prompt, [picture])["input_ids"].tolist() == [expected]
+    assert question(processor, "w10 <image> w11", [picture])["input_ids"].tolist() == [[10, *[IMAGE] * 16, 11]]
+    processor.chat_template = (
+        "{% for m in messages %}w12 {% for c in m['content'] %}"
+        "{{ '<image> ' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %} w13"
+    )
+    inputs = question(processor, "w10", [picture])
+    assert inputs["input_ids"].tolist() == [[12, *expected, 13]]
+    assert inputs["pixel_values"].shape == (1, 3, 16, 16)
+
+
+# ---- bench
+
+
+def test_bench_of_recipes(folder: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out.json"
+    options = ("--repeat", 1, "--new-tokens", 2, "--json", out, "--text", 5)
+    text = output("bench", folder, "--recipe", "stride-half", "--recipe", "random-half", *options)
+    assert all(name in text for name in ("unmodified", "stride-half", "random-half", "decode", "of FLOP ratio"))
+    found = json.loads(out.read_text())
+    assert found["prompt"] == "1 x (5 text tokens, 1 x 16 vision tokens)"
+    plain, stride, random = found["rows"]
+    assert [len(x[kind]) for x in (plain, stride, random) for kind in ("prefill", "decode")] == [1] * 6
+    assert plain["kv_bytes"] == 4 * 21 * 2 * 2 * 8 * 4
+    assert stride["kv_bytes"] == random["kv_bytes"] == 4 * 13 * 2 * 2 * 8 * 4
+    assert stride["flop_ratio"] > 1.5
+
+
+def test_bench_without_weights_and_with_a_question(folder: Path, tmp_path: Path) -> None:
+    internvl = FAMILIES["internvl"]().model.config  # takes its image features as one tensor
+    internvl.save_pretrained(tmp_path)
+    options = ("--recipe", "stride-half", "--repeat", 1, "--new-tokens", 2)
+    text = output("bench", tmp_path / "config.json", "--random-weights", "--rows", 2, *options)
+    assert "2 x (64 text tokens, 1 x 4 vision tokens)" in text
+    text = output("bench", folder, "--image", folder / "picture.png", "--prompt", "w10 w20", *options)
+    assert "prompt w10 w20" in text
+
+
+# ---- bad input
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("{", ": expected JSON: "),
+        ("[1]", ": expected a model's configuration with a 'model_type', got [1] (list)"),
+        ("{}", ": expected a model's configuration with a 'model_type', got one without it"),
+        ('{"model_type": "llama"}', "got model_type 'llama' (str)"),
+        ('{"model_type": "llava_nxt"}', "got model_type 'llava_nxt' (str) (did you mean 'llava_next'?)"),
+        ('{"model_type": "llava", "vision_config": 3}', "the configuration cannot be used: "),
+        ('{"model_type": "llava", "text_config": {"model_type": "llama", "hidden_size": 30}}', " cannot be used: "),
+        ('{"model_type": "qwen2_5_vl"}', "does not say how many tokens an image has"),
+    ],
+)
+def test_configurations_that_are_wrong(config: str, message: str, tmp_path: Path) -> None:
+    file = write(tmp_path / "config.json", config)
+    for path in (tmp_path, file):
+        [line] = refused("inspect", path)
+        assert message in line
+        assert str(file) in line or "--image-tokens" in line
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspekt"], "No such command 'inspekt'"),
+        (["inspect"], "Missing argument 'MODEL'"),
+        (["inspect", "{folder}", "--sharp"], "No such option: --sharp"),
+        (["inspect", "nowhere"], "expected a model folder or a config JSON file, got 'nowhere': it does not exist"),
+        (["inspect", "{empty}"], "it holds no config.json"),
+        (["inspect", "{folder}", "--recipe", "sts-129"], "unknown recipe 'sts-129', expected one of "),
+        (["inspect", "{folder}", "--recipe", "a.yaml"], "expected a recipe file, got 'a.yaml', which is not a file"),
+        (["inspect", "{folder}", "--text", "many"], "Invalid value for '--text': 'many'"),
+        (["inspect", "{folder}", "--text", "1"], "--text: expected more text tokens than images (1), got 1"),
+        (["inspect", "{folder}", "--images", "0"], "--images: expected at least 1, got 0"),
+        (["inspect", "{folder}", "--rows", "-1"], "--rows: expected at least 1, got -1"),
+        (["inspect", "{folder}", "--image-tokens", "0"], "--image-tokens: expected at least 1, got 0"),
+        (["inspect", "{folder}", "--dtype", "int8"], "Invalid value for '--dtype': 'int8'"),
+        (["apply", "{folder}", *"--recipe sts-half --prompt p".split()], "Missing option '--image'"),
+        (
+            ["apply", "{folder}", *"--recipe sts-half --prompt p --image none.png".split()],
+            "none.png: expected an image",
+        ),
+        (
+            ["apply", "{folder}", *"--recipe sts-half --prompt p --image {folder}/config.json".split()],
+            "config.json: expected an image file: cannot identify image file",
+        ),
+        (
+            [
+                "apply",
+                "{folder}",
+                *"--recipe sts-half --image {folder}/picture.png --prompt".split(),
+                "<image> <image>",
+            ],
+            "--prompt: expected 1 times '<image>', or none, got 2",
+        ),
+        (
+            ["apply", "{folder}", *"--recipe sts-half --prompt p --image x --max-new-tokens 0".split()],
+            "--max-new-tokens: expected at least 1, got 0",
+        ),
+        (
+            ["apply", "{bare}", *"--recipe sts-half --prompt p --image {folder}/picture.png".split()],
+            "the processor cannot be used: ",
+        ),
+        (
+            ["apply", "{bare}/config.json", *"--recipe sts-half --prompt p --image {folder}/picture.png".split()],
+            "expected a folder that holds a processor, got a file",
+        ),
+        (["bench", "{bare}", "--recipe", "sts-half"], "expected a folder with weights (*.safetensors or *.bin)"),
+        (["bench", "{broken}", "--recipe", "sts-half"], "its weights cannot be used: "),
+        (["bench", "{folder}", *"--recipe sts-half --recipe sts-half".split()], "expected recipes with names of their"),
+        (["bench", "{folder}", *"--recipe sts-half --repeat 0".split()], "--repeat: expected at least 1, got 0"),
+        (
+            ["bench", "{folder}", *"--recipe sts-half --new-tokens 1".split()],
+            "--new-tokens: expected at least 2, got 1",
+        ),
+        (["bench", "{folder}", *"--recipe sts-half --prompt p".split()], "expected both --image and --prompt, or"),
+        (["bench", "{folder}", *"--recipe sts-half --json no/out.json".split()], "--json: expected a file in a folder"),
+    ],
+    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
+)
+def test_arguments_that_are_wrong(arguments: list[str], message: str, folder: Path, tmp_path: Path) -> None:
+    places = {name: tmp_path / name for name in ("empty", "bare", "broken")}
+    for path in places.values():
+        path.mkdir()
+    for name in ("bare", "broken"):
+        write(places[name] / "config.json", (folder / "config.json").read_text())
+    write(places["broken"] / "model.safetensors", "nothing")
+    [line] = refused(*(a.format(folder=folder, **places) for a in arguments))
+    assert message in line
+
+
+def test_a_recipe_file_with_several_faults_is_one_line_for_each(folder: Path, tmp_path: Path) -> None:
+    mine = write(tmp_path / "mine.yaml", "name: mine\npasses:\n- stride: {keep: 0}\n- strde: {}\nbackend: cuda\n")
+    lines = refused("inspect", folder, "--recipe", mine)
+    assert len(lines) == 3
+    assert all(line.startswith(f"{mine}: ") for line in lines)
+    [line] = refused("inspect", folder, "--recipe", write(tmp_path / "bad.yaml", "name: ["))
+    assert "bad.yaml, line 1, column 8: expected valid YAML" in line
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_a_gpu_that_is_not_there(folder: Path) -> None:
+    [line] = refused("bench", folder, "--recipe", "sts-half", "--device", "cuda")
+    assert line == "--device cuda: torch sees no GPU here; expected cpu or auto"
