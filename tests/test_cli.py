@@ -233,7 +233,7 @@ def test_bench_of_recipes(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = ("--repeat", 1, "--new-tokens", 2, "--json", out, "--text", 5)
     text = output("bench", folder, "--recipe", "stride-half", "--recipe", "random-half", *options)
-    assert all(name in text for name in ("unmodified", "stride-half", "random-half", "decode", "of FLOP ratio"))
+    assert all(name in text for name in ("unmodified", "stride-half", "random-half", "decode tokens/s", "K/V MiB"))
     found = json.loads(out.read_text())
     assert found["prompt"] == "1 x (5 text tokens, 1 x 16 vision tokens)"
     plain, stride, random = found["rows"]
@@ -287,16 +287,16 @@ def test_configurations_that_are_wrong(config: str, message: str, tmp_path: Path
         (["inspect", "{empty}"], "it holds no config.json"),
         (["inspect", "{folder}", "--recipe", "sts-129"], "unknown recipe 'sts-129', expected one of "),
         (["inspect", "{folder}", "--recipe", "a.yaml"], "expected a recipe file, got 'a.yaml', which is not a file"),
-        (["inspect", "{folder}", "--text", "many"], "Invalid value for '--text': 'many'"),
+        (["inspect", "{folder}", "--text", "many"], "Invalid value for '--text': "),
         (["inspect", "{folder}", "--text", "1"], "--text: expected more text tokens than images (1), got 1"),
         (["inspect", "{folder}", "--images", "0"], "--images: expected at least 1, got 0"),
         (["inspect", "{folder}", "--rows", "-1"], "--rows: expected at least 1, got -1"),
         (["inspect", "{folder}", "--image-tokens", "0"], "--image-tokens: expected at least 1, got 0"),
-        (["inspect", "{folder}", "--dtype", "int8"], "Invalid value for '--dtype': 'int8'"),
+        (["inspect", "{folder}", "--dtype", "int8"], "Invalid value for '--dtype': "),
         (["apply", "{folder}", *"--recipe sts-half --prompt p".split()], "Missing option '--image'"),
         (
-            ["apply", "{folder}", *"--recipe sts-half --prompt p --image none.png".split()],
-            "none.png: expected an image",
+            ["apply", "{folder}", *"--recipe sts-half --prompt p --image no.png".split()],
+            "no.png: expected an image file",
         ),
         (
             ["apply", "{folder}", *"--recipe sts-half --prompt p --image {folder}/config.json".split()],

@@ -6,20 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmrewrite.census import Census
 from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import (
-    All,
-    Census,
-    Image,
-    Last,
-    Nothing,
-    Policy,
-    Text,
-    Vision,
-    contains,
-    substitute,
-)
+from vlmrewrite.tokens import All, Image, Last, Nothing, Policy, Text, Vision, contains, substitute
 
 SOME = Policy("some", print)
 

@@ -25,7 +25,7 @@ def test_the_ten_line_example_compiles():
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_the_pass_of_the_five_steps(llava):
-    space: dict[str, object] = {}
+    space: dict[str, object] = {"__name__": __name__}
     for code in PYTHON[1:3]:
         exec(compile(code, "README.md", "exec", dont_inherit=True), space)
     loudest = space["Loudest"]

@@ -181,7 +181,7 @@ def _features(gm: torch.fx.GraphModule) -> Node:
     found = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name == "l_features_"]
     if len(found) != 1:
         raise ValueError(f"{len(found)} vision feature inputs in the graph; expected 1: is there an image in the call?")
-    return found[0]
+    return cast(Node, found[0])
 
 
 def _merge(features: Node, output: Node, attentions: list[Node]) -> Node:
@@ -199,7 +199,7 @@ def _merge(features: Node, output: Node, attentions: list[Node]) -> Node:
         x = value(node)
         joins = any(n not in after and isinstance(value(n), Tensor) for n in node.all_input_nodes)
         if isinstance(x, Tensor) and x.dim() == 3 and joins and node in before:
-            return cast(Node, node)
+            return node
     raise ValueError(f"found no node that writes the vision features ({where(features)}) into a [B, T, H] stream")
 
 

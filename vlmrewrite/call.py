@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.budget import tokens_kept
-from vlmrewrite.legalize import Extra
+from vlmrewrite.census import Census
+from vlmrewrite.emit import Extra
 from vlmrewrite.tokens import (
     All,
-    Census,
     Difference,
     Image,
     Intersection,

@@ -218,7 +218,7 @@ def bench(
         out.write_text(json.dumps(result, indent=2) + "\n")
     print(", ".join(f"{k} {result[k]}" for k in ("device", "threads", "torch", "dtype", "backend", "prompt", "repeat")))
     print_table(
-        ["recipe", "prefill ms", "decode tokens/s", "peak MiB", "K/V MiB", "FLOPs", "of FLOP ratio"],
+        ["recipe", "prefill ms", "decode tokens/s", "peak\nMiB", "K/V MiB", "FLOPs", "of FLOP\nratio"],
         [_measured(row) for row in result["rows"]],
     )
 

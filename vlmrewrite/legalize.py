@@ -19,39 +19,12 @@ from torch.fx import Node
 
 from vlmrewrite import tokenwise
 from vlmrewrite.anatomy import Anatomy, Layer, axis, same, value, where
+from vlmrewrite.emit import Extra, SetEmitter
 from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import (
-    All,
-    Difference,
-    Image,
-    Intersection,
-    Last,
-    Nothing,
-    Selection,
-    Text,
-    TokenSet,
-    Union,
-    Vision,
-    contains,
-    has_text,
-    intersection,
-    union,
-)
+from vlmrewrite.tokens import All, Last, Selection, Text, TokenSet, contains, union
 
 _VIEWS = {"unsqueeze", "to", "contiguous", "float", "type_as"}
 vlm = torch.ops.vlm
-
-
-@dataclass(frozen=True)
-class Extra:
-    """An input of the rewritten graph beyond the captured ones, filled in for each call by the host.
-
-    ``kind`` is ``"size"`` or ``"dense"`` (of ``subject``, a token set), ``"keep"`` (of a selection), or the name of a
-    field of :class:`vlmrewrite.call.Call`.
-    """
-
-    kind: str
-    subject: TokenSet | None = None
 
 
 @dataclass
@@ -69,13 +42,6 @@ class Rewritten:
     extras: tuple[Extra, ...]
     selections: tuple[Selection, ...]
     typed: dict[Node, TokenSet]
-
-
-@dataclass
-class _Set:
-    index: Node
-    valid: Node
-    positions: Node
 
 
 @dataclass
@@ -98,24 +64,17 @@ def legalize(gm: torch.fx.GraphModule, anatomy: Anatomy, plan: Plan) -> Rewritte
     return _Legalizer(gm, anatomy, plan).run()
 
 
-class _Legalizer:
+class _Legalizer(SetEmitter):
     def __init__(self, gm: torch.fx.GraphModule, anatomy: Anatomy, plan: Plan) -> None:
-        self.old, self.plan = anatomy, plan
-        self.graph = torch.fx.Graph()
-        self.env: dict[Node, Node] = {}
-        results = self.graph.graph_copy(gm.graph, self.env)
-        self.output = self.graph.output(results)
-        self.gm = torch.fx.GraphModule(gm, self.graph)
-        self.length = anatomy.length
-        self.extras: dict[Extra, Node] = {}
-        self.sets: dict[TokenSet, _Set] = {}
-        self.chosen: dict[TokenSet, Node] = {}
+        self.old, self.plan, self.length = anatomy, plan, anatomy.length
+        graph, self.env = torch.fx.Graph(), dict[Node, Node]()
+        self.output = graph.output(graph.graph_copy(gm.graph, self.env))
+        super().__init__(graph, self.env[anatomy.exit].next, self.env[anatomy.vision])
+        self.gm = torch.fx.GraphModule(gm, graph)
         self.memo: dict[tuple[Node, TokenSet], Node] = {}
         self.typed: dict[Node, TokenSet] = {}
-        self.regions: set[Node] = {self.env[n] for layer in anatomy.layers for n in layer.region}
-        self.originals = set(self.graph.nodes)
-        self.placeholders = [n for n in self.graph.nodes if n.op == "placeholder"]
-        self.anchor = self.env[anatomy.exit].next
+        self.regions = {self.env[n] for layer in anatomy.layers for n in layer.region}
+        self.originals = set(graph.nodes)
         self.past = anatomy.layers[0].append is not None and anatomy.layers[0].append.args[0] is not None
 
     def run(self) -> Rewritten:
@@ -132,68 +91,6 @@ class _Legalizer:
             self._rewrite(layer, entry.run_set, entry.keys)
         self._finish(selections)
         return Rewritten(self.gm, tuple(self.extras), tuple(selections), self.typed)
-
-    # ---- small pieces
-
-    def call(self, target: Any, *args: Any) -> Node:
-        with self.graph.inserting_before(self.anchor):
-            return self.graph.call_function(target, args)
-
-    def extra(self, kind: str, subject: TokenSet | None = None) -> Node:
-        key = Extra(kind, subject)
-        if key not in self.extras:
-            last = list(self.extras.values())[-1] if self.extras else self.placeholders[-1]
-            with self.graph.inserting_after(last):
-                self.extras[key] = self.graph.placeholder(f"vlm_{kind}_{len(self.extras)}")
-        return self.extras[key]
-
-    def size(self, s: TokenSet) -> Node:
-        return self.extra("size", s)
-
-    # ---- token sets
-
-    def set(self, s: TokenSet) -> _Set:
-        """Index, validity and positions of a set, computed once."""
-        if s not in self.sets:
-            past = self.extra("past")
-            if s == Last:
-                index, valid = self.extra("last"), self.extra("last_valid")
-            elif s == All:
-                index, valid = self.extra("everywhere"), self.extra("everywhere_valid")
-            else:
-                member = self.call(vlm.member.default, *self.membership(s))
-                both = self.call(vlm.token_index.default, member, self.extra("padding"), self.size(s))
-                index, valid = self.call(operator.getitem, both, 0), self.call(operator.getitem, both, 1)
-            self.sets[s] = _Set(index, valid, self.call(vlm.positions.default, index, valid, past))
-        return self.sets[s]
-
-    def membership(self, s: TokenSet) -> tuple[Node | None, Node | None, Node | None]:
-        text = self.extra("text") if has_text(s) else None
-        if has_text(s) and intersection(Text, s) != Text:
-            raise ValueError(f"the text part of {s} is neither all text nor none")
-        vision = intersection(Vision, s)
-        if vision == Nothing:
-            return text, None, None
-        return text, self.env[self.old.vision], self.which(vision)
-
-    def which(self, s: TokenSet) -> Node:
-        """A vision set as bool [F]."""
-        if s in self.chosen:
-            return self.chosen[s]
-        if s == Vision:
-            node = self.extra("vision_tokens")
-        elif isinstance(s, Image):
-            node = self.call(operator.eq, self.extra("image_of_token"), s.index)
-        elif isinstance(s, Union):
-            node = self.call(operator.or_, self.which(s.left), self.which(s.right))
-        elif isinstance(s, Intersection):
-            node = self.call(operator.and_, self.which(s.left), self.which(s.right))
-        elif isinstance(s, Difference):
-            node = self.call(operator.and_, self.which(s.left), self.call(operator.invert, self.which(s.right)))
-        else:
-            raise ValueError(f"{s} is not a set of vision tokens")
-        self.chosen[s] = node
-        return node
 
     def _choose(self, s: Selection) -> None:
         """Emit a selection at the layer it happens at."""

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from vlmrewrite.anatomy import Anatomy, analyse
 from vlmrewrite.call import Call
+from vlmrewrite.census import Census
 from vlmrewrite.legalize import Rewritten, legalize
 from vlmrewrite.plan import Pass, Plan
-from vlmrewrite.tokens import Census, TokenSet
+from vlmrewrite.tokens import TokenSet
 from vlmrewrite.wellformed import check
 
 

@@ -8,9 +8,9 @@ from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
 from vlmrewrite.anatomy import Layer
+from vlmrewrite.census import Census
 from vlmrewrite.plan import Plan
 from vlmrewrite.program import LayerCost, Program, costs
-from vlmrewrite.tokens import Census
 
 if TYPE_CHECKING:
     from vlmrewrite.session import Session

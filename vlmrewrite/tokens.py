@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from vlmrewrite.budget import Budget, tokens_kept
+from vlmrewrite.budget import Budget
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,9 @@ class Selection(TokenSet):
 
 
 @dataclass(frozen=True)
-class _Pair(TokenSet):
+class Pair(TokenSet):
+    """Two sets combined."""
+
     left: TokenSet
     right: TokenSet
     symbol: ClassVar[str] = "?"
@@ -138,19 +140,19 @@ class _Pair(TokenSet):
         return f"{_inner(self.left)} {self.symbol} {_inner(self.right)}"
 
 
-class Union(_Pair):
+class Union(Pair):
     """Tokens in either set."""
 
     symbol = "|"
 
 
-class Intersection(_Pair):
+class Intersection(Pair):
     """Tokens in both sets."""
 
     symbol = "&"
 
 
-class Difference(_Pair):
+class Difference(Pair):
     """Tokens of the left set that are not in the right one."""
 
     symbol = "-"
@@ -160,7 +162,7 @@ All, Text, Vision, Last, Nothing = _All(), _Text(), _Vision(), _Last(), _Nothing
 
 
 def _inner(s: TokenSet) -> str:
-    return f"({s})" if isinstance(s, _Pair) else str(s)
+    return f"({s})" if isinstance(s, Pair) else str(s)
 
 
 def union(a: TokenSet, b: TokenSet) -> TokenSet:
@@ -227,7 +229,7 @@ def has_text(s: TokenSet) -> bool:
         return has_text(s.left) and has_text(s.right)
     if isinstance(s, Difference):
         return has_text(s.left) and not contains(s.right, Text)
-    if isinstance(s, _Pair):
+    if isinstance(s, Pair):
         return has_text(s.left) or has_text(s.right)
     return s in (All, Text, Last)
 
@@ -240,7 +242,7 @@ def substitute(s: TokenSet, old: TokenSet, new: TokenSet) -> TokenSet:
         return union(Text, new)
     if isinstance(s, Selection):
         return Selection(substitute(s.source, old, new), s.policy, s.keep, s.at)
-    if isinstance(s, _Pair):
+    if isinstance(s, Pair):
         combine = {Union: union, Intersection: intersection, Difference: difference}[type(s)]
         return combine(substitute(s.left, old, new), substitute(s.right, old, new))
     return s
@@ -250,71 +252,6 @@ def selections(s: TokenSet) -> list[Selection]:
     """All selections in the expression, sources before what is selected from them."""
     if isinstance(s, Selection):
         return [*selections(s.source), s]
-    if isinstance(s, _Pair):
+    if isinstance(s, Pair):
         return selections(s.left) + selections(s.right)
     return []
-
-
-@dataclass(frozen=True)
-class Census:
-    """What the host knows of one call before it runs: int only, no tensors.
-
-    Args:
-        length: T, tokens of the logical sequence that this call adds.
-        text: text tokens of each row.
-        images: vision tokens of each image, rows in order.
-        rows: the row of each image.
-        ordinals: number of each image within its row.
-        padded: whether any row has padding.
-    """
-
-    length: int
-    text: tuple[int, ...]
-    images: tuple[int, ...]
-    rows: tuple[int, ...]
-    ordinals: tuple[int, ...]
-    padded: bool
-
-    def per_image(self, s: TokenSet) -> tuple[tuple[int, ...], bool]:
-        """Members among each image's tokens, and whether that is exact or an upper bound."""
-        if s in (All, Vision):
-            return self.images, True
-        if s in (Text, Nothing, Last):
-            return tuple(0 for _ in self.images), True
-        if isinstance(s, Image):
-            return tuple(n if o == s.index else 0 for n, o in zip(self.images, self.ordinals, strict=True)), True
-        if isinstance(s, Selection):
-            left, exact = self.per_image(s.source)
-            kept = tuple(min(m, tokens_kept(s.keep, n)) for m, n in zip(left, self.images, strict=True))
-            return kept, exact
-        assert isinstance(s, _Pair)
-        (a, exact_a), (b, exact_b) = self.per_image(s.left), self.per_image(s.right)
-        if isinstance(s, Union):
-            apart = not any(a) or not any(b)
-            return tuple(
-                min(x + y, n) for x, y, n in zip(a, b, self.images, strict=True)
-            ), apart and exact_a and exact_b
-        if isinstance(s, Intersection):
-            return tuple(min(x, y) for x, y in zip(a, b, strict=True)), not any(a) or not any(b)
-        return a, exact_a and not any(b)
-
-    def per_row(self, s: TokenSet) -> tuple[tuple[int, ...], bool]:
-        """Members in each row, and whether that is exact or an upper bound."""
-        if s == Last:
-            return tuple(1 for _ in self.text), True
-        if s == All:
-            return tuple(self.length for _ in self.text), True
-        images, exact = self.per_image(s)
-        rows = list(self.text) if has_text(s) else [0] * len(self.text)
-        for row, n in zip(self.rows, images, strict=True):
-            rows[row] += n
-        return tuple(rows), exact
-
-    def size(self, s: TokenSet) -> int:
-        """n: length of the set's index, the same for all rows."""
-        return max(self.per_row(s)[0])
-
-    def dense(self, s: TokenSet) -> bool:
-        """Whether the index holds nothing but members in every row."""
-        rows, exact = self.per_row(s)
-        return exact and len(set(rows)) == 1 and not (s == All and self.padded)
