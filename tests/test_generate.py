@@ -33,8 +33,9 @@ GREEDY = {"do_sample": False, "max_new_tokens": 6}
         {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 4},
         {**GREEDY, "use_cache": False},
         {**GREEDY, "repetition_penalty": 1.3},
+        {**GREEDY, "prefill_chunk_size": 7},
     ],
-    ids=["greedy", "sampling", "beams", "beam sampling", "two sequences", "no cache", "penalty"],
+    ids=["greedy", "sampling", "beams", "beam sampling", "two sequences", "no cache", "penalty", "chunks"],
 )
 def test_keeping_everything_generates_the_same(llava, rows, how):
     inputs = llava.inputs(rows, side="left", seed=1)

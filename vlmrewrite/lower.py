@@ -19,7 +19,7 @@ class Lowered:
     """A graph without dialect operators, and what each kind of operator became."""
 
     graph_module: torch.fx.GraphModule
-    choices: dict[str, str]
+    choices: dict[str, dict[str, Any]]
 
 
 def check_kernels(kernels: str) -> None:
@@ -62,9 +62,10 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto") -> Lowered:
             node.target = reference
     graph.eliminate_dead_code(is_impure_node=_has_effect)
     graph.lint()
-    why = "plain PyTorch; this version has no other kernels"
+    why = "plain PyTorch: this version has no other kernels"
     return Lowered(
-        torch.fx.GraphModule(gm, graph), {f"{name} x{n}": f"reference ({why})" for name, n in sorted(counts.items())}
+        torch.fx.GraphModule(gm, graph),
+        {name: {"nodes": n, "kernel": "reference", "why": why} for name, n in sorted(counts.items())},
     )
 
 

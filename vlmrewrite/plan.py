@@ -1,4 +1,8 @@
-"""The plan: per decoder layer, which tokens it runs on and which it attends to. Passes change it, legalize rewrites."""
+"""The plan: per decoder layer, which tokens it runs on and which it attends to. Passes change it, legalize rewrites.
+
+The vocabulary so far is ``run_on``, ``attend_to`` and ``narrow`` (a selection and its use from a layer on). Blocks on
+the stream (``edit``, ``branch``) and a choice among whole plans at run time (``dispatch``) will stand beside them.
+"""
 
 from __future__ import annotations
 

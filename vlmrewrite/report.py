@@ -56,7 +56,7 @@ class Report:
     layers: tuple[dict[str, Any], ...] = ()
     totals: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] | None = None
-    kernels: dict[str, str] = field(default_factory=dict)
+    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
     graphs: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -93,7 +93,8 @@ class Report:
             lines += [f"  {line}" for line in self._layer_table()]
             lines.append(f"  totals: {self._totals()}")
         if self.kernels:
-            lines.append("kernels: " + "; ".join(f"{k}: {v}" for k, v in self.kernels.items()))
+            for (kernel, why), names in self._by_kernel().items():
+                lines.append(f"kernels: {kernel} for {', '.join(names)} ({why})")
         if self.graphs:
             lines.append(f"graphs captured: {self.graphs['captured']} of at most {self.graphs['limit']}")
         if self.seconds:
@@ -110,6 +111,12 @@ class Report:
                          f"{x['flops'] / 1e9:.4g}", f"{x['flops_before'] / 1e9:.4g}", _bytes(x["kv_bytes"]),
                          _bytes(x["kv_bytes_before"])])  # fmt: skip
         return _table(rows)
+
+    def _by_kernel(self) -> dict[tuple[str, str], list[str]]:
+        out: dict[tuple[str, str], list[str]] = {}
+        for name, choice in self.kernels.items():
+            out.setdefault((choice["kernel"], choice["why"]), []).append(f"{name} x{choice['nodes']}")
+        return out
 
     def _totals(self) -> str:
         before, after = self.totals["before"], self.totals["after"]

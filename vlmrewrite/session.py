@@ -150,8 +150,8 @@ class Session:
                     " features are not known; pass the pixels, or use features='projected'"
                 )
         end = self.prompt_end
-        if end is not None and (self._call["past"] or len(vision) % len(end)):
-            end = None
+        if end is not None and (self._call["past"] or len(vision) % len(end) or int(end.max()) >= vision.shape[1]):
+            end = None  # a later turn, or a part of the prompt
         elif end is not None:
             end = end.repeat_interleave(len(vision) // len(end))
         return Call(vision, padding, self._encoded.lengths, self._call["past"], end, encoder)
