@@ -19,11 +19,10 @@ from vlmrewrite.admission import admit
 from vlmrewrite.lower import Kernels, check_kernels
 from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.report import Report, make_report
+from vlmrewrite.report import Report
 from vlmrewrite.session import Backend, Session
 from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
 from vlmrewrite.tokens import TokenSet, Vision, intersection
-from vlmrewrite.traced import TRACED
 
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
@@ -193,8 +192,7 @@ def report(model: nn.Module) -> Report:
     Raises:
         ValueError: no recipe is applied to it.
     """
-    session = _session(model)
-    return make_report(session, TRACED.get(model))
+    return _session(model).report(model)
 
 
 @dataclass(frozen=True)

@@ -5,15 +5,17 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
 import torch
 import torch.fx
 from torch import Tensor
 
-from vlmrewrite.anatomy import Anatomy, analyse
+from vlmrewrite.anatomy import Anatomy, Layer, analyse
 from vlmrewrite.call import Call
 from vlmrewrite.census import Census
+from vlmrewrite.formatting import byte_size, describe, span, table
 from vlmrewrite.legalize import Rewritten, legalize
 from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.tokens import TokenSet
@@ -86,9 +88,7 @@ class Program:
         return out if self.rewritten is not None else (out, ())
 
     def __str__(self) -> str:
-        from vlmrewrite.report import listing
-
-        return listing(self)
+        return _listing(self)
 
 
 def program_of(gm: torch.fx.GraphModule, missing: dict[str, str] | None = None) -> Program:
@@ -170,3 +170,47 @@ def costs(program: Program, census: Census, past: int = 0) -> list[LayerCost]:
             LayerCost(layer.index, run, keys, layer.flops(batch, run, keys, past), batch * keys * layer.kv_bytes)
         )
     return out
+
+
+def _listing(program: Program) -> str:
+    """The compact, layer-level listing of a program: token sets, shapes, and costs if a call is known."""
+    a = program.anatomy
+    head = f"program: {len(a.layers)} decoder layers, hidden {a.hidden}, {str(a.dtype).removeprefix('torch.')}"
+    if program.call is None:
+        return f"{head}\n{program.plan}\n" + "\n".join(_shape(layer) for layer in _distinct(a.layers))
+    census = program.call.census
+    lines = [f"{head}; {describe(census)}"]
+    plan = str(program.plan).splitlines()
+    lines += [line for line in plan if not line.startswith("layer")]
+    per_layer = costs(program, census, program.call.past)
+    rows = [["layers", "run on", "attend to", "tokens", "keys", "q", "k, v", "GFLOP", "K/V"]]
+    for layers, cost in _grouped(program, per_layer):
+        entry, layer = program.plan.layers[layers[0]], a.layers[layers[0]]
+        rows.append([span(layers), program.plan.render(entry.run_set), program.plan.render(entry.keys), str(cost.run),
+                     str(cost.keys), f"{layer.heads}x{layer.head_size}", f"{layer.kv_heads}x{layer.value_size}",
+                     f"{cost.flops / 1e9:.4g}", byte_size(cost.kv_bytes)])  # fmt: skip
+    lines += table(rows)
+    lines.append(
+        f"total: {sum(c.flops for c in per_layer) / 1e9:.4g} GFLOP, K/V {byte_size(sum(c.kv_bytes for c in per_layer))}"
+    )
+    return "\n".join(lines)
+
+
+def _grouped(program: Program, per_layer: list[LayerCost]) -> list[tuple[list[int], LayerCost]]:
+    def key(c: LayerCost) -> tuple[object, ...]:
+        entry = program.plan.layers[c.index]
+        return entry.run_set, entry.keys, c.flops, c.kv_bytes
+
+    out = []
+    for _, group in groupby(per_layer, key=key):
+        found = list(group)
+        out.append(([c.index for c in found], found[0]))
+    return out
+
+
+def _distinct(layers: tuple[Layer, ...]) -> list[Layer]:
+    return list({(x.heads, x.kv_heads, x.head_size, x.value_size): x for x in layers}.values())
+
+
+def _shape(layer: Layer) -> str:
+    return f"attention: q {layer.heads}x{layer.head_size}, k, v {layer.kv_heads}x{layer.value_size}"

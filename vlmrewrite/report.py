@@ -3,42 +3,15 @@
 from __future__ import annotations
 
 import html
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from vlmrewrite.anatomy import Layer
-from vlmrewrite.census import Census
-from vlmrewrite.plan import Plan
+from vlmrewrite.call import Call
+from vlmrewrite.formatting import byte_size, describe, span, table
+from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.program import LayerCost, Program, costs
-
-if TYPE_CHECKING:
-    from vlmrewrite.session import Session
-    from vlmrewrite.traced import Traced
-
-
-def listing(program: Program) -> str:
-    """The compact, layer-level listing of a program: token sets, shapes, and costs if a call is known."""
-    a = program.anatomy
-    head = f"program: {len(a.layers)} decoder layers, hidden {a.hidden}, {str(a.dtype).removeprefix('torch.')}"
-    if program.call is None:
-        return f"{head}\n{program.plan}\n" + "\n".join(_shape(layer) for layer in _distinct(a.layers))
-    census = program.call.census
-    lines = [f"{head}; {_describe(census)}"]
-    plan = str(program.plan).splitlines()
-    lines += [line for line in plan if not line.startswith("layer")]
-    per_layer = costs(program, census, program.call.past)
-    rows = [["layers", "run on", "attend to", "tokens", "keys", "q", "k, v", "GFLOP", "K/V"]]
-    for layers, cost in _grouped(program, per_layer):
-        entry, layer = program.plan.layers[layers[0]], a.layers[layers[0]]
-        rows.append([_span(layers), program.plan.render(entry.run_set), program.plan.render(entry.keys), str(cost.run),
-                     str(cost.keys), f"{layer.heads}x{layer.head_size}", f"{layer.kv_heads}x{layer.value_size}",
-                     f"{cost.flops / 1e9:.4g}", _bytes(cost.kv_bytes)])  # fmt: skip
-    lines += _table(rows)
-    lines.append(
-        f"total: {sum(c.flops for c in per_layer) / 1e9:.4g} GFLOP, K/V {_bytes(sum(c.kv_bytes for c in per_layer))}"
-    )
-    return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -107,10 +80,10 @@ class Report:
         for _, group in groupby(self.layers, key=lambda x: tuple(x[k] for k in keys)):
             same = list(group)
             x = same[0]
-            rows.append([_span([s["layer"] for s in same]), x["run_on"], str(x["tokens"]), str(x["keys"]),
-                         f"{x['flops'] / 1e9:.4g}", f"{x['flops_before'] / 1e9:.4g}", _bytes(x["kv_bytes"]),
-                         _bytes(x["kv_bytes_before"])])  # fmt: skip
-        return _table(rows)
+            rows.append([span([s["layer"] for s in same]), x["run_on"], str(x["tokens"]), str(x["keys"]),
+                         f"{x['flops'] / 1e9:.4g}", f"{x['flops_before'] / 1e9:.4g}", byte_size(x["kv_bytes"]),
+                         byte_size(x["kv_bytes_before"])])  # fmt: skip
+        return table(rows)
 
     def _by_kernel(self) -> dict[tuple[str, str], list[str]]:
         out: dict[tuple[str, str], list[str]] = {}
@@ -132,28 +105,34 @@ class Report:
             for x in self.layers
         )
         head = "<tr><th>layer</th><th>run on</th><th>tokens</th><th>keys</th></tr>"
-        table = f"<table>{head}{rows}</table>" if rows else ""
-        return f"<pre>{html.escape(str(self))}</pre>{table}"
+        body = f"<table>{head}{rows}</table>" if rows else ""
+        return f"<pre>{html.escape(str(self))}</pre>{body}"
 
 
-def make_report(session: Session, traced: Traced | None) -> Report:
-    """The report of a session; see :func:`vlmrewrite.report`."""
+def make_report(
+    recipe: str,
+    backend: str,
+    passes: Sequence[Pass],
+    *,
+    program: Program | None,
+    call: Call | None,
+    kernels: dict[str, dict[str, Any]],
+    graphs: dict[str, int],
+    seconds: dict[str, float],
+    plain_calls: int,
+) -> Report:
+    """The report of a recipe at work; ``program`` and ``call`` are those of the last call with an image, if any."""
     notes = []
-    if session.plain_calls:
-        notes.append(
-            f"{session.plain_calls} calls without an image (text-only prompts and decode steps) ran unrewritten"
+    if plain_calls:
+        notes.append(f"{plain_calls} calls without an image (text-only prompts and decode steps) ran unrewritten")
+    if program is None or call is None:
+        untried: tuple[dict[str, Any], ...] = tuple(
+            {"name": p.name, "configuration": repr(p), "matched": None, "reason": None} for p in passes
         )
-    limit = {"captured": traced.call.graphs, "limit": traced.call.limit} if traced is not None else {}
-    if session.latest is None:
-        passes: tuple[dict[str, Any], ...] = tuple(
-            {"name": p.name, "configuration": repr(p), "matched": None, "reason": None} for p in session.passes
-        )
-        return Report(session.recipe.name, session.backend, None, passes, graphs=limit, notes=tuple(notes))
-    installed, call = session.latest
-    program = installed.program
+        return Report(recipe, backend, None, untried, graphs=graphs, notes=tuple(notes))
     after = costs(program, call.census, call.past)
     before = costs(_unplanned(program), call.census, call.past)
-    passes = tuple(
+    outcomes = tuple(
         {"name": o.name, "configuration": o.configuration, "matched": o.reason is None, "reason": o.reason}
         for o in program.outcomes
     )
@@ -176,75 +155,21 @@ def make_report(session: Session, traced: Traced | None) -> Report:
     totals = {name: _sum(rows) for name, rows in (("before", before), ("after", after))}
     if totals["after"]["flops"] >= totals["before"]["flops"]:
         notes.append("this recipe saves no FLOPs on the last call")
-    seconds = {**program.seconds}
-    if traced is not None:
-        seconds = {"capture": traced.call.seconds, **seconds}
-    return Report(
-        session.recipe.name,
-        session.backend,
-        str(program.plan),
-        passes,
-        layers,
-        totals,
-        {"summary": _describe(call.census), "rows": len(call.census.text), "length": call.length,
-         "images": list(call.census.images), "past": call.past},
-        installed.lowered.choices,
-        limit,
-        seconds,
-        tuple(notes),
-    )  # fmt: skip
+    summary = {
+        "summary": describe(call.census),
+        "rows": len(call.census.text),
+        "length": call.length,
+        "images": list(call.census.images),
+        "past": call.past,
+    }
+    seconds = {**seconds, **program.seconds}
+    plan = str(program.plan)
+    return Report(recipe, backend, plan, outcomes, layers, totals, summary, kernels, graphs, seconds, tuple(notes))
 
 
 def _unplanned(program: Program) -> Program:
-    from dataclasses import replace
-
     return replace(program, plan=Plan(program.plan.depth))
 
 
 def _sum(rows: list[LayerCost]) -> dict[str, int]:
     return {"flops": sum(r.flops for r in rows), "kv_bytes": sum(r.kv_bytes for r in rows)}
-
-
-def _describe(census: Census) -> str:
-    rows, images = len(census.text), len(census.images)
-    return (
-        f"{rows} row{'s' * (rows != 1)} of {census.length} tokens, {images} image{'s' * (images != 1)},"
-        f" {sum(census.images)} vision tokens" + (", padded" if census.padded else "")
-    )
-
-
-def _grouped(program: Program, per_layer: list[LayerCost]) -> list[tuple[list[int], LayerCost]]:
-    def key(c: LayerCost) -> tuple[object, ...]:
-        entry = program.plan.layers[c.index]
-        return entry.run_set, entry.keys, c.flops, c.kv_bytes
-
-    out = []
-    for _, group in groupby(per_layer, key=key):
-        found = list(group)
-        out.append(([c.index for c in found], found[0]))
-    return out
-
-
-def _distinct(layers: tuple[Layer, ...]) -> list[Layer]:
-    return list({(x.heads, x.kv_heads, x.head_size, x.value_size): x for x in layers}.values())
-
-
-def _shape(layer: Layer) -> str:
-    return f"attention: q {layer.heads}x{layer.head_size}, k, v {layer.kv_heads}x{layer.value_size}"
-
-
-def _span(layers: list[int]) -> str:
-    return str(layers[0]) if len(layers) == 1 else f"{layers[0]}-{layers[-1]}"
-
-
-def _bytes(n: int) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if n < 1024:
-            return f"{n:.4g} {unit}"
-        n /= 1024  # type: ignore[assignment]
-    return f"{n:.4g} GiB"
-
-
-def _table(rows: list[list[str]]) -> list[str]:
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return ["  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]

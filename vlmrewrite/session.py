@@ -22,8 +22,9 @@ from vlmrewrite.lower import Kernels, Lowered, lower
 from vlmrewrite.plan import Pass
 from vlmrewrite.program import Program, rewrite
 from vlmrewrite.recipe import Recipe
+from vlmrewrite.report import Report, make_report
 from vlmrewrite.tokens import All
-from vlmrewrite.traced import Graph, tidy, traced
+from vlmrewrite.traced import TRACED, Graph, tidy, traced
 
 Backend = Literal["auto", "eager", "inductor"]
 
@@ -155,3 +156,19 @@ class Session:
         elif end is not None:
             end = end.repeat_interleave(len(vision) // len(end))
         return Call(vision, padding, self._encoded.lengths, self._call["past"], end, encoder)
+
+    def report(self, model: nn.Module) -> Report:
+        """What was done so far; see :func:`vlmrewrite.report`."""
+        one = TRACED.get(model)
+        installed, call = self.latest if self.latest is not None else (None, None)
+        return make_report(
+            self.recipe.name,
+            self.backend,
+            self.passes,
+            program=None if installed is None else installed.program,
+            call=call,
+            kernels={} if installed is None else installed.lowered.choices,
+            graphs={} if one is None else {"captured": one.call.graphs, "limit": one.call.limit},
+            seconds={} if one is None else {"capture": one.call.seconds},
+            plain_calls=self.plain_calls,
+        )
