@@ -1,37 +1,28 @@
-"""The command line, in process: what it prints, and that every bad input is one line and the exit code 2."""
+"""The command line, in process: what it prints."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from PIL import Image
-from tokenizers import Tokenizer
-from tokenizers.models import WordLevel
-from tokenizers.pre_tokenizers import WhitespaceSplit
+from saved_llava import WORDS, saved_llava
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
     InternVLConfig,
     LlavaConfig,
-    LlavaProcessor,
     Mistral3Config,
     PreTrainedConfig,
-    PreTrainedTokenizerFast,
     SmolVLMConfig,
 )
-from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from typer.testing import CliRunner, Result
 
 from vlmrewrite.cli import app
 from vlmrewrite.inspection import image_tokens
 from vlmrewrite.loading import question, read_processor
 from vlmrewrite.recipe import known_passes, shipped_recipes
-from vlmrewrite.testing.models import FAMILIES, IMAGE, VOCABULARY
-
-WORDS = {f"w{i}": i for i in range(VOCABULARY)}
-SPECIAL = {"<pad>": 0, "<unk>": 1, "<image>": IMAGE}
+from vlmrewrite.testing.models import FAMILIES, IMAGE
 
 
 def run(*arguments: object) -> Result:
@@ -44,46 +35,9 @@ def output(*arguments: object) -> str:
     return done.stdout
 
 
-def refused(*arguments: object) -> list[str]:
-    """The lines on stderr, without their ``error:``."""
-    done = run(*arguments)
-    assert done.exit_code == 2, done.output
-    assert done.stdout == ""
-    lines = done.stderr.splitlines()
-    assert lines
-    assert all(line.startswith("error: ") for line in lines)
-    return [line.removeprefix("error: ") for line in lines]
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny LLaVA with weights and processor, and a picture."""
-    path = tmp_path_factory.mktemp("llava")
-    FAMILIES["llava"]().model.save_pretrained(path)
-    words = Tokenizer(WordLevel({w: i for w, i in WORDS.items() if i not in SPECIAL.values()} | SPECIAL, "<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
-        pad_token="<pad>",
-        unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>"},
-        padding_side="left",
-        model_input_names=["input_ids", "attention_mask"],
-    )
-    pictures = CLIPImageProcessorPil(
-        do_resize=False, size={"shortest_edge": 16}, do_center_crop=False, crop_size={"height": 16, "width": 16}
-    )
-    LlavaProcessor(
-        image_processor=pictures,
-        tokenizer=tokenizer,
-        patch_size=4,
-        vision_feature_select_strategy="default",
-        image_token="<image>",
-        num_additional_image_tokens=1,
-    ).save_pretrained(path)
-    noise = torch.randint(256, (16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    Image.fromarray(noise.numpy()).save(path / "picture.png")
-    return path
+    return saved_llava(tmp_path_factory.mktemp("llava"))
 
 
 def write(path: Path, text: str) -> Path:
@@ -197,12 +151,6 @@ def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     assert any(line.split()[:2] == ["K/V", "MiB"] and line.endswith("÷ 2.22") for line in lines[at + 11 :])
 
 
-def test_inspect_of_a_layer_that_is_not_there(folder: Path, tmp_path: Path) -> None:
-    mine = write(tmp_path / "mine.yaml", "name: mine\npasses:\n- stride: {keep: 8, at: 40}\n")
-    [line] = refused("inspect", folder, "--recipe", mine)
-    assert line.startswith("expected a layer in 0 .. 3 (the decoder has 4), got 40 (in pass Stride(keep=8, at=40)")
-
-
 @pytest.mark.parametrize(
     ("config", "written", "tokens", "source"),
     [
@@ -280,112 +228,3 @@ def test_bench_without_weights_and_with_a_question(folder: Path, tmp_path: Path)
     assert "2 x (64 text tokens, 1 x 4 vision tokens)" in text
     text = output("bench", folder, "--image", folder / "picture.png", "--prompt", "w10 w20", *options)
     assert "prompt w10 w20" in text
-
-
-# ---- bad input
-
-
-@pytest.mark.parametrize(
-    ("config", "message"),
-    [
-        ("{", ": expected JSON: "),
-        ("[1]", ": expected a model's configuration with a 'model_type', got [1] (list)"),
-        ("{}", ": expected a model's configuration with a 'model_type', got one without it"),
-        ('{"model_type": "llama"}', "got model_type 'llama' (str)"),
-        ('{"model_type": "llava_nxt"}', "got model_type 'llava_nxt' (str) (did you mean 'llava_next'?)"),
-        ('{"model_type": "llava", "vision_config": 3}', "the configuration cannot be used: "),
-        ('{"model_type": "llava", "text_config": {"model_type": "llama", "hidden_size": 30}}', " cannot be used: "),
-        ('{"model_type": "qwen2_5_vl"}', "does not say how many tokens an image has"),
-    ],
-)
-def test_configurations_that_are_wrong(config: str, message: str, tmp_path: Path) -> None:
-    file = write(tmp_path / "config.json", config)
-    for path in (tmp_path, file):
-        [line] = refused("inspect", path)
-        assert message in line
-        assert str(file) in line or "--image-tokens" in line
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["inspekt"], "No such command 'inspekt'"),
-        (["inspect"], "Missing argument 'MODEL'"),
-        (["inspect", "{folder}", "--sharp"], "No such option: --sharp"),
-        (["inspect", "nowhere"], "expected a model folder or a config JSON file, got 'nowhere': it does not exist"),
-        (["inspect", "{empty}"], "it holds no config.json"),
-        (["inspect", "{folder}", "--recipe", "sts-129"], "unknown recipe 'sts-129', expected one of "),
-        (["inspect", "{folder}", "--recipe", "a.yaml"], "expected a recipe file, got 'a.yaml', which is not a file"),
-        (["inspect", "{folder}", "--text", "many"], "Invalid value for '--text': "),
-        (["inspect", "{folder}", "--text", "1"], "--text: expected more text tokens than images (1), got 1"),
-        (["inspect", "{folder}", "--images", "0"], "--images: expected at least 1, got 0"),
-        (["inspect", "{folder}", "--rows", "-1"], "--rows: expected at least 1, got -1"),
-        (["inspect", "{folder}", "--image-tokens", "0"], "--image-tokens: expected at least 1, got 0"),
-        (["inspect", "{folder}", "--dtype", "int8"], "Invalid value for '--dtype': "),
-        (["apply", "{folder}", *"--recipe sts-half --prompt p".split()], "Missing option '--image'"),
-        (
-            ["apply", "{folder}", *"--recipe sts-half --prompt p --image no.png".split()],
-            "no.png: expected an image file",
-        ),
-        (
-            ["apply", "{folder}", *"--recipe sts-half --prompt p --image {folder}/config.json".split()],
-            "config.json: expected an image file: cannot identify image file",
-        ),
-        (
-            [
-                "apply",
-                "{folder}",
-                *"--recipe sts-half --image {folder}/picture.png --prompt".split(),
-                "<image> <image>",
-            ],
-            "--prompt: expected 1 times '<image>', or none, got 2",
-        ),
-        (
-            ["apply", "{folder}", *"--recipe sts-half --prompt p --image x --max-new-tokens 0".split()],
-            "--max-new-tokens: expected at least 1, got 0",
-        ),
-        (
-            ["apply", "{bare}", *"--recipe sts-half --prompt p --image {folder}/picture.png".split()],
-            "the processor cannot be used: ",
-        ),
-        (
-            ["apply", "{bare}/config.json", *"--recipe sts-half --prompt p --image {folder}/picture.png".split()],
-            "expected a folder that holds a processor, got a file",
-        ),
-        (["bench", "{bare}", "--recipe", "sts-half"], "expected a folder with weights (*.safetensors or *.bin)"),
-        (["bench", "{broken}", "--recipe", "sts-half"], "its weights cannot be used: "),
-        (["bench", "{folder}", *"--recipe sts-half --recipe sts-half".split()], "expected recipes with names of their"),
-        (["bench", "{folder}", *"--recipe sts-half --repeat 0".split()], "--repeat: expected at least 1, got 0"),
-        (
-            ["bench", "{folder}", *"--recipe sts-half --new-tokens 1".split()],
-            "--new-tokens: expected at least 2, got 1",
-        ),
-        (["bench", "{folder}", *"--recipe sts-half --prompt p".split()], "expected both --image and --prompt, or"),
-        (["bench", "{folder}", *"--recipe sts-half --json no/out.json".split()], "--json: expected a file in a folder"),
-    ],
-    ids=lambda x: " ".join(x) if isinstance(x, list) else "",
-)
-def test_arguments_that_are_wrong(arguments: list[str], message: str, folder: Path, tmp_path: Path) -> None:
-    places = {name: tmp_path / name for name in ("empty", "bare", "broken")}
-    for path in places.values():
-        path.mkdir()
-    for name in ("bare", "broken"):
-        write(places[name] / "config.json", (folder / "config.json").read_text())
-    write(places["broken"] / "model.safetensors", "nothing")
-    [line] = refused(*(a.format(folder=folder, **places) for a in arguments))
-    assert message in line
-
-
-def test_a_recipe_file_with_several_faults_is_one_line_for_each(folder: Path, tmp_path: Path) -> None:
-    mine = write(tmp_path / "mine.yaml", "name: mine\npasses:\n- stride: {keep: 0}\n- strde: {}\nbackend: cuda\n")
-    lines = refused("inspect", folder, "--recipe", mine)
-    assert len(lines) == 3
-    assert all(line.startswith(f"{mine}: ") for line in lines)
-    [line] = refused("inspect", folder, "--recipe", write(tmp_path / "bad.yaml", "name: ["))
-    assert "bad.yaml, line 1, column 8: expected valid YAML" in line
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
-def test_a_gpu_that_is_not_there(folder: Path) -> None:
-    [line] = refused("bench", folder, "--recipe", "sts-half", "--device", "cuda")
-    assert line == "--device cuda: torch sees no GPU here; expected cpu or auto"

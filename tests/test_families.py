@@ -17,7 +17,8 @@ from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row, Side, TinyVLM
 from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
 
-BATCH = [Row(1, 2, 3), Row(2, 0, 4), Row(0, 7, 2)]
+# The second row is long and keeps little: where a set has one length for all rows, dropped tokens fill it up.
+BATCH = [Row(1, 12, 8), Row(2, 0, 3), Row(0, 7, 2)]
 ONE = [Row(2, 1, 3)]
 TEXT = [Row(0, 4, 3), Row(0, 1, 1)]
 DEPTH = 3
@@ -108,21 +109,21 @@ def test_anatomy(tiny: TinyVLM) -> None:
 
 LISTINGS = {
     "llava": """\
-program: 3 decoder layers, hidden 32, float32; 3 rows of 37 tokens, 3 images, 48 vision tokens, padded
+program: 3 decoder layers, hidden 32, float32; 3 rows of 36 tokens, 3 images, 48 vision tokens, padded
 repulsion = Vision.select(repulsion, keep=5) at layer 0
 relevance = repulsion.select(relevance, keep=3) at layer 1
-layers  run on            attend to         tokens  keys  q    k, v  GFLOP      K/V
-0       Text | repulsion  Text | repulsion  15      15    4x8  2x8   0.0009158  5.625 KiB
-1-2     Text | relevance  Text | relevance  11      11    4x8  2x8   0.0006547  4.125 KiB
-total: 0.002225 GFLOP, K/V 13.88 KiB""",
+layers  run on            attend to         tokens  keys  q    k, v  GFLOP     K/V
+0       Text | repulsion  Text | repulsion  25      25    4x8  2x8   0.001622  9.375 KiB
+1-2     Text | relevance  Text | relevance  23      23    4x8  2x8   0.001475  8.625 KiB
+total: 0.004572 GFLOP, K/V 26.62 KiB""",
     "gemma3": """\
-program: 3 decoder layers, hidden 32, float32; 3 rows of 27 tokens, 3 images, 27 vision tokens, padded
+program: 3 decoder layers, hidden 32, float32; 3 rows of 31 tokens, 3 images, 27 vision tokens, padded
 repulsion = Vision.select(repulsion, keep=5) at layer 0
 relevance = repulsion.select(relevance, keep=3) at layer 1
-layers  run on            attend to         tokens  keys  q    k, v  GFLOP      K/V
-0       Text | repulsion  Text | repulsion  19      19    4x8  2x8   0.001189   7.125 KiB
-1-2     Text | relevance  Text | relevance  15      15    4x8  2x8   0.0009158  5.625 KiB
-total: 0.003021 GFLOP, K/V 18.38 KiB""",
+layers  run on            attend to         tokens  keys  q    k, v  GFLOP     K/V
+0       Text | repulsion  Text | repulsion  27      27    4x8  2x8   0.001773  10.12 KiB
+1-2     Text | relevance  Text | relevance  25      25    4x8  2x8   0.001622  9.375 KiB
+total: 0.005018 GFLOP, K/V 28.88 KiB""",
 }
 
 
@@ -138,12 +139,12 @@ def test_listing(tiny: TinyVLM) -> None:
 @recipes
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_forward_agrees_with_the_oracle(tiny: TinyVLM, recipe: list[Any], side: Side) -> None:
-    forward_agreement(tiny.model, tiny.inputs(BATCH, side=side, seed=1), recipe).check()
+    forward_agreement(tiny.model, tiny.inputs(BATCH, side=side, seed=2), recipe).check()
 
 
 @recipes
 def test_generation_agrees_with_the_oracle(tiny: TinyVLM, recipe: list[Any]) -> None:
-    inputs = tiny.inputs(BATCH, seed=2)
+    inputs = tiny.inputs(BATCH, seed=3)
     agreement = generation_agreement(tiny.model, inputs, recipe, new_tokens=5)
     agreement.check()
     assert agreement.kv_lengths == [n + 4 for n in _lengths(tiny, inputs, recipe)]

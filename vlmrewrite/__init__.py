@@ -1,11 +1,13 @@
 """vlmrewrite: a compiler for the vision tokens of vision-language models.
 
-import vlmrewrite as vr
+    import vlmrewrite as vr
 
-vr.apply(model, "sts-128")
-model.generate(**inputs)
-print(vr.report(model))
-vr.restore(model)
+    vr.apply(model, "sts-128")
+    model.generate(**inputs)
+    print(vr.report(model))
+    vr.restore(model)
+
+Everything else is in the README.
 """
 
 from vlmrewrite.install import Stage, applied, apply, kept_tokens, report, restore, verify

@@ -25,8 +25,12 @@ def admit(model: Any) -> int:
     _check_kind(model)
     config = model.config
     if not hasattr(model.base_model, "get_image_features"):
+        what = "a text-only model"
+        if hasattr(config, "vision_config"):
+            what = "a model whose images are not tokens of its text stream"
         raise ValueError(
-            f"{type(model).__name__} has no get_image_features: it is a text-only model; expected a vision-language one"
+            f"{type(model).__name__} has no get_image_features: it is {what}; expected a vision-language model that"
+            " encodes images to tokens"
         )
     if getattr(config, "image_token_id", None) is None:
         raise ValueError(

@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import inspect
 import json
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -208,18 +209,27 @@ def traced_prompt(model: Any, shape: Shape) -> tuple[Program, dict[str, Any]]:
         ValueError: the model is not one that can be rewritten.
         RuntimeError: its forward could not be captured.
     """
-    refusals = {}
+    refusals: dict[str, str] = {}
     for as_list, form in ((True, "one tensor for each image"), (False, "one tensor")):
         inputs = prompt_inputs(model, shape, as_list=as_list)
         try:
             program = trace(model, inputs)
         except RuntimeError as e:
-            refusals[form] = " ".join(str(e).split())[:300]
+            refusals.setdefault(_cause(e), form)
             continue
         call = Call(shape.vision(), None, [shape.image_tokens] * (shape.rows * shape.images))
         return replace(program, call=call), inputs
-    reasons = "; ".join(f"with its image features as {form}: {reason}" for form, reason in refusals.items())
-    raise RuntimeError(f"{type(model).__name__} could not be captured {reasons}")
+    reasons = " -- and ".join(f"with its image features as {form}: {cause}" for cause, form in refusals.items())
+    raise RuntimeError(f"no made-up prompt of {type(model).__name__} could be captured {reasons}")
+
+
+def _cause(error: RuntimeError) -> str:
+    """What Dynamo says first, its details, and the innermost source line, of the many lines in its message."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    details = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug context: ")]
+    places = re.findall(r'File "(?:[^"]*/)?([^"/]+)", line (\d+)', str(error))
+    at = [f"({places[-1][0]}, line {places[-1][1]})"] if places else []
+    return " ".join([*lines[:1], *details[:1], *at])
 
 
 def summary(program: Program) -> dict[str, Any]:
