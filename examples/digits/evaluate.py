@@ -1,7 +1,7 @@
 """What pruning costs: accuracy, FLOPs and K/V bytes of the digits model under three ways to drop vision tokens.
 
-    cd examples && python -m digits.evaluate                       # 500 held-out questions
-    cd examples && python -m digits.evaluate -n 100 --json out.json
+    python -m examples.digits.evaluate                       # from the root of the repository: 500 held-out questions
+    python -m examples.digits.evaluate -n 100 --json out.json
 
 Every method keeps 1/2, 1/4 and 1/8 of the 144 vision tokens, averaged over the decoder layers: STS keeps one and a
 half times that share in the first half of the layers and half of it in the second, Random and Stride keep that share in

@@ -93,7 +93,7 @@ def build_processor() -> LlavaProcessor:
     words = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     words.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
-    tokenizer = PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=words,
         pad_token="<pad>",
         bos_token="<bos>",
@@ -111,7 +111,7 @@ def build_processor() -> LlavaProcessor:
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
-    return LlavaProcessor(  # type: ignore[no-untyped-call]
+    return LlavaProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=PATCH,
@@ -131,7 +131,7 @@ def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
 def load(folder: Path = CHECKPOINT) -> tuple[Any, Any]:
     """The saved model in fp32, in evaluation mode, and its processor."""
     model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=torch.float32)
-    return model.eval(), AutoProcessor.from_pretrained(folder)  # type: ignore[no-untyped-call]
+    return model.eval(), AutoProcessor.from_pretrained(folder)
 
 
 def encode(processor: Any, records: Sequence[HeldOut]) -> Any:

@@ -1,8 +1,8 @@
-"""Train the digits model from scratch on a CPU, in one go, and save it in fp16.
+"""Train the digits model from scratch on a CPU, in one command, and save it in fp16.
 
-    cd examples && python -m digits.train                                   # about an hour on two cores
-    cd examples && python -m digits.train --resume                          # go on after an interruption
-    cd examples && python -m digits.train --steps 9 --out /tmp/smoke --scratch /tmp/smoke-scratch    # does it run?
+    python -m examples.digits.train                         # from the root of the repository; resumable
+    python -m examples.digits.train --resume                # go on after an interruption
+    python -m examples.digits.train --steps 9 --out /tmp/smoke --scratch /tmp/smoke-scratch       # does it run?
 
 Three stages, each with AdamW, warm-up and a cosine:
   A  the vision tower alone learns to name digit, colour and size of the scan under each patch;
@@ -27,6 +27,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers.models.clip.modeling_clip import CLIPEncoderLayer
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from .model import CHECKPOINT, WIDTH, answers, build_model, load, save
 from .questions import BOS, CELLS, COLOR_NAMES, DIGITS, EOS, KINDS, QUESTION_WORDS, VOCABULARY
@@ -72,7 +74,7 @@ class Stage:
 STAGES = (
     Stage("A", steps=1300, learning_rate=1.5e-3, warmup=100, scenes=64, dense=0.8),
     Stage("P", steps=500, learning_rate=1e-3, warmup=50, scenes=64, dense=0.8, align=1.0),
-    Stage("B", steps=3000, learning_rate=1.2e-3, warmup=150, scenes=32, questions=16, easy=0.15, patch=0.5, align=0.1,
+    Stage("B", steps=2400, learning_rate=1.2e-3, warmup=150, scenes=32, questions=16, easy=0.15, patch=0.5, align=0.1,
           answer=1.0, tower_rate=0.3),
 )  # fmt: skip
 
@@ -239,7 +241,8 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         if step % 50 == 0 or step == stage.steps:
             log(stage=stage.name, step=step, minutes=round((time.monotonic() - began) / 60, 2), **mean)
         if step % 250 == 0 or step == stage.steps:
-            log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16))
+            with torch.compiler.set_stance("force_eager"):  # another batch size, not worth compiling for
+                log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16))
             state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "mean": mean}
             state |= {"rng": sampler.rng.bit_generator.state, "minutes": (time.monotonic() - began) / 60}
             torch.save(state, snapshot)
@@ -265,6 +268,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast (for CPUs without bf16 instructions)")
+    parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
     parser.add_argument("--steps", type=int, help="at most so many steps a stage")
     parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the final evaluation")
     args = parser.parse_args()
@@ -276,7 +280,12 @@ def main() -> None:
         for old in args.scratch.glob("stage-*.pt"):
             old.unlink()
     log, learner, minutes = Log(args.out / "train_log.jsonl", args.resume), Learner(), 0.0
-    log(parameters=sum(p.numel() for p in learner.model.parameters()), seed=args.seed, bf16=not args.fp32)
+    if args.compile:
+        for module in learner.modules():
+            if isinstance(module, (CLIPEncoderLayer, LlamaDecoderLayer)):
+                module.compile(dynamic=False)
+    parameters = sum(p.numel() for p in learner.model.parameters())
+    log(parameters=parameters, seed=args.seed, bf16=not args.fp32, resume=args.resume)
     for i, stage in enumerate(STAGES):
         stage = replace(stage, steps=min(stage.steps, args.steps or stage.steps))
         minutes = run_stage(learner, stage, args.seed + 100 * (i + 1), not args.fp32, args.scratch, log, minutes)

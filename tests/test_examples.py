@@ -1,0 +1,58 @@
+"""Every example runs, on the bundled weights."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+CHECKPOINT = EXAMPLES / "digits" / "checkpoint"
+
+
+def run(*arguments: object) -> str:
+    command = [sys.executable, *map(str, arguments)]
+    done = subprocess.run(command, cwd=EXAMPLES, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_demo(tmp_path):
+    picture = tmp_path / "demo.png"
+    text = run("demo.py", "--image", picture)
+    assert "unmodified" in text
+    assert "sts-half" in text
+    assert "FLOPs ÷" in text
+    assert picture.stat().st_size > 10_000
+
+
+def test_evaluate(tmp_path):
+    text = run("-m", "digits.evaluate", "-n", 40, "--batch", 40, "--json", tmp_path / "out.json")
+    assert all(name in text for name in ("unmodified", "STS", "Random", "Stride", "1/8"))
+
+
+def test_train_runs(tmp_path):
+    run("-m", "digits.train", "--steps", 2, "--questions", 12, "--out", tmp_path / "out", "--scratch", tmp_path / "s")
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_the_bundled_model_is_small_and_unmodified_classes_load_it():
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    assert sum(f.stat().st_size for f in CHECKPOINT.iterdir()) < 10_000_000
+    model = AutoModelForImageTextToText.from_pretrained(CHECKPOINT)
+    assert type(model).__module__ == "transformers.models.llava.modeling_llava"
+    assert model.config.text_config.num_hidden_layers >= 6
+    assert model.config.image_seq_length >= 144
+    processor = AutoProcessor.from_pretrained(CHECKPOINT)
+    assert processor.tokenizer.convert_tokens_to_ids("<image>") == model.config.image_token_id
+
+
+@pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-16x1024"])
+def test_configurations_can_be_read(name):
+    from vlmrewrite.inspection import read_config
+
+    config, _ = read_config(EXAMPLES / "configs" / f"{name}.json")
+    assert config.image_seq_length == 576
