@@ -37,6 +37,8 @@ def admit(model: Any) -> int:
             f"the config of {type(model).__name__} has no image_token_id (image_token_index): expected a model whose"
             " images stand as tokens in the text"
         )
+    if not hasattr(model, "generate"):
+        raise ValueError(f"{type(model).__name__} has no generate(): expected the model with its language-model head")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{type(model).__name__} is an encoder-decoder: there are no vision tokens in its decoder's stream"

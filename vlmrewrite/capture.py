@@ -156,7 +156,6 @@ class TracedCall:
     def __init__(self, forward: Callable[..., Any], on_graph: Callable[..., Callable[..., Any]]) -> None:
         self.graphs = 0
         self.seconds = 0.0
-        self.limit = max(LIMIT, int(torch._dynamo.config.recompile_limit))
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             self.graphs += 1
@@ -168,6 +167,11 @@ class TracedCall:
         self._compiled = torch.compile(entry, backend=backend, fullgraph=True, dynamic=True)
         self._forward = forward
         self._begun = 0.0
+
+    @property
+    def limit(self) -> int:
+        """How many graphs there may be; torch._dynamo.config.recompile_limit raises it."""
+        return max(LIMIT, int(torch._dynamo.config.recompile_limit))
 
     def __call__(
         self, model: torch.nn.Module, cache: PositionCache, features: Tensor, as_list: bool, kwargs: dict[str, Any]

@@ -141,7 +141,11 @@ class Session:
         assert self._encoded is not None
         vision = installed.vision(*inputs)
         mask = self._call["mask"]
-        padding = mask[:, -vision.shape[1] :].bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+        padding = (
+            mask[:, -vision.shape[1] :].bool().to(vision.device)
+            if isinstance(mask, Tensor) and mask.dim() == 2
+            else None
+        )
         encoder = None
         if self.wants_encoder and self.encoder.missing is None:
             encoder = self.encoder.of(self._encoded)
