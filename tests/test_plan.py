@@ -96,6 +96,13 @@ def test_narrowing_reaches_what_a_layer_attends_to():
     assert plan.layers[1].run_set == Text
 
 
+def test_narrowing_that_would_not_reach_a_later_layer():
+    plan = Plan(4)
+    plan.layer(2).run_on(Text)
+    with pytest.raises(ValueError, match="layer 3 uses All, which is wider than what is left at layer 2, Nothing"):
+        plan.narrow(SOME, 3, at=2)
+
+
 def test_algebra():
     a, b = Vision.select(SOME, 3), Vision.select(SOME, 0.5)
     assert Text | Vision == All

@@ -19,6 +19,7 @@ from vlmrewrite.tokens import (
     Text,
     TokenSet,
     Vision,
+    contains,
     has_text,
     intersection,
     selections,
@@ -127,7 +128,7 @@ class Plan:
             the vision tokens that are left, the same set as before if ``keep`` is 1.0.
 
         Raises:
-            ValueError: there is no such layer.
+            ValueError: there is no such layer, or a later layer uses vision tokens that are not left at this one.
         """
         layer = layer_index(at, self.depth)
         left = self.vision(layer)
@@ -138,6 +139,12 @@ class Plan:
             entry.run_set = _narrowed(entry.run_set, left, chosen)
             if entry.attend_set is not None:
                 entry.attend_set = _narrowed(entry.attend_set, left, chosen)
+            for s in (entry.run_set, entry.keys):
+                if not contains(chosen, intersection(Vision, s)):
+                    raise ValueError(
+                        f"layer {entry.index} uses {s}, which is wider than what is left at layer {layer}, {left}: a"
+                        " selection there would not reach it"
+                    )
         return chosen
 
     def sets(self) -> list[TokenSet]:
