@@ -1,7 +1,7 @@
 """A small vision-language model with half of its vision tokens: the same questions, asked twice.
 
     python examples/demo.py                         # writes demo.png
-    python examples/demo.py --seed 7 --recipe dpvr --image /tmp/scene.png
+    python examples/demo.py --seed 7 --recipe stride-half --image scene.png
 
 Draws a scene of held-out scanned digits, asks the model of ``examples/digits`` some questions about it, applies the
 recipe in place, asks again, and draws which vision tokens each stage of the decoder has worked on.

@@ -22,11 +22,11 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def llava() -> TinyVLM:
     return FAMILIES["llava"]()
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def llava_qwen2() -> TinyVLM:
     return FAMILIES["llava_qwen2"]()

@@ -8,6 +8,7 @@ cache carries. Decoding needs nothing else: the cache already holds what each la
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 import time
 import types
@@ -32,6 +33,7 @@ LIMIT = 24
 """Graphs of one model before giving up: with or without gradient, padding, a past, one row or more, one logit or all
 make different graphs, so that Dynamo's default of 8 is soon used up."""
 
+_OURS = ("past_key_values", "use_cache", "mm_encoder_outputs", "return_dict")
 _UNSUPPORTED = ("s_aux", "position_bias", "output_attentions")
 _running = threading.local()
 
@@ -167,6 +169,12 @@ class TracedCall:
         self._compiled = torch.compile(entry, backend=backend, fullgraph=True, dynamic=True)
         self._forward = forward
         self._begun = 0.0
+        # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
+        self._absent = {
+            name: None
+            for name, p in inspect.signature(forward).parameters.items()
+            if p.default is None and name not in _OURS
+        }
 
     @property
     def limit(self) -> int:
@@ -180,7 +188,7 @@ class TracedCall:
         with tracing_options(), torch._dynamo.config.patch(recompile_limit=self.limit):
             self._begun = time.perf_counter()
             try:
-                return self._compiled(self._forward, model, cache, features, as_list, kwargs)
+                return self._compiled(self._forward, model, cache, features, as_list, self._absent | kwargs)
             except torch._dynamo.exc.FailOnRecompileLimitHit as e:
                 raise RuntimeError(
                     f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"

@@ -2,7 +2,7 @@
 
     python -m examples.digits.train                         # from the root of the repository; resumable
     python -m examples.digits.train --resume                # go on after an interruption
-    python -m examples.digits.train --steps 9 --out /tmp/smoke --scratch /tmp/smoke-scratch       # does it run?
+    python -m examples.digits.train --steps 9 --out smoke --scratch smoke-scratch       # does it run?
 
 Three stages, each with AdamW, warm-up and a cosine:
   A  the vision tower alone learns to name digit, colour and size of the scan under each patch;
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -263,7 +264,9 @@ def main() -> None:
     """Run the stages, save, and measure what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the finished model")
-    parser.add_argument("--scratch", type=Path, default=Path("/tmp/digits_scratch"), help="folder of snapshots")
+    parser.add_argument(
+        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "digits", help="folder of snapshots"
+    )
     parser.add_argument("--resume", action="store_true", help="go on from the snapshots in the scratch folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
