@@ -70,7 +70,6 @@ class Anatomy:
         layers: the decoder layers in order.
         length: the symbolic (or constant) size of the token axis.
         batch: the size of the batch axis.
-        mask: the padding bits or 4-D masks that attention nodes take, one a layer, or None.
         dtype: of the stream.
     """
 

@@ -41,7 +41,10 @@ class PositionLayer(CacheLayerMixin):
             )
         else:
             grown: dict[int, tuple[Tensor | None, Tensor]] = kwargs["grown"]
-            _, pos = grown.setdefault(id(self.positions), (self.positions, self._grow(key_states, t)))
+            key = id(self.positions)
+            if key not in grown:
+                grown[key] = self.positions, self._grow(key_states, t)
+            pos = grown[key][1]
             if self.keys is None or self.values is None:
                 self.keys, self.values = key_states, value_states
             else:
@@ -85,7 +88,7 @@ class PositionLayer(CacheLayerMixin):
             return
         self.seen = max(0, self.seen + tokens_to_remove)
         left = self.positions.masked_fill(self.positions >= self.seen, -1)
-        length = int((left >= 0).sum(1).max()) if self.holes is False else _used(left)
+        length = _used(left)
         self.keys, self.values = self.keys[:, :, :length], self.values[:, :, :length]
         self.positions = left[:, :length]
         self.holes = self.holes or bool((self.positions < 0).any())

@@ -210,13 +210,7 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     Raises:
         ValueError: no recipe is applied, or there was no such call yet.
     """
-    session = _session(model)
-    if session.latest is None:
-        raise ValueError("no call with an image was made since the recipe was applied")
-    installed, call = session.latest
-    program = installed.program
-    assert program.rewritten is not None
-    chosen = dict(zip(program.rewritten.selections, session.chosen, strict=True))
+    program, call, chosen = _session(model).last()
     stages: dict[TokenSet, list[int]] = {}
     for entry in program.plan.layers:
         stages.setdefault(entry.run_set, []).append(entry.index)
@@ -232,27 +226,19 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
     Args:
         total: length of the logical sequence; default: that of the call.
     """
-    session = _session(model)
-    if session.latest is None:
-        raise ValueError("no call with an image was made since the recipe was applied")
-    installed, call = session.latest
-    assert installed.program.rewritten is not None
-    chosen = dict(zip(installed.program.rewritten.selections, session.chosen, strict=True))
+    program, call, chosen = _session(model).last()
     more = (total or call.length) - call.length
 
     def mask(s: TokenSet) -> Tensor:
         return torch.nn.functional.pad(call.members(s, chosen), (0, more), value=True)
 
-    return [LayerMasks(mask(e.run_set), mask(e.keys)) for e in installed.program.plan.layers]
+    return [LayerMasks(mask(e.run_set), mask(e.keys)) for e in program.plan.layers]
 
 
 def planned_lengths(model: nn.Module) -> list[int]:
     """Keys that each layer should have added to the cache in the last call with an image, by the plan alone."""
-    session = _session(model)
-    if session.latest is None:
-        raise ValueError("no call with an image was made since the recipe was applied")
-    installed, call = session.latest
-    return [call.census.size(entry.keys) for entry in installed.program.plan.layers]
+    program, call, _ = _session(model).last()
+    return [call.census.size(entry.keys) for entry in program.plan.layers]
 
 
 @torch.no_grad()

@@ -10,6 +10,7 @@ import torch
 import torch.fx
 
 from vlmrewrite import dialect
+from vlmrewrite.tokenwise import writes
 
 Kernels = Literal["auto", "reference", "triton"]
 
@@ -60,19 +61,13 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto") -> Lowered:
             _split_attention(graph, node, masks)
         else:
             node.target = reference
-    graph.eliminate_dead_code(is_impure_node=_has_effect)
+    graph.eliminate_dead_code(is_impure_node=writes)
     graph.lint()
     why = "plain PyTorch: this version has no other kernels"
     return Lowered(
         torch.fx.GraphModule(gm, graph),
         {name: {"nodes": n, "kernel": "reference", "why": why} for name, n in sorted(counts.items())},
     )
-
-
-def _has_effect(node: torch.fx.Node) -> bool:
-    from vlmrewrite.tokenwise import writes
-
-    return writes(node)
 
 
 def _fold_first_append(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

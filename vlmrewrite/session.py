@@ -23,7 +23,7 @@ from vlmrewrite.plan import Pass
 from vlmrewrite.program import Program, rewrite
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report, make_report
-from vlmrewrite.tokens import All
+from vlmrewrite.tokens import All, Selection
 from vlmrewrite.traced import TRACED, Graph, tidy, traced
 
 Backend = Literal["auto", "eager", "inductor"]
@@ -55,6 +55,18 @@ class Session:
         self.undo: list[Callable[[], Any]] = []
         self.encoder = EncoderFeatures(cast(nn.Module, weakref.proxy(model)))
         self.wants_encoder = any(getattr(p, "features", None) == "encoder" for p in self.passes)
+
+    def last(self) -> tuple[Program, Call, dict[Selection, Tensor]]:
+        """Program and call of the last call with an image, and what each selection chose in it.
+
+        Raises:
+            ValueError: there was none yet.
+        """
+        if self.latest is None:
+            raise ValueError("no call with an image was made since the recipe was applied")
+        program, call = self.latest[0].program, self.latest[1]
+        assert program.rewritten is not None
+        return program, call, dict(zip(program.rewritten.selections, self.chosen, strict=True))
 
     # ---- one forward
 
