@@ -12,7 +12,7 @@ import vlmrewrite as vr
 from vlmrewrite.cache import PositionCache
 from vlmrewrite.install import layer_masks
 from vlmrewrite.passes import STS, Random, Stride
-from vlmrewrite.testing.agreement import extended, generation_agreement
+from vlmrewrite.testing.agreement import extended, forward_agreement, generation_agreement
 from vlmrewrite.testing.models import Row
 from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
 
@@ -244,3 +244,10 @@ def test_assisted_decoding(llava):
         expected = model.generate(**inputs, **GREEDY)
         got = model.generate(**inputs, **GREEDY, prompt_lookup_num_tokens=2)
     assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("rows", [[Row(1, 2, 0)], [Row(2, 0, 0), Row(0, 1, 3), Row(1, 4, 2)]])
+def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(llava, rows):
+    for passes in ([STS(keep=3, refine=1, at=2)], [Stride(keep=20), Random(keep=1, at=3)]):
+        generation_agreement(llava.model, llava.inputs(rows), passes).check()
+        forward_agreement(llava.model, llava.inputs(rows, side="right"), passes).check()

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
+
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmrewrite.call import Call
 from vlmrewrite.census import Census
 from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.plan import Plan
@@ -96,10 +100,29 @@ def test_narrowing_reaches_what_a_layer_attends_to():
     assert plan.layers[1].run_set == Text
 
 
-def test_narrowing_that_would_not_reach_a_later_layer():
+def test_narrowing_keeps_the_kind_of_each_layer():
+    plan = Plan(5)
+    plan.layer(1).run_on(Text)
+    plan.layer(2).run_on(Text).attend_to(All)
+    plan.layer(3).run_on(Text | Image(0))
+    plan.narrow(SOME, 3, at=1)
+    assert str(plan) == (
+        "some = Vision.select(some, keep=3) at layer 1\n"
+        "layer 0        run_on All\n"
+        "layer 1        run_on Text\n"
+        "layer 2        run_on Text, attend_to Text | some\n"
+        "layer 3        run_on Text | (Image(0) & some)\n"
+        "layer 4        run_on Text | some"
+    )
+
+
+def test_narrowing_where_nothing_is_left():
     plan = Plan(4)
     plan.layer(2).run_on(Text)
-    with pytest.raises(ValueError, match="layer 3 uses All, which is wider than what is left at layer 2, Nothing"):
+    plan.layer(3).run_on(Text)
+    assert plan.exhausted(1) is None
+    assert plan.exhausted(0.5) == "an earlier pass leaves no vision tokens from layer 2 on"
+    with pytest.raises(ValueError, match="nothing to select from: an earlier pass leaves no vision tokens from layer"):
         plan.narrow(SOME, 3, at=2)
 
 
@@ -115,6 +138,15 @@ def test_algebra():
     assert Text & (Text | a) == Text
     assert a - Text == a
     assert a | Nothing == a
+    assert All - Image(0) == Text | (Vision - Image(0))
+    assert (Text | a) - b == Text | (a - b)
+    assert (Text | a) & (Text | b) == Text | (a & b)
+    assert Image(0) & Image(1) == Nothing
+    assert (Vision - a) & a == Nothing
+    assert contains(Text, Last)
+    assert Last - Text == Nothing
+    with pytest.raises(ValueError, match="Text - Last would drop the last prompt token"):
+        Text - Last
     assert str((a | b) - Image(0)) == "(Vision.some(0.5, at=0) | Vision.some(3, at=0)) - Image(0)"
     assert contains(Vision, Image(1))
     assert contains(a, a.select(SOME, 1))
@@ -122,11 +154,11 @@ def test_algebra():
     assert substitute(Text | a, Vision, b) == Text | b.select(SOME, 3)
 
 
-@pytest.mark.parametrize("tokens", [Vision, Image(0), Vision.select(SOME, 2), Nothing])
+@pytest.mark.parametrize("tokens", [Vision, Last, Image(0), Vision.select(SOME, 2), Nothing])
 def test_layers_always_run_on_text(tokens):
-    with pytest.raises(ValueError, match="run_on expects a set with the text tokens"):
+    with pytest.raises(ValueError, match="run_on expects a set with all text tokens"):
         Plan(1).layer(0).run_on(tokens)
-    with pytest.raises(ValueError, match="attend_to expects a set with the text tokens"):
+    with pytest.raises(ValueError, match="attend_to expects a set with all text tokens"):
         Plan(1).layer(0).attend_to(tokens)
 
 
@@ -169,3 +201,43 @@ def test_a_fraction_keeps_at_least_one(keep, n):
     census = Census(n + 1, (1,), (n,), (0,), (0,), False)
     kept = census.per_image(Vision.select(SOME, keep))[0][0]
     assert kept == min(n, keep if isinstance(keep, int) else max(1, round(keep * n)))
+
+
+def sets():
+    leaves = st.sampled_from([All, Text, Vision, Nothing, Image(0), Image(1), A, B])
+    pairs = st.sampled_from([operator.or_, operator.and_, operator.sub])
+    return st.recursive(leaves, lambda inner: st.builds(lambda f, a, b: f(a, b), pairs, inner, inner), max_leaves=8)
+
+
+A, B = Vision.select(SOME, 2), Image(0).select(SOME, 3)
+VISION = torch.tensor([[0, 1, 1, 1, 0, 1, 1, 0, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1]], dtype=torch.bool)
+PADDING = torch.tensor([[1] * 9, [0] * 2 + [1] * 7], dtype=torch.bool)
+CALL = Call(VISION, PADDING, [3, 2, 6])
+CHOSEN = {
+    A: torch.tensor([1, 0, 1, 1, 1, 0, 0, 1, 1, 0, 0], dtype=torch.bool),
+    B: torch.tensor([1, 1, 1, 0, 0, 0, 0, 1, 1, 1, 0], dtype=torch.bool),
+}
+
+
+@given(sets(), sets(), st.sampled_from([operator.or_, operator.and_, operator.sub]))
+def test_algebra_token_by_token(a, b, combine):
+    ma, mb = CALL.members(a, CHOSEN), CALL.members(b, CHOSEN)
+    pairwise = {operator.or_: ma | mb, operator.and_: ma & mb, operator.sub: ma & ~mb}[combine]
+    got = CALL.members(combine(a, b), CHOSEN)
+    real = PADDING.clone()
+    real[1, -1] = False  # a last token that is vision counts as text and as vision
+    assert torch.equal(got & real, pairwise & real)
+    assert contains(a | b, a)
+    assert contains(a, a & b)
+    if contains(a, b):
+        assert not ((mb & ~ma) & real).any()
+
+
+@given(sets())
+def test_counts_are_upper_bounds_and_exact_where_they_say_so(s):
+    member = CALL.members(s, CHOSEN) & (PADDING | (s == All))
+    (rows, exact), counted = CALL.census.per_row(s), member.sum(1).tolist()
+    if s == All:
+        return
+    assert all(n >= m for n, m in zip(rows, counted, strict=True))
+    assert not exact or list(rows) == counted

@@ -77,8 +77,9 @@ class Call:
 
     @cached_property
     def text(self) -> Tensor:
-        """Tokens that are neither vision nor padding, bool [B, T]."""
-        return ~self.vision if self.padding is None else ~self.vision & self.padding
+        """Tokens that are neither vision nor padding, bool [B, T]; a last prompt token that is vision is among them."""
+        text = ~self.vision if self.padding is None else ~self.vision & self.padding
+        return text.scatter(1, self.last, self.last_valid)
 
     @cached_property
     def census(self) -> Census:
@@ -91,6 +92,7 @@ class Call:
             rows=tuple(rows),
             ordinals=tuple(rows[:i].count(row) for i, row in enumerate(rows)),
             padded=self.padding is not None,
+            overlap=bool(self.vision.gather(1, self.last).any()),
         )
 
     @cached_property

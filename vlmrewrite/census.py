@@ -13,11 +13,12 @@ from vlmrewrite.tokens import (
     Nothing,
     Pair,
     Selection,
-    Text,
     TokenSet,
     Union,
     Vision,
+    contains,
     has_text,
+    vision_part,
 )
 
 
@@ -32,6 +33,7 @@ class Census:
         rows: the row of each image.
         ordinals: number of each image within its row.
         padded: whether any row has padding.
+        overlap: whether a row's last prompt token is a vision token, and so counts as text too.
     """
 
     length: int
@@ -40,12 +42,14 @@ class Census:
     rows: tuple[int, ...]
     ordinals: tuple[int, ...]
     padded: bool
+    overlap: bool = False
 
     def per_image(self, s: TokenSet) -> tuple[tuple[int, ...], bool]:
         """Members among each image's tokens, and whether that is exact or an upper bound."""
-        if s in (All, Vision):
+        s = vision_part(s)
+        if s == Vision:
             return self.images, True
-        if s in (Text, Nothing, Last):
+        if s == Nothing:
             return tuple(0 for _ in self.images), True
         if isinstance(s, Image):
             return tuple(n if o == s.index else 0 for n, o in zip(self.images, self.ordinals, strict=True)), True
@@ -57,11 +61,12 @@ class Census:
         (a, exact_a), (b, exact_b) = self.per_image(s.left), self.per_image(s.right)
         if isinstance(s, Union):
             apart = not any(a) or not any(b)
-            return tuple(
-                min(x + y, n) for x, y, n in zip(a, b, self.images, strict=True)
-            ), apart and exact_a and exact_b
+            both = tuple(min(x + y, n) for x, y, n in zip(a, b, self.images, strict=True))
+            return both, apart and exact_a and exact_b
         if isinstance(s, Intersection):
             return tuple(min(x, y) for x, y in zip(a, b, strict=True)), not any(a) or not any(b)
+        if exact_a and exact_b and contains(s.left, s.right):
+            return tuple(x - y for x, y in zip(a, b, strict=True)), True
         return a, exact_a and not any(b)
 
     def per_row(self, s: TokenSet) -> tuple[tuple[int, ...], bool]:
@@ -71,10 +76,11 @@ class Census:
         if s == All:
             return tuple(self.length for _ in self.text), True
         images, exact = self.per_image(s)
+        exact = exact and not (self.overlap and has_text(s) and any(images))
         rows = list(self.text) if has_text(s) else [0] * len(self.text)
         for row, n in zip(self.rows, images, strict=True):
             rows[row] += n
-        return tuple(rows), exact
+        return tuple(min(n, self.length) for n in rows), exact
 
     def size(self, s: TokenSet) -> int:
         """n: length of the set's index, the same for all rows."""

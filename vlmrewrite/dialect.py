@@ -181,6 +181,7 @@ def attention_received(
     q_pos: Tensor,
     k_pos: Tensor,
     scale: float | None,
+    softcap: float | None,
     index: Tensor,
     valid: Tensor,
     flat: Tensor,
@@ -201,12 +202,59 @@ def attention_received(
     """
     scores = q.float() @ _repeat(k, q.shape[1]).float().transpose(2, 3)
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
     seen = visible(mask, q_pos, k_pos, False)
     assert seen is not None
     bias = seen if seen.dtype != torch.bool else torch.zeros_like(scores).masked_fill(~seen, float("-inf"))
     weights = (scores + bias).softmax(-1).mean(1)[:, 0, k.shape[2] - index.shape[1] :]
     full = weights.new_zeros(index.shape[0], length).scatter(1, index, weights.masked_fill(~valid, 0.0))
     return full.flatten()[flat]
+
+
+def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    """The loop of a policy that looks at each image for itself.
+
+    Args:
+        member, lengths, keep: what the policy was given, see :class:`vlmrewrite.tokens.Policy`.
+        choose: called as ``choose(left, k, i)`` for image ``i`` with the tokens that are left of it, int64 [m],
+            ascending indices into F, and how many to choose, 1 <= k <= m; returns positions in ``left``, int64 [k].
+
+    Returns:
+        the chosen tokens, bool [F].
+    """
+    chosen, start = torch.zeros_like(member), 0
+    for i, (n, k) in enumerate(zip(lengths.tolist(), keep.tolist(), strict=True)):
+        left = start + member[start : start + n].nonzero()[:, 0]
+        k = min(k, len(left))
+        if k:
+            chosen[left[choose(left, k, i)]] = True
+        start += n
+    return chosen
+
+
+def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name: str) -> Tensor:
+    """What a policy chose, if that is what it was asked for.
+
+    Args:
+        chosen: bool [F]. member, lengths, keep: what the policy was given, see :class:`vlmrewrite.tokens.Policy`.
+        name: of the policy.
+
+    Raises:
+        ValueError: it is not bool [F], holds tokens that were not there to choose, or more than ``keep`` of an image.
+    """
+    if chosen.dtype != torch.bool or chosen.shape != member.shape:
+        raise ValueError(
+            f"policy {name!r} returned {str(chosen.dtype).removeprefix('torch.')} {tuple(chosen.shape)}; expected bool"
+            f" {tuple(member.shape)}"
+        )
+    image = torch.arange(len(lengths)).repeat_interleave(lengths).to(chosen.device)
+    counts = torch.zeros(len(lengths), dtype=torch.int64, device=chosen.device).index_add(0, image, chosen.long()).cpu()
+    if bool((counts > keep).any()) or bool((chosen & ~member).any()):
+        raise ValueError(
+            f"policy {name!r} chose {counts.tolist()} tokens of the images; expected at most {keep.tolist()}, and only"
+            " tokens that are left"
+        )
+    return chosen
 
 
 def member(text: Tensor | None, vision: Tensor | None, chosen: Tensor | None) -> Tensor:
@@ -236,11 +284,14 @@ def define(schema: str, reference: Callable[..., object], fake: Callable[..., ob
     _library.impl(name, reference, "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd")
     if fake is not None:
         torch.library.register_fake(f"vlm::{name}", fake, lib=_library)
+        OPAQUE.add(getattr(torch.ops.vlm, name).default)
     REFERENCES[getattr(torch.ops.vlm, name).default] = reference
 
 
 REFERENCES: dict[object, Callable[..., object]] = {}
 """Operator -> the Python function that defines it."""
+OPAQUE: set[object] = set()
+"""The operators that tracing does not see through."""
 
 
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
@@ -288,8 +339,14 @@ define("restore(Tensor full, Tensor part, Tensor index, Tensor valid) -> Tensor"
 define("positions(Tensor index, Tensor valid, SymInt past) -> Tensor", positions)
 define("member(Tensor? text, Tensor? vision, Tensor? chosen) -> Tensor", member)
 define(
-    "attention_received(Tensor q, Tensor k, Tensor? mask, Tensor q_pos, Tensor k_pos, float? scale, Tensor index,"
-    " Tensor valid, Tensor flat, SymInt length) -> Tensor",
+    "checked(Tensor chosen, Tensor member, Tensor lengths, Tensor keep, str name) -> Tensor",
+    lambda *args: checked(*args).clone(),
+    lambda chosen, *_: torch.empty_like(chosen),
+)
+REFERENCES[torch.ops.vlm.checked.default] = checked
+define(
+    "attention_received(Tensor q, Tensor k, Tensor? mask, Tensor q_pos, Tensor k_pos, float? scale,"
+    " float? softcap, Tensor index, Tensor valid, Tensor flat, SymInt length) -> Tensor",
     attention_received,
 )
 

@@ -21,8 +21,8 @@ from vlmrewrite.tokens import (
     TokenSet,
     Union,
     Vision,
-    has_text,
-    intersection,
+    text_part,
+    vision_part,
 )
 
 vlm = torch.ops.vlm
@@ -100,10 +100,10 @@ class SetEmitter:
 
     def membership(self, s: TokenSet) -> tuple[Node | None, Node | None, Node | None]:
         """What ``vlm::member`` takes: text tokens, vision mask, and which vision tokens."""
-        text = self.extra("text") if has_text(s) else None
-        if has_text(s) and intersection(Text, s) != Text:
+        text = self.extra("text") if text_part(s) == Text else None
+        if text_part(s) == Last:
             raise ValueError(f"the text part of {s} is neither all text nor none")
-        vision = intersection(Vision, s)
+        vision = vision_part(s)
         if vision == Nothing:
             return text, None, None
         return text, self.vision, self.which(vision)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -102,9 +102,9 @@ class _Legalizer(SetEmitter):
             "attention": lambda: self._attention(union(Text, s.source)),
         }
         inputs = [supply[need]() for need in s.policy.needs]
-        self.chosen[s] = self.call(
-            s.policy.op, *inputs, member, self.extra("lengths"), self.extra("keep", s), *s.policy.options
-        )
+        given = member, self.extra("lengths"), self.extra("keep", s)
+        chosen = self.call(s.policy.op, *inputs, *given, *s.policy.options)
+        self.chosen[s] = self.call(vlm.checked.default, chosen, *given, s.policy.name)
 
     def _features(self) -> Node:
         node = self.env[self.old.merged_features]
@@ -122,9 +122,9 @@ class _Legalizer(SetEmitter):
             assert append is not None
             k = self.call(torch.cat, [self._arg(append, 0), k], 2)
             positions = self.call(torch.cat, [self._arg(append, 2), positions], 1)
-        mask, scale = self._maybe(layer.attention.args[3]), layer.attention.args[6]
+        mask, scale, softcap = self._maybe(layer.attention.args[3]), layer.attention.args[6], layer.attention.args[8]
         return self.call(
-            vlm.attention_received.default, q, k, mask, self.set(Last).positions, positions, scale,
+            vlm.attention_received.default, q, k, mask, self.set(Last).positions, positions, scale, softcap,
             now.index, now.valid, self.extra("flat"), self.extra("length"),
         )  # fmt: skip
 
@@ -211,6 +211,12 @@ class _Legalizer(SetEmitter):
             return node
         if node.op == "call_method" and node.target in _VIEWS:
             return self._copy(node, s)
+        shape = cast(Tensor, x).shape
+        if at == 0 or not (same(shape[0], self.old.batch) or same(shape[0], 1)):
+            raise ValueError(
+                f"{where(node)}, which layer {self.layer.index} reads, has shape {tuple(shape)}; expected tokens behind"
+                " a batch axis"
+            )
         new = self.call(vlm.select.default, node, self.set(s).index, at)
         self.typed[new] = s
         return new

@@ -8,23 +8,25 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field
+from functools import reduce
 from itertools import groupby
 from typing import ClassVar, Protocol, runtime_checkable
 
 from vlmrewrite.budget import Budget, Depth, layer_index
 from vlmrewrite.tokens import (
     All,
+    Nothing,
     Policy,
     Selection,
     Text,
     TokenSet,
-    Vision,
     contains,
-    has_text,
     intersection,
     selections,
     substitute,
+    text_part,
     union,
+    vision_part,
 )
 
 
@@ -66,10 +68,10 @@ class LayerPlan:
         """Compute this layer for ``tokens`` only.
 
         Raises:
-            ValueError: the set has no text tokens.
+            ValueError: the set does not hold all text tokens.
         """
-        if not has_text(tokens):
-            raise ValueError(f"layer {self.index}: run_on expects a set with the text tokens, got {tokens}")
+        if text_part(tokens) != Text:
+            raise ValueError(f"layer {self.index}: run_on expects a set with all text tokens, got {tokens}")
         self.run_set = tokens
         return self
 
@@ -77,10 +79,10 @@ class LayerPlan:
         """Let this layer's queries see the keys of ``tokens`` only; they need not be tokens that it runs on.
 
         Raises:
-            ValueError: the set has no text tokens.
+            ValueError: the set does not hold all text tokens.
         """
-        if not has_text(tokens):
-            raise ValueError(f"layer {self.index}: attend_to expects a set with the text tokens, got {tokens}")
+        if text_part(tokens) != Text:
+            raise ValueError(f"layer {self.index}: attend_to expects a set with all text tokens, got {tokens}")
         self.attend_set = None if tokens == self.run_set else tokens
         return self
 
@@ -116,35 +118,39 @@ class Plan:
         return self.layers[layer_index(at, self.depth)]
 
     def vision(self, at: Depth = 0) -> TokenSet:
-        """The vision tokens that are left where layer ``at`` begins."""
-        return intersection(Vision, self.layer(at).run_set)
+        """The vision tokens that layer ``at`` or a later one still runs on or attends to."""
+        later = self.layers[layer_index(at, self.depth) :]
+        return reduce(union, (vision_part(s) for entry in later for s in (entry.run_set, entry.keys)))
+
+    def exhausted(self, at: Depth = 0) -> str | None:
+        """The reason to refuse a pass that wants vision tokens from layer ``at`` on where none are left, or None."""
+        if self.vision(at) != Nothing:
+            return None
+        return f"an earlier pass leaves no vision tokens from layer {layer_index(at, self.depth)} on"
 
     def narrow(self, policy: Policy, keep: Budget, at: Depth = 0) -> TokenSet:
         """From layer ``at`` on, go on with ``keep`` vision tokens of each image, chosen by ``policy`` of what is left.
 
+        Layers keep their kind: one that runs on text alone still does, one that attends to more than it runs on too.
         Selections that an earlier pass made at deeper layers then choose from these.
 
         Returns:
             the vision tokens that are left, the same set as before if ``keep`` is 1.0.
 
         Raises:
-            ValueError: there is no such layer, or a later layer uses vision tokens that are not left at this one.
+            ValueError: there is no such layer, or no vision tokens are left there (see :meth:`exhausted`).
         """
         layer = layer_index(at, self.depth)
         left = self.vision(layer)
+        if left == Nothing:
+            raise ValueError(f"nothing to select from: {self.exhausted(layer)}")
         if isinstance(keep, float) and keep == 1.0:
             return left
         chosen = left.select(policy, keep, at=layer)
         for entry in self.layers[layer:]:
             entry.run_set = _narrowed(entry.run_set, left, chosen)
             if entry.attend_set is not None:
-                entry.attend_set = _narrowed(entry.attend_set, left, chosen)
-            for s in (entry.run_set, entry.keys):
-                if not contains(chosen, intersection(Vision, s)):
-                    raise ValueError(
-                        f"layer {entry.index} uses {s}, which is wider than what is left at layer {layer}, {left}: a"
-                        " selection there would not reach it"
-                    )
+                entry.attend_to(_narrowed(entry.attend_set, left, chosen))
         return chosen
 
     def sets(self) -> list[TokenSet]:
@@ -195,5 +201,5 @@ class Plan:
 
 
 def _narrowed(s: TokenSet, left: TokenSet, chosen: TokenSet) -> TokenSet:
-    vision = intersection(Vision, s)
-    return union(intersection(Text, s), chosen if vision == left else substitute(vision, left, chosen))
+    vision = substitute(vision_part(s), left, chosen)
+    return union(text_part(s), vision if contains(chosen, vision) else intersection(vision, chosen))

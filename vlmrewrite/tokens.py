@@ -1,7 +1,7 @@
 """Token sets: what a pass may say about which tokens, as small immutable expressions.
 
-A set has a text part (all text tokens or none) and a vision part, an expression over the vision tokens. At run time
-it is a boolean membership and a sorted index [B, n] into the logical sequence.
+A set has a text part (all text tokens, the last one, or none) and a vision part, an expression over the vision tokens,
+which operators keep apart. At run time it is a boolean membership and a sorted index [B, n] into the sequence.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ class _All(TokenSet):
 
 @dataclass(frozen=True)
 class _Text(TokenSet):
-    """Every token that is neither vision nor padding."""
+    """Every token that is neither vision nor padding, and the last prompt token whatever it is."""
 
     def __str__(self) -> str:
         return "Text"
@@ -165,73 +165,122 @@ def _inner(s: TokenSet) -> str:
     return f"({s})" if isinstance(s, Pair) else str(s)
 
 
+_TEXTS = (Nothing, Last, Text)
+
+
+def text_part(s: TokenSet) -> TokenSet:
+    """The text tokens of a set: Text, Last or Nothing."""
+    if isinstance(s, Union):
+        return max(text_part(s.left), text_part(s.right), key=_TEXTS.index)
+    return Text if s == All else s if s in _TEXTS else Nothing
+
+
+def vision_part(s: TokenSet) -> TokenSet:
+    """The vision tokens of a set, as an expression over vision tokens alone."""
+    if isinstance(s, Union):
+        return _either(vision_part(s.left), vision_part(s.right))
+    return Vision if s == All else Nothing if s in _TEXTS else s
+
+
+def _joined(text: TokenSet, vision: TokenSet) -> TokenSet:
+    if Nothing in (text, vision):
+        return vision if text == Nothing else text
+    return All if (text, vision) == (Text, Vision) else Union(text, vision)
+
+
 def union(a: TokenSet, b: TokenSet) -> TokenSet:
-    """``a | b``, simplified."""
-    if contains(a, b):
-        return a
-    if contains(b, a):
-        return b
-    if {a, b} == {Text, Vision}:
-        return All
-    return Union(*sorted((a, b), key=lambda s: (not has_text(s), str(s))))
+    """``a | b``, simplified to a text part and a vision part."""
+    text = max(text_part(a), text_part(b), key=_TEXTS.index)
+    return _joined(text, _either(vision_part(a), vision_part(b)))
 
 
 def intersection(a: TokenSet, b: TokenSet) -> TokenSet:
-    """``a & b``, simplified."""
-    if contains(a, b):
-        return b
-    if contains(b, a):
-        return a
-    if {a, b} == {Text, Vision}:
-        return Nothing
-    if b in (Text, Vision):
-        a, b = b, a
-    if a in (Text, Vision) and isinstance(b, Union):
-        return union(intersection(a, b.left), intersection(a, b.right))
-    if (a == Text and not has_text(b)) or (b == Text and not has_text(a)):
-        return Nothing
-    return Intersection(a, b)
+    """``a & b``, simplified to a text part and a vision part."""
+    text = min(text_part(a), text_part(b), key=_TEXTS.index)
+    return _joined(text, _both(vision_part(a), vision_part(b)))
 
 
 def difference(a: TokenSet, b: TokenSet) -> TokenSet:
-    """``a - b``, simplified."""
-    if contains(b, a):
-        return Nothing
-    if a == All and b in (Text, Vision):
-        return Vision if b == Text else Text
-    if intersection(a, b) == Nothing:
+    """``a - b``, simplified to a text part and a vision part.
+
+    Raises:
+        ValueError: the text without its last token is asked for, which no layer could do anything with.
+    """
+    text, less = text_part(a), text_part(b)
+    if text == Text and less == Last:
+        raise ValueError(f"{a} - {b} would drop the last prompt token; expected all text or none to be taken away")
+    return _joined(Nothing if less != Nothing else text, _without(vision_part(a), vision_part(b)))
+
+
+def _either(a: TokenSet, b: TokenSet) -> TokenSet:
+    if _within(b, a):
         return a
-    return Difference(a, b)
+    if _within(a, b):
+        return b
+    return Union(*sorted((a, b), key=str))
+
+
+def _both(a: TokenSet, b: TokenSet) -> TokenSet:
+    if _within(b, a):
+        return b
+    if _within(a, b):
+        return a
+    return Nothing if _disjoint(a, b) else Intersection(a, b)
+
+
+def _without(a: TokenSet, b: TokenSet) -> TokenSet:
+    if _within(a, b):
+        return Nothing
+    return a if _disjoint(a, b) else Difference(a, b)
+
+
+def _within(b: TokenSet, a: TokenSet) -> bool:
+    """Whether vision set ``b`` is part of vision set ``a``, as far as the expressions alone tell."""
+    if a in (b, Vision) or b == Nothing:
+        return True
+    if isinstance(b, Union):
+        return _within(b.left, a) and _within(b.right, a)
+    if isinstance(a, Union) and (_within(b, a.left) or _within(b, a.right)):
+        return True
+    if isinstance(a, Intersection) and _within(b, a.left) and _within(b, a.right):
+        return True
+    if isinstance(a, Difference) and _within(b, a.left) and _disjoint(b, a.right):
+        return True
+    if isinstance(b, Selection):
+        return _within(b.source, a)
+    if isinstance(b, Intersection):
+        return _within(b.left, a) or _within(b.right, a)
+    return isinstance(b, Difference) and _within(b.left, a)
+
+
+def _disjoint(a: TokenSet, b: TokenSet) -> bool:
+    """Whether two vision sets have no token in common, as far as the expressions alone tell."""
+    if Nothing in (a, b):
+        return True
+    if isinstance(a, Image) and isinstance(b, Image):
+        return a.index != b.index
+    for x, y in ((a, b), (b, a)):
+        if isinstance(x, Selection) and _disjoint(x.source, y):
+            return True
+        if isinstance(x, Union) and _disjoint(x.left, y) and _disjoint(x.right, y):
+            return True
+        if isinstance(x, Intersection) and (_disjoint(x.left, y) or _disjoint(x.right, y)):
+            return True
+        if isinstance(x, Difference) and (_disjoint(x.left, y) or _within(y, x.right)):
+            return True
+    return False
 
 
 def contains(a: TokenSet, b: TokenSet) -> bool:
     """Whether every token of ``b`` is one of ``a``, as far as the expressions alone tell."""
-    if a in (b, All) or b == Nothing:
+    if a in (b, All):
         return True
-    if isinstance(b, Union):
-        return contains(a, b.left) and contains(a, b.right)
-    if isinstance(a, Union):
-        return contains(a.left, b) or contains(a.right, b)
-    if isinstance(b, Selection):
-        return contains(a, b.source)
-    if isinstance(b, Image):
-        return a == Vision
-    if isinstance(b, Intersection):
-        return contains(a, b.left) or contains(a, b.right)
-    if isinstance(b, Difference):
-        return contains(a, b.left)
-    return False
+    return _TEXTS.index(text_part(a)) >= _TEXTS.index(text_part(b)) and _within(vision_part(b), vision_part(a))
 
 
 def has_text(s: TokenSet) -> bool:
-    """Whether the set may hold text tokens."""
-    if isinstance(s, Intersection):
-        return has_text(s.left) and has_text(s.right)
-    if isinstance(s, Difference):
-        return has_text(s.left) and not contains(s.right, Text)
-    if isinstance(s, Pair):
-        return has_text(s.left) or has_text(s.right)
-    return s in (All, Text, Last)
+    """Whether the set holds text tokens."""
+    return text_part(s) != Nothing
 
 
 def substitute(s: TokenSet, old: TokenSet, new: TokenSet) -> TokenSet:
