@@ -10,7 +10,8 @@
 Everything else is in the README.
 """
 
-from vlmrewrite.install import Stage, applied, apply, kept_tokens, report, restore, verify
+from vlmrewrite.checkpoint import load_blocks, save_blocks
+from vlmrewrite.install import Stage, applied, apply, calibrate, kept_tokens, report, restore, verify
 from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.program import Program, rewrite
 from vlmrewrite.recipe import Recipe
@@ -27,10 +28,13 @@ __all__ = [
     "Stage",
     "applied",
     "apply",
+    "calibrate",
     "kept_tokens",
+    "load_blocks",
     "report",
     "restore",
     "rewrite",
+    "save_blocks",
     "trace",
     "verify",
 ]

@@ -31,9 +31,10 @@ class Layer:
         entry, exit: residual stream before and after, [B, T, H].
         attention: its ``vlm::attention`` node; its arguments q, k, v.
         append: its ``vlm::kv_append`` node, or None without a cache.
+        middle: residual stream between the attention half and the MLP half, or None where they are parallel.
         heads, kv_heads, head_size, value_size: of the attention.
-        q_flops, k_flops, rest_flops: matmul FLOPs per token of the slice that only the queries need, that the keys and
-            values need, and of what follows the attention.
+        queries, keys, values, behind: the linear maps that these need, and those that follow the attention, with
+            their matmul FLOPs per token. A fused projection stands in several of them.
         kv_bytes: cache bytes per token.
     """
 
@@ -42,20 +43,30 @@ class Layer:
     exit: Node
     attention: Node
     append: Node | None
+    middle: Node | None
     region: frozenset[Node]
     heads: int
     kv_heads: int
     head_size: int
     value_size: int
-    q_flops: int
-    k_flops: int
-    rest_flops: int
+    queries: dict[Node, int]
+    keys: dict[Node, int]
+    values: dict[Node, int]
+    behind: dict[Node, int]
     kv_bytes: int
 
-    def flops(self, batch: int, run: int, keys: int, past: int = 0) -> int:
-        """Matmul FLOPs of the layer for ``run`` query tokens and ``keys`` new key tokens a row."""
-        pairs = 2 * self.heads * run * (keys + past) * (self.head_size + self.value_size)
-        return batch * (run * (self.q_flops + self.rest_flops) + keys * self.k_flops + pairs)
+    def second_half(self) -> frozenset[Node]:
+        """The nodes between ``middle`` and ``exit``."""
+        assert self.middle is not None
+        return frozenset((reachable([self.middle]) & needed([self.exit], {self.middle})) & self.region)
+
+    def attention_flops(self, queries: int, keys: int) -> int:
+        """Matmul FLOPs of one row's attention."""
+        return 2 * self.heads * queries * keys * (self.head_size + self.value_size)
+
+    def scoring_flops(self, keys: int) -> int:
+        """Matmul FLOPs of scoring one row's keys by one query token."""
+        return 2 * self.heads * keys * self.head_size
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class Anatomy:
         length: the symbolic (or constant) size of the token axis.
         batch: the size of the batch axis.
         dtype: of the stream.
+        logits: which of the graph's outputs holds the logits (or the last hidden state).
     """
 
     features: Node
@@ -82,6 +94,7 @@ class Anatomy:
     batch: object
     hidden: int
     dtype: torch.dtype
+    logits: int
 
     @property
     def exit(self) -> Node:
@@ -173,7 +186,9 @@ def analyse(gm: torch.fx.GraphModule) -> Anatomy:
     logits = _logits(output, attentions, after, length)
     chain = _dominators(merge, logits, after)
     layers = _layers(chain, attentions, merge, after, length)
-    return Anatomy(features, merged, merge, vision, layers, length, batch, int(hidden), stream.dtype)
+    outputs = output.args[0]
+    at = next(i for i, n in enumerate(outputs) if n is logits) if isinstance(outputs, (list, tuple)) else 0
+    return Anatomy(features, merged, merge, vision, layers, length, batch, int(hidden), stream.dtype, at)
 
 
 def _features(gm: torch.fx.GraphModule) -> Node:
@@ -264,11 +279,13 @@ def _layers(
                 f"attention nodes {i} and {i + 1} hang on the same point of the residual stream, {where(entries[i])}:"
                 " parallel decoder streams are not recognised"
             )
-        out.append(_layer(i, entries[i], end, node, length))
+        behind = reachable([node])
+        inner = [n for n in adds if depth[entries[i]] < depth[n] < depth[end] and n in behind]
+        out.append(_layer(i, entries[i], end, inner[0] if inner else None, node, length))
     return tuple(out)
 
 
-def _layer(index: int, entry: Node, exit: Node, attention: Node, length: object) -> Layer:
+def _layer(index: int, entry: Node, exit: Node, middle: Node | None, attention: Node, length: object) -> Layer:
     q, k, v = (attention.args[i] for i in range(3))
     assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
     append = k.args[0] if k.target is operator.getitem and isinstance(k.args[0], Node) else None
@@ -279,8 +296,7 @@ def _layer(index: int, entry: Node, exit: Node, attention: Node, length: object)
     new_k, new_v = (append.args[3], append.args[4]) if append is not None else (k, v)
     assert isinstance(new_k, Node) and isinstance(new_v, Node)
     q_slice = needed([q], {entry}) & region
-    k_slice = needed([new_k, new_v], {entry}) & region
-    rest = region - q_slice - k_slice
+    k_slice, v_slice = (needed([x], {entry}) & region for x in (new_k, new_v))
     qx, kx, vx = value(q), value(new_k), value(new_v)
     assert isinstance(qx, Tensor) and isinstance(kx, Tensor) and isinstance(vx, Tensor)
     return Layer(
@@ -289,28 +305,26 @@ def _layer(index: int, entry: Node, exit: Node, attention: Node, length: object)
         exit=exit,
         attention=attention,
         append=append,
+        middle=middle,
         region=frozenset(region),
         heads=int(qx.shape[1]),
         kv_heads=int(kx.shape[1]),
         head_size=int(qx.shape[-1]),
         value_size=int(vx.shape[-1]),
-        q_flops=_matmul_flops(q_slice),
-        k_flops=_matmul_flops(k_slice),
-        rest_flops=_matmul_flops(rest),
+        queries=_linear_maps(q_slice),
+        keys=_linear_maps(k_slice),
+        values=_linear_maps(v_slice),
+        behind=_linear_maps(region - q_slice - k_slice - v_slice),
         kv_bytes=int(kx.shape[1]) * (int(qx.shape[-1]) + int(vx.shape[-1])) * kx.element_size(),
     )
 
 
-def _matmul_flops(nodes: set[Node]) -> int:
-    """FLOPs per token of the linear maps among the nodes."""
-    total = 0
+def _linear_maps(nodes: set[Node]) -> dict[Node, int]:
+    """The linear maps among the nodes, with their matmul FLOPs per token."""
+    found = {}
     for n in nodes:
-        if n.target is torch.nn.functional.linear or n.target is torch._C._nn.linear:
-            weight = value(n.args[1]) if isinstance(n.args[1], Node) else None
-            assert isinstance(weight, Tensor)
-            total += 2 * weight.shape[0] * weight.shape[1]
-        elif n.target in (torch.matmul, operator.matmul, "matmul"):
+        if n.target in (torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, operator.matmul, "matmul"):
             weight = value(n.args[1]) if isinstance(n.args[1], Node) else None
             if isinstance(weight, Tensor) and weight.dim() == 2:
-                total += 2 * int(weight.shape[0]) * int(weight.shape[1])
-    return total
+                found[n] = 2 * int(weight.shape[0]) * int(weight.shape[1])
+    return found

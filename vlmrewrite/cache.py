@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -135,6 +137,19 @@ class PositionCache(Cache):
         taken.__init__()  # type: ignore[misc]
         return taken
 
+    @classmethod
+    @contextlib.contextmanager
+    def taking_over(cls, cache: Cache) -> Iterator[PositionCache]:
+        """:meth:`take_over`, undone if the block fails."""
+        kind, state = type(cache), dict(cache.__dict__)
+        try:
+            yield cls.take_over(cache)
+        except BaseException:
+            cache.__class__ = kind
+            cache.__dict__.clear()
+            cache.__dict__.update(state)
+            raise
+
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
@@ -196,6 +211,18 @@ class PositionCache(Cache):
         """Number of keys each layer holds."""
         layers: list[Any] = self.layers
         return [0 if layer.keys is None else layer.keys.shape[2] for layer in layers]
+
+    def holes(self) -> bool:
+        """Whether any layer may have empty slots."""
+        layers: list[Any] = self.layers
+        return any(layer.holes for layer in layers)
+
+    def contiguous(self) -> None:
+        """Lay keys and values out in one way only: what is compiled for one layout is compiled again for another."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            if layer.keys is not None:
+                layer.keys, layer.values = layer.keys.contiguous(), layer.values.contiguous()
 
     def kv_bytes(self) -> int:
         """Bytes of keys and values held."""

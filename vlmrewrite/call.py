@@ -40,6 +40,7 @@ class Call:
         past: logical length of the cache before the call.
         prompt_end: column of each row's last prompt token, int64 [B], or None: the last real token.
         encoder_features: what the projector took, [F, C'], or None.
+        grid: rows and columns of each image's tokens, int64 [I, 2] on the CPU, or None; see :mod:`vlmrewrite.grid`.
     """
 
     vision: Tensor
@@ -48,6 +49,7 @@ class Call:
     past: int = 0
     prompt_end: Tensor | None = None
     encoder_features: Tensor | None = None
+    grid: Tensor | None = None
 
     def __post_init__(self) -> None:
         found, given = int(self.vision.sum()), sum(self.feature_lengths)
@@ -114,6 +116,11 @@ class Call:
     def vision_tokens(self) -> Tensor:
         """All True, bool [F]."""
         return torch.ones_like(self.flat, dtype=torch.bool)
+
+    @cached_property
+    def with_images(self) -> Tensor:
+        """Rows that have an image, bool [B]."""
+        return self.vision.any(1)
 
     @cached_property
     def last(self) -> Tensor:

@@ -12,6 +12,7 @@ import inspect
 import threading
 import time
 import types
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -153,20 +154,33 @@ def attention_swapped(model: torch.nn.Module, name: str = IMPLEMENTATION) -> Ite
 
 
 class TracedCall:
-    """A model's forward behind Dynamo: ``on_graph(gm)`` gets each new graph and returns the callable to run for it."""
+    """A model's forward behind Dynamo: ``on_graph(gm)`` gets each new graph and returns the callable to run for it.
 
-    def __init__(self, forward: Callable[..., Any], on_graph: Callable[..., Callable[..., Any]]) -> None:
+    Args:
+        forward: the model's own.
+        entry: :func:`with_images` or :func:`without_images`, called with ``forward`` and what a call is given.
+        on_graph: held weakly if it is a method, as Dynamo never forgets a backend, nor what the backend holds.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], entry: Callable[..., Any], on_graph: Callable[..., Callable[..., Any]]
+    ) -> None:
         self.graphs = 0
         self.seconds = 0.0
+        me, told = weakref.ref(self), weakref.WeakMethod(on_graph) if inspect.ismethod(on_graph) else lambda: on_graph
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            self.graphs += 1
-            self.seconds += time.perf_counter() - self._begun
-            return on_graph(gm)
+            call, tell = me(), told()
+            assert call is not None and tell is not None
+            call.graphs += 1
+            call.seconds += time.perf_counter() - call._begun
+            return tell(gm)
 
         # A code object of its own: Dynamo counts recompiles per code object, and models must not share the limit.
-        entry = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "vlmrewrite_entry")
-        self._compiled = torch.compile(entry, backend=backend, fullgraph=True, dynamic=True)
+        own = types.FunctionType(entry.__code__.replace(), entry.__globals__, f"vlmrewrite_{entry.__name__}")
+        self._compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True)
+        # What Dynamo made of a code object keeps it alive, by way of the module's globals.
+        weakref.finalize(self, torch._dynamo.reset_code, own.__code__).atexit = False
         self._forward = forward
         self._begun = 0.0
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
@@ -181,14 +195,12 @@ class TracedCall:
         """How many graphs there may be; torch._dynamo.config.recompile_limit raises it."""
         return max(LIMIT, int(torch._dynamo.config.recompile_limit))
 
-    def __call__(
-        self, model: torch.nn.Module, cache: PositionCache, features: Tensor, as_list: bool, kwargs: dict[str, Any]
-    ) -> Any:
-        """Run (and trace if new) the forward with images encoded: features [F, C], or [I, N, C] if not ``as_list``."""
+    def __call__(self, model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any], *more: Any) -> Any:
+        """Run (and trace if new) the forward; ``more`` is what the entry takes beside the forward's own arguments."""
         with tracing_options(), torch._dynamo.config.patch(recompile_limit=self.limit):
             self._begun = time.perf_counter()
             try:
-                return self._compiled(self._forward, model, cache, features, as_list, self._absent | kwargs)
+                return self._compiled(self._forward, model, cache, self._absent | kwargs, *more)
             except torch._dynamo.exc.FailOnRecompileLimitHit as e:
                 raise RuntimeError(
                     f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
@@ -200,18 +212,26 @@ class TracedCall:
                 ) from e
 
 
-def _entry(
+def with_images(
     forward: Callable[..., Any],
     model: torch.nn.Module,
     cache: PositionCache,
+    kwargs: dict[str, Any],
     features: Tensor,
     as_list: bool,
-    kwargs: dict[str, Any],
 ) -> Any:
+    """A forward whose images are encoded: features [F, C], or [I, N, C] if not ``as_list``."""
     image = BaseModelOutputWithPooling(pooler_output=[features] if as_list else features)  # type: ignore[arg-type]
     return forward(
         model, past_key_values=cache, use_cache=True, mm_encoder_outputs={"image": image}, return_dict=True, **kwargs
     )
+
+
+def without_images(
+    forward: Callable[..., Any], model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any]
+) -> Any:
+    """A forward of text: a decode step, or a prompt without an image."""
+    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
 
 
 @contextlib.contextmanager

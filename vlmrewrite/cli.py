@@ -75,15 +75,40 @@ def passes(as_json: AsJson = False) -> None:
 def inspect(
     model: Model,
     recipe: Annotated[str | None, typer.Option(help="What to plan: a shipped recipe's name or a YAML file.")] = None,
-    text: Annotated[int, typer.Option(help="Text tokens in each row of a made-up prompt.")] = 64,
-    images: Annotated[int, typer.Option(help="Images in each row.")] = 1,
-    rows: Annotated[int, typer.Option(help="Rows of the batch.")] = 1,
+    text: Annotated[int | None, typer.Option(help="Text tokens in each row of a made-up prompt [64].")] = None,
+    images: Annotated[int | None, typer.Option(help="Images in each row [1].")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the batch [1].")] = None,
     image_tokens: ImageTokens = None,
-    dtype: Annotated[Literal["float32", "bfloat16", "float16"], typer.Option(help="Of weights and K/V.")] = "bfloat16",
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of weights and K/V [bfloat16; with --profile float32 on a CPU, else the config's]."),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure what vision tokens do in each layer, with weights and images.")
+    ] = False,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file to profile; may be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Question about all images, or one for each, in their order.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the profile into this file.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to profile [auto: the GPU if there is one].")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show a model's layers and what a recipe would do to them, without weights: tokens, FLOPs and K/V bytes."""
+    """Show a model's layers and what a recipe would do to them, without weights: tokens, FLOPs and K/V bytes.
+
+    With --profile: measure on images, layer by layer, the attention that text pays to them, cosines between hidden
+    states before and after, and the change of the next token's distribution (KL) when vision is frozen or hidden there.
+    """
+    made_up = {"text": text, "images": images, "rows": rows, "image_tokens": image_tokens}
+    if profile:
+        _unset({"recipe": recipe} | made_up, "--profile without")
+        _profile(model, image or [], prompt or [], plot, device or "auto", dtype or "auto", as_json)
+        return
+    _unset({"image": image, "prompt": prompt, "plot": plot, "device": device}, "--profile with")
     chosen = None if recipe is None else _recipe(recipe)
+    dtype = dtype or "bfloat16"
     import torch
 
     from vlmrewrite import catalogue
@@ -91,7 +116,8 @@ def inspect(
     from vlmrewrite.program import rewrite
 
     config, written = read_config(model)
-    shape, source = _shape(config, written, image_tokens, {"text": text, "images": images, "rows": rows})
+    counts = {name: n for name, n in made_up.items() if n is not None}
+    shape, source = _shape(config, written, counts.pop("image_tokens", None), counts)
     built = skeleton(config, getattr(torch, dtype), config_file(model))
     program, _ = traced_prompt(built, shape)
     planned = program if chosen is None else rewrite(program, chosen.passes)
@@ -113,6 +139,34 @@ def inspect(
         before, after = (found["totals"][when][key] / unit for when in ("before", "after"))
         table.append([label, f"{before:.4g}", f"{after:.4g}", f"÷ {before / after:.2f}"])
     print_table(["prefill", "unmodified", chosen.name, "ratio"], table)
+
+
+def _profile(
+    model: Path, images: list[Path], prompts: list[str], plot: Path | None, device: str, dtype: str, as_json: bool
+) -> None:
+    """Measure and print a model's profile."""
+    if not images or not prompts:
+        raise ValueError("--profile: expected --image and --prompt")
+    from vlmrewrite.inspection import profile_folder
+    from vlmrewrite.layerwise import check_plot
+
+    if plot is not None:
+        check_plot(plot)
+    with _progress() as progress:
+        task = progress.add_task("load")
+
+        def show(text: str, done: int, total: int) -> None:
+            progress.update(task, description=text, completed=done, total=total)
+
+        found, about = profile_folder(model, images, prompts, device, dtype, show)
+    if plot is not None:
+        found.plot(plot)
+    if as_json:
+        print_json(about | found.to_dict())
+        return
+    print(f"{about['class']}, {about['dtype']} on {about['device']}\n\n{found}")
+    if plot is not None:
+        print(f"plot: {plot}")
 
 
 @app.command()
@@ -199,8 +253,7 @@ def bench(
         loaded = loading.with_weights(model, kind, where)
     if shape is not None:
         _, inputs = traced_prompt(loaded, shape)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with _progress() as progress:
         task = progress.add_task("", total=(repeat + 1) * len(names))
         done = iter(range((repeat + 1) * len(names)))
         result = measure(
@@ -235,6 +288,19 @@ def _measured(row: dict[str, Any]) -> list[str]:
         "" if ratio is None else f"÷{ratio:.2f}",
         "" if reached is None else f"{reached:.0%}",
     ]
+
+
+def _progress() -> Progress:
+    """A bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def _unset(options: dict[str, Any], expected: str) -> None:
+    """Raise ValueError if any of the options was given."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None and value != []]
+    if given:
+        raise ValueError(f"expected {expected} {', '.join(given)}")
 
 
 def _recipe(name: str) -> Recipe:

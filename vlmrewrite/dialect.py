@@ -62,10 +62,12 @@ def attend(
     """
     if softcap is not None:
         return _attend_softcapped(q, k, v, seen, scale, softcap, dropout)
-    causal = seen is None and q.shape[2] > 1
-    if causal and q.shape[2] != k.shape[2]:
-        n, m = q.shape[2], k.shape[2]
-        seen, causal = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None], False
+    n, m, causal = q.shape[2], k.shape[2], False
+    if seen is None and n > 1:  # a branch, since a symbolic comparison is no bool that the kernel below would take
+        if n == m:
+            causal = True
+        else:
+            seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None]
     gqa = q.shape[1] != k.shape[1]
     if gqa and seen is not None:
         k, v, gqa = _repeat(k, q.shape[1]), _repeat(v, q.shape[1]), False

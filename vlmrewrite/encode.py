@@ -50,7 +50,8 @@ def encode_images(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     rest = {k: v for k, v in kwargs.items() if k not in taken}
     if position_ids is not None:
         rest["position_ids"] = position_ids
-    return rest | {"mm_encoder_outputs": {"image": encoder(**taken, return_dict=True)}}
+    encoded = {"image": encoder(**taken, return_dict=True), "image_grid_thw": taken.get("image_grid_thw")}
+    return rest | {"mm_encoder_outputs": encoded}
 
 
 def _position_ids(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:

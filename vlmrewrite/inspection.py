@@ -1,4 +1,4 @@
-"""Models and prompts made from configurations alone: what a recipe would do, known without weights or images.
+"""What `vlmrewrite inspect` shows: models and prompts made from configurations alone, and profiles of real ones.
 
 config, written = read_config(file)                  # llava-1.5-7b/config.json
 model = skeleton(config, torch.bfloat16, file)       # on the meta device: shapes, no memory
@@ -13,10 +13,10 @@ import difflib
 import inspect
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -29,6 +29,9 @@ from vlmrewrite.complaints import shown
 from vlmrewrite.plan import Plan
 from vlmrewrite.program import Program, costs
 from vlmrewrite.traced import trace
+
+if TYPE_CHECKING:
+    from vlmrewrite.layerwise import LayerProfile
 
 _TOKENS = ("mm_tokens_per_image", "vision_soft_tokens_per_image", "num_query_tokens")
 _LENGTHS = ("image_seq_length", "image_seq_len")
@@ -267,3 +270,40 @@ def summary(program: Program) -> dict[str, Any]:
         },
         "seconds": program.seconds,
     }
+
+
+def profile_folder(
+    folder: Path,
+    images: Sequence[Path],
+    prompts: Sequence[str],
+    device: str,
+    dtype: str,
+    progress: Callable[[str, int, int], None],
+) -> tuple[LayerProfile, dict[str, Any]]:
+    """The profile of a model with weights, and what was profiled.
+
+    Args:
+        folder: with weights and processor.
+        images, prompts: one prompt about all images, or one about each image.
+        device, dtype: as :mod:`vlmrewrite.loading` takes them.
+        progress: as for :func:`vlmrewrite.layerwise.profile`.
+
+    Raises:
+        ValueError: something cannot be read or used; see :func:`vlmrewrite.layerwise.profile`.
+    """
+    from vlmrewrite import layerwise, loading
+
+    if len(prompts) not in (1, len(images)):
+        raise ValueError(f"--prompt: expected one, or one for each of {len(images)} images, got {len(prompts)}")
+    if folder.is_file():
+        raise ValueError(f"--profile: expected a folder with weights and a processor, got the file {str(folder)!r}")
+    where, (config, _) = loading.device_of(device), read_config(folder)
+    kind, pictures = loading.dtype_of(dtype, config, where), loading.read_images(images)
+    processor = loading.read_processor(folder)
+    groups = [pictures] if len(prompts) == 1 else [[picture] for picture in pictures]
+    asked = [loading.question(processor, *pair) for pair in zip(prompts, groups, strict=True)]
+    model = loading.with_weights(folder, kind, where)
+    found = layerwise.profile(model, [dict(inputs.to(where, dtype=kind)) for inputs in asked], progress=progress)
+    about: dict[str, Any] = {"model": str(folder), "class": type(model).__name__, "device": str(where)}
+    about |= {"dtype": str(kind).removeprefix("torch."), "images": list(map(str, images)), "prompts": list(prompts)}
+    return found, about

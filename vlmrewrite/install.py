@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import types
 import weakref
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 
 from vlmrewrite import capture
 from vlmrewrite.admission import admit
+from vlmrewrite.blocks import ATTRIBUTE, build
 from vlmrewrite.lower import Kernels, check_kernels
-from vlmrewrite.plan import Pass, Plan
+from vlmrewrite.plan import FEATURES, Pass, Plan
+from vlmrewrite.program import say
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report
 from vlmrewrite.session import Backend, Session
-from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
+from vlmrewrite.testing.oracle import BranchMask, LayerMasks, oracle_logits
 from vlmrewrite.tokens import TokenSet, Vision, intersection
 
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
@@ -44,7 +47,7 @@ def apply(
         model: an unmodified model with ``get_image_features`` and a causal text decoder.
         recipe: name of a shipped recipe, path of a YAML file, :class:`Recipe`, or passes in order.
         backend: ``"eager"`` runs the rewritten graph as it is, ``"inductor"`` compiles it, ``"auto"`` compiles on a
-            GPU, unless the recipe says which.
+            GPU, unless the recipe says which; it looks at where the model is when it is called.
         kernels: ``"reference"``, ``"triton"``, or ``"auto"``: what the recipe says, else the best there is.
         strict: raise when a pass is refused, instead of reporting it.
 
@@ -63,12 +66,16 @@ def apply(
         )
     chosen = Recipe.of(recipe)
     depth = admit(model)
-    selected = _backend(chosen.backend if backend == "auto" else backend, model)
+    selected = _backend(chosen.backend if backend == "auto" else backend)
     picked: Kernels = chosen.kernels if kernels == "auto" else kernels
     check_kernels(picked)
-    for p in chosen.passes:
-        _rehearse(p, depth)
-    session = Session(model, chosen, selected, picked, strict)
+    chosen = calibrate(model, chosen)
+    try:
+        plan, _ = say(Plan(depth, frozenset(FEATURES)), chosen.passes)
+    except Exception as e:
+        e.add_note(f"for a decoder of {depth} layers")
+        raise
+    session = Session(model, chosen, selected, picked, strict, plan, build(model, plan.blocks))
     try:
         _install(model, session)
     except BaseException:
@@ -78,23 +85,29 @@ def apply(
     return model
 
 
-def _rehearse(p: Pass, depth: int) -> None:
-    """Let a pass speak to an empty plan, so that a layer out of range is an error now and not at the first call."""
-    plan = Plan(depth, frozenset({"features", "encoder_features"}))
-    try:
-        if p.refuse(plan) is None:
-            p.change(plan)
-            plan.check()
-    except Exception as e:
-        e.add_note(f"in pass {p!r}, for a decoder of {depth} layers")
-        raise
+def calibrate(model: nn.Module, recipe: str | Path | Recipe | Pass | Sequence[Pass], inputs: Any = None) -> Recipe:
+    """A recipe whose passes have measured what they choose by: layers in place of budgets and of ``"auto"``.
+
+    Args:
+        model: an unmodified model.
+        recipe: as for :func:`apply`.
+        inputs: what the model's forward takes, with images, or a list of these; for passes without calibration inputs
+            of their own.
+
+    Returns:
+        the same recipe, if no pass measures; else one that can be saved and applied without measuring again.
+
+    Raises:
+        ValueError: a pass has nothing to measure on, or what it has holds no image.
+    """
+    given = Recipe.of(recipe)
+    passes = [p.calibrated(model, inputs) if hasattr(p, "calibrated") else p for p in given.passes]
+    return given if passes == list(given.passes) else given.model_copy(update={"passes": tuple(passes)})
 
 
-def _backend(backend: str, model: nn.Module) -> Backend:
+def _backend(backend: str) -> Backend:
     if backend not in ("auto", "eager", "inductor"):
         raise ValueError(f"backend={backend!r}; expected 'auto', 'eager' or 'inductor'")
-    if backend == "auto":
-        return "inductor" if next(model.parameters()).device.type == "cuda" else "eager"
     return backend  # type: ignore[return-value]
 
 
@@ -104,13 +117,27 @@ def _install(model: nn.Module, session: Session) -> None:
         before = config._attn_implementation_internal
         session.undo.append(functools.partial(setattr, config, "_attn_implementation_internal", before))
         config._attn_implementation_internal = capture.IMPLEMENTATION
-    if session.wants_encoder:
+    if "encoder_features" in session.wants:
         base = cast(nn.Module, model.base_model)
         encoder = cast(Callable[..., Any], base.get_image_features)
         base.__dict__["get_image_features"] = functools.wraps(encoder)(session.encoder.wrap(encoder))
         session.undo.append(lambda: base.__dict__.pop("get_image_features", None))
+    if session.blocks:
+        _register(model, session)
     for name, method in (("forward", _forward), ("generate", _generate)):
         model.__dict__[name] = types.MethodType(_in_place_of(getattr(type(model), name), method), model)
+
+
+def _register(model: nn.Module, session: Session) -> None:
+    """Make the recipe's blocks part of the model, and the only part that learns."""
+    if hasattr(model, ATTRIBUTE):
+        raise ValueError(f"{type(model).__name__} has an attribute {ATTRIBUTE!r} already; expected an unmodified model")
+    learning = [p for p in model.parameters() if p.requires_grad]
+    session.undo.append(lambda: [p.requires_grad_(True) for p in learning])
+    for p in learning:
+        p.requires_grad_(False)
+    session.undo.append(lambda: delattr(model, ATTRIBUTE))
+    model.add_module(ATTRIBUTE, session.blocks)
 
 
 def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -175,6 +202,15 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
+def applied_recipe(model: nn.Module) -> Recipe:
+    """The recipe that is applied, calibrated passes with the layers they chose.
+
+    Raises:
+        ValueError: none is.
+    """
+    return _session(model).recipe
+
+
 @contextlib.contextmanager
 def applied(model: nn.Module, recipe: Any, **options: Any) -> Iterator[nn.Module]:
     """``apply``, and ``restore`` at the end of the block, whatever happens in it."""
@@ -225,14 +261,36 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
 
     Args:
         total: length of the logical sequence; default: that of the call.
+
+    Raises:
+        ValueError: no recipe is applied, or there was no such call yet.
+        NotImplementedError: the plan has edits, whose meaning the oracle does not know.
     """
     program, call, chosen = _session(model).last()
     more = (total or call.length) - call.length
+    if program.plan.edits:
+        names = ", ".join(edit.name for edit in program.plan.edits)
+        raise NotImplementedError(f"the oracle does not know what these edits of the stream mean: {names}")
 
-    def mask(s: TokenSet) -> Tensor:
-        return torch.nn.functional.pad(call.members(s, chosen), (0, more), value=True)
+    def mask(s: TokenSet, later: bool = True) -> Tensor:
+        return torch.nn.functional.pad(call.members(s, chosen), (0, more), value=later)
 
-    return [LayerMasks(mask(e.run_set), mask(e.keys)) for e in program.plan.layers]
+    def branches(layer: int) -> Iterator[BranchMask]:
+        for b in program.plan.branches:
+            if b.leave == layer:
+                block = None if b.block is None else copy.deepcopy(program.blocks[b.block])
+                yield BranchMask(mask(b.tokens, later=False), b.rejoin, block)
+
+    return [
+        LayerMasks(
+            mask(e.run_set),
+            mask(e.keys),
+            None if e.mlp_set is None else mask(e.mlp_set),
+            None,
+            tuple(branches(e.index)),
+        )
+        for e in program.plan.layers
+    ]
 
 
 def planned_lengths(model: nn.Module) -> list[int]:

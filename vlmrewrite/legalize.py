@@ -1,29 +1,33 @@
 """Legalize: the one generic rewrite from a plan to a graph, for every technique and every combination of them.
 
 Each layer's nodes are instantiated for the token sets they are needed on: the query slice and what follows the
-attention for the set the layer runs on, the key and value slices for the set it attends to. Between layers the stream
-is kept compact; tokens that a layer does not run on stay in the full stream, untouched, and are joined at the end.
+attention for the set the layer runs on, the key and value slices for the set it attends to. At a layer's entry, in this
+order: branches rejoin, selections are made, edits are done, branches leave.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor
+from torch import Tensor, nn
 from torch.fx import Node
 
 from vlmrewrite import tokenwise
-from vlmrewrite.anatomy import Anatomy, Layer, axis, same, value, where
-from vlmrewrite.emit import Extra, SetEmitter
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import All, Last, Selection, Text, TokenSet, contains, union
+from vlmrewrite.anatomy import Anatomy, Layer, value, where
+from vlmrewrite.budget import layer_index
+from vlmrewrite.emit import Extra
+from vlmrewrite.plan import Branch, Chooser, Edit, LayerPlan, Plan
+from vlmrewrite.stream import Stream, StreamEmitter
+from vlmrewrite.tokens import All, Last, Selection, Text, TokenSet, Vision, difference, union
 
-_VIEWS = {"unsqueeze", "to", "contiguous", "float", "type_as"}
+BLOCKS = "vlm_blocks"
+"""Where a rewritten graph finds the plan's blocks."""
+
 vlm = torch.ops.vlm
 
 
@@ -36,75 +40,112 @@ class Rewritten:
         extras: its additional inputs, in order.
         selections: what the second output holds, in order.
         typed: token set of each instantiated node, for verification.
+        frontier: where a dispatch parts from its other variants: what the chooser reads, then the stream; else empty.
     """
 
     graph_module: torch.fx.GraphModule
     extras: tuple[Extra, ...]
     selections: tuple[Selection, ...]
     typed: dict[Node, TokenSet]
+    frontier: tuple[Node, ...] = ()
 
 
-@dataclass
-class _Stream:
-    """The residual stream: ``full`` [B, T, H], newer in ``part`` for the tokens of its set."""
-
-    full: Node
-    part: tuple[TokenSet, Node] | None = None
-    changed: bool = False
-    views: dict[TokenSet, Node] = field(default_factory=dict)
-
-
-def legalize(gm: torch.fx.GraphModule, anatomy: Anatomy, plan: Plan) -> Rewritten:
+def legalize(
+    gm: torch.fx.GraphModule,
+    anatomy: Anatomy,
+    plan: Plan,
+    blocks: nn.ModuleDict | None = None,
+    parameters: Mapping[str, tuple[int, str]] | None = None,
+) -> Rewritten:
     """Rewrite a copy of a captured graph so that it does what the plan says; the given graph is not changed.
+
+    Args:
+        gm, anatomy, plan: the graph, its anatomy and the plan.
+        blocks: the modules of the plan's blocks, by name; the rewritten graph reads their parameters.
+        parameters: for each graph input that is a decoder layer's parameter, the layer and the name within it.
 
     Raises:
         ValueError: a node inside a layer cannot be computed on a subset of the tokens; the message names it.
     """
     plan.check()
-    return _Legalizer(gm, anatomy, plan).run()
+    return _Legalizer(gm, anatomy, plan, blocks or nn.ModuleDict(), parameters or {}).run()
 
 
-class _Legalizer(SetEmitter):
-    def __init__(self, gm: torch.fx.GraphModule, anatomy: Anatomy, plan: Plan) -> None:
-        self.old, self.plan, self.length = anatomy, plan, anatomy.length
-        graph, self.env = torch.fx.Graph(), dict[Node, Node]()
-        self.output = graph.output(graph.graph_copy(gm.graph, self.env))
-        super().__init__(graph, self.env[anatomy.exit].next, self.env[anatomy.vision])
-        self.gm = torch.fx.GraphModule(gm, graph)
-        self.memo: dict[tuple[Node, TokenSet], Node] = {}
-        self.typed: dict[Node, TokenSet] = {}
+class _Legalizer(StreamEmitter):
+    def __init__(
+        self,
+        gm: torch.fx.GraphModule,
+        anatomy: Anatomy,
+        plan: Plan,
+        blocks: nn.ModuleDict,
+        parameters: Mapping[str, tuple[int, str]],
+    ) -> None:
+        super().__init__(gm, anatomy)
+        self.plan, self.blocks, self.parameters = plan, blocks, parameters
         self.regions = {self.env[n] for layer in anatomy.layers for n in layer.region}
-        self.originals = set(graph.nodes)
+        self.originals = set(self.graph.nodes)
         self.past = anatomy.layers[0].append is not None and anatomy.layers[0].append.args[0] is not None
+        self.away: dict[Branch, Node] = {}
+        self.frontier: tuple[Node, ...] = ()
 
     def run(self) -> Rewritten:
-        stream = _Stream(self.env[self.old.layers[0].entry])
         selections = self.plan.selections()
         for layer, entry in zip(self.old.layers, self.plan.layers, strict=True):
-            self.layer = layer
-            self.region = {self.env[n] for n in layer.region}
-            self.entry = self.env[layer.entry]
-            self.stream = stream
-            stream.views = {}
+            self.enter(layer)
+            if self.plan.chooser is not None and layer.index == layer_index(self.plan.chooser.at, self.plan.depth):
+                self.frontier = self._part(self.plan.chooser)
+            for branch in self.plan.branches:
+                if branch.leave < layer.index:
+                    self._rejoin(branch, layer.index)
             for s in (s for s in selections if s.at == layer.index):
                 self._choose(s)
-            self._rewrite(layer, entry.run_set, entry.keys)
+            for edit in (e for e in self.plan.edits if e.at == layer.index):
+                self._edit(edit)
+            for branch in (b for b in self.plan.branches if b.leave == layer.index):
+                self.away[branch] = self._through(branch)
+                self._rejoin(branch, layer.index)
+            self._rewrite(layer, entry)
+            self._expose(layer)
         self._finish(selections)
-        return Rewritten(self.gm, tuple(self.extras), tuple(selections), self.typed)
+        return Rewritten(self.gm, tuple(self.extras), tuple(selections), self.typed, self.frontier)
+
+    # ---- at a layer's entry
 
     def _choose(self, s: Selection) -> None:
-        """Emit a selection at the layer it happens at."""
-        member = self.which(s.source)
-        supply: dict[str, Callable[[], Node]] = {
+        supply = self._supply(s.source)
+        inputs = [supply[need]() for need in s.policy.needs]
+        given = self.which(s.source), self.extra("lengths"), self.extra("keep", s)
+        chosen = self.call(s.policy.op, *inputs, *given, *map(self._weight, s.policy.weights), *s.policy.options)
+        self.chosen[s] = self.call(vlm.checked.default, chosen, *given, s.policy.name)
+
+    def _edit(self, edit: Edit) -> None:
+        supply, s = self._supply(edit.tokens), self.set(edit.tokens)
+        inputs = [supply[need]() for need in edit.needs]
+        x = self.view(edit.tokens)
+        new = self.call(edit.op, x, s.index, s.valid, *inputs, *map(self._weight, edit.weights), *edit.options)
+        new.meta["edit"] = edit.name
+        self.write(edit.tokens, new)
+
+    def _supply(self, tokens: TokenSet) -> dict[str, Callable[[], Node]]:
+        """The inputs that a policy or an edit can ask for."""
+        return {
             "features": self._features,
             "encoder_features": lambda: self.extra("encoder_features"),
             "ordinal": lambda: self.extra("ordinals"),
-            "attention": lambda: self._attention(union(Text, s.source)),
+            "attention": lambda: self._attention(union(Text, tokens)),
+            "attention_outside": lambda: self._attention(union(Text, difference(Vision, tokens))),
+            "stream": self.joined,
+            "text": lambda: self.extra("text"),
+            "prompt": self._prompt,
+            "flat": lambda: self.extra("flat"),
+            "lengths": lambda: self.extra("lengths"),
+            "grid": lambda: self.extra("grid"),
         }
-        inputs = [supply[need]() for need in s.policy.needs]
-        given = member, self.extra("lengths"), self.extra("keep", s)
-        chosen = self.call(s.policy.op, *inputs, *given, *s.policy.options)
-        self.chosen[s] = self.call(vlm.checked.default, chosen, *given, s.policy.name)
+
+    def _weight(self, name: str) -> Node:
+        """A block's parameter."""
+        with self.graph.inserting_before(self.anchor):
+            return self.graph.create_node("get_attr", f"{BLOCKS}.{name}")
 
     def _features(self) -> Node:
         node = self.env[self.old.merged_features]
@@ -112,163 +153,147 @@ class _Legalizer(SetEmitter):
         assert isinstance(x, Tensor)
         return node if x.dim() == 2 else self.call(torch.flatten, node, 0, x.dim() - 2)
 
+    def _prompt(self) -> Node:
+        before = self.call(operator.le, self.extra("everywhere"), self.extra("last"))
+        return self.call(operator.and_, self.extra("text"), before)
+
     def _attention(self, current: TokenSet) -> Node:
         """What the last prompt token pays to each vision token in this layer, scored outside of it."""
         layer, append, now = self.layer, self.layer.append, self.set(current)
-        q = self.value(self._arg(layer.attention, 0), Last)
-        k = self.value(self._arg(append, 3) if append is not None else self._arg(layer.attention, 1), current)
+        q = self.value(self.old_arg(layer.attention, 0), Last)
+        k = self.value(self.old_arg(append, 3) if append is not None else self.old_arg(layer.attention, 1), current)
         positions = now.positions
         if self.past:
             assert append is not None
-            k = self.call(torch.cat, [self._arg(append, 0), k], 2)
-            positions = self.call(torch.cat, [self._arg(append, 2), positions], 1)
-        mask, scale, softcap = self._maybe(layer.attention.args[3]), layer.attention.args[6], layer.attention.args[8]
+            k = self.call(torch.cat, [self.old_arg(append, 0), k], 2)
+            positions = self.call(torch.cat, [self.old_arg(append, 2), positions], 1)
+        mask, scale, softcap = self.maybe(layer.attention.args[3]), layer.attention.args[6], layer.attention.args[8]
         return self.call(
             vlm.attention_received.default, q, k, mask, self.set(Last).positions, positions, scale, softcap,
             now.index, now.valid, self.extra("flat"), self.extra("length"),
         )  # fmt: skip
 
-    # ---- the stream
-
-    def view(self, s: TokenSet) -> Node:
-        """The stream at the current layer's entry, for the tokens of a set."""
+    def _part(self, chooser: Chooser) -> tuple[Node, ...]:
+        """What the chooser reads, and the stream as it is."""
         stream = self.stream
-        if s in stream.views:
-            return stream.views[s]
-        if stream.part is not None and stream.part[0] == s:
-            node = stream.part[1]
-        elif stream.part is None:
-            node = stream.full if s == All else self.call(vlm.select.default, stream.full, self.set(s).index)
-        elif s != All and contains(stream.part[0], s):
-            inner = self.call(vlm.relative_index.default, self.set(stream.part[0]).index, self.set(s).index)
-            node = self.call(vlm.select.default, stream.part[1], inner)
-        else:
-            node = self._joined()
-            node = node if s == All else self.call(vlm.select.default, node, self.set(s).index)
-        stream.views[s] = node
-        self.typed[node] = s
-        return node
+        here = (stream.full,) if stream.part is None else (stream.full, stream.part[1])
+        away = tuple(self.away[b] for b in self.plan.branches if b in self.away and b.rejoin >= self.layer.index)
+        if chooser.op is None:
+            return (*here, *away)
+        read = self.call(chooser.op, self.view(Last), *map(self._weight, chooser.weights))
+        return (read, *here, *away)
 
-    def _joined(self) -> Node:
-        """The whole stream, up to date."""
-        stream = self.stream
-        if stream.part is None:
-            return stream.full
-        if All not in stream.views:
-            s = self.set(stream.part[0])
-            stream.views[All] = self.call(vlm.restore.default, stream.full, stream.part[1], s.index, s.valid)
-            self.typed[stream.views[All]] = All
-        return stream.views[All]
+    # ---- branches
 
-    # ---- instantiation
+    def _through(self, branch: Branch) -> Node:
+        """The branch's tokens behind its block: what its layer does, with the block's parameters, among themselves."""
+        x = self.view(branch.tokens)
+        if branch.block is None:
+            return x
+        around = self.layer, self.stream
+        layer = self.old.layers[branch.layer]
+        self.swap(self._parameters(branch, layer))
+        self.stream = Stream(x, changed=True)
+        self.enter(layer)
+        self.stream.views[branch.tokens] = x
+        k, v = (self.value(self._new_key(layer, i), branch.tokens) for i in (0, 1))
+        self._attend(layer, branch.tokens, branch.tokens, k, v, self.set(branch.tokens).positions)
+        done = self.value(self.env[layer.exit], branch.tokens)
+        self.swap({})
+        self.layer, self.stream = around
+        views = self.stream.views
+        self.enter(self.layer)
+        self.stream.views = views
+        return done
 
-    def _arg(self, node: Node | None, i: int) -> Node:
-        assert node is not None
-        found = node.args[i]
-        assert isinstance(found, Node)
-        return self.env[found]
-
-    def _maybe(self, x: Any) -> Any:
-        return self.env[x] if isinstance(x, Node) else x
-
-    def value(self, node: Node, s: TokenSet) -> Node:
-        """The node instantiated for the tokens of a set."""
-        if node is self.entry:
-            return self.view(s)
-        if s == All and (node not in self.region or not self.stream.changed):
-            return node
-        key = (node, s)
-        if key not in self.memo:
-            self.memo[key] = self._clone(node, s) if node in self.region else self._outside(node, s)
-        return self.memo[key]
-
-    def _clone(self, node: Node, s: TokenSet) -> Node:
-        reason = tokenwise.refuse(node, self.length)
-        if reason is not None and s != All:
-            raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
-        return self._copy(node, s)
-
-    def _copy(self, node: Node, s: TokenSet) -> Node:
-        for source in node.all_input_nodes:
-            self.value(source, s)
-        with self.graph.inserting_before(self.anchor):
-            new = self.graph.node_copy(node, lambda n: self.value(n, s))
-        self.typed[new] = s
-        return new
-
-    def _outside(self, node: Node, s: TokenSet) -> Node:
-        """A node that does not depend on the layer's stream: a size, a side table, or something without tokens."""
-        x = value(node)
-        if isinstance(x, torch.SymInt):
-            if same(x, self.length):
-                return self.size(s)
-            symbols = self.length.node.expr.free_symbols  # type: ignore[attr-defined]
-            if node.op == "call_function" and x.node.expr.free_symbols & symbols:
-                return self._copy(node, s)
-            return node
-        at = axis(node, self.length)
-        if at is None:
-            return node
-        if node.op == "call_method" and node.target in _VIEWS:
-            return self._copy(node, s)
-        shape = cast(Tensor, x).shape
-        if at == 0 or not (same(shape[0], self.old.batch) or same(shape[0], 1)):
+    def _parameters(self, branch: Branch, layer: Layer) -> dict[Node, Node]:
+        found = {}
+        for node in self.old_inputs():
+            of, name = self.parameters.get(node.name, (-1, ""))
+            if of == layer.index:
+                found[self.env[node]] = self._weight(f"{branch.block}.{name}")
+        if not found:
             raise ValueError(
-                f"{where(node)}, which layer {self.layer.index} reads, has shape {tuple(shape)}; expected tokens behind"
-                " a batch axis"
+                f"no parameter of layer {layer.index} was found among the graph's inputs, so that block"
+                f" {branch.block!r} cannot take their place"
             )
-        new = self.call(vlm.select.default, node, self.set(s).index, at)
-        self.typed[new] = s
-        return new
+        return found
 
-    def _rewrite(self, layer: Layer, run: TokenSet, keys: TokenSet) -> None:
+    def old_inputs(self) -> list[Node]:
+        """The captured graph's inputs."""
+        return [n for n in self.env if n.op == "placeholder"]
+
+    def _rejoin(self, branch: Branch, at: int) -> None:
+        if branch.rejoin == at:
+            s = self.set(branch.tokens)
+            new = self.call(vlm.restore.default, self.joined(), self.away[branch], s.index, s.valid)
+            self.typed[new] = All
+            self.stream.become(new)
+
+    # ---- a layer
+
+    def _new_key(self, layer: Layer, i: int) -> Node:
+        """The layer's own new keys (0) or values (1), before the cache."""
+        append = layer.append
+        return self.old_arg(append, 3 + i) if append is not None else self.old_arg(layer.attention, 1 + i)
+
+    def _rewrite(self, layer: Layer, entry: LayerPlan) -> None:
+        run, keys, mlp = entry.sets()
         stream, exit = self.stream, self.env[layer.exit]
-        if run == All and keys == All and not stream.changed and not self.past:
+        if run == keys == mlp == All and not stream.changed and not self.past:
             stream.full = exit
             return
-        part, joined = stream.part, None
-        if part is not None and part[0] != run:
-            joined = self._joined()
+        k, v = (self.value(self._new_key(layer, i), keys) for i in (0, 1))
+        k_pos = self.set(keys).positions
         append = layer.append
         if append is not None:
-            new_k, new_v = self.value(self._arg(append, 3), keys), self.value(self._arg(append, 4), keys)
-            old = [self._maybe(append.args[i]) for i in range(3)]
-            grown = self.call(vlm.kv_append.default, *old, new_k, new_v, self.set(keys).positions)
+            old = [self.maybe(append.args[i]) for i in range(3)]
+            grown = self.call(vlm.kv_append.default, *old, k, v, k_pos)
             k, v, k_pos = (self.call(operator.getitem, grown, i) for i in range(3))
             for user in list(self.env[append].users):
                 if user.target is operator.getitem:
                     user.replace_all_uses_with((k, v, k_pos)[int(user.args[1])], delete_user_cb=self._is_output)  # type: ignore[arg-type]
-        else:
-            k, v = (self.value(self._arg(layer.attention, i), keys) for i in (1, 2))
-            k_pos = self.set(keys).positions
-        mask = self._maybe(layer.attention.args[3])
-        plain: Any = False
-        if not self.past and mask is None and run == keys:
-            plain = self.extra("dense", run)
-        q = self.value(self._arg(layer.attention, 0), run)
-        rest = [self._maybe(a) for a in layer.attention.args[6:]]
-        q_pos = self.set(run).positions
-        attention = self.env[layer.attention]
-        new = self.call(vlm.attention.default, q, k, v, mask, q_pos, k_pos, rest[0], plain, *rest[2:])
-        self.typed[new] = run
-        self.memo[attention, run] = new
         stream.changed = True
-        done = self.value(exit, run)
-        stream.full, stream.part = (done, None) if run == All else (joined or stream.full, (run, done))
-        self.typed[done] = run
-        self._expose(layer, exit)
+        self._attend(layer, run, keys, k, v, k_pos)
+        if run == mlp:
+            self.write(run, self.value(exit, run))
+            return
+        if layer.middle is None:
+            raise ValueError(
+                f"layer {layer.index} has no residual add between its attention and its MLP, at {where(layer.exit)}:"
+                f" its MLP cannot run on {mlp} while its attention runs on {run}"
+            )
+        self.write(run, self.value(self.env[layer.middle], run))
+        self.enter(layer, layer.second_half(), layer.middle)
+        self.write(mlp, self.value(exit, mlp))
+
+    def _attend(self, layer: Layer, run: TokenSet, keys: TokenSet, k: Node, v: Node, k_pos: Node) -> None:
+        """The layer's attention node for the queries of one set and the keys of another."""
+        old = layer.attention
+        mask = self.maybe(old.args[3])
+        alone = not self.past or bool(self.swapped)
+        plain: Any = self.extra("dense", run) if alone and mask is None and run == keys else False
+        q = self.value(self.old_arg(old, 0), run)
+        rest = [self.maybe(a) for a in old.args[6:]]
+        q_pos = self.set(run).positions
+        new = self.call(vlm.attention.default, q, k, v, mask, q_pos, k_pos, rest[0], plain, *rest[2:])
+        self.instead(self.env[old], run, new)
 
     def _is_output(self, user: Node) -> bool:
         return user is self.output
 
-    def _expose(self, layer: Layer, exit: Node) -> None:
+    def _expose(self, layer: Layer) -> None:
         """Give readers of the stream outside the layers (the final norm, requested hidden states) the joined one."""
-        outside = [u for u in exit.users if u not in self.regions and u in self.originals]
         last = layer.index == len(self.old.layers) - 1
+        for branch in self.plan.branches if last else ():
+            self._rejoin(branch, layer.index + 1)
+        if not self.stream.changed:
+            return
+        exit = self.env[layer.exit]
+        outside = [u for u in exit.users if u not in self.regions and u in self.originals]
         readers = [u for u in outside if last or u is self.output]
         if readers:
-            self.stream.views = {}
-            joined = self._joined()
+            joined = self.joined()
             exit.replace_all_uses_with(joined, delete_user_cb=lambda u: u in readers)
 
     def _finish(self, selections: list[Selection]) -> None:
@@ -277,6 +302,8 @@ class _Legalizer(SetEmitter):
         for node in list(self.graph.nodes):
             if node.target is torch.ops.aten._assert_scalar.default:
                 self.graph.erase_node(node)  # the host has compared the number of tokens and features
+        if self.plan.blocks:
+            setattr(self.gm, BLOCKS, self.blocks)
         self.graph.eliminate_dead_code(is_impure_node=tokenwise.writes)
         self.graph.lint()
         self.gm.recompile()

@@ -1,8 +1,14 @@
-"""Lowering: every dialect operator becomes its reference or a kernel, chosen once, and said so."""
+"""Lowering: every dialect operator becomes its reference or a kernel, chosen once, and said so.
+
+Operators that are opaque to tracing (the policies, whose loops depend on values) stay operators, so that a compiler
+does not look into them either.
+"""
 
 from __future__ import annotations
 
+import operator
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -10,14 +16,18 @@ import torch
 import torch.fx
 
 from vlmrewrite import dialect
+from vlmrewrite.legalize import BLOCKS
 from vlmrewrite.tokenwise import writes
 
 Kernels = Literal["auto", "reference", "triton"]
+_SPECIAL = {dialect.ATTENTION, dialect.KV_APPEND}
+_WHY = "plain PyTorch: this version has no other kernels"
+_WHY_OPAQUE = "plain PyTorch, behind an operator that compilers do not look into"
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph without dialect operators, and what each kind of operator became."""
+    """A graph that can be run or compiled, and what each kind of dialect operator became."""
 
     graph_module: torch.fx.GraphModule
     choices: dict[str, dict[str, Any]]
@@ -37,7 +47,7 @@ def check_kernels(kernels: str) -> None:
 
 
 def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto") -> Lowered:
-    """Replace every dialect operator in a copy of the graph.
+    """Replace every dialect operator that tracing may see through in a copy of the graph.
 
     The mask of an attention node is computed once for all layers that run on the same sets.
 
@@ -49,25 +59,60 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto") -> Lowered:
     env: dict[torch.fx.Node, torch.fx.Node] = {}
     graph.output(graph.graph_copy(gm.graph, env))
     masks: dict[tuple[object, ...], torch.fx.Node] = {}
-    counts: Counter[str] = Counter()
+    counts: Counter[tuple[str, str]] = Counter()
     for node in list(graph.nodes):
         reference = dialect.REFERENCES.get(node.target)
         if reference is None:
             continue
-        counts[reference.__name__] += 1
+        opaque = node.target in dialect.OPAQUE - _SPECIAL
+        counts[reference.__name__, _WHY_OPAQUE if opaque else _WHY] += 1
         if reference is dialect.kv_append and node.args[0] is None:
             _fold_first_append(graph, node)
         elif reference is dialect.attention:
             _split_attention(graph, node, masks)
-        else:
+        elif not opaque:
             node.target = reference
     graph.eliminate_dead_code(is_impure_node=writes)
     graph.lint()
-    why = "plain PyTorch: this version has no other kernels"
+    lowered = torch.fx.GraphModule(gm, graph)
+    if hasattr(gm, BLOCKS):
+        setattr(lowered, BLOCKS, getattr(gm, BLOCKS))  # the modules themselves: they may be trained, moved, loaded
     return Lowered(
-        torch.fx.GraphModule(gm, graph),
-        {name: {"nodes": n, "kernel": "reference", "why": why} for name, n in sorted(counts.items())},
+        lowered,
+        {name: {"nodes": n, "kernel": "reference", "why": why} for (name, why), n in sorted(counts.items())},
     )
+
+
+def positioned(gm: torch.fx.GraphModule, plain: bool) -> torch.fx.GraphModule:
+    """A copy of a graph captured from a call without images, with each attention's positions taken from the cache.
+
+    Args:
+        gm: the captured graph, with a cache.
+        plain: no key of the cache is hidden from a query, except by causality.
+
+    Raises:
+        RuntimeError: an attention's keys do not come from the cache.
+    """
+    graph = torch.fx.Graph()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    for node in graph.find_nodes(op="call_function", target=dialect.ATTENTION):
+        append = getattr(node.args[1], "args", (None,))[0]
+        if getattr(append, "target", None) is not dialect.KV_APPEND:
+            raise RuntimeError(
+                f"the keys of {node.name} did not come from vlmrewrite's cache: this model transforms its keys after"
+                " the cache, which is not supported"
+            )
+        with graph.inserting_before(node):
+            k_pos = graph.call_function(operator.getitem, (append, 2))
+        q, k, v, mask, _, _, scale, _, *rest = node.args
+        node.args = (q, k, v, mask, append.args[5], k_pos, scale, plain and mask is None, *rest)
+    return torch.fx.GraphModule(gm, graph)
+
+
+def compiled(gm: torch.fx.GraphModule) -> Callable[..., Any]:
+    """A graph behind Inductor, as one piece: it runs or it raises."""
+    run: Callable[..., Any] = torch.compile(gm, backend="inductor", dynamic=True, fullgraph=True)
+    return run
 
 
 def _fold_first_append(graph: torch.fx.Graph, node: torch.fx.Node) -> None:

@@ -1,26 +1,28 @@
 """The plan: per decoder layer, which tokens it runs on and which it attends to. Passes change it, legalize rewrites.
 
-The vocabulary so far is ``run_on``, ``attend_to`` and ``narrow`` (a selection and its use from a layer on). Blocks on
-the stream (``edit``, ``branch``) and a choice among whole plans at run time (``dispatch``) will stand beside them.
+The vocabulary: ``run_on``, ``attend_to`` and ``mlp_on`` of a layer, ``narrow`` (a selection and its use from a layer
+on), ``edit`` (an operator on the stream at one layer's entry), ``branch`` (tokens that leave the stream, go through a
+block and rejoin) and ``block`` (trained parameters that an edit, a policy or a branch reads).
 """
 
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import reduce
 from itertools import groupby
 from typing import ClassVar, Protocol, runtime_checkable
 
+from vlmrewrite.blocks import Block, LayerCopy
 from vlmrewrite.budget import Budget, Depth, layer_index
 from vlmrewrite.tokens import (
-    All,
     Nothing,
     Policy,
     Selection,
-    Text,
     TokenSet,
     contains,
+    difference,
     intersection,
     selections,
     substitute,
@@ -28,6 +30,13 @@ from vlmrewrite.tokens import (
     union,
     vision_part,
 )
+from vlmrewrite.words import Branch, Chooser, Edit, LayerPlan
+
+FEATURES = ("features", "encoder_features", "grid")
+"""Facts about the images that not every model can give."""
+
+
+__all__ = ["FEATURES", "Branch", "Chooser", "Edit", "LayerPlan", "Pass", "Plan"]
 
 
 @runtime_checkable
@@ -46,68 +55,37 @@ class Pass(Protocol):
 
 
 @dataclass
-class LayerPlan:
-    """What one decoder layer does.
-
-    Attributes:
-        index: the layer, from 0.
-        run_set: tokens whose queries, MLP and residual update are computed. The others bypass the layer.
-        attend_set: tokens whose keys and values the queries see and the cache keeps; None: those it runs on.
-    """
-
-    index: int
-    run_set: TokenSet = All
-    attend_set: TokenSet | None = None
-
-    @property
-    def keys(self) -> TokenSet:
-        """Tokens whose keys and values this layer computes."""
-        return self.run_set if self.attend_set is None else self.attend_set
-
-    def run_on(self, tokens: TokenSet) -> LayerPlan:
-        """Compute this layer for ``tokens`` only.
-
-        Raises:
-            ValueError: the set does not hold all text tokens.
-        """
-        if text_part(tokens) != Text:
-            raise ValueError(f"layer {self.index}: run_on expects a set with all text tokens, got {tokens}")
-        self.run_set = tokens
-        return self
-
-    def attend_to(self, tokens: TokenSet) -> LayerPlan:
-        """Let this layer's queries see the keys of ``tokens`` only; they need not be tokens that it runs on.
-
-        Raises:
-            ValueError: the set does not hold all text tokens.
-        """
-        if text_part(tokens) != Text:
-            raise ValueError(f"layer {self.index}: attend_to expects a set with all text tokens, got {tokens}")
-        self.attend_set = None if tokens == self.run_set else tokens
-        return self
-
-
-@dataclass
 class Plan:
     """What every decoder layer does; made from the anatomy of a captured model, changed by passes.
 
     Args:
         depth: number of decoder layers.
-        features: the vision features a policy can ask for, of ``"features"`` and ``"encoder_features"``.
-        refusals: for features that are missing, the reason.
+        features: which of :data:`FEATURES` a policy can ask for.
+        refusals: for those that are missing, the reason.
     """
 
     depth: int
     features: frozenset[str] = frozenset({"features"})
     refusals: dict[str, str] = field(default_factory=dict)
     layers: list[LayerPlan] = field(init=False)
+    edits: list[Edit] = field(init=False, default_factory=list)
+    branches: list[Branch] = field(init=False, default_factory=list)
+    blocks: dict[str, Block] = field(init=False, default_factory=dict)
+    label: str = field(init=False, default="block")
+    said: list[str] = field(init=False, default_factory=list)
+    chooser: Chooser | None = field(init=False, default=None)
+    variants: tuple[Plan, ...] = field(init=False, default=())
 
     def __post_init__(self) -> None:
         self.layers = [LayerPlan(i) for i in range(self.depth)]
 
     def copy(self) -> Plan:
         """A plan that can be changed without changing this one."""
-        return copy.deepcopy(self)
+        new = copy.copy(self)
+        new.layers = [copy.copy(entry) for entry in self.layers]
+        new.edits, new.branches, new.said = list(self.edits), list(self.branches), list(self.said)
+        new.blocks, new.variants = dict(self.blocks), tuple(v.copy() for v in self.variants)
+        return new
 
     def layer(self, at: Depth) -> LayerPlan:
         """The layer at an index (int) or a fraction of the depth (float).
@@ -118,9 +96,11 @@ class Plan:
         return self.layers[layer_index(at, self.depth)]
 
     def vision(self, at: Depth = 0) -> TokenSet:
-        """The vision tokens that layer ``at`` or a later one still runs on or attends to."""
-        later = self.layers[layer_index(at, self.depth) :]
-        return reduce(union, (vision_part(s) for entry in later for s in (entry.run_set, entry.keys)))
+        """The vision tokens that layer ``at`` or a later one, or a branch that leaves there, still needs."""
+        first = layer_index(at, self.depth)
+        sets = [s for entry in self.layers[first:] for s in (entry.run_set, entry.keys)]
+        sets += [b.tokens for b in self.branches if b.leave >= first]
+        return reduce(union, map(vision_part, sets))
 
     def exhausted(self, at: Depth = 0) -> str | None:
         """The reason to refuse a pass that wants vision tokens from layer ``at`` on where none are left, or None."""
@@ -148,19 +128,128 @@ class Plan:
             return left
         chosen = left.select(policy, keep, at=layer)
         for entry in self.layers[layer:]:
-            entry.run_set = _narrowed(entry.run_set, left, chosen)
-            if entry.attend_set is not None:
-                entry.attend_to(_narrowed(entry.attend_set, left, chosen))
+            keys, mlp = entry.attend_set, entry.mlp_set
+            entry.run_on(_narrowed(entry.run_set, left, chosen))
+            if keys is not None:
+                entry.attend_to(_narrowed(keys, left, chosen))
+            if mlp is not None:
+                entry.mlp_on(_narrowed(mlp, left, chosen))
+        for i, edit in enumerate(self.edits):
+            if edit.at >= layer:
+                self.edits[i] = replace(edit, tokens=_narrowed(edit.tokens, left, chosen))
+        for i, branch in enumerate(self.branches):
+            if branch.leave >= layer:
+                self.branches[i] = replace(branch, tokens=_narrowed(branch.tokens, left, chosen))
         return chosen
 
+    def edit(self, edit: Edit) -> None:
+        """Replace the hidden states of some tokens at a layer's entry; see :class:`Edit`.
+
+        Raises:
+            ValueError: there is no such layer, or it names a block that is not there.
+        """
+        layer_index(edit.at, self.depth)
+        for name in edit.weights:
+            if name.partition(".")[0] not in self.blocks:
+                raise ValueError(f"edit {edit.name!r} reads {name!r}; expected one of the blocks {list(self.blocks)}")
+        self.edits.append(edit)
+
+    def block(self, block: Block, part: str = "") -> str:
+        """Give the plan trained parameters of its own.
+
+        Returns:
+            the block's name, for :class:`Edit`, :class:`vlmrewrite.tokens.Policy` and :meth:`branch`: the pass's name,
+            numbered if the recipe has several, and ``part``.
+        """
+        name = f"{self.label}_{part}" if part else self.label
+        if name in self.blocks:
+            raise ValueError(f"there is a block {name!r} already; give each of a pass's blocks a part name of its own")
+        self.blocks[name] = block
+        return name
+
+    def dispatch(self, chooser: Chooser, plans: Sequence[Plan]) -> None:
+        """Choose among whole plans at run time; what later passes say, they say to each of them.
+
+        Args:
+            chooser: who chooses, and at the entry of which layer.
+            plans: the plans, cheapest first, made from copies of this one; alike before the chooser's layer.
+
+        Raises:
+            ValueError: there are fewer than two, they differ before that layer, or one dispatches itself.
+        """
+        at = layer_index(chooser.at, self.depth)
+        if len(plans) < 2 or self.variants or any(p.variants for p in plans):
+            raise ValueError(f"dispatch expects two plans or more that do not dispatch themselves, got {len(plans)}")
+        for p in plans:
+            if p.until(at) != plans[0].until(at):
+                raise ValueError(
+                    f"the plans of a dispatch at layer {at} differ before that layer:\n{plans[0]}\nand\n{p}"
+                )
+        self.chooser, self.variants = chooser, tuple(plans)
+        for p in plans:
+            p.chooser = chooser
+            self.blocks |= p.blocks
+
+    def until(self, layer: int) -> tuple[object, ...]:
+        """What it says about the layers before one."""
+        edits = tuple(e for e in self.edits if e.at < layer)
+        branches = tuple(b for b in self.branches if b.leave < layer)
+        return tuple(entry.sets() for entry in self.layers[:layer]), edits, branches
+
+    def branched(self, leave: Depth, rejoin: int) -> str | None:
+        """The reason to refuse a branch that would cross another one, or None."""
+        first = layer_index(leave, self.depth)
+        for other in self.branches:
+            if first < other.rejoin and other.leave < rejoin:
+                return (
+                    f"a branch from layer {first} to {rejoin} would cross the one from {other.leave} to {other.rejoin}"
+                )
+        return None
+
+    def branch(self, tokens: TokenSet, leave: Depth, rejoin: int, block: LayerCopy | None = None) -> Branch:
+        """Take vision tokens out of layers ``leave`` .. ``rejoin`` - 1 and through a block of their own; see Branch.
+
+        Args:
+            tokens: a set of vision tokens.
+            leave: the first layer without them.
+            rejoin: the layer at whose entry they are back, ``leave`` or later; the plan's depth: behind the last.
+            block: the block, or None for none.
+
+        Raises:
+            ValueError: the set holds text, the layers are not in order, or another branch is open there.
+        """
+        first = layer_index(leave, self.depth)
+        if text_part(tokens) != Nothing or tokens == Nothing:
+            raise ValueError(f"branch expects a set of vision tokens, got {tokens}")
+        if not first <= rejoin <= self.depth:
+            raise ValueError(f"a branch that leaves at layer {first} rejoins at {first} .. {self.depth}, got {rejoin}")
+        if crossed := self.branched(first, rejoin):
+            raise ValueError(crossed)
+        name = None if block is None else self.block(block)
+        made = Branch(tokens, first, rejoin, name, first if block is None else block.layer)
+        for entry in self.layers[first:rejoin]:
+            keys = entry.attend_set
+            entry.run_on(difference(entry.run_set, tokens))
+            if keys is not None:
+                entry.attend_to(difference(keys, tokens))
+        self.branches.append(made)
+        return made
+
     def sets(self) -> list[TokenSet]:
-        """The distinct sets that layers run on or attend to, in order of use."""
-        return list(dict.fromkeys(s for entry in self.layers for s in (entry.run_set, entry.keys)))
+        """The distinct sets that layers, edits and branches name, in order of use."""
+        found = [s for entry in self.layers for s in entry.sets()]
+        found += [e.tokens for e in self.edits] + [b.tokens for b in self.branches]
+        return list(dict.fromkeys(found))
 
     def selections(self) -> list[Selection]:
         """All selections in order of the layer they happen at, sources first."""
         found = dict.fromkeys(s for entry in self.sets() for s in selections(entry))
         return sorted(found, key=lambda s: (s.at, len(selections(s))))
+
+    def needs(self) -> set[str]:
+        """What its policies and edits ask for."""
+        own = {n for s in self.selections() for n in s.policy.needs} | {n for e in self.edits for n in e.needs}
+        return own.union(*(v.needs() for v in self.variants))
 
     def labels(self) -> dict[Selection, str]:
         """A short name for each selection: its policy's name, numbered if needed."""
@@ -180,24 +269,44 @@ class Plan:
 
     def check(self) -> None:
         """Raise ValueError for a plan that has no meaning."""
+        for variant in self.variants:
+            variant.check()
         for entry in self.layers:
-            for s in selections(entry.run_set) + selections(entry.keys):
-                if s.at > entry.index:
-                    raise ValueError(f"layer {entry.index} uses {s}, which is chosen later, at layer {s.at}")
+            for tokens in entry.sets():
+                _in_time(f"layer {entry.index}", tokens, entry.index)
+        for edit in self.edits:
+            _in_time(f"edit {edit.name!r} at layer {edit.at}", edit.tokens, edit.at)
+        for branch in self.branches:
+            _in_time(f"the branch from layer {branch.leave}", branch.tokens, branch.leave)
 
     def __str__(self) -> str:
+        if self.variants:
+            assert self.chooser is not None
+            head = f"dispatch by {self.chooser} at layer {layer_index(self.chooser.at, self.depth)} among"
+            return "\n".join([head, *(f"variant {i}:\n{v}" for i, v in enumerate(self.variants))])
         labels = self.labels()
         lines = [
             f"{label} = {self.render(s.source)}.select({s.policy.name}, keep={s.keep}) at layer {s.at}"
             for s, label in labels.items()
         ]
-        for (run, keys), group in groupby(self.layers, key=lambda e: (e.run_set, e.keys)):
+        for e in self.edits:
+            lines.append(f"{e.name} edits {self.render(e.tokens)} at layer {e.at}")
+        for b in self.branches:
+            block = "nothing" if b.block is None else f"{b.block}, {self.blocks[b.block]}"
+            lines.append(f"branch {self.render(b.tokens)} from layer {b.leave} to {b.rejoin} through {block}")
+        for (run, keys, mlp), group in groupby(self.layers, key=LayerPlan.sets):
             span = [e.index for e in group]
             where = f"layer {span[0]}" if len(span) == 1 else f"layers {span[0]}-{span[-1]}"
-            lines.append(
-                f"{where:<14} run_on {self.render(run)}" + ("" if run == keys else f", attend_to {self.render(keys)}")
-            )
+            line = f"{where:<14} run_on {self.render(run)}"
+            line += "" if run == keys else f", attend_to {self.render(keys)}"
+            lines.append(line + ("" if run == mlp else f", mlp_on {self.render(mlp)}"))
         return "\n".join(lines)
+
+
+def _in_time(what: str, tokens: TokenSet, layer: int) -> None:
+    for s in selections(tokens):
+        if s.at > layer:
+            raise ValueError(f"{what} uses {s}, which is chosen later, at layer {s.at}")
 
 
 def _narrowed(s: TokenSet, left: TokenSet, chosen: TokenSet) -> TokenSet:

@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor
+from torch import Tensor, nn
+from torch.fx import Node
 
 from vlmrewrite.anatomy import Anatomy, Layer, analyse
+from vlmrewrite.blocks import build
 from vlmrewrite.call import Call
 from vlmrewrite.census import Census
+from vlmrewrite.dispatch import Parted, part
 from vlmrewrite.formatting import byte_size, describe, span, table
 from vlmrewrite.legalize import Rewritten, legalize
-from vlmrewrite.plan import Pass, Plan
-from vlmrewrite.tokens import TokenSet
+from vlmrewrite.plan import FEATURES, Chooser, Pass, Plan
+from vlmrewrite.tokens import Last, Text, TokenSet, union
 from vlmrewrite.wellformed import check
 
 
@@ -44,6 +48,9 @@ class Program:
         call: the call it was captured from, or None.
         inputs: the captured graph's flat inputs of that call.
         seconds: time spent, by stage.
+        blocks: modules of the plan's trained blocks, by name.
+        variants: for a dispatch, the programs it chooses among; the fields above are then those of the first.
+        parted: for a dispatch, their graphs cut where they part.
     """
 
     graph_module: torch.fx.GraphModule
@@ -55,7 +62,11 @@ class Program:
     call: Call | None = None
     inputs: tuple[Any, ...] = ()
     seconds: dict[str, float] = field(default_factory=dict)
-    missing: dict[str, str] = field(default_factory=dict)
+    parameters: dict[str, tuple[int, str]] = field(default_factory=dict)
+    blocks: nn.ModuleDict = field(default_factory=nn.ModuleDict)
+    model: nn.Module | None = None
+    variants: tuple[Program, ...] = ()
+    parted: Parted | None = None
 
     def vision_mask(self) -> torch.fx.GraphModule:
         """The part of the graph that computes the vision-token mask, bool [B, T], from the same inputs."""
@@ -65,6 +76,11 @@ class Program:
         graph.output(env[self.anatomy.vision])
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         return torch.fx.GraphModule(self.captured, graph)
+
+    def lacking(self, missing: Mapping[str, str]) -> Program:
+        """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""
+        plan = Plan(len(self.anatomy.layers), frozenset(FEATURES) - missing.keys(), dict(missing))
+        return replace(self, plan=plan)
 
     def arguments(self, inputs: Sequence[Any], call: Call) -> list[Any]:
         """The rewritten graph's inputs: the captured ones and what the host adds."""
@@ -84,42 +100,82 @@ class Program:
         call = call or self.call
         if not inputs or call is None:
             raise ValueError("expected the flat inputs of the captured graph and the Call that describes them")
+        if self.variants:
+            assert self.parted is not None
+            return self.dispatched(inputs, call, self.parted.head, self.parted.tails)[1]
         out = self.graph_module(*self.arguments(inputs, call))
         return out if self.rewritten is not None else (out, ())
+
+    def dispatched(
+        self, inputs: Sequence[Any], call: Call, head: Callable[..., Any], tails: Sequence[Callable[..., Any]]
+    ) -> tuple[Program, tuple[Any, tuple[Tensor, ...]]]:
+        """Run what the variants share, ask the chooser, and run one tail after another until it is content.
+
+        Args:
+            inputs, call: as for :meth:`run`.
+            head, tails: of :attr:`parted`, lowered or not.
+
+        Returns:
+            the variant whose result is kept, and the result as of :meth:`run`.
+        """
+        parted, chooser, n = self.parted, self.plan.chooser, len(self.variants)
+        assert parted is not None and chooser is not None
+        shared = head(*inputs, *(call.fill(extra) for extra in parted.extras))
+        i: int | None = chooser.first(None if chooser.op is None else shared[0], call.with_images, n)
+        while i is not None:
+            _in_range(i, n, chooser)
+            tried = i
+            variant = self.variants[i]
+            out = tails[i](*variant.arguments(inputs, call), *(shared[k] for k in parted.takes[i]))
+            logits = out[0][self.anatomy.logits]
+            column = call.last if logits.shape[1] > 1 else torch.zeros_like(call.last)
+            last = logits.take_along_dim(column[..., None], 1)[:, 0]
+            i = chooser.then(tried, last, call.with_images, n)
+        return self.variants[tried], out
 
     def __str__(self) -> str:
         return _listing(self)
 
 
-def program_of(gm: torch.fx.GraphModule, missing: dict[str, str] | None = None) -> Program:
-    """Analyse a captured graph. ``missing``: features that cannot be reached, with the reason."""
+def _in_range(i: object, n: int, chooser: Chooser) -> None:
+    if type(i) is not int or not 0 <= i < n:
+        raise ValueError(f"{chooser} chose variant {i!r}; expected an int in 0 .. {n - 1}")
+
+
+def program_of(gm: torch.fx.GraphModule) -> Program:
+    """Analyse a captured graph."""
     start = time.perf_counter()
     anatomy = analyse(gm)
-    missing = missing if missing is not None else {"encoder_features": "they are not captured"}
-    features = frozenset({"features", "encoder_features"} - set(missing))
-    plan = Plan(len(anatomy.layers), features, dict(missing))
-    return Program(gm, anatomy, plan, gm, seconds={"anatomy": time.perf_counter() - start}, missing=dict(missing))
+    plan = Plan(len(anatomy.layers), frozenset(FEATURES))
+    return Program(gm, anatomy, plan, gm, seconds={"anatomy": time.perf_counter() - start})
 
 
-def rewrite(program: Program, passes: Sequence[Pass] | Pass, *, strict: bool = False) -> Program:
-    """Apply passes, in order, to a program; the old program is untouched.
+def say(plan: Plan, passes: Sequence[Pass], *, strict: bool = False) -> tuple[Plan, list[Outcome]]:
+    """Let passes, in order, change a copy of a plan.
 
     Raises:
-        ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
+        ValueError: a pass is refused and ``strict`` is set, or a pass fails; notes name the pass.
         TypeError: something in ``passes`` is not a pass.
     """
-    passes = [passes] if isinstance(passes, Pass) else list(passes)
-    plan, outcomes = program.plan.copy(), list(program.outcomes)
-    start = time.perf_counter()
+    outcomes: list[Outcome] = []
     for p in passes:
         if not isinstance(p, Pass):
             raise TypeError(f"expected passes such as STS(keep=64), got {p!r}")
         begun = time.perf_counter()
+        if plan.variants:
+            plan, outcome = _say_to_all(plan, p, strict)
+            outcomes.append(outcome)
+            continue
+        plan = plan.copy()
+        same = plan.said.count(p.name)
+        plan.label = p.name if not same else f"{p.name}{same + 1}"
+        plan.said.append(p.name)
         try:
             reason = p.refuse(plan)
             if reason is None:
                 changed = plan.copy()
                 p.change(changed)
+                changed.check()
                 plan = changed
         except Exception as e:
             e.add_note(f"in pass {p!r}, on the plan:\n{plan}")
@@ -127,22 +183,72 @@ def rewrite(program: Program, passes: Sequence[Pass] | Pass, *, strict: bool = F
         if reason is not None and strict:
             raise ValueError(f"{p!r} was refused: {reason}")
         outcomes.append(Outcome(p.name, repr(p), reason, time.perf_counter() - begun))
+    return plan, outcomes
+
+
+def _say_to_all(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
+    """Let a pass change each plan of a dispatch, or none if one refuses it."""
+    said = [say(v, [p], strict=strict) for v in plan.variants]
+    plan = plan.copy()
+    reasons = [f"variant {i}: {o.reason}" for i, (_, (o,)) in enumerate(said) if o.reason is not None]
+    if reasons:
+        return plan, replace(said[0][1][0], reason="; ".join(reasons))
+    plan.variants = tuple(v for v, _ in said)
+    for v in plan.variants:
+        plan.blocks |= v.blocks
+    return plan, said[0][1][0]
+
+
+def rewrite(
+    program: Program, passes: Sequence[Pass] | Pass, *, strict: bool = False, blocks: nn.ModuleDict | None = None
+) -> Program:
+    """Apply passes, in order, to a program; the old program is untouched.
+
+    Args:
+        program: from :func:`vlmrewrite.trace`, or a rewritten one.
+        passes: what to do.
+        strict: raise when a pass is refused.
+        blocks: modules of the blocks that the passes ask for, by name; without them they are made new.
+
+    Raises:
+        ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
+        TypeError: something in ``passes`` is not a pass.
+    """
+    start = time.perf_counter()
+    plan, outcomes = say(program.plan, [passes] if isinstance(passes, Pass) else list(passes), strict=strict)
     planned = time.perf_counter()
+    said = replace(program, plan=plan, outcomes=(*program.outcomes, *outcomes), variants=())
     try:
-        rewritten = legalize(program.captured, program.anatomy, plan)
-        check(program.anatomy, rewritten)
+        modules = _modules(program, plan, blocks)
+        if plan.variants:
+            each = tuple(_rewritten(replace(said, plan=v), modules) for v in plan.variants)
+            parted = part([v.rewritten for v in each if v.rewritten is not None])
+            out = replace(each[0], plan=plan, variants=each, parted=parted)
+        else:
+            out = _rewritten(said, modules)
     except Exception as e:
         e.add_note(f"while rewriting to the plan:\n{plan}")
         raise
-    seconds = {**program.seconds, "passes": planned - start, "legalize": time.perf_counter() - planned}
     return replace(
-        program,
-        graph_module=rewritten.graph_module,
-        plan=plan,
-        rewritten=rewritten,
-        outcomes=tuple(outcomes),
-        seconds=seconds,
+        out, seconds={**program.seconds, "passes": planned - start, "legalize": time.perf_counter() - planned}
     )
+
+
+def _rewritten(program: Program, modules: nn.ModuleDict) -> Program:
+    rewritten = legalize(program.captured, program.anatomy, program.plan, modules, program.parameters)
+    check(program.anatomy, rewritten)
+    return replace(program, graph_module=rewritten.graph_module, rewritten=rewritten, blocks=modules)
+
+
+def _modules(program: Program, plan: Plan, given: nn.ModuleDict | None) -> nn.ModuleDict:
+    have = dict(given.items()) if given is not None else dict(program.blocks.items())
+    lacking = {name: block for name, block in plan.blocks.items() if name not in have}
+    if lacking and program.model is None:
+        raise ValueError(f"no modules were given for the blocks {', '.join(lacking)}, and no model to make them for")
+    if lacking:
+        assert program.model is not None
+        have |= dict(build(program.model, lacking).items())
+    return nn.ModuleDict({name: have[name] for name in plan.blocks})
 
 
 @dataclass(frozen=True)
@@ -159,17 +265,54 @@ class LayerCost:
     kv_bytes: int
 
 
-def costs(program: Program, census: Census, past: int = 0) -> list[LayerCost]:
-    """Tokens, matmul FLOPs and K/V bytes of each layer under the program's plan."""
-    batch = len(census.text)
+def costs(program: Program, census: Census, past: int = 0, held: Sequence[int] = ()) -> list[LayerCost]:
+    """Tokens, matmul FLOPs and K/V bytes of each layer under the program's plan.
+
+    A layer's FLOPs are those of its linear maps, once for each token set that they are computed for (a fused q, k and v
+    projection twice, where a layer runs on another set than it attends to), of its attention over all pairs, of scoring
+    vision tokens at its entry, and of a branch's block that leaves there. What an operator of a policy or an edit does
+    inside is not known here and not counted.
+
+    Args:
+        program: what runs.
+        census: of the call.
+        past: logical length of the cache before the call.
+        held: keys that each layer held before the call; without it, all of ``past``.
+    """
+    batch, plan = len(census.text), program.plan
     out = []
-    sizes: dict[TokenSet, int] = {}
-    for layer, entry in zip(program.anatomy.layers, program.plan.layers, strict=True):
-        run, keys = (sizes.setdefault(s, census.size(s)) for s in (entry.run_set, entry.keys))
-        out.append(
-            LayerCost(layer.index, run, keys, layer.flops(batch, run, keys, past), batch * keys * layer.kv_bytes)
-        )
+    for layer, entry in zip(program.anatomy.layers, plan.layers, strict=True):
+        before = held[layer.index] if held else past
+        run, keys, mlp = entry.sets()
+        maps: dict[TokenSet, dict[Node, int]] = defaultdict(dict)
+        half = layer.second_half() if mlp != run else frozenset()
+        maps[run] |= layer.queries | {n: f for n, f in layer.behind.items() if n not in half}
+        maps[mlp] |= {n: f for n, f in layer.behind.items() if n in half}
+        maps[keys] |= layer.keys | layer.values
+        flops = layer.attention_flops(census.size(run), census.size(keys) + before)
+        for scored in _scored(plan, layer.index):
+            maps[Last] |= layer.queries
+            maps[scored] |= layer.keys
+            flops += layer.scoring_flops(census.size(scored) + before)
+        flops += sum(census.size(s) * sum(found.values()) for s, found in maps.items())
+        for branch in plan.branches:
+            if branch.leave == layer.index and branch.block is not None:
+                flops += _block_flops(program.anatomy.layers[branch.layer], census.size(branch.tokens))
+        added = census.size(keys)
+        out.append(LayerCost(layer.index, census.size(run), added, batch * flops, batch * added * layer.kv_bytes))
     return out
+
+
+def _scored(plan: Plan, at: int) -> list[TokenSet]:
+    """The sets among whose keys a layer scores vision tokens at its entry, once for each time it does."""
+    found = [s.source for s in plan.selections() if s.at == at and "attention" in s.policy.needs]
+    found += [e.tokens for e in plan.edits if e.at == at and "attention" in e.needs]
+    return [union(Text, s) for s in found]
+
+
+def _block_flops(layer: Layer, tokens: int) -> int:
+    maps = layer.queries | layer.keys | layer.values | layer.behind
+    return tokens * sum(maps.values()) + layer.attention_flops(tokens, tokens)
 
 
 def _listing(program: Program) -> str:

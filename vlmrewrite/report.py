@@ -120,17 +120,29 @@ def make_report(
     graphs: dict[str, int],
     seconds: dict[str, float],
     plain_calls: int,
+    held: Sequence[int] = (),
+    compiled_calls: int = 0,
 ) -> Report:
-    """The report of a recipe at work; ``program`` and ``call`` are those of the last call with an image, if any."""
+    """The report of a recipe at work.
+
+    Args:
+        recipe, backend, passes: what was applied; the backend is the one that was chosen for the last call.
+        program, call, held: of the last call with an image, if any; ``held`` as for
+            :func:`vlmrewrite.program.costs`.
+        kernels: what each kind of operator became.
+        graphs, seconds: of capturing.
+        plain_calls: calls without an image; ``compiled_calls`` of them went through Inductor.
+    """
     notes = []
     if plain_calls:
-        notes.append(f"{plain_calls} calls without an image (text-only prompts and decode steps) ran unrewritten")
+        how = f"; Inductor compiled {compiled_calls} of them" if compiled_calls else ""
+        notes.append(f"{plain_calls} calls without an image (text-only prompts and decode steps) ran unrewritten{how}")
     if program is None or call is None:
         untried: tuple[dict[str, Any], ...] = tuple(
             {"name": p.name, "configuration": repr(p), "matched": None, "reason": None} for p in passes
         )
         return Report(recipe, backend, None, untried, graphs=graphs, notes=tuple(notes))
-    after = costs(program, call.census, call.past)
+    after = costs(program, call.census, call.past, held)
     before = costs(_unplanned(program), call.census, call.past)
     outcomes = tuple(
         {"name": o.name, "configuration": o.configuration, "matched": o.reason is None, "reason": o.reason}

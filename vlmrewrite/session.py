@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, Literal, cast
 
@@ -18,43 +21,81 @@ from vlmrewrite import capture
 from vlmrewrite.cache import PositionCache
 from vlmrewrite.call import Call
 from vlmrewrite.encode import Encoded, EncoderFeatures, encoded_images
-from vlmrewrite.lower import Kernels, Lowered, lower
-from vlmrewrite.plan import Pass
+from vlmrewrite.grid import grids
+from vlmrewrite.installed import Installed
+from vlmrewrite.lower import Kernels
+from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.program import Program, rewrite
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report, make_report
 from vlmrewrite.tokens import All, Selection
-from vlmrewrite.traced import TRACED, Graph, tidy, traced
+from vlmrewrite.traced import TRACED, Graph, refuse_packed, tidy, traced, without_full_mask
 
 Backend = Literal["auto", "eager", "inductor"]
 
 
-@dataclass
-class Installed:
-    """One captured graph with the recipe applied: what runs."""
+def resolve(backend: Backend, device: torch.device) -> Literal["eager", "inductor"]:
+    """What ``"auto"`` means on a device: Inductor on a GPU."""
+    if backend == "auto":
+        return "inductor" if device.type == "cuda" else "eager"
+    return backend
 
+
+@dataclass(frozen=True)
+class Given:
+    """What a call with an image was given, as far as the captured graph's inputs do not say.
+
+    Attributes:
+        images: the encoded images.
+        mask: the attention mask, or None without padding.
+        past: logical length of the cache before the call.
+        held: keys that each layer held before the call.
+        thw: the model's image-grid input, int [I, 3], or None.
+    """
+
+    images: Encoded
+    mask: Any
+    past: int
+    held: tuple[int, ...]
+    thw: Tensor | None
+
+
+@dataclass(frozen=True)
+class Last:
+    """The last call with an image: what ran, by which program, the call, what was chosen, and what it was given."""
+
+    installed: Installed
     program: Program
-    lowered: Lowered
-    run: Callable[..., Any]
-    vision: torch.fx.GraphModule
+    call: Call
+    chosen: tuple[Tensor, ...]
+    given: Given
 
 
 class Session:
     """A recipe applied to a model."""
 
-    def __init__(self, model: nn.Module, recipe: Recipe, backend: Backend, kernels: Kernels, strict: bool) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        backend: Backend,
+        kernels: Kernels,
+        strict: bool,
+        plan: Plan,
+        blocks: nn.ModuleDict,
+    ) -> None:
         self.recipe, self.backend, self.kernels, self.strict = recipe, backend, kernels, strict
         self.passes: list[Pass] = list(recipe.passes)
-        self.installed: dict[tuple[Graph, bool], Installed] = {}
-        self.latest: tuple[Installed, Call] | None = None
-        self.chosen: tuple[Tensor, ...] = ()
+        self.blocks = blocks
+        self.installed: dict[tuple[Graph, frozenset[str]], Installed] = {}
+        self.latest: Last | None = None
         self.plain_calls = 0
+        self.compiled_calls = 0
         self.prompt_end: Tensor | None = None
-        self._encoded: Encoded | None = None
-        self._call: dict[str, Any] = {}
         self.undo: list[Callable[[], Any]] = []
         self.encoder = EncoderFeatures(cast(nn.Module, weakref.proxy(model)))
-        self.wants_encoder = any(getattr(p, "features", None) == "encoder" for p in self.passes)
+        self.wants = plan.needs()
+        self.config: Any = model.config
 
     def last(self) -> tuple[Program, Call, dict[Selection, Tensor]]:
         """Program and call of the last call with an image, and what each selection chose in it.
@@ -64,9 +105,9 @@ class Session:
         """
         if self.latest is None:
             raise ValueError("no call with an image was made since the recipe was applied")
-        program, call = self.latest[0].program, self.latest[1]
+        program, call = self.latest.program, self.latest.call
         assert program.rewritten is not None
-        return program, call, dict(zip(program.rewritten.selections, self.chosen, strict=True))
+        return program, call, dict(zip(program.rewritten.selections, self.latest.chosen, strict=True))
 
     # ---- one forward
 
@@ -75,27 +116,37 @@ class Session:
         kwargs = tidy(model, args, kwargs)
         return_dict = kwargs.pop("return_dict", None)
         return_dict = model.config.return_dict if return_dict is None else return_dict  # type: ignore[union-attr]
-        cache, keep = self._cache(model, kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None))
+        given, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
         output = (kwargs.get("mm_encoder_outputs") or {}).get("image")
-        if output is None:
-            self.plain_calls += 1
-            own = traced(model).forward
-            with capture.running(cache if keep else None):
-                out = own(model, past_key_values=cache if keep else None, use_cache=keep, return_dict=True, **kwargs)
-        else:
-            kwargs.pop("mm_encoder_outputs")
-            out = self._rewritten(model, cache, encoded_images(output), kwargs)
-            if not keep:
-                out = type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
+        with self._cache(given) as cache:
+            keep = given is not None or _wants_cache(model, use_cache)
+            if output is None:
+                out = self._text(model, cache if keep else None, kwargs)
+            else:
+                thw = kwargs.pop("mm_encoder_outputs").get("image_grid_thw", kwargs.get("image_grid_thw"))
+                if not keep:
+                    refuse_packed(kwargs)
+                out = self._rewritten(model, cache, encoded_images(output), thw, without_full_mask(kwargs))
+                if not keep:
+                    out = type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
         assert isinstance(out, ModelOutput)
         return out if return_dict else out.to_tuple()
 
-    def _cache(self, model: nn.Module, given: Any, use_cache: bool | None) -> tuple[PositionCache, bool]:
-        if isinstance(given, PositionCache):
-            return given, True
-        if given is None:
-            default = getattr(model.config.get_text_config(), "use_cache", True)  # type: ignore[union-attr, operator]
-            return PositionCache(), bool(default if use_cache is None else use_cache)
+    def _text(self, model: nn.Module, cache: PositionCache | None, kwargs: dict[str, Any]) -> Any:
+        """A call without an image: nothing is dropped, and what the cache holds is what each layer sees."""
+        self.plain_calls += 1
+        one, keep = traced(model), cache is not None
+        if cache is not None:
+            kwargs = without_full_mask(kwargs)
+            if resolve(self.backend, next(model.parameters()).device) == "inductor":
+                self.compiled_calls += 1
+                return one.run_text(model, cache, kwargs)
+        with capture.running(cache):
+            return one.forward(model, past_key_values=cache, use_cache=keep, return_dict=True, **kwargs)
+
+    def _cache(self, given: Any) -> AbstractContextManager[PositionCache]:
+        if given is None or isinstance(given, PositionCache):
+            return contextlib.nullcontext(PositionCache() if given is None else given)
         if not isinstance(given, Cache):
             raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
         if type(given) is not DynamicCache or given.offloading:
@@ -108,13 +159,16 @@ class Session:
                 f"past_key_values holds {given.get_seq_length()} tokens that went through the unmodified model;"
                 " start again with an empty cache"
             )
-        return PositionCache.take_over(given), True
+        return PositionCache.taking_over(given)
 
-    def _rewritten(self, model: nn.Module, cache: PositionCache, images: Encoded, kwargs: dict[str, Any]) -> Any:
-        self._encoded, self._call = images, {"mask": kwargs.get("attention_mask"), "past": cache.get_seq_length()}
+    def _rewritten(
+        self, model: nn.Module, cache: PositionCache, images: Encoded, thw: Tensor | None, kwargs: dict[str, Any]
+    ) -> Any:
+        mask, past, held = kwargs.get("attention_mask"), cache.get_seq_length(), tuple(cache.kv_lengths())
+        given = Given(images, mask, past, held, thw)
         one = traced(model)
         before = one.call.graphs
-        out = one.run(self._run, model, cache, images, kwargs)
+        out = one.run(functools.partial(self._run, given), model, cache, images, kwargs)
         if one.call.graphs > before and one.call.graphs >= one.call.limit - 2:
             warnings.warn(
                 f"{one.call.graphs} graphs of {type(model).__name__} were captured; {one.call.limit} is the limit"
@@ -122,69 +176,78 @@ class Session:
                 stacklevel=3,
             )
         assert self.latest is not None
-        installed, call = self.latest
+        program, call = self.latest.program, self.latest.call
         layers: list[Any] = cache.layers
-        for layer, entry in zip(layers, installed.program.plan.layers, strict=False):
+        for layer, entry in zip(layers, program.plan.layers, strict=False):
             layer.holes = layer.holes or (entry.keys != All and not call.census.dense(entry.keys))
         return out
 
-    def _run(self, graph: Graph, inputs: Sequence[Any]) -> Any:
-        installed = self._install(graph)
-        call = self._describe(installed, inputs)
-        out, self.chosen = installed.run(*installed.program.arguments(inputs, call))
-        self.latest = (installed, call)
+    def _run(self, given: Given, graph: Graph, inputs: Sequence[Any]) -> Any:
+        call, missing = self._describe(graph.vision(*inputs), given)
+        installed = self._install(graph, missing, given.images.features.device)
+        program, out, chosen = installed.run(inputs, call)
+        self.latest = Last(installed, program, call, chosen, given)
         return out
 
-    def _install(self, graph: Graph) -> Installed:
-        """The graph under this recipe; another one where the encoder's features are there and where they are not."""
-        reason = self.encoder.missing if self.wants_encoder else "no pass asked for them"
-        key = graph, reason is None
+    def _install(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Installed:
+        """The graph under this recipe; another one where other facts about the images are missing."""
+        key = graph, frozenset(missing)
         if key not in self.installed:
-            base = graph.program({} if reason is None else {"encoder_features": reason})
-            program = rewrite(base, self.passes, strict=self.strict)
-            lowered = lower(program.graph_module, self.kernels)
-            run: Callable[..., Any] = lowered.graph_module
-            if self.backend == "inductor":
-                run = torch.compile(lowered.graph_module, backend="inductor", dynamic=True)
-            self.installed[key] = Installed(program, lowered, run, base.vision_mask())
+            base = graph.program.lacking(missing)
+            program = rewrite(base, self.passes, strict=self.strict, blocks=self.blocks)
+            self.installed[key] = Installed.of(program, self.kernels, resolve(self.backend, device))
         return self.installed[key]
 
-    def _describe(self, installed: Installed, inputs: Sequence[Any]) -> Call:
-        assert self._encoded is not None
-        vision = installed.vision(*inputs)
-        mask = self._call["mask"]
+    def _describe(self, vision: Tensor, given: Given) -> tuple[Call, dict[str, str]]:
+        """The call, and which of the facts that the recipe asks for are missing, with the reason."""
+        mask, missing = given.mask, dict[str, str]()
         padding = (
             mask[:, -vision.shape[1] :].bool().to(vision.device)
             if isinstance(mask, Tensor) and mask.dim() == 2
             else None
         )
         encoder = None
-        if self.wants_encoder and self.encoder.missing is None:
-            encoder = self.encoder.of(self._encoded)
-            if encoder is None:
+        if "encoder_features" in self.wants:
+            if self.encoder.missing is not None:
+                missing["encoder_features"] = self.encoder.missing
+            elif (encoder := self.encoder.of(given.images)) is None:
                 raise ValueError(
                     "these images were not encoded by the last get_image_features of this model, so that the encoder's"
                     " features are not known; pass the pixels, or use features='projected'"
                 )
         end = self.prompt_end
-        if end is not None and (self._call["past"] or len(vision) % len(end) or int(end.max()) >= vision.shape[1]):
+        if end is not None and (given.past or len(vision) % len(end) or int(end.max()) >= vision.shape[1]):
             end = None  # a later turn, or a part of the prompt
         elif end is not None:
             end = end.repeat_interleave(len(vision) // len(end))
-        return Call(vision, padding, self._encoded.lengths, self._call["past"], end, encoder)
+        call = Call(vision, padding, given.images.lengths, given.past, end, encoder)
+        if "grid" in self.wants:
+            found = grids(self.config, call.census.images, given.thw)
+            if isinstance(found, str):
+                missing["grid"] = found
+            else:
+                call.grid = found
+        return call, missing
 
     def report(self, model: nn.Module) -> Report:
         """What was done so far; see :func:`vlmrewrite.report`."""
         one = TRACED.get(model)
-        installed, call = self.latest if self.latest is not None else (None, None)
+        installed = None if self.latest is None else self.latest.installed
         return make_report(
             self.recipe.name,
-            self.backend,
+            self.backend if installed is None else installed.backend,
             self.passes,
-            program=None if installed is None else installed.program,
-            call=call,
-            kernels={} if installed is None else installed.lowered.choices,
+            program=None if self.latest is None else self.latest.program,
+            call=None if self.latest is None else self.latest.call,
+            held=() if self.latest is None else self.latest.given.held,
+            kernels={} if installed is None else installed.choices,
             graphs={} if one is None else {"captured": one.call.graphs, "limit": one.call.limit},
             seconds={} if one is None else {"capture": one.call.seconds},
             plain_calls=self.plain_calls,
+            compiled_calls=self.compiled_calls,
         )
+
+
+def _wants_cache(model: nn.Module, use_cache: bool | None) -> bool:
+    default = getattr(model.config.get_text_config(), "use_cache", True)  # type: ignore[union-attr, operator]
+    return bool(default if use_cache is None else use_cache)

@@ -12,6 +12,28 @@ from typing import Any, ClassVar
 
 from vlmrewrite.budget import Budget
 
+NEEDS = {
+    "features": "projected vision features, [F, C]",
+    "encoder_features": "what the projector took, [F, C']",
+    "attention": "weight received from the last prompt token at that layer, fp32 [F]",
+    "attention_outside": "the same, paid to the vision tokens that are not in the source or the edited set, fp32 [F]",
+    "ordinal": "number of each image within its row, int64 [I], on the CPU",
+    "grid": "rows and columns of each image's tokens, int64 [I, 2], on the CPU",
+    "stream": "hidden states at that layer's entry, [B, T, H]",
+    "text": "the text tokens, bool [B, T]",
+    "prompt": "the text tokens up to the last prompt token, bool [B, T]",
+    "flat": "row * T + column of each vision token, int64 [F]",
+    "lengths": "tokens of each image, int64 [I], on the CPU",
+}
+"""What a policy or an edit can ask for."""
+
+
+def check_needs(who: str, needs: tuple[str, ...]) -> None:
+    """Raise ValueError for a need that is not in :data:`NEEDS`."""
+    for need in needs:
+        if need not in NEEDS:
+            raise ValueError(f"{who} needs {need!r}; expected one of {', '.join(NEEDS)}")
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -19,26 +41,22 @@ class Policy:
 
     Args:
         name: what listings call it.
-        op: called as ``op(*inputs, member, lengths, keep, *options)`` with ``member`` bool [F] (which of the call's F
-            vision tokens are left), ``lengths`` int64 [I] (tokens of each image, on the CPU) and ``keep`` int64 [I]
-            (how many to choose of each, on the CPU); returns the chosen ones as bool [F].
-        needs: the inputs it wants, each one of ``"features"`` (projected, [F, C]), ``"encoder_features"`` (what the
-            projector took, [F, C']), ``"attention"`` (weight received from the last prompt token, fp32 [F]) or
-            ``"ordinal"`` (number of its image within the row, int64 [I], on the CPU).
+        op: called as ``op(*inputs, member, lengths, keep, *weights, *options)`` with ``member`` bool [F] (which of the
+            call's F vision tokens are left), ``lengths`` int64 [I] (tokens of each image, on the CPU) and ``keep``
+            int64 [I] (how many to choose of each, on the CPU); returns the chosen ones as bool [F].
+        needs: the inputs it wants, keys of :data:`NEEDS`.
         options: further arguments of ``op``.
+        weights: parameters it wants, as ``block.parameter``.
     """
 
     name: str
     op: Callable[..., Any]
     needs: tuple[str, ...] = ()
     options: tuple[Any, ...] = ()
-
-    KNOWN: ClassVar[tuple[str, ...]] = ("features", "encoder_features", "attention", "ordinal")
+    weights: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        for need in self.needs:
-            if need not in self.KNOWN:
-                raise ValueError(f"policy {self.name!r} needs {need!r}; expected one of {', '.join(self.KNOWN)}")
+        check_needs(f"policy {self.name!r}", self.needs)
 
 
 @dataclass(frozen=True)
@@ -231,6 +249,8 @@ def _both(a: TokenSet, b: TokenSet) -> TokenSet:
 def _without(a: TokenSet, b: TokenSet) -> TokenSet:
     if _within(a, b):
         return Nothing
+    if isinstance(b, Difference) and b.left == a:
+        return _both(a, b.right)
     return a if _disjoint(a, b) else Difference(a, b)
 
 

@@ -9,14 +9,16 @@ Everything shrinks to one row with one image, the smallest budget and layer 0. N
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, ClassVar, cast
 
+import torch
 from hypothesis import strategies as st
-from hypothesis.strategies import SearchStrategy
+from hypothesis.strategies import DrawFn, SearchStrategy
 
-from vlmrewrite.budget import Budget, Depth
-from vlmrewrite.plan import Pass
+from vlmrewrite.budget import Budget, Depth, frozen_pass
+from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.testing.models import Row, Side
+from vlmrewrite.tokens import All, Image, Nothing, Policy, Text, TokenSet, Vision
 
 
 def rows(*, images: int = 1) -> SearchStrategy[list[Row]]:
@@ -62,3 +64,91 @@ def pass_lists(depth: int) -> SearchStrategy[list[Pass]]:
         st.builds(STS, keep=keep, refine=st.none() | keep, at=at),
     )
     return st.lists(one, min_size=1, max_size=3)
+
+
+@frozen_pass
+class Sets:
+    """A pass that tells every layer its token sets, whatever an earlier pass said.
+
+    Args:
+        layers: for each layer, the set it runs on and the one it attends to (None: the same).
+    """
+
+    name: ClassVar[str] = "sets"
+
+    layers: tuple[Any, ...]
+
+    def refuse(self, plan: Plan) -> str | None:
+        """A decoder of another depth."""
+        found, wanted = plan.depth, len(self.layers)
+        return None if found == wanted else f"it has sets for {wanted} layers, the decoder has {found}"
+
+    def change(self, plan: Plan) -> None:
+        """One ``run_on`` and one ``attend_to`` a layer."""
+        for layer, (run, keys) in zip(plan.layers, self.layers, strict=True):
+            layer.run_on(run)
+            if keys is not None:
+                layer.attend_to(keys)
+
+    def sources(self, at: int) -> list[TokenSet]:
+        """The sets of vision tokens that layers up to ``at`` name."""
+        named = [s for pair in self.layers[: at + 1] for s in pair if s is not None]
+        return list(dict.fromkeys(s & Vision for s in named if s & Vision != Nothing))
+
+
+def plans(depth: int) -> SearchStrategy[Sets]:
+    """Any plan for a decoder with ``depth`` layers: unions, intersections and differences of images and selections.
+
+    Selections choose from such sets, other selections included. A layer's set has nothing to do with the one before:
+    tokens leave and come back, and keys may be more or fewer tokens than those that the layer runs on.
+    """
+
+    @st.composite
+    def layers(draw: DrawFn) -> Sets:
+        known: list[TokenSet] = [Vision, Image(0), Image(1), Image(2)]
+        sets = []
+        for at in range(depth):
+            for policy, keep in draw(st.lists(st.tuples(policies(), budgets()), max_size=2)):
+                source = draw(_vision_sets(known))
+                if source != Nothing:
+                    known.append(source.select(policy, keep, at=at))
+            run = draw(_layer_sets(known))
+            sets.append((run, draw(st.none() | _layer_sets(known))))
+        return Sets(tuple(sets))
+
+    return layers()
+
+
+def policies() -> SearchStrategy[Policy]:
+    """How the pruning passes choose tokens: each image's own, by features, or by attention."""
+    from vlmrewrite import passes  # noqa: F401 (it defines the operators)
+
+    ops = torch.ops.vlm
+    return st.one_of(
+        st.just(Policy("stride", ops.stride_sample.default)),
+        st.builds(lambda seed: Policy("random", ops.random_sample.default, ("ordinal",), (seed,)), st.integers(0, 9)),
+        st.just(Policy("repulsion", ops.sts_sample.default, ("features",))),
+        st.just(Policy("relevance", ops.top_attention.default, ("attention",))),
+    )
+
+
+def _vision_sets(known: list[TokenSet]) -> SearchStrategy[TokenSet]:
+    return st.recursive(
+        st.sampled_from(known),
+        lambda inner: st.one_of(
+            st.builds(lambda a, b: a | b, inner, inner),
+            st.builds(lambda a, b: a - b, inner, inner),
+            st.builds(lambda a, b: a & b, inner, inner),
+        ),
+        max_leaves=3,
+    )
+
+
+def _layer_sets(known: list[TokenSet]) -> SearchStrategy[TokenSet]:
+    vision = _vision_sets(known)
+    return st.one_of(
+        st.sampled_from([All, Text]),
+        st.builds(lambda a: Text | a, vision),
+        st.builds(lambda a: All - a, vision),
+        st.builds(lambda a, b: (Text | a) - b, vision, vision),
+    )

@@ -1,0 +1,62 @@
+"""A rewritten program made ready to run: lowered, and compiled if that was asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from vlmrewrite.call import Call
+from vlmrewrite.lower import Kernels, Lowered, compiled, lower
+from vlmrewrite.program import Program
+
+
+@dataclass(frozen=True)
+class Installed:
+    """One captured graph with a recipe applied.
+
+    Attributes:
+        program: what was rewritten.
+        backend: what runs it.
+        choices: what each kind of dialect operator became, see :class:`vlmrewrite.lower.Lowered`.
+        parts: what runs: the whole graph, or of a dispatch the head and the tails.
+    """
+
+    program: Program
+    backend: Literal["eager", "inductor"]
+    choices: dict[str, dict[str, Any]]
+    parts: tuple[Callable[..., Any], ...]
+
+    @classmethod
+    def of(cls, program: Program, kernels: Kernels, backend: Literal["eager", "inductor"]) -> Installed:
+        """Lower a rewritten program."""
+        graphs = [program.graph_module]
+        if program.parted is not None:
+            graphs = [program.parted.head, *program.parted.tails]
+        lowered = [lower(gm, kernels) for gm in graphs]
+        parts = [low.graph_module if backend == "eager" else compiled(low.graph_module) for low in lowered]
+        return cls(program, backend, _merged(lowered), tuple(parts))
+
+    def run(self, inputs: Sequence[Any], call: Call) -> tuple[Program, Any, tuple[Tensor, ...]]:
+        """Run it on the captured graph's flat inputs.
+
+        Returns:
+            the program whose plan was followed (of a dispatch, the variant that was chosen), the captured outputs, and
+            which vision tokens each of its selections chose, bool [F].
+        """
+        if self.program.variants:
+            program, (out, chosen) = self.program.dispatched(inputs, call, self.parts[0], self.parts[1:])
+            return program, out, chosen
+        out, chosen = self.parts[0](*self.program.arguments(inputs, call))
+        return self.program, out, chosen
+
+
+def _merged(lowered: Sequence[Lowered]) -> dict[str, dict[str, Any]]:
+    out: dict[str, dict[str, Any]] = {}
+    for low in lowered:
+        for name, choice in low.choices.items():
+            found = out.setdefault(name, {**choice, "nodes": 0})
+            found["nodes"] += choice["nodes"]
+    return out
