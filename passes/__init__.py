@@ -6,8 +6,16 @@ Each is a frozen dataclass whose fields are its options and whose class attribut
 if __name__ != "vlmrewrite.passes":
     raise ImportError(f"expected this package to be imported as 'vlmrewrite.passes', got {__name__!r}")
 
+from vlmrewrite.passes.dape import DAPE
+from vlmrewrite.passes.divprune import DivPrune
+from vlmrewrite.passes.dpvr import DPVR
+from vlmrewrite.passes.fastv import FastV
 from vlmrewrite.passes.random import Random
+from vlmrewrite.passes.shortv import ShortV
 from vlmrewrite.passes.stride import Stride
 from vlmrewrite.passes.sts import STS
+from vlmrewrite.passes.vica import ViCA
+from vlmrewrite.passes.visor import VISOR
+from vlmrewrite.passes.vtw import VTW
 
-__all__ = ["STS", "Random", "Stride"]
+__all__ = ["DAPE", "DPVR", "STS", "VISOR", "VTW", "DivPrune", "FastV", "Random", "ShortV", "Stride", "ViCA"]

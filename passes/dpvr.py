@@ -16,13 +16,19 @@ forward for each token.
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal
+import dataclasses
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, PlainValidator
+from torch import nn
 
 from vlmrewrite.blocks import LayerCopy
-from vlmrewrite.budget import Depth, frozen_pass, layer_index
+from vlmrewrite.budget import Depth, check_depth, frozen_pass, layer_index
 from vlmrewrite.plan import Plan
+
+
+def _depth_or_auto(value: object) -> int | float | str:
+    return "auto" if value == "auto" else check_depth(value, " or 'auto'")
 
 
 @frozen_pass
@@ -31,23 +37,45 @@ class DPVR:
 
     Args:
         at: the layer where they leave (int) or fraction of the depth (float); the paper's 18 of 32 is 0.5625.
+            ``"auto"``: where updating them hardly matters any more, see :meth:`LayerProfile.saturation`.
         fuse: how many of the last layers they are back for; with 0 the branch is never read, and never learns.
         branch: ``"copy"``: a layer that starts with layer ``at``'s parameters; ``"random"``: as the model's class
             initialises them; ``"identity"``: nothing, the tokens come back as they left.
+        calibration: what the model's forward takes, with images, to measure the layers on; with ``"auto"``.
     """
 
     name: ClassVar[str] = "dpvr"
 
-    at: Depth = 0.5625
+    at: Annotated[Depth | Literal["auto"], PlainValidator(_depth_or_auto)] = 0.5625
     fuse: Annotated[int, Field(ge=0)] = 1
     branch: Literal["copy", "random", "identity"] = "copy"
+    calibration: Annotated[Any, Field(exclude=True)] = dataclasses.field(default=None, repr=False, compare=False)
+
+    def calibrated(self, model: nn.Module, inputs: Any = None) -> DPVR:
+        """The pass with the layer that "auto" stands for on this model; see :func:`vlmrewrite.calibrate`."""
+        if self.at != "auto":
+            return self
+        from vlmrewrite.layerwise import profile
+
+        inputs = self.calibration if inputs is None else inputs
+        if inputs is None:
+            raise ValueError(
+                "DPVR(at='auto') measures the layers; expected calibration=inputs, or vlmrewrite.calibrate(model,"
+                " recipe, inputs)"
+            )
+        found = profile(model, inputs)
+        return dataclasses.replace(self, at=min(found.saturation(), found.depth - self.fuse), calibration=None)
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left, or another branch is open."""
+        if self.at == "auto":
+            return None
         return plan.exhausted(self.at) or plan.branched(self.at, plan.depth - self.fuse)
 
     def change(self, plan: Plan) -> None:
         """One branch."""
+        if self.at == "auto":
+            raise ValueError("DPVR(at='auto') must be calibrated first: vlmrewrite.calibrate(model, recipe, inputs)")
         first, rejoin = layer_index(self.at, plan.depth), plan.depth - self.fuse
         if first > rejoin:
             raise ValueError(

@@ -2,18 +2,19 @@
 
     layers 8-31    run_on All  ->  layers 8-31    run_on Text | random
 
-Never refused. Own.
+Refused where no vision tokens are left. Own.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.dialect import define
+from vlmrewrite.dialect import define, per_image
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Policy
 
@@ -26,20 +27,18 @@ def random_sample(ordinal: Tensor, member: Tensor, lengths: Tensor, keep: Tensor
         member: tokens that may be chosen, bool [F].
         lengths: tokens of each image, int64 [I], sum F, on the CPU.
         keep: how many to choose of each image, int64 [I], on the CPU.
-        seed: of the generator.
+        seed: of the generator, 0 <= seed < 2**32.
 
     Returns:
         the chosen tokens, bool [F].
     """
-    chosen = torch.zeros_like(member)
-    start = 0
-    for o, n, k in zip(ordinal.tolist(), lengths.tolist(), keep.tolist(), strict=True):
-        left = member[start : start + n].nonzero()[:, 0]
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + o)
-        order = torch.randperm(len(left), generator=generator).to(left.device)
-        chosen[start + left[order[:k]]] = True
-        start += n
-    return chosen
+    ordinals = ordinal.tolist()
+
+    def choose(left: Tensor, k: int, image: int) -> Tensor:
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + ordinals[image])
+        return torch.randperm(len(left), generator=generator)[:k].to(left.device)
+
+    return per_image(member, lengths, keep, choose)
 
 
 def _fake(ordinal: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, seed: int) -> Tensor:
@@ -60,18 +59,18 @@ class Random:
     Args:
         keep: int tokens per image, or float fraction of each image's tokens.
         at: layer (int) or fraction of the depth (float).
-        seed: the same seed keeps the same tokens.
+        seed: int in 0 .. 2**32 - 1; the same seed keeps the same tokens.
     """
 
     name: ClassVar[str] = "random"
 
     keep: Budget
     at: Depth = 0
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
 
     def refuse(self, plan: Plan) -> str | None:
-        """Never."""
-        return None
+        """No vision tokens are left from layer ``at`` on."""
+        return plan.exhausted(self.at)
 
     def change(self, plan: Plan) -> None:
         """One selection."""

@@ -2,7 +2,7 @@
 
     layers 0-31    run_on All  ->  layers 0-31    run_on Text | stride
 
-Never refused. Own.
+Refused where no vision tokens are left. Own.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.dialect import define
+from vlmrewrite.dialect import define, per_image
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Policy
 
@@ -29,15 +29,7 @@ def stride_sample(member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
     Returns:
         the chosen tokens, bool [F].
     """
-    chosen = torch.zeros_like(member)
-    start = 0
-    for n, k in zip(lengths.tolist(), keep.tolist(), strict=True):
-        left = member[start : start + n].nonzero()[:, 0]
-        k = min(k, len(left))
-        if k:
-            chosen[start + left[torch.arange(k, device=left.device) * len(left) // k]] = True
-        start += n
-    return chosen
+    return per_image(member, lengths, keep, lambda left, k, _: torch.arange(k, device=left.device) * len(left) // k)
 
 
 def _fake(member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
@@ -62,8 +54,8 @@ class Stride:
     at: Depth = 0
 
     def refuse(self, plan: Plan) -> str | None:
-        """Never."""
-        return None
+        """No vision tokens are left from layer ``at`` on."""
+        return plan.exhausted(self.at)
 
     def change(self, plan: Plan) -> None:
         """One selection."""

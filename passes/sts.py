@@ -6,8 +6,9 @@ inside it, of those the ones that the last prompt token attends to most (semanti
     layers 0-15    run_on All              ->  layers 0-15    run_on Text | repulsion
     layers 16-31   run_on All                  layers 16-31   run_on Text | relevance
 
-Refused where the requested features cannot be reached. The paper leaves open the constant in the potential, the first
-token and which features; here 1e-6, the token nearest to the mean feature, and the projected ones.
+Refused where the requested features cannot be reached or no vision tokens are left; the second stage is left out where
+an earlier pass leaves none at its layer. The paper leaves open the constant in the potential, the first token and which
+features; here 1e-6, the token nearest to the mean feature, and the projected ones.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.dialect import define
+from vlmrewrite.dialect import define, per_image
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Policy
 
@@ -41,19 +42,12 @@ def sts_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) 
     Returns:
         the chosen tokens, bool [F].
     """
-    chosen = torch.zeros_like(member)
-    start = 0
-    for n, k in zip(lengths.tolist(), keep.tolist(), strict=True):
-        left = member[start : start + n].nonzero()[:, 0]
-        x = features[start : start + n].index_select(0, left).float()
-        chosen[start + left[_repel(x, k)]] = True
-        start += n
-    return chosen
+    return per_image(member, lengths, keep, lambda left, k, _: _repel(features.index_select(0, left).float(), k))
 
 
 def _repel(x: Tensor, k: int) -> Tensor:
-    if k == 0 or k >= len(x):
-        return torch.arange(min(k, len(x)), device=x.device)
+    if k == len(x):
+        return torch.arange(k, device=x.device)
     potential = torch.zeros(len(x), device=x.device)
     pick = (x - x.mean(0)).square().sum(1).argmin()
     picks = [pick]
@@ -74,14 +68,7 @@ def top_attention(weights: Tensor, member: Tensor, lengths: Tensor, keep: Tensor
     Returns:
         the chosen tokens, bool [F].
     """
-    chosen = torch.zeros_like(member)
-    start = 0
-    for n, k in zip(lengths.tolist(), keep.tolist(), strict=True):
-        left = member[start : start + n].nonzero()[:, 0]
-        order = weights[start + left].argsort(descending=True, stable=True)
-        chosen[start + left[order[:k]]] = True
-        start += n
-    return chosen
+    return per_image(member, lengths, keep, lambda left, k, _: weights[left].argsort(descending=True, stable=True)[:k])
 
 
 def _like_member(_: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
@@ -113,14 +100,14 @@ class STS:
     features: Literal["projected", "encoder"] = "projected"
 
     def refuse(self, plan: Plan) -> str | None:
-        """The features asked for are not there."""
+        """The features asked for are not there, or no vision tokens are."""
         if self.features == "encoder" and "encoder_features" not in plan.features:
             return plan.refusals.get("encoder_features", "the encoder's features cannot be reached in this model")
-        return None
+        return plan.exhausted()
 
     def change(self, plan: Plan) -> None:
         """Two selections: repulsion before layer 0, attention at layer ``at``."""
         kind = "features" if self.features == "projected" else "encoder_features"
         plan.narrow(Policy("repulsion", torch.ops.vlm.sts_sample.default, (kind,)), self.keep)
-        if self.refine is not None:
+        if self.refine is not None and plan.exhausted(self.at) is None:
             plan.narrow(Policy("relevance", torch.ops.vlm.top_attention.default, ("attention",)), self.refine, self.at)

@@ -176,7 +176,7 @@ def test_a_set_that_is_chosen_later():
 
 
 def test_a_policy_with_unknown_needs():
-    with pytest.raises(ValueError, match="policy 'x' needs 'colour'; expected one of features"):
+    with pytest.raises(ValueError, match="policy 'x' needs 'colour'; expected one of features, encoder_features"):
         Policy("x", print, ("colour",))
 
 

@@ -9,10 +9,21 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from vlmrewrite.budget import Budget, frozen_pass, layer_index, tokens_kept
-from vlmrewrite.passes import STS, Random, Stride
+from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Random, Stride
 from vlmrewrite.recipe import Recipe, find_pass, known_passes, shipped_recipes
 
-NAMES = ["random-half", "stride-half", "sts-128", "sts-32", "sts-64", "sts-half"]
+PRUNING = ["divprune-half", "fastv-half", "random-half", "stride-half", "sts-128", "sts-32", "sts-64", "sts-half"]
+NAMES = [
+    "dape-half",
+    *PRUNING,
+    "dpvr",
+    "sts-dpvr",
+    "sts-visor",
+    "visor-cross",
+    "visor-policy",
+    "visor-third",
+    "vtw-half",
+]
 
 
 def write(folder: Path, text: str) -> Path:
@@ -23,16 +34,28 @@ def write(folder: Path, text: str) -> Path:
 
 def test_shipped_recipes() -> None:
     shipped = shipped_recipes()
-    assert list(shipped) == NAMES
+    assert list(shipped) == sorted(NAMES)
     assert all(recipe.name == name and recipe.description for name, recipe in shipped.items())
     assert all((recipe.backend, recipe.kernels) == ("auto", "auto") for recipe in shipped.values())
+    thirds = VISOR(self_layers=0.3333, cross_layers=0.3333)
+    chain = [{"cross_layers": 0.3333}, {"self_layers": 0.3333, "cross_layers": 0.3333}, {"self_layers": 1.0}]
     assert {name: recipe.passes for name, recipe in shipped.items()} == {
+        "dape-half": (DAPE(budget=0.5),),
+        "dpvr": (DPVR(at=0.5625, fuse=1, branch="copy"),),
+        "sts-dpvr": (STS(keep=0.5, refine=0.25, at=0.25), DPVR()),
+        "visor-policy": (VISOR(policy="confidence", chain=chain, threshold=0.8),),
+        "divprune-half": (DivPrune(keep=0.5),),
+        "fastv-half": (FastV(keep=0.5, at=2),),
         "random-half": (Random(keep=0.5, at=0, seed=0),),
         "stride-half": (Stride(keep=0.5, at=0),),
         "sts-128": (STS(keep=192, refine=64, at=0.5),),
         "sts-32": (STS(keep=48, refine=16, at=0.5),),
         "sts-64": (STS(keep=96, refine=32, at=0.5),),
         "sts-half": (STS(keep=0.75, refine=0.25, at=0.5),),
+        "sts-visor": (STS(keep=0.75, refine=0.25, at=0.5), thirds),
+        "visor-cross": (VISOR(cross_layers=[0.0, 1 / 32, 7 / 32, 8 / 32, 9 / 32, 10 / 32, 11 / 32, 14 / 32]),),
+        "visor-third": (thirds,),
+        "vtw-half": (VTW(at=0.5),),
     }
 
 
@@ -45,7 +68,7 @@ def test_an_sts_recipe_is_named_after_its_average(name: str, average: int) -> No
 
 def test_passes_that_come_with_vlmrewrite() -> None:
     known = known_passes()
-    assert list(known)[:3] == ["sts", "random", "stride"]
+    assert {"sts", "visor", "vtw", "divprune", "fastv", "random", "shortv", "stride", "vica"} <= set(known)
     assert [find_pass(name) for name in ("sts", "random", "stride")] == [STS, Random, Stride]
 
 
@@ -97,7 +120,7 @@ def test_load_by_name_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     for given_path in (path, str(path), "mine.yaml", "./bare", Path("bare")):
         assert Recipe.load(given_path) == mine
     with pytest.raises(
-        ValueError, match=r"^unknown recipe 'bare', expected one of random-half, .* path ending in .yaml$"
+        ValueError, match=r"^unknown recipe 'bare', expected one of dape-half, .* path ending in .yaml$"
     ):
         Recipe.load("bare")
     with pytest.raises(ValueError, match=r"^unknown recipe 'sts-12', .*\(did you mean 'sts-128'\?\)"):
@@ -155,7 +178,7 @@ def passes() -> st.SearchStrategy[object]:
     features = st.sampled_from(["projected", "encoder"])
     return st.one_of(
         st.builds(STS, budgets(), st.none() | budgets(), depths(), features),
-        st.builds(Random, budgets(), depths(), st.integers(-(2**70), 2**70)),
+        st.builds(Random, budgets(), depths(), st.integers(0, 2**32 - 1)),
         st.builds(Stride, budgets(), depths()),
         st.just(STS()),
     )

@@ -6,18 +6,20 @@ import contextlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.config
 from torch import nn
 
+from vlmrewrite.capture import LIMIT
 from vlmrewrite.encode import encode_images
 from vlmrewrite.install import applied, report
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.session import Backend
+from vlmrewrite.session import Backend, resolve
 
 UNMODIFIED = "unmodified"
 
@@ -59,7 +61,8 @@ def bench(
         model: an unmodified model.
         inputs: what its forward takes, with an image.
         recipes: what to compare.
-        backend: for all of them; the unmodified model is compiled too under ``"inductor"``.
+        backend: for all of them, the unmodified model too: under ``"inductor"`` prefill and decode steps of each are
+            compiled, under ``"eager"`` none.
         repeat: counted rounds, after one that is not counted.
         new_tokens: tokens decoded, greedily, in each round.
         progress: called before each measurement with a description.
@@ -75,20 +78,21 @@ def bench(
         raise ValueError(f"expected repeat >= 1 and new_tokens >= 2, got {repeat} and {new_tokens}")
     with torch.no_grad():
         encoded = encode_images(model, dict(inputs))
+    device = next(model.parameters()).device
+    chosen = resolve(backend, device)
     rows = {UNMODIFIED: Row(UNMODIFIED)} | {r.name: Row(r.name) for r in recipes}
     for i in range(repeat + 1):
         for recipe in (None, *recipes):
             row = rows[UNMODIFIED if recipe is None else recipe.name]
             progress(f"round {i} of {repeat}: {row.name}")
-            _round(model, encoded, recipe, row, rows[UNMODIFIED], backend, new_tokens, counted=i > 0)
-    device = next(model.parameters()).device
+            _round(model, encoded, recipe, row, rows[UNMODIFIED], chosen, new_tokens, counted=i > 0)
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
         "device": name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
-        "backend": backend,
+        "backend": chosen,
         "repeat": repeat,
         "new_tokens": new_tokens,
         "rows": [_summary(row, rows[UNMODIFIED]) for row in rows.values()],
@@ -106,8 +110,10 @@ def _round(
     counted: bool,
 ) -> None:
     chosen = contextlib.nullcontext(model) if recipe is None else applied(model, recipe, backend=backend)
-    with chosen, torch.no_grad(), _compiled(model, recipe is None and backend == "inductor") as forward:
-        forward(**inputs, use_cache=True, logits_to_keep=1)  # applying starts anew: rewrite and compile before timing
+    # Inductor gives up on a model that has had too many graphs, without a word; that would be no comparison.
+    with chosen, torch.no_grad(), torch._dynamo.config.patch(recompile_limit=LIMIT):
+        forward: Any = torch.compile(model, dynamic=True) if recipe is None and backend == "inductor" else model
+        _steps(forward, inputs, 3)  # applying starts anew: rewrite and compile before timing
         before = _memory_reset()
         begun = _now()
         out = forward(**inputs, use_cache=True, logits_to_keep=1)
@@ -120,9 +126,7 @@ def _round(
             row.flops, plain.flops = totals["after"]["flops"], totals["before"]["flops"]
         step = _next_inputs(inputs, out)
         begun = _now()
-        for _ in range(new_tokens):
-            out = forward(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
-            cache, step = out.past_key_values, _next_inputs(step, out)
+        _steps(forward, step, new_tokens, cache)
         decode = (_now() - begun) / new_tokens
     if counted:
         row.prefill.append(prefill)
@@ -130,9 +134,11 @@ def _round(
         row.peak_bytes = peak if row.peak_bytes is None or peak is None else max(peak, row.peak_bytes)
 
 
-@contextlib.contextmanager
-def _compiled(model: nn.Module, wanted: bool) -> Iterator[Any]:
-    yield torch.compile(model, dynamic=True) if wanted else model
+def _steps(forward: Any, step: dict[str, Any], n: int, cache: Any = None) -> None:
+    """Run ``n`` forwards, each of the greedy token of the last one."""
+    for _ in range(n):
+        out = forward(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, step = out.past_key_values, _next_inputs(step, out)
 
 
 def _next_inputs(inputs: dict[str, Any], out: Any) -> dict[str, Any]:

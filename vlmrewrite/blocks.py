@@ -41,7 +41,7 @@ class LayerCopy:
         shared = {id(m.config): m.config for m in layer.modules() if hasattr(m, "config")}
         block = copy.deepcopy(layer, shared)
         if self.init == "random":
-            block.apply(model._init_weights)
+            block.apply(model._init_weights)  # type: ignore[arg-type]
         return block.requires_grad_(True)
 
     def __str__(self) -> str:

@@ -22,6 +22,7 @@ import torch._dynamo.config
 import torch.fx
 import torch.fx.experimental._config
 from torch import Tensor
+from torch._C._dynamo.eval_frame import reset_code
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import AttentionInterface
@@ -180,7 +181,8 @@ class TracedCall:
         own = types.FunctionType(entry.__code__.replace(), entry.__globals__, f"vlmrewrite_{entry.__name__}")
         self._compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True)
         # What Dynamo made of a code object keeps it alive, by way of the module's globals.
-        weakref.finalize(self, torch._dynamo.reset_code, own.__code__).atexit = False
+        weakref.finalize(self, reset_code, own.__code__).atexit = False
+        self._code = own.__code__
         self._forward = forward
         self._begun = 0.0
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
@@ -201,6 +203,9 @@ class TracedCall:
             self._begun = time.perf_counter()
             try:
                 return self._compiled(self._forward, model, cache, self._absent | kwargs, *more)
+            except _NotCompiled:
+                reset_code(self._code)  # or Dynamo would never look at it again
+                raise
             except torch._dynamo.exc.FailOnRecompileLimitHit as e:
                 raise RuntimeError(
                     f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
@@ -221,6 +226,7 @@ def with_images(
     as_list: bool,
 ) -> Any:
     """A forward whose images are encoded: features [F, C], or [I, N, C] if not ``as_list``."""
+    _insist()
     image = BaseModelOutputWithPooling(pooler_output=[features] if as_list else features)  # type: ignore[arg-type]
     return forward(
         model, past_key_values=cache, use_cache=True, mm_encoder_outputs={"image": image}, return_dict=True, **kwargs
@@ -231,7 +237,20 @@ def without_images(
     forward: Callable[..., Any], model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any]
 ) -> Any:
     """A forward of text: a decode step, or a prompt without an image."""
+    _insist()
     return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+
+
+class _NotCompiled(RuntimeError):
+    """Dynamo ran an entry as it is."""
+
+
+def _insist() -> None:
+    if not torch.compiler.is_compiling():
+        raise _NotCompiled(
+            "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
+            " active (FlopCounterMode is one), torch.compiler.set_stance('force_eager'), or TORCH_COMPILE_DISABLE=1"
+        )
 
 
 @contextlib.contextmanager

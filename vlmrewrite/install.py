@@ -231,6 +231,19 @@ def report(model: nn.Module) -> Report:
     return _session(model).report(model)
 
 
+def routing(model: nn.Module) -> Tensor:
+    """What the chooser of a dispatch read in the last call with an image, with its gradient history: a router's scores.
+
+    Raises:
+        ValueError: no recipe is applied, there was no such call yet, or nothing is read in the graph.
+    """
+    session = _session(model)
+    session.last()
+    if session.latest is None or session.latest.value is None:
+        raise ValueError(f"recipe {session.recipe.name!r} chooses nothing by a value in the graph")
+    return session.latest.value
+
+
 @dataclass(frozen=True)
 class Stage:
     """Vision tokens that a run of layers works on: ``vision`` bool [B, T], in the logical sequence."""

@@ -14,6 +14,23 @@ from vlmrewrite.program import Program
 
 
 @dataclass(frozen=True)
+class Ran:
+    """What came out of a run.
+
+    Attributes:
+        program: whose plan was followed; of a dispatch, the variant that was chosen.
+        out: the captured outputs.
+        chosen: which vision tokens each of its selections chose, bool [F].
+        value: what the chooser of a dispatch read in the graph, or None.
+    """
+
+    program: Program
+    out: Any
+    chosen: tuple[Tensor, ...]
+    value: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Installed:
     """One captured graph with a recipe applied.
 
@@ -39,18 +56,13 @@ class Installed:
         parts = [low.graph_module if backend == "eager" else compiled(low.graph_module) for low in lowered]
         return cls(program, backend, _merged(lowered), tuple(parts))
 
-    def run(self, inputs: Sequence[Any], call: Call) -> tuple[Program, Any, tuple[Tensor, ...]]:
-        """Run it on the captured graph's flat inputs.
-
-        Returns:
-            the program whose plan was followed (of a dispatch, the variant that was chosen), the captured outputs, and
-            which vision tokens each of its selections chose, bool [F].
-        """
+    def run(self, inputs: Sequence[Any], call: Call) -> Ran:
+        """Run it on the captured graph's flat inputs."""
         if self.program.variants:
-            program, (out, chosen) = self.program.dispatched(inputs, call, self.parts[0], self.parts[1:])
-            return program, out, chosen
+            program, (out, chosen), value = self.program.dispatched(inputs, call, self.parts[0], self.parts[1:])
+            return Ran(program, out, chosen, value)
         out, chosen = self.parts[0](*self.program.arguments(inputs, call))
-        return self.program, out, chosen
+        return Ran(self.program, out, chosen)
 
 
 def _merged(lowered: Sequence[Lowered]) -> dict[str, dict[str, Any]]:

@@ -60,6 +60,7 @@ class LayerProfile:
         hide_kl: the same when text does not see them there either: ``run_on(Text).attend_to(Text)``. A layer attends
             to one set for all its queries, so that hiding vision from text is making the layer text-only.
         rows: how many prompts with an image there were.
+        key_share: share of a layer's matrix products per token that makes keys and values.
     """
 
     attention_mass: tuple[float, ...]
@@ -68,6 +69,7 @@ class LayerProfile:
     freeze_kl: tuple[float, ...]
     hide_kl: tuple[float, ...]
     rows: int
+    key_share: tuple[float, ...] = ()
 
     @property
     def depth(self) -> int:
@@ -265,7 +267,11 @@ def _measure(programs: list[Program], progress: Callable[[str, int, int], None])
         for layer, x in enumerate(column):
             if not math.isfinite(x):
                 raise ValueError(f"{name} of layer {layer} is {x}; expected finite hidden states and logits")
-    return LayerProfile(**columns, rows=rows)
+    layers = programs[0].anatomy.layers
+    made = [sum((x.keys | x.values).values()) for x in layers]
+    whole = [sum((x.queries | x.keys | x.values | x.behind).values()) for x in layers]
+    share = tuple(k / n for k, n in zip(made, whole, strict=True))
+    return LayerProfile(**columns, rows=rows, key_share=share)
 
 
 def _mean(batches: Sequence[tuple[list[float], int]]) -> tuple[float, ...]:

@@ -96,7 +96,7 @@ def positioned(gm: torch.fx.GraphModule, plain: bool) -> torch.fx.GraphModule:
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
     for node in graph.find_nodes(op="call_function", target=dialect.ATTENTION):
-        append = getattr(node.args[1], "args", (None,))[0]
+        append: Any = getattr(node.args[1], "args", (None,))[0]
         if getattr(append, "target", None) is not dialect.KV_APPEND:
             raise RuntimeError(
                 f"the keys of {node.name} did not come from vlmrewrite's cache: this model transforms its keys after"

@@ -17,10 +17,13 @@ from typing import ClassVar, Protocol, runtime_checkable
 from vlmrewrite.blocks import Block, LayerCopy
 from vlmrewrite.budget import Budget, Depth, layer_index
 from vlmrewrite.tokens import (
+    Difference,
     Nothing,
+    Pair,
     Policy,
     Selection,
     TokenSet,
+    Union,
     contains,
     difference,
     intersection,
@@ -121,7 +124,7 @@ class Plan:
             ValueError: there is no such layer, or no vision tokens are left there (see :meth:`exhausted`).
         """
         layer = layer_index(at, self.depth)
-        left = self.vision(layer)
+        left = _as_of(self.vision(layer), layer)
         if left == Nothing:
             raise ValueError(f"nothing to select from: {self.exhausted(layer)}")
         if isinstance(keep, float) and keep == 1.0:
@@ -307,6 +310,19 @@ def _in_time(what: str, tokens: TokenSet, layer: int) -> None:
     for s in selections(tokens):
         if s.at > layer:
             raise ValueError(f"{what} uses {s}, which is chosen later, at layer {s.at}")
+
+
+def _as_of(s: TokenSet, layer: int) -> TokenSet:
+    """A vision set with selections that are made deeper than ``layer`` replaced by what they select from."""
+    if isinstance(s, Selection):
+        return _as_of(s.source, layer) if s.at > layer else s
+    if isinstance(s, Difference):  # what is taken away later has not been taken away yet
+        taken = s.right if _as_of(s.right, layer) == s.right else Nothing
+        return difference(_as_of(s.left, layer), taken)
+    if isinstance(s, Pair):
+        combine = union if isinstance(s, Union) else intersection
+        return combine(_as_of(s.left, layer), _as_of(s.right, layer))
+    return s
 
 
 def _narrowed(s: TokenSet, left: TokenSet, chosen: TokenSet) -> TokenSet:

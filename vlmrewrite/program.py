@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import groupby
@@ -12,17 +11,16 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor, nn
-from torch.fx import Node
 
 from vlmrewrite.anatomy import Anatomy, Layer, analyse
 from vlmrewrite.blocks import build
 from vlmrewrite.call import Call
-from vlmrewrite.census import Census
+from vlmrewrite.costs import LayerCost as LayerCost
+from vlmrewrite.costs import costs as costs
 from vlmrewrite.dispatch import Parted, part
 from vlmrewrite.formatting import byte_size, describe, span, table
 from vlmrewrite.legalize import Rewritten, legalize
 from vlmrewrite.plan import FEATURES, Chooser, Pass, Plan
-from vlmrewrite.tokens import Last, Text, TokenSet, union
 from vlmrewrite.wellformed import check
 
 
@@ -108,7 +106,7 @@ class Program:
 
     def dispatched(
         self, inputs: Sequence[Any], call: Call, head: Callable[..., Any], tails: Sequence[Callable[..., Any]]
-    ) -> tuple[Program, tuple[Any, tuple[Tensor, ...]]]:
+    ) -> tuple[Program, tuple[Any, tuple[Tensor, ...]], Tensor | None]:
         """Run what the variants share, ask the chooser, and run one tail after another until it is content.
 
         Args:
@@ -116,12 +114,13 @@ class Program:
             head, tails: of :attr:`parted`, lowered or not.
 
         Returns:
-            the variant whose result is kept, and the result as of :meth:`run`.
+            the variant whose result is kept, the result as of :meth:`run`, and what the chooser read in the graph.
         """
         parted, chooser, n = self.parted, self.plan.chooser, len(self.variants)
         assert parted is not None and chooser is not None
         shared = head(*inputs, *(call.fill(extra) for extra in parted.extras))
-        i: int | None = chooser.first(None if chooser.op is None else shared[0], call.with_images, n)
+        value = None if chooser.op is None else shared[0]
+        i: int | None = chooser.first(value, call.with_images, n)
         while i is not None:
             _in_range(i, n, chooser)
             tried = i
@@ -131,7 +130,7 @@ class Program:
             column = call.last if logits.shape[1] > 1 else torch.zeros_like(call.last)
             last = logits.take_along_dim(column[..., None], 1)[:, 0]
             i = chooser.then(tried, last, call.with_images, n)
-        return self.variants[tried], out
+        return self.variants[tried], out, value
 
     def __str__(self) -> str:
         return _listing(self)
@@ -249,70 +248,6 @@ def _modules(program: Program, plan: Plan, given: nn.ModuleDict | None) -> nn.Mo
         assert program.model is not None
         have |= dict(build(program.model, lacking).items())
     return nn.ModuleDict({name: have[name] for name in plan.blocks})
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """What one layer costs in one call, all rows together.
-
-    ``run`` and ``keys`` are the lengths, a row, of what it computes on and of what it adds to the cache.
-    """
-
-    index: int
-    run: int
-    keys: int
-    flops: int
-    kv_bytes: int
-
-
-def costs(program: Program, census: Census, past: int = 0, held: Sequence[int] = ()) -> list[LayerCost]:
-    """Tokens, matmul FLOPs and K/V bytes of each layer under the program's plan.
-
-    A layer's FLOPs are those of its linear maps, once for each token set that they are computed for (a fused q, k and v
-    projection twice, where a layer runs on another set than it attends to), of its attention over all pairs, of scoring
-    vision tokens at its entry, and of a branch's block that leaves there. What an operator of a policy or an edit does
-    inside is not known here and not counted.
-
-    Args:
-        program: what runs.
-        census: of the call.
-        past: logical length of the cache before the call.
-        held: keys that each layer held before the call; without it, all of ``past``.
-    """
-    batch, plan = len(census.text), program.plan
-    out = []
-    for layer, entry in zip(program.anatomy.layers, plan.layers, strict=True):
-        before = held[layer.index] if held else past
-        run, keys, mlp = entry.sets()
-        maps: dict[TokenSet, dict[Node, int]] = defaultdict(dict)
-        half = layer.second_half() if mlp != run else frozenset()
-        maps[run] |= layer.queries | {n: f for n, f in layer.behind.items() if n not in half}
-        maps[mlp] |= {n: f for n, f in layer.behind.items() if n in half}
-        maps[keys] |= layer.keys | layer.values
-        flops = layer.attention_flops(census.size(run), census.size(keys) + before)
-        for scored in _scored(plan, layer.index):
-            maps[Last] |= layer.queries
-            maps[scored] |= layer.keys
-            flops += layer.scoring_flops(census.size(scored) + before)
-        flops += sum(census.size(s) * sum(found.values()) for s, found in maps.items())
-        for branch in plan.branches:
-            if branch.leave == layer.index and branch.block is not None:
-                flops += _block_flops(program.anatomy.layers[branch.layer], census.size(branch.tokens))
-        added = census.size(keys)
-        out.append(LayerCost(layer.index, census.size(run), added, batch * flops, batch * added * layer.kv_bytes))
-    return out
-
-
-def _scored(plan: Plan, at: int) -> list[TokenSet]:
-    """The sets among whose keys a layer scores vision tokens at its entry, once for each time it does."""
-    found = [s.source for s in plan.selections() if s.at == at and "attention" in s.policy.needs]
-    found += [e.tokens for e in plan.edits if e.at == at and "attention" in e.needs]
-    return [union(Text, s) for s in found]
-
-
-def _block_flops(layer: Layer, tokens: int) -> int:
-    maps = layer.queries | layer.keys | layer.values | layer.behind
-    return tokens * sum(maps.values()) + layer.attention_flops(tokens, tokens)
 
 
 def _listing(program: Program) -> str:

@@ -1,4 +1,4 @@
-"""Regions of an image's token grid: blocks of 1, 2 and 4 locations a side, and covers made of them.
+"""Regions of an image's token grid: blocks of 1, 2 and 4 locations a side, covers made of them, matches with text.
 
 An image's F' = rows * columns tokens stand in row-major order; blocks are cut from the upper left, those at the right
 and lower border may be smaller. A block's **representative** is a location nearest to its centre, and always that of
@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import functools
 import heapq
+import math
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vlmrewrite.dialect import define
@@ -202,6 +204,54 @@ def _split(
             for part in (block, *missing):
                 push(1, part)
     return added
+
+
+def match(
+    text: Tensor, regions: Tensor, level: Tensor, visual: Tensor, weights: Sequence[Tensor] = ()
+) -> tuple[Tensor, Tensor]:
+    """Text density of each text token, and how well it matches each region.
+
+    With weights, for text token i and region j of scale s, LN without parameters:
+    ``rho_i = sigmoid(text . LN t_i + bias)``,
+    ``z_ij = (query LN t_i) . (key LN R_j) / sqrt(d) + scale_s + slope_s rho_i + visual v_j``.
+    Without: ``z_ij = LN t_i . LN R_j / sqrt(H)``, rho_i = 1 - entropy of softmax_j z_ij, in units of log R.
+
+    Args:
+        text: [..., n, H]. regions: [..., R, H]. level: index into :data:`SCALES` of each region, int64 [..., R].
+        visual: density v_j of each region, [..., R], in units of the largest.
+        weights: query [d, H], key [d, H], text [H], bias [1], scale [3], slope [3] and visual [1], or none.
+
+    Returns:
+        rho [..., n] and z [..., n, R], fp32.
+    """
+    size = text.shape[-1:]
+    t, r = F.layer_norm(text.float(), size), F.layer_norm(regions.float(), size)
+    if not weights:
+        z = t @ r.transpose(-1, -2) / math.sqrt(size[0])
+        log_p = z.log_softmax(-1)
+        entropy = -(log_p.exp() * log_p).sum(-1)
+        return (1 - entropy / math.log(max(2, z.shape[-1]))).clamp(0.0, 1.0), z
+    query, key, dense, bias, scale, slope, seen = (w.float() for w in weights)
+    rho = torch.sigmoid(t @ dense + bias)
+    z = (t @ query.T) @ (r @ key.T).transpose(-1, -2) / math.sqrt(len(query))
+    offset = scale[level] + seen * visual
+    return rho, z + offset[..., None, :] + slope[level][..., None, :] * rho[..., None]
+
+
+def aligned(rho: Tensor, z: Tensor, most: int) -> Tensor:
+    """Which regions belong to which text token: z, scaled to [0, 1], is kept from 0.9 - 0.3 rho on, and normalised.
+
+    Args:
+        rho: [n]. z: [n, R]. most: how many regions a token may have.
+
+    Returns:
+        weights [n, R]; each row's sum is 1, or 0 if it matches all regions alike.
+    """
+    low, high = z.aminmax(dim=1, keepdim=True)
+    z = (z - low) / (high - low).clamp(min=1e-12)
+    best = z.topk(min(most, z.shape[1]), dim=1).values[:, -1:]
+    kept = torch.where((z >= 0.9 - 0.3 * rho[:, None]) & (z >= best), z, 0.0)
+    return kept / kept.sum(1, keepdim=True).clamp(min=1e-12)
 
 
 define(

@@ -19,7 +19,9 @@ class Report:
     """What a recipe did to a model. ``str`` for a terminal, ``to_dict`` for JSON, HTML in a notebook.
 
     Costs are those of the last call with an image: matmul FLOPs of the decoder layers' prefill and bytes of K/V added
-    to the cache, all rows together. Before the first such call they are missing.
+    to the cache, all rows together. Before the first such call they are missing. On a kept cache, those before are with
+    all earlier tokens in it. Scoring vision tokens by attention is counted; what a policy's or an edit's operator does
+    inside (distances between features, say) is not.
     """
 
     recipe: str

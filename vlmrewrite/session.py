@@ -69,6 +69,7 @@ class Last:
     call: Call
     chosen: tuple[Tensor, ...]
     given: Given
+    value: Tensor | None
 
 
 class Session:
@@ -185,9 +186,9 @@ class Session:
     def _run(self, given: Given, graph: Graph, inputs: Sequence[Any]) -> Any:
         call, missing = self._describe(graph.vision(*inputs), given)
         installed = self._install(graph, missing, given.images.features.device)
-        program, out, chosen = installed.run(inputs, call)
-        self.latest = Last(installed, program, call, chosen, given)
-        return out
+        ran = installed.run(inputs, call)
+        self.latest = Last(installed, ran.program, call, ran.chosen, given, ran.value)
+        return ran.out
 
     def _install(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Installed:
         """The graph under this recipe; another one where other facts about the images are missing."""

@@ -1,7 +1,8 @@
 """Which operations treat every token alike, so that they can run on a subset of the tokens.
 
 The token axis of a tensor is the dimension whose size contains the length symbol: T, or c·T where leading dimensions
-are merged into it, as by ``view(-1, H)``. What is not in a table here is refused.
+are merged into it, as by ``view(-1, H)``. Rows keep different tokens, so that mixing rows mixes tokens, too. What is
+not in a table here is refused.
 """
 
 from __future__ import annotations
@@ -95,7 +96,7 @@ def hidden_write(node: Node) -> str | None:
 
 
 def refuse(node: Node, length: object) -> str | None:
-    """Why the node may mix tokens, or None if each token's output depends on that token alone.
+    """Why the node may mix tokens, or None if each token's output depends on that token of that row alone.
 
     Args:
         node: a captured node inside a decoder layer.
@@ -110,16 +111,17 @@ def refuse(node: Node, length: object) -> str | None:
         name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
         return reason or f"{name!r} is not known to treat tokens alike"
     inputs, out = [x for n in node.all_input_nodes for x in _tensors(n)], _tensors(node)
-    tokens = any(_axis(x, length) for x in inputs)
+    tokens = any("token" in _axes(x, length).values() for x in inputs)
     if target in _SIZES or (_number(node) and not tokens):
         return None
     reason = _broken(inputs, length) or rule(node, length) or _broken(out, length)
-    if reason is None and target not in _SIZED and any(_holds(value(n), length) for n in node.all_input_nodes):
+    numbers = [] if target in _SIZED else [_symbols(value(n)) & _symbols(length) for n in node.all_input_nodes]
+    if reason is None and any(numbers):
         return "it computes with the number of tokens"
     if reason is None and not out:
         return "the shape of its result is not known"
-    if reason is None and tokens and target not in _CONSTANTS and not all(_axis(x, length) for x in out):
-        return "its result has no token axis"
+    if reason is None and tokens and any("token" not in _axes(x, length).values() for x in out):
+        return None if target in _CONSTANTS else "its result has no token axis"
     return reason
 
 
@@ -189,7 +191,7 @@ def _number(node: Node) -> bool:
     return isinstance(value(node), _NUMBERS)
 
 
-# ---- token axes
+# ---- axes
 
 
 def _tensors(node: object) -> list[Tensor]:
@@ -197,28 +199,29 @@ def _tensors(node: object) -> list[Tensor]:
     return [t for t in (x if isinstance(x, (tuple, list)) else [x]) if isinstance(t, Tensor)]
 
 
-def _axis(x: Tensor, length: object) -> list[int]:
-    """The token axis of a tensor, counted from the right; nothing if it has none, several if it is broken."""
-    return [d - x.dim() for d, n in enumerate(x.shape) if _holds(n, length)]
-
-
 def _expression(number: Any) -> Any:
     return number.node.expr if hasattr(number, "node") else number
 
 
-def _holds(number: object, length: object) -> bool:
-    """Whether a size or another number depends on the number of tokens."""
-    return bool(getattr(_expression(number), "free_symbols", set()) & _expression(length).free_symbols)
+def _symbols(number: object) -> Any:
+    return getattr(_expression(number), "free_symbols", frozenset())
+
+
+def _axes(x: Tensor, length: object) -> dict[int, str]:
+    """Which dimensions, counted from the right, are "token" and "batch" axes: of any other symbolic size."""
+    kinds = {d - x.dim(): (_symbols(n), _symbols(n) & _symbols(length)) for d, n in enumerate(x.shape)}
+    return {d: "token" if tokens else "batch" for d, (symbols, tokens) in kinds.items() if symbols}
 
 
 def _broken(tensors: list[Tensor], length: object) -> str | None:
-    """Why the tensors do not all hold whole tokens along one axis."""
+    """Why the tensors do not all hold whole tokens along one axis, and rows along one more."""
     for x in tensors:
-        sizes = [_expression(n) for n in x.shape if _holds(n, length)]
-        if len(sizes) > 1:
-            return f"two token axes meet, shape {tuple(x.shape)}"
-        times = [n / _expression(length) for n in sizes]
-        if any(_holds(t, length) or not t.is_integer for t in times):
+        axes = _axes(x, length)
+        twice = next((kind for kind in axes.values() if [*axes.values()].count(kind) > 1), None)
+        if twice is not None:
+            return f"two {twice} axes meet, shape {tuple(x.shape)}"
+        times = [_expression(x.shape[d]) / _expression(length) for d, kind in axes.items() if kind == "token"]
+        if any(_symbols(t) & _symbols(length) or not t.is_integer for t in times):
             return f"it takes tokens apart or leaves some out, shape {tuple(x.shape)}"
     return None
 
@@ -227,22 +230,30 @@ def _broken(tensors: list[Tensor], length: object) -> str | None:
 
 
 def _aligned(node: Node, length: object, only: slice = slice(None)) -> str | None:
-    """The token axes of inputs and results must have one place, counted from the right, and one size."""
+    """The axes of inputs and results must have the same places, counted from the right, and sizes."""
     for x in (x for n in node.all_input_nodes[only] for x in _tensors(n)):
-        for d in _axis(x, length):
-            if not all(_axis(y, length) == [d] and _expression(x.shape[d]) == _expression(y.shape[d]) for y in _tensors(node)):
-                return "the token axes of its inputs and its result are not the same"
+        for d, kind in _axes(x, length).items():
+            for y in _tensors(node):
+                if d < -y.dim() or _expression(x.shape[d]) != _expression(y.shape[d]):
+                    return f"the {kind} axes of its inputs and its result are not the same"
     return None
 
 
 def _reshaped(node: Node, length: object) -> str | None:
-    """Tokens stay whole and in order if there are as many elements as before, and as many after the token axis."""
+    """Tokens and rows stay whole and in order."""
     for x, y in zip(_tensors(node.all_input_nodes[0]), _tensors(node), strict=False):
-        for d, e in zip(_axis(x, length), _axis(y, length), strict=False):
-            before, after = ((z.numel(), math.prod(z.shape[z.dim() + i + 1 :])) for z, i in ((x, d), (y, e)))
-            if [*map(_expression, before)] != [*map(_expression, after)]:
-                return f"it takes tokens apart, shape {tuple(x.shape)} to {tuple(y.shape)}"
+        if "token" in _axes(y, length).values() and _strides(x, length) != _strides(y, length):
+            return f"it takes tokens apart or reorders them, shape {tuple(x.shape)} to {tuple(y.shape)}"
     return None
+
+
+def _strides(x: Tensor, length: object) -> tuple[object, ...]:
+    """The number of elements, of each token and of each row; and the number of rows, which c·T holds as well."""
+    after = {kind: _expression(math.prod(x.shape[x.dim() + d + 1 :])) for d, kind in _axes(x, length).items()}
+    sizes = {kind: _expression(x.shape[d]) for d, kind in _axes(x, length).items()}
+    if "token" in sizes and "batch" not in sizes and _symbols(rows := sizes["token"] / _expression(length)):
+        sizes["batch"], after["batch"] = rows, after["token"] * _expression(length)
+    return _expression(x.numel()), after, sizes.get("batch")
 
 
 def _along(node: Node, length: object) -> str | None:
@@ -254,11 +265,11 @@ def _along(node: Node, length: object) -> str | None:
     dim: Any = _argument(node, place, "dim", "axis", "dims", default=default)
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
     for x in (x for n in (given if isinstance(given, (tuple, list)) else [given]) for x in _tensors(n)):
-        for d in _axis(x, length):
+        for d, kind in _axes(x, length).items():
             if not dims or any(type(i) is not int for i in dims):
                 return "it works on all dimensions at once"
             if any(i % x.dim() == d % x.dim() for i in dims):
-                return "it works along the token axis, which is not known to treat tokens alike"
+                return f"it works along the {kind} axis, which is not known to treat tokens alike"
     return _aligned(node, length) if target in _MEETING else None
 
 
@@ -266,8 +277,10 @@ def _normed(node: Node, length: object) -> str | None:
     shape = _argument(node, 1, "normalized_shape")
     if not isinstance(shape, (tuple, list)):
         return "its normalized shape is not known"
-    if any(d >= -len(shape) for x in _tensors(node.all_input_nodes[0]) for d in _axis(x, length)):
-        return "it normalises over the token axis"
+    for x in _tensors(node.all_input_nodes[0]):
+        for d, kind in _axes(x, length).items():
+            if d >= -len(shape):
+                return f"it normalises over the {kind} axis"
     return _aligned(node, length)
 
 
@@ -276,13 +289,14 @@ def _multiplied(node: Node, length: object) -> str | None:
     operands = _tensors(_argument(node, 0, "input")) + _tensors(_argument(node, 1, "weight", "other", "mat2"))
     if len(operands) != 2:
         return "its operands are not known"
-    left, right = (_axis(x, length) for x in operands)
+    left, right = (_axes(x, length) for x in operands)
+    tokens = [d for axes in (left, right) for d, kind in axes.items() if kind == "token"]
     if _meaning(node) in _LINEAR and right:
-        return "its weight has a token axis"
-    if left and right and max(*left, *right) > -3:
+        return f"its weight has a {next(iter(right.values()))} axis"
+    if len(tokens) > 1 and max(tokens) > -3:
         return "it multiplies two activations"
     if -1 in left or -2 in right:
-        return "it sums over the token axis"
+        return f"it sums over the {left.get(-1) or right.get(-2)} axis"
     return _aligned(node, length) if operands[1].dim() > 1 else None
 
 
@@ -300,14 +314,18 @@ def _indexed(node: Node, length: object) -> str | None:
         elif i is not None:
             parts = (i.start, i.stop, i.step) if isinstance(i, slice) else (i, i, i)
             size = x.shape[dim]
-            if _holds(size, length):
-                whole = parts[1] is None or (isinstance(parts[1], Node) and _expression(value(parts[1])) == _expression(size))
+            if _symbols(size):
+                whole = parts[1] is None or _expression(_known(parts[1])) == _expression(size)
                 if not whole or parts[0] not in (None, 0) or parts[2] not in (None, 1):
-                    return "it takes a part of the token axis"
-            elif any(isinstance(n, Node) and _holds(value(n), length) for n in parts):
+                    return f"it takes a part of the {_axes(x, length)[dim - x.dim()]} axis"
+            elif any(_symbols(_known(n)) & _symbols(length) for n in parts):
                 return "it computes with the number of tokens"
             dim += 1
     return None
+
+
+def _known(number: object) -> object:
+    return value(number) if isinstance(number, Node) else number
 
 
 def _argument(node: Node, place: int, *names: str, default: object = None) -> object:

@@ -173,8 +173,8 @@ def refuse_packed(kwargs: dict[str, Any]) -> None:
         return
     row, column = (at.diff(dim=-1) != 1).nonzero()[0].tolist()
     raise ValueError(
-        f"position_ids go from {int(at[row, column])} to {int(at[row, column + 1])} at token {column + 1} of row {row}, in"
-        " a call with images, without a cache and without an attention_mask: transformers takes that for packed"
+        f"position_ids go from {int(at[row, column])} to {int(at[row, column + 1])} at token {column + 1} of row {row},"
+        " in a call with images, without a cache and without an attention_mask: transformers takes that for packed"
         " sequences, which are not rewritten; pass one sequence a row, or an attention_mask if these tokens are one"
         " sequence"
     )

@@ -1,0 +1,44 @@
+"""FastV, "An Image is Worth 1/2 Tokens After Layer 2" (arXiv 2403.06764), training-free.
+
+The first layers see every vision token; from layer `at` on only those go on that receive most attention there.
+
+    layers 2-31    run_on All  ->  layers 2-31    run_on Text | fastv
+
+Refused where no vision tokens are left. The paper ranks a token by the attention that it receives on average from all
+tokens in the layer before the cut; its published inference code takes the last prompt token's attention instead. Here:
+the last prompt token's, mean over heads, computed with the norm, q, k and rope of layer `at` itself, so that the layers
+before it need not give up fused attention. Kept tokens keep their positions.
+"""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from vlmrewrite.budget import Budget, Depth, frozen_pass
+from vlmrewrite.plan import Plan
+from vlmrewrite.tokens import Policy
+
+
+@frozen_pass
+class FastV:
+    """Keep the vision tokens that the last prompt token attends to most, from layer ``at`` on.
+
+    Args:
+        keep: int tokens per image, or float fraction of each image's tokens; the paper's R is ``1 - keep``.
+        at: layer (int) or fraction of the depth (float), the paper's K.
+    """
+
+    name: ClassVar[str] = "fastv"
+
+    keep: Budget = 0.5
+    at: Depth = 2
+
+    def refuse(self, plan: Plan) -> str | None:
+        """No vision tokens are left from layer ``at`` on."""
+        return plan.exhausted(self.at)
+
+    def change(self, plan: Plan) -> None:
+        """One selection, by the operator of STS's second stage."""
+        plan.narrow(Policy("fastv", torch.ops.vlm.top_attention.default, ("attention",)), self.keep, self.at)

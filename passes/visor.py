@@ -1,0 +1,278 @@
+"""VISOR, vision on request (arXiv 2603.23495): which layers update, read or ignore the vision tokens.
+
+    layer 0        run_on All  ->  layer 0        run_on All                      self: an ordinary layer
+    layer 1        run_on All      layer 1        run_on Text, attend_to All      cross: text reads vision as it stands
+    layer 2        run_on All      layer 2        run_on Text                     text only
+
+The layers are given, or chosen by a measured budget, or one of a chain of configurations is chosen for each call.
+Refused where no vision tokens are left. The paper trains a network whose cross layers have weights of their own and a
+depth-wise convolution. Ours: the model's own weights without training, one softmax over vision and text keys, original
+positions; the budget by :mod:`vlmrewrite.layerwise` (contribution of a layer as in ShortV, arXiv 2504.00502); the rule
+by confidence; and a router that reads the last prompt token where the configurations part.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from vlmrewrite.blocks import Weights
+from vlmrewrite.budget import Depth, Layers, chosen_layers, frozen_pass
+from vlmrewrite.dialect import define
+from vlmrewrite.plan import Plan
+from vlmrewrite.tokens import Text
+
+
+def visor_router(hidden: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:
+    """Scores of each configuration from the last prompt token's hidden states, by an MLP behind a norm without weights.
+
+    Args:
+        hidden: [B, 1, H].
+        inner: [M, H]. inner_bias: [M]. outer: [C, M]. outer_bias: [C], C configurations.
+
+    Returns:
+        [B, C], dtype of ``hidden``.
+    """
+    x = F.layer_norm(hidden[:, 0], hidden.shape[-1:])
+    return F.linear(F.gelu(F.linear(x, inner, inner_bias)), outer, outer_bias)
+
+
+define(
+    "visor_router(Tensor hidden, Tensor inner, Tensor inner_bias, Tensor outer, Tensor outer_bias) -> Tensor",
+    visor_router,
+)
+
+
+class Router(nn.Module):
+    """Parameters of :func:`visor_router`; untrained, it always chooses the last, most demanding configuration."""
+
+    def __init__(self, hidden: int, configurations: int, width: int = 64) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(width))
+        self.outer = nn.Parameter(torch.zeros(configurations, width))
+        self.outer_bias = nn.Parameter(F.one_hot(torch.tensor(configurations - 1), configurations).float())
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """From the cheapest plan on, the next one while some row's most likely next token is below ``threshold``."""
+
+    at: Depth
+    threshold: float
+    op: ClassVar[None] = None
+    weights: ClassVar[tuple[str, ...]] = ()
+
+    def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
+        """The cheapest."""
+        return 0
+
+    def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> int | None:
+        """The next, unless all rows with an image are confident or it was the last."""
+        sure = logits[images].float().softmax(-1).amax(-1).amin()
+        return tried + 1 if tried + 1 < variants and bool(sure < self.threshold) else None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The plan that ``op`` reads off the last prompt token's hidden states; of a batch, the most demanding row's.
+
+    ``op`` returns scores [B, C], a plan's number for each row [B], or one number.
+    """
+
+    at: Depth
+    op: Callable[..., Any]
+    weights: tuple[str, ...] = ()
+
+    def first(self, value: Any, images: Tensor, variants: int) -> int:
+        """The most demanding of the rows with an image."""
+        if isinstance(value, Tensor) and value.shape in ((len(images),), (len(images), variants)):
+            value = value.argmax(-1) if value.dim() == 2 else value
+            value = value[images].max().item()
+        elif isinstance(value, Tensor) and value.numel() == 1:
+            value = value.item()
+        return value  # type: ignore[no-any-return]
+
+    def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> None:
+        """It stays."""
+
+
+@frozen_pass
+class VISOR:
+    """Update vision tokens in the self layers, let text attend to them in these and the cross layers, nowhere else.
+
+    Args:
+        self_layers: list of layers (int) or fractions of the depth (float), or a float: the share of the layers, evenly
+            spaced.
+        cross_layers: the same; a share is spaced evenly over the layers that are not self layers.
+        sa_vision_mlp: whether the MLP of a self layer runs on vision tokens too.
+        budget: instead of layers: the share of the vision tokens' work that is left, in (0, 1]. A self layer is work
+            1 of the depth, a cross layer the share of a layer's matrix products that makes keys and values.
+        calibration: what the model's forward takes, with images, to measure the layers on; with ``budget``.
+        policy: with ``chain``: ``"confidence"`` tries the chain from its first configuration on until the first token's
+            probability is ``threshold``; ``"router"`` is a trained block; or a function from the last prompt token's
+            hidden states [B, 1, H] to each row's configuration.
+        chain: configurations, cheapest first: mappings with ``self_layers``, ``cross_layers`` and ``sa_vision_mlp``;
+            what one updates or reads, the next does too.
+        threshold: of the policy ``"confidence"``, in (0, 1].
+    """
+
+    name: ClassVar[str] = "visor"
+
+    self_layers: Layers = ()
+    cross_layers: Layers = ()
+    sa_vision_mlp: bool = True
+    budget: Annotated[float, Field(gt=0, le=1)] | None = None
+    calibration: Annotated[Any, Field(exclude=True)] = dataclasses.field(default=None, repr=False, compare=False)
+    policy: Literal["confidence", "router"] | Callable[..., Any] | None = None
+    chain: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()
+    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+
+    def __post_init__(self) -> None:
+        given = bool(self.self_layers or self.cross_layers), self.budget is not None, bool(self.chain)
+        if sum(given) != 1:
+            raise ValueError("expected self_layers and cross_layers, or a budget, or a chain; got " + self._what(given))
+        if bool(self.chain) != (self.policy is not None):
+            raise ValueError("expected a policy with a chain of configurations, got one of them alone")
+        object.__setattr__(self, "chain", tuple({k: _tuple(v) for k, v in c.items()} for c in self.chain))
+        if self.chain:
+            if len(self.chain) < 2:
+                raise ValueError("expected a chain of at least two configurations, got one")
+            self.configurations()
+        if not isinstance(self.self_layers, float) and not isinstance(self.cross_layers, float):
+            _apart(self.self_layers, self.cross_layers)
+
+    @staticmethod
+    def _what(given: Sequence[bool]) -> str:
+        return " and ".join(n for n, g in zip(("layers", "a budget", "a chain"), given, strict=True) if g) or "none"
+
+    def configurations(self) -> list[VISOR]:
+        """The passes of the chain."""
+        known = ("self_layers", "cross_layers", "sa_vision_mlp")
+        for i, c in enumerate(self.chain):
+            if unknown := [k for k in c if k not in known]:
+                raise ValueError(
+                    f"chain[{i}]: expected the keys {', '.join(known)}, got {', '.join(map(repr, unknown))}"
+                )
+        return [VISOR(**c) for c in self.chain]
+
+    def calibrated(self, model: nn.Module, inputs: Any = None) -> VISOR:
+        """The pass with the layers that its budget buys on this model; see :func:`vlmrewrite.calibrate`."""
+        if self.budget is None:
+            return self
+        from vlmrewrite.layerwise import profile
+
+        inputs = self.calibration if inputs is None else inputs
+        if inputs is None:
+            raise ValueError(
+                f"VISOR(budget={self.budget}) measures the layers; expected calibration=inputs, or"
+                " vlmrewrite.calibrate(model, recipe, inputs)"
+            )
+        found = profile(model, inputs)
+        share = found.key_share
+        own, cross = spend(self.budget, found.freeze_kl, found.hide_kl, share)
+        if not own and not cross:
+            least = min(share) / len(share)
+            raise ValueError(f"VISOR(budget={self.budget}) buys no layer; expected at least {least:.3g} for this model")
+        return VISOR(self_layers=tuple(own), cross_layers=tuple(cross), sa_vision_mlp=self.sa_vision_mlp)
+
+    def refuse(self, plan: Plan) -> str | None:
+        """No vision tokens are left."""
+        return plan.exhausted()
+
+    def change(self, plan: Plan) -> None:
+        """Self layers stay; cross layers run on text and see what they saw before; the rest is text only."""
+        if self.budget is not None:
+            raise ValueError(
+                f"VISOR(budget={self.budget}) must be calibrated first: vlmrewrite.calibrate(model, recipe)"
+            )
+        if self.chain:
+            self._dispatch(plan)
+            return
+        own, cross = self.layers(plan.depth)
+        for entry in plan.layers:
+            keys = entry.keys if entry.index in cross else Text
+            if entry.index not in own:
+                entry.run_on(Text).attend_to(keys)
+            elif not self.sa_vision_mlp:
+                entry.mlp_on(Text)
+
+    def layers(self, depth: int) -> tuple[list[int], list[int]]:
+        """The self layers and the cross layers of a decoder of this depth."""
+        own = chosen_layers(self.self_layers, depth)
+        cross = chosen_layers(self.cross_layers, depth, [i for i in range(depth) if i not in own])
+        _apart(own, cross)
+        return own, cross
+
+    def _dispatch(self, plan: Plan) -> None:
+        passes, plans = self.configurations(), []
+        kinds = [p.layers(plan.depth) for p in passes]
+        for i, ((own, cross), (more, wider)) in enumerate(pairwise(kinds)):
+            if not set(own) <= set(more) or not {*own, *cross} <= {*more, *wider}:
+                raise ValueError(
+                    f"chain[{i + 1}] must update what chain[{i}] updates and read what it reads; got self layers {more}"
+                    f" behind {own}, cross layers {wider} behind {cross}"
+                )
+        for p in passes:
+            plans.append(plan.copy())
+            p.change(plans[-1])
+        parts = (i for i in range(plan.depth) if any(p.layers[i].sets() != plans[0].layers[i].sets() for p in plans))
+        at = next(parts, None)
+        if at is None:
+            raise ValueError("the configurations of the chain are all the same on this model")
+        if self.policy == "confidence":
+            plan.dispatch(Confidence(at, self.threshold), plans)
+        elif self.policy == "router":
+            block = plan.block(Weights(lambda hidden: Router(hidden, len(plans))), "router")
+            names = tuple(f"{block}.{n}" for n in ("inner", "inner_bias", "outer", "outer_bias"))
+            plan.dispatch(Routed(at, torch.ops.vlm.visor_router.default, names), plans)
+        else:
+            assert callable(self.policy)
+            plan.dispatch(Routed(at, self.policy), plans)
+
+
+def spend(
+    budget: float, freeze: Sequence[float], hide: Sequence[float], share: Sequence[float]
+) -> tuple[list[int], list[int]]:
+    """Buy self and cross layers where they matter most for what they cost.
+
+    Greedily by measured effect per work: from text-only to cross a layer gains ``hide - freeze``, from cross to self
+    ``freeze``. Ties go to the first layer.
+
+    Args:
+        budget: share of the work of all layers, in (0, 1].
+        freeze, hide: what each layer loses as a cross layer and as a text-only layer, see LayerProfile.
+        share: work of a cross layer, of that of a self layer.
+
+    Returns:
+        the self layers and the cross layers, ascending.
+    """
+    depth, left = len(freeze), budget * len(freeze) + 1e-9
+    steps = [((hide[i] - freeze[i]) / share[i], 0, i, share[i]) for i in range(depth)]
+    steps += [(freeze[i] / (1 - share[i]), 1, i, 1 - share[i]) for i in range(depth)]
+    level = [0] * depth
+    while True:
+        open_steps = [s for s in steps if s[1] == level[s[2]] and s[3] <= left]
+        if not open_steps:
+            break
+        _, kind, i, cost = max(open_steps, key=lambda s: (s[0], -s[2]))
+        level[i], left = kind + 1, left - cost
+    return [i for i in range(depth) if level[i] == 2], [i for i in range(depth) if level[i] == 1]
+
+
+def _tuple(x: object) -> object:
+    return tuple(x) if isinstance(x, list) else x
+
+
+def _apart(own: Sequence[int | float], cross: Sequence[int | float]) -> None:
+    both = [str(i) for i in cross if i in own]
+    if both:
+        raise ValueError(f"expected a layer in self_layers or in cross_layers, got {', '.join(both)} in both")

@@ -1,0 +1,540 @@
+"""DAPE: covers of an image by regions, and detail at three depths."""
+
+from __future__ import annotations
+
+import functools
+import re
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+import vlmrewrite as vr
+from vlmrewrite import regions
+from vlmrewrite.install import _session
+from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Stride
+from vlmrewrite.passes.dape import Detail, Matching, gains
+from vlmrewrite.plan import Plan
+from vlmrewrite.testing import models, strategies
+from vlmrewrite.testing.agreement import extended, logits_agreement
+from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.oracle import LayerMasks
+from vlmrewrite.tokens import Policy, Text, Vision
+
+FEW = settings(max_examples=max(4, settings.default.max_examples // 3))
+BATCH = [Row(2, 1, 3), Row(0, 4, 2), Row(1, 3, 4), Row(3, 2, 1)]
+GRIDS = frozenset({"features", "grid"})
+
+
+@functools.cache
+def family(name):
+    if name != "llava":
+        return FAMILIES[name]()
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(**models._tower(image_size=24, projection_dim=models.HIDDEN)),
+        text_config=LlamaConfig(**models._decoder(8)),
+        image_token_index=models.IMAGE,
+        image_seq_length=36,
+        vision_feature_layer=-1,
+    )
+    return models._tiny("llava", LlavaForConditionalGeneration, config, models._square(24, 36), 0)
+
+
+def real(inputs):
+    return inputs["attention_mask"].bool()
+
+
+def planned(*passes, depth=8):
+    plan = Plan(depth, GRIDS)
+    for p in passes:
+        plan.label = p.name
+        assert p.refuse(plan) is None
+        p.change(plan)
+    plan.check()
+    return str(plan)
+
+
+# ---- the plan
+
+
+SPLIT = """\
+cover = Vision.select(cover, keep=64) at layer 0
+split = Vision - cover.select(split, keep=16) at layer 1
+split2 = Vision - (split | cover).select(split, keep=10) at layer 2
+split3 = Vision - (split2 | (split | cover)).select(split, keep=6) at layer 4
+pool edits cover at layer 0
+pool edits split at layer 1
+pool edits split2 at layer 2
+pool edits split3 at layer 4
+layer 0        run_on Text | cover
+layer 1        run_on Text | (split | cover)
+layers 2-3     run_on Text | (split2 | (split | cover))
+layers 4-7     run_on Text | (split3 | (split2 | (split | cover)))"""
+
+INJECT = """\
+cover = Vision.select(cover, keep=0.25) at layer 0
+pool edits cover at layer 0
+detail edits cover at layer 1
+detail edits cover at layer 2
+detail edits cover at layer 4
+layers 0-7     run_on Text | cover"""
+
+ALONE = """\
+cover = Vision.select(cover, keep=0.5) at layer 0
+pool edits cover at layer 0
+layers 0-7     run_on Text | cover"""
+
+
+def test_plans():
+    assert planned(DAPE(budget=64)) == SPLIT
+    assert planned(DAPE(budget=0.25, mode="inject")) == INJECT
+    assert planned(DAPE(budget=0.5, detail=())) == planned(DAPE(budget=0.5, detail=(0, 0, 0))) == ALONE
+
+
+def test_a_budget_of_all_says_nothing():
+    assert planned(DAPE(budget=1.0)) == planned(DAPE(budget=1.0, mode="inject")) == "layers 0-7     run_on All"
+
+
+def test_stages_that_fall_on_one_layer_are_one():
+    assert "keep=0.2) at layer 1" in planned(DAPE(budget=0.5), depth=4)
+
+
+def test_layers_keep_their_kind():
+    text = planned(VISOR(self_layers=[0, 2], cross_layers=[4, 7]), DAPE(budget=64, detail=(0, 0.5, 0)))
+    assert text.endswith(
+        "layer 0        run_on Text | cover\n"
+        "layer 1        run_on Text\n"
+        "layer 2        run_on Text | (split | cover)\n"
+        "layer 3        run_on Text\n"
+        "layer 4        run_on Text, attend_to Text | (split | cover)\n"
+        "layers 5-6     run_on Text\n"
+        "layer 7        run_on Text, attend_to Text | (split | cover)"
+    )
+
+
+def test_later_passes_choose_from_the_regions():
+    text = planned(DAPE(budget=64), FastV(keep=8, at=5))
+    assert "fastv = (split3 | (split2 | (split | cover))).select" in text or "fastv = split3 | " in text
+    assert text.endswith("layers 5-7     run_on Text | fastv")
+    assert "stride = cover.select(stride, keep=3) at layer 0" in planned(DAPE(budget=9, mode="inject"), Stride(keep=3))
+
+
+@pytest.mark.parametrize(
+    ("plan", "p", "reason"),
+    [
+        (Plan(8, frozenset({"features"}), {"grid": "no grid, because"}), DAPE(), "no grid, because"),
+        (Plan(8), DAPE(), "how an image's tokens lie on a grid is not known in this model"),
+        ((DAPE(budget=9),), DAPE(), "an earlier pass leaves .*cover from layer 0 on; expected whole images"),
+        ((DivPrune(keep=9),), DAPE(), "an earlier pass leaves divprune from layer 0 on; expected whole images"),
+        ((STS(keep=1.0, refine=9, at=4),), DAPE(), "an earlier pass leaves relevance from layer 4 on; expected whole"),
+        ((VTW(at=0),), DAPE(), "an earlier pass leaves no vision tokens from layer 0 on"),
+        ((VTW(at=2),), DAPE(), "an earlier pass leaves Nothing from layer 2 on; expected whole images"),
+        ((DPVR(at=4),), DAPE(), "an earlier pass takes Vision out of layers 4-6"),
+    ],
+)
+def test_refusals(plan, p, reason):
+    if isinstance(plan, tuple):
+        passes, plan = plan, Plan(8, GRIDS)
+        for earlier in passes:
+            earlier.change(plan)
+    before = str(plan)
+    assert re.fullmatch(f"{reason}.*", p.refuse(plan))
+    assert str(plan) == before
+
+
+def test_what_is_not_refused():
+    for earlier in (VTW(at=5), STS(keep=1.0, refine=9, at=5), DPVR(at=4)):
+        plan = Plan(8, GRIDS)
+        earlier.change(plan)
+        detail = () if isinstance(earlier, DPVR) else (0.25, 0.15, 0.1)
+        assert DAPE(budget=9, detail=detail).refuse(plan) is None
+        DAPE(budget=9, detail=detail).change(plan)
+        plan.check()
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: DAPE(budget=0), r"^DAPE\.budget: expected an int >= 1 .*, got 0"),
+        (lambda: DAPE(detail=(0.5, 2)), r"^DAPE\.detail: expected a list of at most 3 numbers in \[0, 1\] "),
+        (lambda: DAPE(detail=(0.1,) * 4), r"^DAPE\.detail: expected a list of at most 3 numbers in \[0, 1\] "),
+        (lambda: DAPE(mode="add"), r"^DAPE\.mode: expected "),
+        (lambda: DAPE(matching="trained"), r"^DAPE\.matching: expected "),
+    ],
+)
+def test_bad_input(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()
+
+
+def test_a_model_without_a_grid_refuses():
+    tiny = family("llava_next")
+    inputs = tiny.inputs([Row(1)])
+    with torch.no_grad():
+        expected = tiny.model(**inputs).logits
+        with vr.applied(tiny.model, [DAPE()]):
+            torch.testing.assert_close(tiny.model(**inputs).logits, expected)
+            assert "which is not a square grid" in str(vr.report(tiny.model))
+        with (
+            vr.applied(tiny.model, [DAPE()], strict=True),
+            pytest.raises(ValueError, match="was refused: an image has"),
+        ):
+            tiny.model(**inputs)
+
+
+def test_a_budget_that_a_grid_cannot_meet():
+    tiny = family("llava")
+    with (
+        vr.applied(tiny.model, [DAPE(budget=3)]),
+        pytest.raises(ValueError, match="^a budget of 3 tokens cannot cover an image of 6 x 6 tokens .* at least 4"),
+    ):
+        tiny.model(**tiny.inputs([Row(1)]))
+
+
+# ---- numerics, against an oracle that looks for the regions itself
+
+
+def token_of(i, tokens, rows, columns):
+    """The token that stands for location ``i``."""
+    if i in tokens:
+        return i
+    for size in (2, 4):
+        place = []
+        for x, n in ((i // columns, rows), (i % columns, columns)):
+            first = x - x % size
+            place.append(first + (0, 1, 1, 1)[min(size, n - first) - 1])
+        if place[0] * columns + place[1] in tokens:
+            return place[0] * columns + place[1]
+    raise AssertionError(f"nothing stands for {i}")
+
+
+def images_of(vision, grids):
+    """(row, columns of the sequence, grid) of each image."""
+    found, grids = [], iter(grids)
+    for row, is_vision in enumerate(vision.tolist()):
+        left = [c for c, v in enumerate(is_vision) if v]
+        while left:
+            rows, columns = next(grids)
+            found.append((row, left[: rows * columns], (rows, columns)))
+            left = left[rows * columns :]
+    return found
+
+
+def entry_of(now, before, vision, grids):
+    """What happens to the stream at a layer's entry: new tokens become the averages of their regions."""
+
+    def entry(x):
+        old, x = x, x.clone()
+        for row, image, (rows, columns) in images_of(vision, grids):
+            tokens = {i for i, c in enumerate(image) if now[row, c]}
+            owner = [token_of(i, tokens, rows, columns) for i in range(len(image))]
+            for token in tokens:
+                if not before[row, image[token]]:
+                    inside = [image[i] for i, o in enumerate(owner) if o == token]
+                    x[row, image[token]] = old[row, inside].mean(0)
+        return x
+
+    return entry
+
+
+def masks_of(model, total=None):
+    """What each layer did, with the averages made by loops."""
+    program, call, chosen = _session(model).last()
+    more = (total or call.length) - call.length
+    out, before = [], torch.zeros_like(call.vision)
+    for layer in program.plan.layers:
+        run, keys = call.members(layer.run_set, chosen), call.members(layer.keys, chosen)
+        entry = entry_of(run & call.vision, before & call.vision, call.vision, call.grid.tolist())
+        out.append(LayerMasks(F.pad(run, (0, more), value=True), F.pad(keys, (0, more), value=True), entry=entry))
+        before = run
+    return out
+
+
+def dapes(most=36):
+    shares = st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 1.0]), max_size=3).map(tuple)
+    budget = st.integers(4, most) | st.integers(50, 99).map(lambda n: n / 100)
+    return st.builds(
+        DAPE, budget=budget, detail=shares, mode=st.just("split"), matching=st.sampled_from(["free", "learned"])
+    )
+
+
+@given(
+    st.sampled_from(["llava", "llava", "qwen2_5_vl"]),
+    dapes(),
+    strategies.rows(),
+    strategies.sides(),
+    st.integers(0, 99),
+)
+def test_forward_agrees_with_the_oracle(name, dape, rows, side, seed):
+    tiny = family(name)
+    inputs = tiny.inputs(rows, side=side, seed=seed)
+    with torch.no_grad(), vr.applied(tiny.model, [dape], strict=True):
+        got = tiny.model(**inputs).logits
+        masks = masks_of(tiny.model)
+    logits_agreement(tiny.model, inputs, masks, got, real(inputs)).check()
+
+
+@FEW
+@given(st.sampled_from(["llava", "qwen2_5_vl"]), dapes(), strategies.rows(), strategies.sides(), st.booleans())
+def test_generation_agrees_with_the_oracle(name, dape, rows, side, use_cache):
+    tiny = family(name)
+    inputs = tiny.inputs(rows, side=side, seed=3)
+    settings = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3, "use_cache": use_cache}
+    settings |= {"return_dict_in_generate": True, "output_logits": True}
+    with torch.no_grad(), vr.applied(tiny.model, [dape], strict=True):
+        tiny.model(**inputs)
+        prompt = inputs["input_ids"].shape[1]
+        masks = masks_of(tiny.model, prompt + 2)
+        out = tiny.model.generate(**inputs, **settings)
+    longer = extended(tiny.model, inputs, out.sequences[:, prompt:-1])
+    logits_agreement(tiny.model, longer, masks, torch.stack(out.logits, 1)).check()
+
+
+@FEW
+@given(
+    strategies.rows(), strategies.sides(), st.sampled_from(["free", "learned"]), st.sampled_from(["split", "inject"])
+)
+def test_rows_do_not_depend_on_one_another_nor_on_padding(rows, side, matching, mode):
+    tiny = family("llava")
+    inputs = tiny.inputs(rows, side=side, seed=5)
+    pictures = inputs["pixel_values"].split([row.images for row in rows])
+    torch.manual_seed(0)
+    with torch.no_grad(), vr.applied(tiny.model, [DAPE(budget=9, mode=mode, matching=matching)]):
+        for p in tiny.model.parameters():
+            if p.numel() == 1:
+                p.data.fill_(0.7)
+        together = tiny.model(**inputs).logits
+        kept = [s.vision for s in vr.kept_tokens(tiny.model)]
+        for i in (i for i, row in enumerate(rows) if row.images):
+            mask = real(inputs)[i]
+            alone = {"input_ids": inputs["input_ids"][i : i + 1, mask], "pixel_values": pictures[i]}
+            got = tiny.model(**alone, attention_mask=torch.ones_like(alone["input_ids"])).logits[0]
+            for whole, own in zip(kept, vr.kept_tokens(tiny.model), strict=True):
+                assert torch.equal(whole[i, mask], own.vision[0])
+            scale = float(together[i, mask].abs().max())
+            torch.testing.assert_close(got, together[i, mask], atol=1e-5 * max(scale, 1), rtol=0)
+
+
+@pytest.mark.parametrize("rows", [[Row(1)], BATCH], ids=["one row", "padded batch"])
+@pytest.mark.parametrize(
+    "dape", [DAPE(budget=36), DAPE(budget=99, matching="learned"), DAPE(budget=36, mode="inject"), DAPE(budget=1.0)]
+)
+def test_a_budget_of_all_is_the_original(dape, rows):
+    tiny = family("llava")
+    inputs = tiny.inputs(rows)
+    with torch.no_grad():
+        expected = tiny.model(**inputs).logits[real(inputs)]
+        with vr.applied(tiny.model, [dape]):
+            got = tiny.model(**inputs).logits[real(inputs)]
+            assert not [
+                s for s in vr.kept_tokens(tiny.model) if int(s.vision.sum()) != 36 * sum(r.images for r in rows)
+            ]
+    torch.testing.assert_close(got, expected, atol=2e-5 * float(expected.abs().max()), rtol=0)
+    if len(rows) == 1:
+        assert torch.equal(got, expected)
+
+
+def test_counts_grow_over_depth_and_cost_falls_with_the_budget():
+    tiny, totals = family("llava"), []
+    inputs = tiny.inputs([Row(1, 2, 3), Row(1, 2, 3)])
+    for budget, lengths in ((4, [4, 5, 6, 6]), (8, [8, 10, 11, 12]), (0.5, [18, 22, 25, 27])):
+        with torch.no_grad(), vr.applied(tiny.model, [DAPE(budget=budget)]):
+            cache = tiny.model(**inputs).past_key_values
+            totals.append(vr.report(tiny.model).totals["after"]["flops"])
+        assert cache.kv_lengths() == [5 + lengths[i] for i in (0, 1, 2, 2, 3, 3, 3, 3)]
+    assert totals == sorted(set(totals))
+
+
+def test_sizes_of_regions_vary_and_follow_the_picture():
+    """A picture that is flat but for one corner: the tokens go there."""
+    features = torch.zeros(64, 16)
+    corner = [r * 8 + c for r in range(4) for c in range(4)]
+    features[corner] = torch.randn(16, 16, generator=torch.Generator().manual_seed(0))
+    stream, grid = torch.randn(1, 70, 16), torch.tensor([[8, 8]])
+    prompt = torch.arange(70)[None] >= 64
+    args = (features, stream, prompt, torch.arange(64), grid, torch.ones(64, dtype=torch.bool), torch.tensor([64]))
+    for k, sizes in ((4, [16] * 4), (7, [4] * 4 + [16] * 3), (19, [1] * 16 + [16] * 3)):
+        cover = torch.ops.vlm.dape_cover(*args, torch.tensor([k]))
+        owner, _ = regions.region_owner(cover, args[-1], grid)
+        assert sorted(owner.bincount()[owner.unique()].tolist()) == sizes
+        assert int(cover[corner].sum()) == k - 3
+
+
+def test_text_draws_the_regions_it_matches():
+    generator = torch.Generator().manual_seed(0)
+    features = torch.randn(64, 16, generator=generator)
+    blocks = regions.representatives(torch.tensor([64]), torch.tensor([[8, 8]]))
+    none = gains(features, blocks, features[:0])
+    drawn = gains(features, blocks, features[[18]])
+    ratio = (drawn / none.clamp(min=1e-9)).round(decimals=3)
+    assert ratio[0, 18] == 11 and ratio[1, blocks[1, 18]] == 11 and ratio[2, blocks[2, 18]] == 11
+    assert (ratio[0] == 1).sum() > 50
+
+
+# ---- detail
+
+
+def detail_case(seed=0, tokens=9):
+    """Arguments of dape_inject for two images of 6 x 6 and 5 x 3 in two rows, the first padded by 2."""
+    generator = torch.Generator().manual_seed(seed)
+    lengths, grid = torch.tensor([36, 15]), torch.tensor([[6, 6], [5, 3]])
+    base = regions.coarsest(lengths, grid, [36, 15])
+    more = [tokens - 4, 4]
+    member = base | regions.refined(base, lengths, grid, torch.rand(3, 51, generator=generator), more)
+    vision = torch.zeros(2, 45, dtype=torch.bool)
+    vision[0, 4:40], vision[1, 20:35] = True, True
+    flat = vision.flatten().nonzero()[:, 0]
+    kept = torch.zeros_like(vision).masked_scatter(vision, member)
+    index, valid = torch.ops.vlm.token_index(kept, None, int(kept.sum(1).max()))
+    hidden = torch.randn(2, index.shape[1], 8, generator=generator)
+    features, attention = torch.randn(51, 8, generator=generator), torch.rand(51, generator=generator)
+    torch.manual_seed(seed)
+    block = Detail(8)
+    block.gate.data.fill_(0.3)
+    weights = [getattr(block, name) for name in Detail.NAMES]
+    return hidden, index, valid, attention, features, ~vision, flat, lengths, grid, weights
+
+
+@pytest.mark.parametrize("share", [0.0, 0.25, 0.6, 1.0])
+def test_detail_by_loops(share):
+    hidden, index, valid, attention, features, prompt, flat, lengths, grid, weights = detail_case()
+    args = (hidden, index, valid, attention, features, prompt, flat, lengths, grid)
+    got = torch.ops.vlm.dape_inject(*args, *weights, share)
+    query, key, value, out, gate = weights
+    place, changed = {int(f): i for i, f in enumerate(flat)}, 0
+    for row, (start, end, rows, columns) in enumerate(((0, 36, 6, 6), (36, 51, 5, 3))):
+        slots = {place[row * 45 + int(c)]: i for i, (c, v) in enumerate(zip(index[row], valid[row], strict=True)) if v}
+        tokens = {f - start for f in slots}
+        owner = [token_of(i, tokens, rows, columns) for i in range(end - start)]
+        inside = {t: [start + i for i, o in enumerate(owner) if o == t] for t in tokens}
+        dense = {t: float(features[u].var(0, unbiased=False).mean()) for t, u in inside.items()}
+        best = sorted(tokens, key=lambda t: -float(attention[start + t]) * dense[t])[: round(share * len(tokens))]
+        for t in tokens:
+            h, u = hidden[row, slots[start + t]], features[inside[t]]
+            if t in best and len(u) > 1:
+                weight = ((u @ key.T) @ (query @ h) / 8).softmax(0)
+                h = h + torch.tanh(gate) * (out @ (weight @ (u @ value.T)))
+                changed += 1
+            torch.testing.assert_close(got[row, slots[start + t]], h)
+    assert torch.equal(got[~valid], hidden[~valid])
+    assert int((got != hidden).any(-1).sum()) == changed
+    assert (changed > 0) == (share > 0)
+
+
+def test_gradients_of_a_detail_block():
+    *args, weights = detail_case()
+    args[0].requires_grad_()
+    args[4].requires_grad_()
+    torch.ops.vlm.dape_inject(*args, *weights, 0.5).square().sum().backward()
+    for x in (args[0], args[4], *weights):
+        assert x.grad is not None and x.grad.abs().max() > 0
+    weights[-1].data.zero_()
+    assert torch.equal(torch.ops.vlm.dape_inject(*args, *weights, 0.5), args[0])
+
+
+@pytest.mark.parametrize("rows", [[Row(1)], BATCH], ids=["one row", "padded batch"])
+def test_detail_that_has_not_learned_is_no_detail(rows):
+    tiny = family("llava")
+    inputs = tiny.inputs(rows)
+    with torch.no_grad():
+        results = []
+        for dape, gate in ((DAPE(9, ()), None), (DAPE(9, mode="inject"), None), (DAPE(9, mode="inject"), 0.5)):
+            with vr.applied(tiny.model, [dape]):
+                for name, p in tiny.model.named_parameters():
+                    if name.endswith(".gate") and gate is not None:
+                        p.data.fill_(gate)
+                results.append(tiny.model(**inputs).logits[real(inputs)])
+    assert torch.equal(results[0], results[1])
+    assert (results[0] - results[2]).abs().max() > 1e-3
+
+
+def test_everything_trained_learns_from_the_output():
+    tiny = family("llava")
+    inputs = tiny.inputs(BATCH)
+    torch.manual_seed(0)
+    dape = DAPE(budget=9, mode="inject", matching="learned")
+    with vr.applied(tiny.model, [dape]):
+        trained = {n: p for n, p in tiny.model.named_parameters() if p.requires_grad}
+        assert len(trained) == len(Matching.NAMES) + 3 * len(Detail.NAMES)
+        with torch.no_grad():
+            expected = tiny.model(**inputs).logits
+        for first in (True, False):
+            loss = tiny.model(**inputs).logits
+            if first:
+                torch.testing.assert_close(loss, expected)
+            loss[real(inputs)].log_softmax(-1)[:, 9].sum().backward()
+            for name, p in trained.items():
+                moved = p.grad is not None and bool(p.grad.abs().max() > 0)
+                assert moved == (not first or name.endswith(".gate") or "matching" in name), name
+                p.grad = None
+                if name.endswith(".gate"):
+                    p.data.fill_(0.5)
+
+
+def test_attention_outside_the_source():
+    """It is what a selection from the other tokens is told."""
+    tiny, told = family("llava"), {}
+
+    class Told:
+        name = "told"
+
+        def refuse(self, plan):
+            return None
+
+        def change(self, plan):
+            half = Vision.select(Policy("stride", torch.ops.vlm.stride_sample.default), 9)
+            sets = []
+            for need, source in (("attention", half), ("attention_outside", Vision - half)):
+                op = functools.partial(told_by, told, need)
+                sets.append(source.select(Policy(need, op, (need,)), 36, at=4))
+            for layer in plan.layers:
+                layer.run_on(Text | half if layer.index < 4 else Text | sets[0] | sets[1])
+
+    with torch.no_grad(), vr.applied(tiny.model, [Told()]):
+        tiny.model(**tiny.inputs(BATCH))
+    (inner, half), (outer, rest) = told["attention"], told["attention_outside"]
+    assert torch.equal(half, ~rest) and torch.equal(inner, outer) and inner[half].min() > 0 and not inner[rest].any()
+
+
+def told_by(told, name, weights, member, lengths, keep):
+    told[name] = weights, member
+    return member.clone()
+
+
+# ---- operators, and the recipe
+
+
+def test_operators():
+    hidden, index, valid, attention, features, prompt, flat, lengths, grid, weights = detail_case()
+    member = torch.ones(51, dtype=torch.bool)
+    owner = torch.arange(51)
+    stream, keep = torch.randn(2, 45, 8), torch.tensor([9, 4])
+    check, ops = torch.library.opcheck, torch.ops.vlm
+    check(ops.dape_cover.default, (features, stream, prompt, flat, grid, member, lengths, keep))
+    learned = [p.detach() for p in Matching(8).parameters()]
+    check(ops.dape_cover.default, (features, stream, prompt, flat, grid, member, lengths, keep, *learned))
+    cover = ops.dape_cover(features, stream, prompt, flat, grid, member, lengths, keep)
+    check(ops.dape_split.default, (attention, features, grid, ~cover, lengths, torch.tensor([3, 0])))
+    check(ops.dape_focus.default, (attention, features, owner, member, lengths, 0.5))
+    check(ops.dape_pool.default, (hidden, index, valid, stream, flat, lengths, grid))
+    check(
+        ops.dape_inject.default, (hidden, index, valid, attention, features, prompt, flat, lengths, grid, *weights, 0.5)
+    )
+
+
+def test_the_recipe():
+    tiny = family("llava")
+    inputs = tiny.inputs(BATCH)
+    with torch.no_grad(), vr.applied(tiny.model, "dape-half"):
+        out = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        stages = [int(s.vision[0].sum()) for s in vr.kept_tokens(tiny.model)]
+    assert out.shape == (4, inputs["input_ids"].shape[1] + 3)
+    assert stages == [36, 44, 50, 54]
+
+
+def test_weights_are_named_as_the_operators_take_them():
+    for made in (Matching(8), Detail(8)):
+        assert {name for name, _ in made.named_parameters()} == set(made.NAMES)
