@@ -63,8 +63,9 @@ class Matching(nn.Module):
         self.query = nn.Parameter(torch.randn(WIDTH, hidden) * hidden**-0.5)
         self.key = nn.Parameter(self.query.detach().clone())
         self.text = nn.Parameter(torch.zeros(hidden))
-        self.bias, self.visual = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
+        self.bias = nn.Parameter(torch.zeros(1))
         self.scale, self.slope = nn.Parameter(torch.zeros(len(SCALES))), nn.Parameter(torch.zeros(len(SCALES)))
+        self.visual = nn.Parameter(torch.zeros(1))
 
 
 class Detail(nn.Module):

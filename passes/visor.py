@@ -83,26 +83,40 @@ class Confidence:
 
 @dataclass(frozen=True)
 class Routed:
-    """The plan that ``op`` reads off the last prompt token's hidden states; of a batch, the most demanding row's.
+    """The plan that a router's scores, or a function, read off the last prompt token's hidden states.
 
-    ``op`` returns scores [B, C], a plan's number for each row [B], or one number.
+    Args:
+        at: where they are read.
+        policy: called with the hidden states [B, 1, H]; returns scores [B, C], a plan's number for each row [B], or one
+            number. None: the router's scores.
+        weights: of the router.
     """
 
     at: Depth
-    op: Callable[..., Any]
+    policy: Callable[[Tensor], Any] | None = None
     weights: tuple[str, ...] = ()
 
-    def first(self, value: Any, images: Tensor, variants: int) -> int:
-        """The most demanding of the rows with an image."""
-        if isinstance(value, Tensor) and value.shape in ((len(images),), (len(images), variants)):
-            value = value.argmax(-1) if value.dim() == 2 else value
-            value = value[images].max().item()
-        elif isinstance(value, Tensor) and value.numel() == 1:
-            value = value.item()
-        return value  # type: ignore[no-any-return]
+    @property
+    def op(self) -> Callable[..., Any]:
+        """The router, or nothing but the hidden states."""
+        return torch.clone if self.policy is not None else torch.ops.vlm.visor_router.default
+
+    def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
+        """Of the rows with an image, the most demanding one's."""
+        assert value is not None
+        found: Any = value if self.policy is None else self.policy(value)
+        if isinstance(found, Tensor) and found.shape in ((len(images),), (len(images), variants)):
+            found = found.argmax(-1) if found.dim() == 2 else found
+            found = found.to(images.device)[images].max().item()
+        elif isinstance(found, Tensor) and found.numel() == 1:
+            found = found.item()
+        return found  # type: ignore[no-any-return]
 
     def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> None:
         """It stays."""
+
+    def __str__(self) -> str:
+        return f"{self.weights[0].partition('.')[0] if self.weights else self.policy}"
 
 
 @frozen_pass
@@ -233,7 +247,7 @@ class VISOR:
         elif self.policy == "router":
             block = plan.block(Weights(lambda hidden: Router(hidden, len(plans))), "router")
             names = tuple(f"{block}.{n}" for n in ("inner", "inner_bias", "outer", "outer_bias"))
-            plan.dispatch(Routed(at, torch.ops.vlm.visor_router.default, names), plans)
+            plan.dispatch(Routed(at, weights=names), plans)
         else:
             assert callable(self.policy)
             plan.dispatch(Routed(at, self.policy), plans)

@@ -25,6 +25,7 @@ from vlmrewrite.testing.oracle import LayerMasks
 from vlmrewrite.tokens import Policy, Text, Vision
 
 FEW = settings(max_examples=max(4, settings.default.max_examples // 3))
+HALF = settings(max_examples=max(4, settings.default.max_examples // 2))
 BATCH = [Row(2, 1, 3), Row(0, 4, 2), Row(1, 3, 4), Row(3, 2, 1)]
 GRIDS = frozenset({"features", "grid"})
 
@@ -35,7 +36,7 @@ def family(name):
         return FAMILIES[name]()
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**models._tower(image_size=24, projection_dim=models.HIDDEN)),
-        text_config=LlamaConfig(**models._decoder(8)),
+        text_config=LlamaConfig(**models._decoder(4)),
         image_token_index=models.IMAGE,
         image_seq_length=36,
         vision_feature_layer=-1,
@@ -127,7 +128,7 @@ def test_later_passes_choose_from_the_regions():
     [
         (Plan(8, frozenset({"features"}), {"grid": "no grid, because"}), DAPE(), "no grid, because"),
         (Plan(8), DAPE(), "how an image's tokens lie on a grid is not known in this model"),
-        ((DAPE(budget=9),), DAPE(), "an earlier pass leaves .*cover from layer 0 on; expected whole images"),
+        ((DAPE(budget=9),), DAPE(), "an earlier pass leaves split3 .*cover.* from layer 0 on; expected whole images"),
         ((DivPrune(keep=9),), DAPE(), "an earlier pass leaves divprune from layer 0 on; expected whole images"),
         ((STS(keep=1.0, refine=9, at=4),), DAPE(), "an earlier pass leaves relevance from layer 4 on; expected whole"),
         ((VTW(at=0),), DAPE(), "an earlier pass leaves no vision tokens from layer 0 on"),
@@ -261,6 +262,7 @@ def dapes(most=36):
     )
 
 
+@HALF
 @given(
     st.sampled_from(["llava", "llava", "qwen2_5_vl"]),
     dapes(),
@@ -278,9 +280,9 @@ def test_forward_agrees_with_the_oracle(name, dape, rows, side, seed):
 
 
 @FEW
-@given(st.sampled_from(["llava", "qwen2_5_vl"]), dapes(), strategies.rows(), strategies.sides(), st.booleans())
-def test_generation_agrees_with_the_oracle(name, dape, rows, side, use_cache):
-    tiny = family(name)
+@given(dapes(), strategies.rows(), strategies.sides(), st.booleans())
+def test_generation_agrees_with_the_oracle(dape, rows, side, use_cache):
+    tiny = family("llava")
     inputs = tiny.inputs(rows, side=side, seed=3)
     settings = {"do_sample": False, "max_new_tokens": 3, "min_new_tokens": 3, "use_cache": use_cache}
     settings |= {"return_dict_in_generate": True, "output_logits": True}
@@ -340,11 +342,11 @@ def test_a_budget_of_all_is_the_original(dape, rows):
 def test_counts_grow_over_depth_and_cost_falls_with_the_budget():
     tiny, totals = family("llava"), []
     inputs = tiny.inputs([Row(1, 2, 3), Row(1, 2, 3)])
-    for budget, lengths in ((4, [4, 5, 6, 6]), (8, [8, 10, 11, 12]), (0.5, [18, 22, 25, 27])):
+    for budget, lengths in ((4, [4, 6, 6, 6]), (10, [10, 14, 15, 15]), (0.5, [18, 25, 27, 27])):
         with torch.no_grad(), vr.applied(tiny.model, [DAPE(budget=budget)]):
             cache = tiny.model(**inputs).past_key_values
             totals.append(vr.report(tiny.model).totals["after"]["flops"])
-        assert cache.kv_lengths() == [5 + lengths[i] for i in (0, 1, 2, 2, 3, 3, 3, 3)]
+        assert cache.kv_lengths() == [5 + n for n in lengths]
     assert totals == sorted(set(totals))
 
 
@@ -375,6 +377,26 @@ def test_text_draws_the_regions_it_matches():
 
 
 # ---- detail
+
+
+@given(st.integers(0, 99))
+def test_the_regions_with_the_largest_attention_times_density_are_split(seed):
+    generator = torch.Generator().manual_seed(seed)
+    features = torch.randn(64, 4, generator=generator) * torch.rand(64, 1, generator=generator)
+    attention, lengths, grid = torch.rand(64, generator=generator), torch.tensor([64]), torch.tensor([[8, 8]])
+    cover, value = regions.coarsest(lengths, grid, [64]), {}
+    attention[~cover] = 0
+    for token in cover.nonzero()[:, 0].tolist():
+        r, c = token // 8 // 4 * 4, token % 8 // 4 * 4
+        inside = [i * 8 + j for i in range(r, r + 4) for j in range(c, c + 4)]
+        value[token] = float(attention[token] * features[inside].var(0, unbiased=False).mean())
+    added = torch.ops.vlm.dape_split(attention, features, grid, ~cover, lengths, torch.tensor([3]))
+    first = max(value, key=value.__getitem__)
+    assert added.nonzero()[:, 0].tolist() == [first + 2, first + 16, first + 18]
+    attention[:] = torch.where(torch.arange(64) == first, attention, 0.0)
+    added = torch.ops.vlm.dape_split(attention, features, grid, ~cover, lengths, torch.tensor([15]))
+    owner, _ = regions.region_owner(cover, lengths, grid)
+    assert torch.equal(added, (owner == first) & ~cover)
 
 
 def detail_case(seed=0, tokens=9):
@@ -458,7 +480,7 @@ def test_everything_trained_learns_from_the_output():
     dape = DAPE(budget=9, mode="inject", matching="learned")
     with vr.applied(tiny.model, [dape]):
         trained = {n: p for n, p in tiny.model.named_parameters() if p.requires_grad}
-        assert len(trained) == len(Matching.NAMES) + 3 * len(Detail.NAMES)
+        assert len(trained) == len(Matching.NAMES) + 2 * len(Detail.NAMES)
         with torch.no_grad():
             expected = tiny.model(**inputs).logits
         for first in (True, False):
@@ -478,30 +500,23 @@ def test_attention_outside_the_source():
     """It is what a selection from the other tokens is told."""
     tiny, told = family("llava"), {}
 
-    class Told:
-        name = "told"
-
-        def refuse(self, plan):
-            return None
-
-        def change(self, plan):
-            half = Vision.select(Policy("stride", torch.ops.vlm.stride_sample.default), 9)
-            sets = []
-            for need, source in (("attention", half), ("attention_outside", Vision - half)):
-                op = functools.partial(told_by, told, need)
-                sets.append(source.select(Policy(need, op, (need,)), 36, at=4))
-            for layer in plan.layers:
-                layer.run_on(Text | half if layer.index < 4 else Text | sets[0] | sets[1])
-
-    with torch.no_grad(), vr.applied(tiny.model, [Told()]):
+    half = Vision.select(Policy("stride", torch.ops.vlm.stride_sample.default), 9)
+    sets = []
+    for need, source in (("attention", half), ("attention_outside", Vision - half)):
+        sets.append(source.select(Policy(need, teller(told, need), (need,)), 36, at=2))
+    layers = [(Text | half, None, None)] * 2 + [(Text | sets[0] | sets[1], None, None)] * 2
+    with torch.no_grad(), vr.applied(tiny.model, [strategies.Sets(tuple(layers))]):
         tiny.model(**tiny.inputs(BATCH))
     (inner, half), (outer, rest) = told["attention"], told["attention_outside"]
     assert torch.equal(half, ~rest) and torch.equal(inner, outer) and inner[half].min() > 0 and not inner[rest].any()
 
 
-def told_by(told, name, weights, member, lengths, keep):
-    told[name] = weights, member
-    return member.clone()
+def teller(told, name):
+    def tell(weights, member, lengths, keep):
+        told[name] = weights, member
+        return member.clone()
+
+    return tell
 
 
 # ---- operators, and the recipe
@@ -514,7 +529,7 @@ def test_operators():
     stream, keep = torch.randn(2, 45, 8), torch.tensor([9, 4])
     check, ops = torch.library.opcheck, torch.ops.vlm
     check(ops.dape_cover.default, (features, stream, prompt, flat, grid, member, lengths, keep))
-    learned = [p.detach() for p in Matching(8).parameters()]
+    learned = [getattr(Matching(8), name).detach() for name in Matching.NAMES]
     check(ops.dape_cover.default, (features, stream, prompt, flat, grid, member, lengths, keep, *learned))
     cover = ops.dape_cover(features, stream, prompt, flat, grid, member, lengths, keep)
     check(ops.dape_split.default, (attention, features, grid, ~cover, lengths, torch.tensor([3, 0])))
@@ -532,7 +547,7 @@ def test_the_recipe():
         out = tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)
         stages = [int(s.vision[0].sum()) for s in vr.kept_tokens(tiny.model)]
     assert out.shape == (4, inputs["input_ids"].shape[1] + 3)
-    assert stages == [36, 44, 50, 54]
+    assert stages == [36, 50, 54]
 
 
 def test_weights_are_named_as_the_operators_take_them():

@@ -56,3 +56,9 @@ def test_configurations_can_be_read(name):
 
     config, _ = read_config(EXAMPLES / "configs" / f"{name}.json")
     assert config.image_seq_length == 576
+
+
+def test_recipes(tmp_path):
+    arguments = ("-n", 8, "--batch", 8, "--prompts", 2, "--repeat", 1, "--json", tmp_path / "out.json")
+    text = run("-m", "digits.recipes", *arguments, "--only", "dpvr", "visor-policy", "vtw-half")
+    assert all(name in text for name in ("unmodified", "dpvr", "untrained", "visor-policy", "vtw-half"))

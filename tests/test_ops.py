@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import vlmrewrite.passes  # noqa: F401 (its operators)
+import vlmrewrite as vr
 from vlmrewrite import dialect
 from vlmrewrite.passes.random import random_sample
 from vlmrewrite.passes.stride import stride_sample
 from vlmrewrite.passes.sts import EPSILON, sts_sample, top_attention
+from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.strategies import Sets
+from vlmrewrite.tokens import Policy, Text, Vision
 
 VLM = torch.ops.vlm
 LENGTHS, KEEP = torch.tensor([5, 0, 4]), torch.tensor([2, 0, 4])
@@ -39,6 +44,15 @@ SAMPLES = {
     "relative_index": (AT5.clone(), INDEX),
     "positions": (INDEX, VALID, 4),
     "member": (torch.zeros(2, 3, dtype=torch.bool), torch.eye(3, dtype=torch.bool)[:2], torch.tensor([True, False])),
+    "checked": (MEMBER, MEMBER, LENGTHS, torch.tensor([4, 0, 4]), "some"),
+    "attention_received": (
+        randn(2, 4, 1, 8), randn(2, 2, 3, 8), torch.ones(2, 5, dtype=torch.bool), torch.tensor([[4], [4]]), INDEX,
+        None, None, INDEX, VALID, torch.tensor([2, 6, 7]), 5,
+    ),
+    "attention_received with a past": (
+        randn(2, 4, 1, 8), randn(2, 2, 5, 8), torch.ones(2, 1, 5, 7).tril(2).bool(), torch.tensor([[6], [6]]),
+        torch.cat([AT5[:, :2], INDEX + 2], 1), 0.3, 5.0, INDEX, VALID, torch.tensor([2, 6, 7]), 5,
+    ),
     "sts_sample": (randn(9, 6), MEMBER, LENGTHS, KEEP),
     "top_attention": (randn(9), MEMBER, LENGTHS, KEEP),
     "stride_sample": (MEMBER, LENGTHS, KEEP),
@@ -50,10 +64,44 @@ SAMPLES = {
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name):
     op = getattr(VLM, name.split()[0]).default
-    torch.library.opcheck(op, SAMPLES[name], test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(op, SAMPLES[name])
     got, expected = op(*SAMPLES[name]), dialect.REFERENCES[op](*SAMPLES[name])
     for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
         assert torch.equal(a, b)
+
+
+def test_every_operator_of_the_core_has_a_sample():
+    core = {op.name() for op, f in dialect.REFERENCES.items() if f.__module__ == dialect.__name__}
+    assert core <= {f"vlm::{name.split()[0]}" for name in SAMPLES}
+
+
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+@pytest.mark.parametrize("rows", [[Row(2, 1, 3)], [Row(1, 12, 8), Row(2, 0, 3), Row(1, 3, 6)]], ids=["one", "padded"])
+def test_attention_received_is_what_transformers_returns(name, rows):
+    """In every layer; those of Gemma 3 in turn with a sliding window and full."""
+    tiny = FAMILIES[name]()
+    inputs, told = tiny.inputs(rows, side="left"), []
+    eager = copy.deepcopy(tiny.model)
+    eager.set_attn_implementation("eager")
+
+    def everything(weights, member, lengths, keep):
+        told.append(weights)
+        return member
+
+    def kept(layer):
+        return Text | Vision.select(Policy(f"told{layer}", everything, ("attention",)), 99, at=layer)
+
+    with torch.no_grad():
+        attentions = eager(**inputs, output_attentions=True).attentions
+        with vr.applied(tiny.model, Sets(tuple((kept(layer), None, None) for layer in range(4)))):
+            tiny.model(**inputs)
+    vision, outside = inputs["input_ids"] == tiny.image_token_id, []
+    for got, weights in zip(told, attentions, strict=True):
+        expected = weights[:, :, -1].mean(1)[vision]
+        torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-4)
+        assert torch.equal(got == 0, expected == 0)
+        outside.append(bool((got == 0).any()))
+    assert outside == [name == "gemma3", False] * 2
 
 
 def brute_force_repulsion(x, k):

@@ -49,29 +49,39 @@ def policy(name, seed=0):
 A, B = Vision.select(policy("stride"), 5), Vision.select(policy("random"), 0.4)
 LATE = (Vision - Image(0)).select(policy("relevance"), 6, at=2)
 PLANS = {
-    "without the first image": [(All - Image(0), None)] * 4,
-    "another image each": [(Text | Image(0), None), (Text | Image(1), None), (All, None), (All - Image(1), None)],
-    "bypass and rejoin": [(All, None), (Text, None), (Text, All), (All, None)],
-    "rejoin before anything ran on all": [(Text, None), (Text | A, None), (All, None), (Text | B, None)],
-    "fewer keys": [(All, Text), (All, Text | A), (Text | A, Text), (All, None)],
+    "without the first image": [(All - Image(0),)] * 4,
+    "another image each": [(Text | Image(0),), (Text | Image(1),), (All,), (All - Image(1),)],
+    "bypass and rejoin": [(All,), (Text,), (Text, All), (All,)],
+    "rejoin before anything ran on all": [(Text,), (Text | A,), (All,), (Text | B,)],
+    "fewer keys": [(All, Text), (All, Text | A), (Text | A, Text), (All,)],
     "more keys": [(Text, All), (Text | A, All), (Text | (A - B), Text | A), (Text, All)],
     "other keys": [(Text | A, Text | B), (Text | Image(0), Text | Image(1)), (All - A, Text | A), (Text | B, All - B)],
-    "algebra": [((Text | A) - B, None), (All - A, None), (Text | (A & B), None), ((Text | A | B) - Image(1), None)],
+    "algebra": [((Text | A) - B,), (All - A,), (Text | (A & B),), ((Text | A | B) - Image(1),)],
     "selections of selections": [
-        (Text | A, None),
-        (Text | A.select(policy("repulsion"), 3, at=1), None),
+        (Text | A,),
+        (Text | A.select(policy("repulsion"), 3, at=1),),
         (Text | LATE, All),
         (Text | LATE.select(policy("random"), 2, at=3), Text | (A | LATE)),
     ],
-    "an image nobody has": [(Text | Image(2), None), (All - Image(2), None), (Text, Text | Image(2)), (All, None)],
+    "an image nobody has": [(Text | Image(2),), (All - Image(2),), (Text, Text | Image(2)), (All,)],
+    "attention halves": [
+        (All, None, Text),
+        (All, Text, All - A),
+        (Text | A, All, Text | (A & B)),
+        (All, None, Text | B),
+    ],
 }
+
+
+def told(layers):
+    return Sets(tuple((*sets, None, None)[:3] for sets in layers))
 
 
 @pytest.mark.parametrize("layers", PLANS.values(), ids=PLANS)
 @pytest.mark.parametrize("rows", [ONE, BATCH], ids=["one row", "padded batch"])
 def test_plan(rows, layers):
     tiny = family("llava")
-    generation_agreement(tiny.model, tiny.inputs(rows, seed=1), Sets(tuple(layers))).check()
+    generation_agreement(tiny.model, tiny.inputs(rows, seed=1), told(layers)).check()
 
 
 @given(strategies.plans(4), strategies.rows(), strategies.sides(), st.integers(1, 4), st.integers(0, 99))
@@ -85,22 +95,32 @@ def test_any_plan_in_other_families(name):
     tiny = family(name)
 
     @FEW
-    @given(strategies.plans(4), strategies.rows(), strategies.sides(), st.booleans(), st.integers(0, 99))
-    def agrees(plan, rows, side, generate, seed):
-        inputs = tiny.inputs(rows, side=side, seed=seed)
-        if generate:
-            generation_agreement(tiny.model, inputs, plan, 2).check()
-        else:
-            forward_agreement(tiny.model, inputs, plan).check()
+    @given(strategies.plans(4), strategies.sides(), st.integers(0, 99))
+    def agrees(plan, side, seed):
+        generation_agreement(tiny.model, tiny.inputs(BATCH, side=side, seed=seed), plan, 2).check()
 
     agrees()
 
 
-@given(strategies.plans(4), strategies.pass_lists(4), st.booleans(), strategies.rows(), st.integers(0, 99))
-def test_any_plan_composes_with_the_pruning_passes(plan, passes, last, rows, seed):
+@given(
+    strategies.plans(4),
+    st.sampled_from([Stride, Random, functools.partial(STS, refine=None)]),
+    strategies.budgets(),
+    strategies.rows(),
+    st.integers(0, 99),
+)
+def test_a_pruning_pass_narrows_any_plan(plan, kind, keep, rows, seed):
     tiny = family("llava")
-    recipe = [*passes, plan] if last else [plan, *passes]
-    forward_agreement(tiny.model, tiny.inputs(rows, seed=seed), recipe).check()
+    generation_agreement(tiny.model, tiny.inputs(rows, seed=seed), [plan, kind(keep=keep)], 2).check()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="narrowing at layer 2 makes the selection at layer 0 choose from the one at layer 2"
+)
+def test_narrowing_behind_a_selection_that_is_used_deeper():
+    tiny = family("llava")
+    recipe = [told([(All,), (All,), (All,), (Text | A,)]), Stride(keep=3, at=2)]
+    generation_agreement(tiny.model, tiny.inputs(BATCH, seed=1), recipe).check()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -108,9 +128,9 @@ def test_any_plan_in_sixteen_bits(dtype):
     tiny = family("llava", dtype)
 
     @FEW
-    @given(strategies.plans(4), strategies.rows(), strategies.sides(), st.integers(0, 99))
-    def agrees(plan, rows, side, seed):
-        inputs = tiny.inputs(rows, side=side, seed=seed)
+    @given(strategies.plans(4), strategies.sides(), st.integers(0, 99))
+    def agrees(plan, side, seed):
+        inputs = tiny.inputs(BATCH, side=side, seed=seed)
         inputs["pixel_values"] = inputs["pixel_values"].to(dtype)
         forward_agreement(tiny.model, inputs, plan).check()
 
@@ -120,7 +140,7 @@ def test_any_plan_in_sixteen_bits(dtype):
 def test_a_plan_for_another_depth_is_refused():
     tiny = family("llava")
     with pytest.raises(ValueError, match="it has sets for 2 layers, the decoder has 4"):
-        vr.rewrite(vr.trace(tiny.model, tiny.inputs(ONE)), Sets(((All, None),) * 2), strict=True)
+        vr.rewrite(vr.trace(tiny.model, tiny.inputs(ONE)), told([(All,), (All,)]), strict=True)
 
 
 # ---- what a policy is told
@@ -132,18 +152,18 @@ def test_attention_is_what_the_last_prompt_token_pays_in_the_oracle(data, rows, 
     tiny = family("llava")
     plan = data.draw(strategies.plans(2))
     source = data.draw(st.sampled_from([Vision, Image(0), Vision - Image(0), *plan.sources(1)]))
-    told = []
+    seen = []
 
     def all_of_them(weights, member, lengths, keep):
-        told.append((weights, member))
+        seen.append((weights, member))
         return member
 
     kept = source.select(Policy("told", all_of_them, ("attention",)), 99, at=2)
     inputs = tiny.inputs(rows, side=side, seed=seed)
-    with torch.no_grad(), vr.applied(tiny.model, Sets((*plan.layers, (Text | kept, None), (All, None)))):
+    with torch.no_grad(), vr.applied(tiny.model, told([*plan.layers, (Text | kept,), (All,)])):
         tiny.model(**inputs)
         masks = layer_masks(tiny.model)
-    (weights, member), vision = told[-1], inputs["input_ids"] == tiny.image_token_id
+    (weights, member), vision = seen[-1], inputs["input_ids"] == tiny.image_token_id
     assert torch.equal(torch.zeros_like(vision).masked_scatter(vision, member), masks[2].run & vision)
     expected = paid(tiny, inputs, masks, 2)[vision]
     torch.testing.assert_close(weights[member], expected[member], atol=1e-5, rtol=1e-4)
@@ -171,7 +191,7 @@ def paid(tiny, inputs, masks, layer):
 
 
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
-@pytest.mark.parametrize("recipe", [[STS(keep=6, refine=3, at=2)], Sets(tuple(PLANS["other keys"]))],
+@pytest.mark.parametrize("recipe", [[STS(keep=6, refine=3, at=2)], told(PLANS["other keys"])],
                          ids=["sts", "other keys"])  # fmt: skip
 def test_a_padded_text_turn_on_the_kept_cache(name, recipe):
     """Images in turn 1, padded left; text of different lengths in turn 2, padded left between the turns."""
@@ -214,7 +234,7 @@ def test_a_generated_text_turn_on_the_kept_cache():
     greedy = {"do_sample": False, "return_dict_in_generate": True, "output_logits": True}
     with torch.no_grad(), vr.applied(model, [Stride(keep=6), Random(keep=3, at=2)]):
         first = model.generate(**inputs, **greedy, max_new_tokens=3)
-        told = layer_masks(model, first.sequences.shape[1] + question["input_ids"].shape[1] + 3)
+        masks = layer_masks(model, first.sequences.shape[1] + question["input_ids"].shape[1] + 3)
         ids = torch.cat([first.sequences, question["input_ids"]], 1)
         mask = torch.cat([inputs["attention_mask"], torch.ones(3, 3).long(), question["attention_mask"]], 1)
         again = model.generate(
@@ -227,14 +247,13 @@ def test_a_generated_text_turn_on_the_kept_cache():
         "pixel_values": inputs["pixel_values"],
     }
     whole["position_ids"] = (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
-    logits_agreement(model, whole, told, torch.stack(again.logits, 1)).check()
+    logits_agreement(model, whole, masks, torch.stack(again.logits, 1)).check()
 
 
 @pytest.mark.xfail(strict=False, reason="capture fails on a log line of transformers; see the message it gives")
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_gradient_checkpointing_changes_no_gradient(name):
-    model, inputs = copy.deepcopy(family(name).model).train(), family(name).inputs(BATCH, side="left", seed=8)
+def test_gradient_checkpointing_changes_no_gradient():
+    model, inputs = copy.deepcopy(family("llava").model).train(), family("llava").inputs(BATCH, side="left", seed=8)
     found = []
     for checkpointing in (False, True):
         if checkpointing:

@@ -63,7 +63,8 @@ def load_blocks(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     for key, value in _identity(model).items():
         if about.get(key) != value:
             raise ValueError(
-                f"these blocks belong to a model with {key} {about.get(key)!r}, this {type(model).__name__} has {value!r}"
+                f"these blocks belong to a model with {key} {about.get(key)!r}, this {type(model).__name__} has"
+                f" {value!r}"
             )
     try:
         current: Recipe | None = applied_recipe(model)

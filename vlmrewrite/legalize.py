@@ -302,8 +302,8 @@ class _Legalizer(StreamEmitter):
         for node in list(self.graph.nodes):
             if node.target is torch.ops.aten._assert_scalar.default:
                 self.graph.erase_node(node)  # the host has compared the number of tokens and features
-        if self.plan.blocks:
+        if len(self.blocks):
             setattr(self.gm, BLOCKS, self.blocks)
-        self.graph.eliminate_dead_code(is_impure_node=tokenwise.writes)
+        self.graph.eliminate_dead_code(is_impure_node=lambda n: n in self.frontier or tokenwise.writes(n))
         self.graph.lint()
         self.gm.recompile()

@@ -190,8 +190,9 @@ class Plan:
                 )
         self.chooser, self.variants = chooser, tuple(plans)
         for p in plans:
-            p.chooser = chooser
             self.blocks |= p.blocks
+        for p in plans:
+            p.chooser, p.blocks = chooser, dict(self.blocks)
 
     def until(self, layer: int) -> tuple[object, ...]:
         """What it says about the layers before one."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from vlmrewrite.anatomy import Anatomy, Layer, analyse
 from vlmrewrite.blocks import build
 from vlmrewrite.call import Call
+from vlmrewrite.complaints import shown
 from vlmrewrite.costs import LayerCost as LayerCost
 from vlmrewrite.costs import costs as costs
 from vlmrewrite.dispatch import Parted, part
@@ -120,25 +121,26 @@ class Program:
         assert parted is not None and chooser is not None
         shared = head(*inputs, *(call.fill(extra) for extra in parted.extras))
         value = None if chooser.op is None else shared[0]
-        i: int | None = chooser.first(value, call.with_images, n)
-        while i is not None:
-            _in_range(i, n, chooser)
-            tried = i
-            variant = self.variants[i]
-            out = tails[i](*variant.arguments(inputs, call), *(shared[k] for k in parted.takes[i]))
+        tried = _in_range(chooser.first(value, call.with_images, n), n, chooser)
+        while True:
+            variant = self.variants[tried]
+            out = tails[tried](*variant.arguments(inputs, call), *(shared[k] for k in parted.takes[tried]))
             logits = out[0][self.anatomy.logits]
             column = call.last if logits.shape[1] > 1 else torch.zeros_like(call.last)
             last = logits.take_along_dim(column[..., None], 1)[:, 0]
-            i = chooser.then(tried, last, call.with_images, n)
-        return self.variants[tried], out, value
+            another = chooser.then(tried, last, call.with_images, n)
+            if another is None:
+                return variant, out, value
+            tried = _in_range(another, n, chooser)
 
     def __str__(self) -> str:
         return _listing(self)
 
 
-def _in_range(i: object, n: int, chooser: Chooser) -> None:
+def _in_range(i: object, n: int, chooser: Chooser) -> int:
     if type(i) is not int or not 0 <= i < n:
-        raise ValueError(f"{chooser} chose variant {i!r}; expected an int in 0 .. {n - 1}")
+        raise ValueError(f"{chooser} chose variant {shown(i)}; expected an int in 0 .. {n - 1}")
+    return i
 
 
 def program_of(gm: torch.fx.GraphModule) -> Program:

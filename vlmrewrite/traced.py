@@ -97,7 +97,7 @@ class Traced:
         past, whole = cache.get_seq_length(), kwargs.get("attention_mask") is None and not cache.holes()
 
         def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-            plain = whole and (past == 0 or _new_tokens(kwargs) == 1)
+            plain = kwargs.get('attention_mask') is None
             if (graph, plain) not in self._compiled:
                 self._compiled[graph, plain] = compiled(lower(positioned(graph.gm, plain)).graph_module)
             return self._compiled[graph, plain](*inputs)

@@ -71,7 +71,8 @@ class Sets:
     """A pass that tells every layer its token sets, whatever an earlier pass said.
 
     Args:
-        layers: for each layer, the set it runs on and the one it attends to (None: the same).
+        layers: for each layer, the set it runs on, the one it attends to (None: the same) and the one that goes through
+            its MLP (None: all that it runs on).
     """
 
     name: ClassVar[str] = "sets"
@@ -84,15 +85,17 @@ class Sets:
         return None if found == wanted else f"it has sets for {wanted} layers, the decoder has {found}"
 
     def change(self, plan: Plan) -> None:
-        """One ``run_on`` and one ``attend_to`` a layer."""
-        for layer, (run, keys) in zip(plan.layers, self.layers, strict=True):
+        """One ``run_on`` a layer, and ``attend_to`` and ``mlp_on`` where there is a set for them."""
+        for layer, (run, keys, mlp) in zip(plan.layers, self.layers, strict=True):
             layer.run_on(run)
             if keys is not None:
                 layer.attend_to(keys)
+            if mlp is not None:
+                layer.mlp_on(mlp)
 
     def sources(self, at: int) -> list[TokenSet]:
         """The sets of vision tokens that layers up to ``at`` name."""
-        named = [s for pair in self.layers[: at + 1] for s in pair if s is not None]
+        named = [s for sets in self.layers[: at + 1] for s in sets if s is not None]
         return list(dict.fromkeys(s & Vision for s in named if s & Vision != Nothing))
 
 
@@ -100,7 +103,8 @@ def plans(depth: int) -> SearchStrategy[Sets]:
     """Any plan for a decoder with ``depth`` layers: unions, intersections and differences of images and selections.
 
     Selections choose from such sets, other selections included. A layer's set has nothing to do with the one before:
-    tokens leave and come back, and keys may be more or fewer tokens than those that the layer runs on.
+    tokens leave and come back, keys may be more or fewer tokens than those that the layer runs on, and some of those
+    may go through its attention half only.
     """
 
     @st.composite
@@ -112,8 +116,9 @@ def plans(depth: int) -> SearchStrategy[Sets]:
                 source = draw(_vision_sets(known))
                 if source != Nothing:
                     known.append(source.select(policy, keep, at=at))
-            run = draw(_layer_sets(known))
-            sets.append((run, draw(st.none() | _layer_sets(known))))
+            sets.append(
+                tuple(draw(st.none() | _layer_sets(known)) if i else draw(_layer_sets(known)) for i in range(3))
+            )
         return Sets(tuple(sets))
 
     return layers()
