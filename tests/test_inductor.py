@@ -71,6 +71,13 @@ def test_graphs_of_decode_steps_agree_with_the_oracle(as_they_are, name, side):
             generation_agreement(tiny.model, inputs, [STS(keep=3, refine=2, at=1)], backend="inductor").check()
 
 
+def test_graphs_over_empty_slots_without_padding(as_they_are, tiny):
+    """Rows of one length that keep different numbers of tokens."""
+    inputs = tiny.inputs([Row(2, 1, 2), Row(1, 10, 10)])
+    assert inputs["attention_mask"].all()
+    generation_agreement(tiny.model, inputs, [STS(keep=3, refine=2, at=1)], backend="inductor").check()
+
+
 def test_graphs_of_padded_rows_beams_and_a_further_turn(as_they_are, tiny):
     """Decode steps over caches with empty slots, reordered and cropped."""
     inputs = tiny.inputs([Row(2, 1, 2), Row(0, 4, 2), Row(1, 3, 4)], side="left")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from vlmrewrite.lower import lower
 from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.testing.models import Row
 from vlmrewrite.tokens import All, Text
+from vlmrewrite.wellformed import propagate
 
 VLM = torch.ops.vlm
 
@@ -155,3 +157,13 @@ def test_what_mixes_tokens_is_refused(program):
     for node in layer.region - {layer.entry}:
         if node.target not in (VLM.attention.default, VLM.kv_append.default):
             assert tokenwise.refuse(node, length) is None
+
+
+def test_every_node_holds_as_many_tokens_as_its_set(program):
+    rewritten = vr.rewrite(program, [STS(keep=3, refine=2, at=2)])
+    rewritten.propagate()
+    census = rewritten.call.census
+    more = replace(census, text=tuple(n + 1 for n in census.text)).size
+    arguments = rewritten.arguments(program.inputs, program.call)
+    with pytest.raises(ValueError, match=r"node .* has shape .*; expected \d+ tokens at axis 1"):
+        propagate(program.anatomy, rewritten.rewritten, arguments, more)

@@ -255,7 +255,7 @@ def _measure(programs: list[Program], progress: Callable[[str, int, int], None])
     for name, keys in (("freeze_kl", All), ("hide_kl", Text)):
         kl = [0.0] * depth
         for graph, layer in itertools.product(graphs, range(depth)):
-            changed = rewrite(programs[graphs[graph][0]], [_Bypass(layer, keys)])
+            changed = rewrite(programs[graphs[graph][0]], [_Bypass(layer, keys)], propagate=False)
             for i in graphs[graph]:
                 progress(f"{_COLUMNS[name]} in layer {layer}", done, total)
                 outputs, _ = changed.run(*programs[i].inputs, call=programs[i].call)

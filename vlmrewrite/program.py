@@ -23,6 +23,7 @@ from vlmrewrite.formatting import byte_size, describe, span, table
 from vlmrewrite.legalize import Rewritten, legalize
 from vlmrewrite.plan import FEATURES, Chooser, Pass, Plan
 from vlmrewrite.wellformed import check
+from vlmrewrite.wellformed import propagate as propagate_fakes
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,16 @@ class Program:
             return self.dispatched(inputs, call, self.parted.head, self.parted.tails)[1]
         out = self.graph_module(*self.arguments(inputs, call))
         return out if self.rewritten is not None else (out, ())
+
+    def propagate(self) -> None:
+        """Check the rewritten graph on fake tensors, if the call is known; see :mod:`vlmrewrite.wellformed`.
+
+        Raises:
+            ValueError: a node does not take its inputs, or holds another number of tokens than its set.
+        """
+        if self.call is not None and self.rewritten is not None:
+            arguments = self.arguments(self.inputs, self.call)
+            propagate_fakes(self.anatomy, self.rewritten, arguments, self.call.census.size)
 
     def dispatched(
         self, inputs: Sequence[Any], call: Call, head: Callable[..., Any], tails: Sequence[Callable[..., Any]]
@@ -201,7 +212,12 @@ def _say_to_all(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
 
 
 def rewrite(
-    program: Program, passes: Sequence[Pass] | Pass, *, strict: bool = False, blocks: nn.ModuleDict | None = None
+    program: Program,
+    passes: Sequence[Pass] | Pass,
+    *,
+    strict: bool = False,
+    blocks: nn.ModuleDict | None = None,
+    propagate: bool = True,
 ) -> Program:
     """Apply passes, in order, to a program; the old program is untouched.
 
@@ -210,6 +226,8 @@ def rewrite(
         passes: what to do.
         strict: raise when a pass is refused.
         blocks: modules of the blocks that the passes ask for, by name; without them they are made new.
+        propagate: if the program holds the call that it was captured from, run the new graph on fake tensors and check
+            that every node holds as many tokens as its set.
 
     Raises:
         ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
@@ -227,6 +245,8 @@ def rewrite(
             out = replace(each[0], plan=plan, variants=each, parted=parted)
         else:
             out = _rewritten(said, modules)
+        for one in (out.variants or (out,)) if propagate else ():
+            one.propagate()
     except Exception as e:
         e.add_note(f"while rewriting to the plan:\n{plan}")
         raise

@@ -94,10 +94,9 @@ class Traced:
 
     def run_text(self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any]) -> Any:
         """Run a call without images, a decode step say, behind Inductor: no token is dropped in it."""
-        past, whole = cache.get_seq_length(), kwargs.get("attention_mask") is None and not cache.holes()
+        plain = kwargs.get("attention_mask") is None and not cache.holes()
 
         def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-            plain = kwargs.get('attention_mask') is None
             if (graph, plain) not in self._compiled:
                 self._compiled[graph, plain] = compiled(lower(positioned(graph.gm, plain)).graph_module)
             return self._compiled[graph, plain](*inputs)
@@ -105,11 +104,6 @@ class Traced:
         cache.contiguous()
         with self._running(runner):
             return self.text(model, cache, kwargs)
-
-
-def _new_tokens(kwargs: dict[str, Any]) -> int:
-    given = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
-    return -1 if given is None else int(given.shape[1])
 
 
 TRACED: weakref.WeakKeyDictionary[nn.Module, Traced] = weakref.WeakKeyDictionary()

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Callable, Sequence
+from typing import Any
 
-from vlmrewrite.anatomy import Anatomy, same, value, where
+import torch
+import torch.fx
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from vlmrewrite.anatomy import Anatomy, axis, same, value, where
 from vlmrewrite.legalize import Rewritten
-from vlmrewrite.tokens import All
+from vlmrewrite.tokens import All, TokenSet
 
 _CROSSING = {
     torch.ops.vlm.attention.default,
@@ -25,7 +31,7 @@ def check(anatomy: Anatomy, rewritten: Rewritten) -> None:
     rewritten.graph_module.graph.lint()
     present = set(rewritten.graph_module.graph.nodes)
     for node, tokens in rewritten.typed.items():
-        if node not in present or tokens == All or node.target in _CROSSING or "edit" in node.meta:
+        if node not in present or tokens == All or node.target in _CROSSING:
             continue
         for source in node.all_input_nodes:
             other = rewritten.typed.get(source)
@@ -36,3 +42,41 @@ def check(anatomy: Anatomy, rewritten: Rewritten) -> None:
                 raise ValueError(f"{where(node)} runs on {tokens} but reads {source.name} of full length")
             if other is None and isinstance(x, torch.SymInt) and same(x, anatomy.length):
                 raise ValueError(f"{where(node)} runs on {tokens} but uses the full length {source.name}")
+
+
+def propagate(
+    anatomy: Anatomy, rewritten: Rewritten, arguments: Sequence[Any], size: Callable[[TokenSet], int]
+) -> None:
+    """Run the graph on fake tensors: every node takes its inputs, and holds as many tokens as its set.
+
+    Args:
+        anatomy: of the captured graph.
+        rewritten: the rewritten one.
+        arguments: its inputs in a call.
+        size: length of a set's index in that call.
+
+    Raises:
+        ValueError: a node does not; the message names it. That is a bug in the rewrite, not in a plan.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments]
+        _Propagation(anatomy, rewritten, size).run(*fake)
+
+
+class _Propagation(torch.fx.Interpreter):
+    def __init__(self, anatomy: Anatomy, rewritten: Rewritten, size: Callable[[TokenSet], int]) -> None:
+        super().__init__(rewritten.graph_module)
+        self.length, self.typed, self.size = anatomy.length, rewritten.typed, size
+
+    def run_node(self, n: Node) -> Any:
+        try:
+            out = super().run_node(n)
+        except Exception as e:
+            raise ValueError(f"{where(n)} does not take its inputs in the rewritten graph: {e}") from e
+        tokens = self.typed.get(n)
+        at = None if tokens is None or not isinstance(out, Tensor) else axis(n, self.length)
+        if tokens is not None and at is not None and out.shape[at] != self.size(tokens):
+            raise ValueError(
+                f"{where(n)} has shape {tuple(out.shape)}; expected {self.size(tokens)} tokens at axis {at}"
+            )
+        return out

@@ -116,9 +116,8 @@ def plans(depth: int) -> SearchStrategy[Sets]:
                 source = draw(_vision_sets(known))
                 if source != Nothing:
                     known.append(source.select(policy, keep, at=at))
-            sets.append(
-                tuple(draw(st.none() | _layer_sets(known)) if i else draw(_layer_sets(known)) for i in range(3))
-            )
+            some = _layer_sets(known)
+            sets.append(draw(st.tuples(some, st.none() | some, st.none() | some)))
         return Sets(tuple(sets))
 
     return layers()
