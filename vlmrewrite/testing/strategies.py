@@ -66,6 +66,33 @@ def pass_lists(depth: int) -> SearchStrategy[list[Pass]]:
     return st.lists(one, min_size=1, max_size=3)
 
 
+def techniques(depth: int) -> SearchStrategy[list[Pass]]:
+    """2 or 3 of all passes that the oracle knows, in any order, for a decoder with ``depth`` layers."""
+    from vlmrewrite.passes import DPVR, STS, VISOR, VTW, DivPrune, FastV, Random, ShortV, Stride, ViCA
+
+    keep, at = budgets(), depths(depth)
+    layers = st.lists(st.integers(0, depth - 1), min_size=1, unique=True).map(sorted)
+
+    @st.composite
+    def visor(draw: DrawFn) -> Pass:
+        own, seen = set(draw(layers)), set(draw(layers))
+        return VISOR(sorted(own), sorted(seen - own), draw(st.booleans()))
+
+    one: SearchStrategy[Pass] = st.one_of(
+        st.builds(STS, keep=keep, refine=st.none() | keep, at=at),
+        st.builds(DPVR, st.integers(0, depth - 1), st.integers(0, 1), st.sampled_from(["copy", "random", "identity"])),
+        visor(),
+        st.builds(FastV, keep=keep, at=at),
+        st.builds(DivPrune, keep=keep),
+        st.builds(VTW, at=at),
+        st.builds(ShortV, layers=layers),
+        st.builds(ViCA, cross=layers),
+        st.builds(Random, keep=keep, at=at, seed=st.integers(0, 9)),
+        st.builds(Stride, keep=keep, at=at),
+    )
+    return st.lists(one, min_size=2, max_size=3)
+
+
 @frozen_pass
 class Sets:
     """A pass that tells every layer its token sets, whatever an earlier pass said.
