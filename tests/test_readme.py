@@ -7,10 +7,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
+import torch
 
 import vlmrewrite as vr
 from vlmrewrite.recipe import shipped_recipes
-from vlmrewrite.testing.models import Row
+from vlmrewrite.testing.models import FAMILIES, Row
 
 README = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^( *)```(\w*)\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
@@ -47,3 +48,14 @@ def test_all_passes_and_recipes_are_listed():
 
     for name in [*shipped_recipes(), *(f"{p}(" for p in passes.__all__)]:
         assert f"`{name}" in README
+
+
+def test_blocks_are_trained_saved_and_loaded(llava, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [code] = [code for code in PYTHON if "save_blocks" in code]
+    inputs = llava.inputs([Row(1)])
+    other = FAMILIES["llava"]().model
+    space = {"vr": vr, "torch": torch, "model": FAMILIES["llava"]().model, "other_model": other, "inputs": inputs}
+    exec(compile(code, "README.md", "exec"), space | {"labels": inputs["input_ids"]})
+    assert sorted(p.name for p in (tmp_path / "my-dpvr").iterdir()) == ["blocks.safetensors", "recipe.yaml"]
+    assert "dpvr" in vr.report(other).recipe
