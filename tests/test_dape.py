@@ -63,17 +63,17 @@ def planned(*passes, depth=8):
 
 SPLIT = """\
 cover = Vision.select(cover, keep=64) at layer 0
-split = Vision - cover.select(split, keep=16) at layer 1
-split2 = Vision - (split | cover).select(split, keep=10) at layer 2
-split3 = Vision - (split2 | (split | cover)).select(split, keep=6) at layer 4
+split = (Vision - cover).select(split, keep=16) at layer 1
+split2 = (Vision - (split | cover)).select(split, keep=10) at layer 2
+split3 = (Vision - (split2 | split | cover)).select(split, keep=6) at layer 4
 pool edits cover at layer 0
 pool edits split at layer 1
 pool edits split2 at layer 2
 pool edits split3 at layer 4
 layer 0        run_on Text | cover
-layer 1        run_on Text | (split | cover)
-layers 2-3     run_on Text | (split2 | (split | cover))
-layers 4-7     run_on Text | (split3 | (split2 | (split | cover)))"""
+layer 1        run_on Text | split | cover
+layers 2-3     run_on Text | split2 | split | cover
+layers 4-7     run_on Text | split3 | split2 | split | cover"""
 
 INJECT = """\
 cover = Vision.select(cover, keep=0.25) at layer 0
@@ -108,17 +108,17 @@ def test_layers_keep_their_kind():
     assert text.endswith(
         "layer 0        run_on Text | cover\n"
         "layer 1        run_on Text\n"
-        "layer 2        run_on Text | (split | cover)\n"
+        "layer 2        run_on Text | split | cover\n"
         "layer 3        run_on Text\n"
-        "layer 4        run_on Text, attend_to Text | (split | cover)\n"
+        "layer 4        run_on Text, attend_to Text | split | cover\n"
         "layers 5-6     run_on Text\n"
-        "layer 7        run_on Text, attend_to Text | (split | cover)"
+        "layer 7        run_on Text, attend_to Text | split | cover"
     )
 
 
 def test_later_passes_choose_from_the_regions():
     text = planned(DAPE(budget=64), FastV(keep=8, at=5))
-    assert "fastv = (split3 | (split2 | (split | cover))).select" in text or "fastv = split3 | " in text
+    assert "fastv = (split3 | split2 | split | cover).select" in text or "fastv = split3 | " in text
     assert text.endswith("layers 5-7     run_on Text | fastv")
     assert "stride = cover.select(stride, keep=3) at layer 0" in planned(DAPE(budget=9, mode="inject"), Stride(keep=3))
 

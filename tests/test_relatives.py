@@ -16,7 +16,7 @@ import vlmrewrite as vr
 from vlmrewrite.budget import chosen_layers
 from vlmrewrite.passes import STS, VISOR, VTW, DivPrune, FastV, Random, ShortV, Stride, ViCA, divprune
 from vlmrewrite.passes.divprune import divprune_sample
-from vlmrewrite.plan import Plan
+from vlmrewrite.plan import FEATURES, Plan
 from vlmrewrite.recipe import Recipe, shipped_recipes
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import generation_agreement
@@ -29,7 +29,7 @@ GREEDY = {"do_sample": False, "max_new_tokens": 3}
 
 
 def planned(*passes, depth=8):
-    plan = Plan(depth)
+    plan = Plan(depth, frozenset(FEATURES))
     for p in passes:
         assert p.refuse(plan) is None
         p.change(plan)

@@ -153,13 +153,17 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Generation without a cache runs the growing sequence again and again; remember where the prompt ended."""
+    """Remember what does not reach ``forward``: the images' grids, and where the prompt ended.
+
+    (Generation without a cache runs the growing sequence again and again.)
+    """
     session = _session(self)
-    before, session.prompt_end = session.prompt_end, _prompt_end(args, kwargs)
+    before = session.prompt_end, session.thw
+    session.prompt_end, session.thw = _prompt_end(args, kwargs), kwargs.get("image_grid_thw")
     try:
         return type(self).generate(self, *args, **kwargs)  # type: ignore[attr-defined]
     finally:
-        session.prompt_end = before
+        session.prompt_end, session.thw = before
 
 
 def _undo(model: nn.Module, session: Session) -> None:

@@ -271,6 +271,10 @@ class Plan:
             text = text.replace(str(selection), label)
         return text
 
+    def _source(self, s: Selection) -> str:
+        text = self.render(s.source)
+        return f"({text})" if isinstance(s.source, Pair) else text
+
     def check(self) -> None:
         """Raise ValueError for a plan that has no meaning."""
         for variant in self.variants:
@@ -290,7 +294,7 @@ class Plan:
             return "\n".join([head, *(f"variant {i}:\n{v}" for i, v in enumerate(self.variants))])
         labels = self.labels()
         lines = [
-            f"{label} = {self.render(s.source)}.select({s.policy.name}, keep={s.keep}) at layer {s.at}"
+            f"{label} = {self._source(s)}.select({s.policy.name}, keep={s.keep}) at layer {s.at}"
             for s, label in labels.items()
         ]
         for e in self.edits:

@@ -93,6 +93,7 @@ class Session:
         self.plain_calls = 0
         self.compiled_calls = 0
         self.prompt_end: Tensor | None = None
+        self.thw: Tensor | None = None
         self.undo: list[Callable[[], Any]] = []
         self.encoder = EncoderFeatures(cast(nn.Module, weakref.proxy(model)))
         self.wants = plan.needs()
@@ -124,7 +125,7 @@ class Session:
             if output is None:
                 out = self._text(model, cache if keep else None, kwargs)
             else:
-                thw = kwargs.pop("mm_encoder_outputs").get("image_grid_thw", kwargs.get("image_grid_thw"))
+                thw = kwargs.pop("mm_encoder_outputs").get("image_grid_thw", kwargs.get("image_grid_thw", self.thw))
                 if not keep:
                     refuse_packed(kwargs)
                 out = self._rewritten(model, cache, encoded_images(output), thw, without_full_mask(kwargs))

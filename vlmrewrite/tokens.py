@@ -143,7 +143,7 @@ class Selection(TokenSet):
     at: int
 
     def __str__(self) -> str:
-        return f"{self.source}.{self.policy.name}({self.keep}, at={self.at})"
+        return f"{_inner(self.source)}.{self.policy.name}({self.keep}, at={self.at})"
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class Pair(TokenSet):
     symbol: ClassVar[str] = "?"
 
     def __str__(self) -> str:
-        return f"{_inner(self.left)} {self.symbol} {_inner(self.right)}"
+        flat = (str(s) if self.symbol == "|" and isinstance(s, Union) else _inner(s) for s in (self.left, self.right))
+        return f" {self.symbol} ".join(flat)
 
 
 class Union(Pair):

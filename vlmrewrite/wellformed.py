@@ -59,6 +59,8 @@ def propagate(
         ValueError: a node does not; the message names it. That is a bug in the rewrite, not in a plan.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        if any(isinstance(x, Tensor) and x.is_meta for x in arguments):  # then what the host adds is not there either
+            arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
         fake = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments]
         _Propagation(anatomy, rewritten, size).run(*fake)
 
