@@ -137,6 +137,7 @@ class VISOR:
         chain: configurations, cheapest first: mappings with ``self_layers``, ``cross_layers`` and ``sa_vision_mlp``;
             what one updates or reads, the next does too.
         threshold: of the policy ``"confidence"``, in (0, 1].
+        cross: short for ``cross_layers``.
     """
 
     name: ClassVar[str] = "visor"
@@ -149,8 +150,14 @@ class VISOR:
     policy: Literal["confidence", "router"] | Callable[..., Any] | None = None
     chain: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()
     threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    cross: Annotated[Layers, Field(exclude=True)] = ()
 
     def __post_init__(self) -> None:
+        if self.cross:
+            if self.cross_layers:
+                raise ValueError("expected cross or cross_layers, which mean the same, got both")
+            object.__setattr__(self, "cross_layers", self.cross)
+            object.__setattr__(self, "cross", ())
         given = bool(self.self_layers or self.cross_layers), self.budget is not None, bool(self.chain)
         if sum(given) != 1:
             raise ValueError("expected self_layers and cross_layers, or a budget, or a chain; got " + self._what(given))

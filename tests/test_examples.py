@@ -7,6 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+import vlmrewrite as vr
+from vlmrewrite.passes import DPVR
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHECKPOINT = EXAMPLES / "digits" / "checkpoint"
@@ -62,3 +66,30 @@ def test_recipes(tmp_path):
     arguments = ("-n", 8, "--batch", 8, "--prompts", 2, "--repeat", 1, "--json", tmp_path / "out.json")
     text = run("-m", "digits.recipes", *arguments, "--only", "dpvr", "visor-policy", "vtw-half")
     assert all(name in text for name in ("unmodified", "dpvr", "untrained", "visor-policy", "vtw-half"))
+
+
+def test_three_steps_on_the_bundled_model_reduce_the_loss():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        from digits.model import encode, load
+        from digits.scenes import EVALUATION_SEED, held_out_questions
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    model, processor = load()
+    records = held_out_questions(8, EVALUATION_SEED)
+    inputs = dict(encode(processor, records))
+    answers = processor.tokenizer([r.answer for r in records], add_special_tokens=False, return_tensors="pt").input_ids
+    labels = torch.full_like(inputs["input_ids"], -100)
+    inputs["input_ids"] = torch.cat([inputs["input_ids"], answers[:, :1]], 1)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    labels = torch.cat([labels, answers[:, :1]], 1)
+    vr.apply(model, [DPVR(at=2, branch="random")])
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    losses = []
+    for _ in range(4):
+        loss = model(**inputs, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[3] < losses[0]

@@ -50,6 +50,10 @@ def test_without_self_layers_it_is_vica():
     assert planned(VISOR(cross_layers=[0, 3])) == planned(ViCA(cross=[0, 3]))
 
 
+def test_cross_is_short_for_cross_layers():
+    assert VISOR(cross=[0, 4]) == VISOR(cross_layers=[0, 4])
+
+
 def test_a_third_of_each_kind():
     plan = Plan(24)
     VISOR(self_layers=0.3333, cross_layers=0.3333).change(plan)
@@ -104,7 +108,8 @@ def test_what_an_earlier_pass_narrowed_stays_narrow():
             lambda: VISOR([0], [-1]),
             r"^VISOR\.cross_layers: expected a list of different layers .*, got \[-1\] \(list\)$",
         ),
-        (lambda: VISOR(cross=[0, 4]), "^VISOR.cross: unknown key, expected one of self_layers, cross_layers"),
+        (lambda: VISOR(crossing=[4]), "^VISOR.crossing: unknown key, expected one of self_layers, cross_layers"),
+        (lambda: VISOR(cross=[0], cross_layers=[1]), "expected cross or cross_layers, which mean the same, got both"),
     ],
 )
 def test_bad_input(make, message):
