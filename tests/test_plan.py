@@ -175,6 +175,26 @@ def test_a_set_that_is_chosen_later():
         plan.check()
 
 
+def test_a_selection_from_what_is_chosen_later():
+    plan = Plan(3)
+    plan.layer(2).run_on(Text | Vision.select(SOME, 5, at=2).select(SOME, 3, at=1))
+    with pytest.raises(ValueError, match="at=1. uses .* chosen later, at layer 2"):
+        plan.check()
+
+
+def test_narrowing_leaves_earlier_selections_as_they_are():
+    plan = Plan(3)
+    plan.layer(2).run_on(Text | Vision.select(SOME, 5))
+    plan.narrow(Policy("other", print), 3, at=1)
+    assert str(plan) == (
+        "some = Vision.select(some, keep=5) at layer 0\n"
+        "other = Vision.select(other, keep=3) at layer 1\n"
+        "layer 0        run_on All\n"
+        "layer 1        run_on Text | other\n"
+        "layer 2        run_on Text | (some & other)"
+    )
+
+
 def test_a_policy_with_unknown_needs():
     with pytest.raises(ValueError, match="policy 'x' needs 'colour'; expected one of features, encoder_features"):
         Policy("x", print, ("colour",))

@@ -315,6 +315,7 @@ def _in_time(what: str, tokens: TokenSet, layer: int) -> None:
     for s in selections(tokens):
         if s.at > layer:
             raise ValueError(f"{what} uses {s}, which is chosen later, at layer {s.at}")
+        _in_time(str(s), s.source, s.at)
 
 
 def _as_of(s: TokenSet, layer: int) -> TokenSet:

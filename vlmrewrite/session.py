@@ -115,6 +115,11 @@ class Session:
 
     def forward(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         """The model's forward under this recipe; same arguments and outputs."""
+        if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
+            raise NotImplementedError(
+                "gradient checkpointing is on, and the rewritten graph keeps its activations: call"
+                " model.gradient_checkpointing_disable()"
+            )
         kwargs = tidy(model, args, kwargs)
         return_dict = kwargs.pop("return_dict", None)
         return_dict = model.config.return_dict if return_dict is None else return_dict  # type: ignore[union-attr]

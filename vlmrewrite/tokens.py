@@ -305,13 +305,17 @@ def has_text(s: TokenSet) -> bool:
 
 
 def substitute(s: TokenSet, old: TokenSet, new: TokenSet) -> TokenSet:
-    """``s`` with ``old``, wherever it occurs, replaced by ``new``; All counts as Text | Vision."""
+    """``s`` with ``old``, wherever it occurs, replaced by ``new``; All counts as Text | Vision.
+
+    A selection that is made before ``new`` is chosen stays as it is.
+    """
     if s == old:
         return new
     if s == All and old == Vision:
         return union(Text, new)
     if isinstance(s, Selection):
-        return Selection(substitute(s.source, old, new), s.policy, s.keep, s.at)
+        source = substitute(s.source, old, new)
+        return s if any(x.at > s.at for x in selections(source)) else Selection(source, s.policy, s.keep, s.at)
     if isinstance(s, Pair):
         combine = {Union: union, Intersection: intersection, Difference: difference}[type(s)]
         return combine(substitute(s.left, old, new), substitute(s.right, old, new))
