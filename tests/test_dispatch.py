@@ -97,6 +97,9 @@ def test_confidence_escalates_until_it_is_reached():
         with vr.applied(TINY.model, [VISOR(policy="confidence", chain=CHAIN, threshold=threshold)]) as model:
             model(**inputs)
             seen[threshold] = kinds(model)
+            found = vr.report(model)
+            assert any("2 cheaper plans ran" in note for note in found.notes) == (threshold == 1.0)
+            assert (found.totals["after"]["flops"] > found.totals["before"]["flops"]) == (threshold == 1.0)
     assert seen == {1e-6: KINDS[0], 1.0: KINDS[2]}
     images = torch.tensor([True, False])
     logits = torch.tensor([[9.0, 0.0], [0.0, 0.0]])

@@ -114,16 +114,18 @@ repulsion = Vision.select(repulsion, keep=5) at layer 0
 relevance = repulsion.select(relevance, keep=3) at layer 1
 layers  run on            attend to         tokens  keys  q    k, v  GFLOP     K/V
 0       Text | repulsion  Text | repulsion  25      25    4x8  2x8   0.001622  9.375 KiB
-1-2     Text | relevance  Text | relevance  23      23    4x8  2x8   0.001475  8.625 KiB
-total: 0.004572 GFLOP, K/V 26.62 KiB""",
+1       Text | relevance  Text | relevance  23      23    4x8  2x8   0.001563  8.625 KiB
+2       Text | relevance  Text | relevance  23      23    4x8  2x8   0.001475  8.625 KiB
+total: 0.00466 GFLOP, K/V 26.62 KiB""",
     "gemma3": """\
 program: 3 decoder layers, hidden 32, float32; 3 rows of 31 tokens, 3 images, 27 vision tokens, padded
 repulsion = Vision.select(repulsion, keep=5) at layer 0
 relevance = repulsion.select(relevance, keep=3) at layer 1
 layers  run on            attend to         tokens  keys  q    k, v  GFLOP     K/V
 0       Text | repulsion  Text | repulsion  27      27    4x8  2x8   0.001773  10.12 KiB
-1-2     Text | relevance  Text | relevance  25      25    4x8  2x8   0.001622  9.375 KiB
-total: 0.005018 GFLOP, K/V 28.88 KiB""",
+1       Text | relevance  Text | relevance  25      25    4x8  2x8   0.001717  9.375 KiB
+2       Text | relevance  Text | relevance  25      25    4x8  2x8   0.001622  9.375 KiB
+total: 0.005112 GFLOP, K/V 28.88 KiB""",
 }
 
 

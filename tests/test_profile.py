@@ -281,6 +281,7 @@ def test_text_and_data() -> None:
         "freeze_kl": [0.5, 1.25, 0.0625, 0.0],
         "hide_kl": [0.0, 2.0, 0.25, 0.25],
         "rows": 1,
+        "key_share": [],
         "saturation": 2,
         "rank_self": [1, 0, 2, 3],
         "rank_cross": [1, 2, 3, 0],

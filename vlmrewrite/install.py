@@ -243,9 +243,9 @@ def routing(model: nn.Module) -> Tensor:
     """
     session = _session(model)
     session.last()
-    if session.latest is None or session.latest.value is None:
+    if session.latest is None or session.latest.ran.value is None:
         raise ValueError(f"recipe {session.recipe.name!r} chooses nothing by a value in the graph")
-    return session.latest.value
+    return session.latest.ran.value
 
 
 @dataclass(frozen=True)

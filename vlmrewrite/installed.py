@@ -22,12 +22,14 @@ class Ran:
         out: the captured outputs.
         chosen: which vision tokens each of its selections chose, bool [F].
         value: what the chooser of a dispatch read in the graph, or None.
+        given_up: of a dispatch, the variants that ran before and whose results were not kept.
     """
 
     program: Program
     out: Any
     chosen: tuple[Tensor, ...]
     value: Tensor | None = None
+    given_up: tuple[Program, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,8 +61,10 @@ class Installed:
     def run(self, inputs: Sequence[Any], call: Call) -> Ran:
         """Run it on the captured graph's flat inputs."""
         if self.program.variants:
-            program, (out, chosen), value = self.program.dispatched(inputs, call, self.parts[0], self.parts[1:])
-            return Ran(program, out, chosen, value)
+            (*given_up, kept), (out, chosen), value = self.program.dispatched(
+                inputs, call, self.parts[0], self.parts[1:]
+            )
+            return Ran(kept, out, chosen, value, tuple(given_up))
         out, chosen = self.parts[0](*self.program.arguments(inputs, call))
         return Ran(self.program, out, chosen)
 

@@ -118,7 +118,7 @@ class Program:
 
     def dispatched(
         self, inputs: Sequence[Any], call: Call, head: Callable[..., Any], tails: Sequence[Callable[..., Any]]
-    ) -> tuple[Program, tuple[Any, tuple[Tensor, ...]], Tensor | None]:
+    ) -> tuple[tuple[Program, ...], tuple[Any, tuple[Tensor, ...]], Tensor | None]:
         """Run what the variants share, ask the chooser, and run one tail after another until it is content.
 
         Args:
@@ -126,22 +126,25 @@ class Program:
             head, tails: of :attr:`parted`, lowered or not.
 
         Returns:
-            the variant whose result is kept, the result as of :meth:`run`, and what the chooser read in the graph.
+            the variants that ran, last the one whose result is kept; that result as of :meth:`run`; and what the
+            chooser read in the graph.
         """
         parted, chooser, n = self.parted, self.plan.chooser, len(self.variants)
         assert parted is not None and chooser is not None
         shared = head(*inputs, *(call.fill(extra) for extra in parted.extras))
         value = None if chooser.op is None else shared[0]
         tried = _in_range(chooser.first(value, call.with_images, n), n, chooser)
+        ran: list[Program] = []
         while True:
             variant = self.variants[tried]
+            ran.append(variant)
             out = tails[tried](*variant.arguments(inputs, call), *(shared[k] for k in parted.takes[tried]))
             logits = out[0][self.anatomy.logits]
             column = call.last if logits.shape[1] > 1 else torch.zeros_like(call.last)
             last = logits.take_along_dim(column[..., None], 1)[:, 0]
             another = chooser.then(tried, last, call.with_images, n)
             if another is None:
-                return variant, out, value
+                return tuple(ran), out, value
             tried = _in_range(another, n, chooser)
 
     def __str__(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
+from vlmrewrite.budget import layer_index
 from vlmrewrite.call import Call
 from vlmrewrite.formatting import byte_size, describe, span, table
 from vlmrewrite.plan import Pass, Plan
@@ -123,6 +124,7 @@ def make_report(
     seconds: dict[str, float],
     plain_calls: int,
     held: Sequence[int] = (),
+    given_up: Sequence[Program] = (),
     compiled_calls: int = 0,
 ) -> Report:
     """The report of a recipe at work.
@@ -130,7 +132,8 @@ def make_report(
     Args:
         recipe, backend, passes: what was applied; the backend is the one that was chosen for the last call.
         program, call, held: of the last call with an image, if any; ``held`` as for
-            :func:`vlmrewrite.program.costs`.
+            :func:`vlmrewrite.costs.costs`.
+        given_up: variants of a dispatch that ran in that call before the one that was kept.
         kernels: what each kind of operator became.
         graphs, seconds: of capturing.
         plain_calls: calls without an image; ``compiled_calls`` of them went through Inductor.
@@ -167,6 +170,13 @@ def make_report(
         for a, b in zip(after, before, strict=True)
     )
     totals = {name: _sum(rows) for name, rows in (("before", before), ("after", after))}
+    if given_up:
+        wasted = sum(_tail_flops(p, call, held) for p in given_up)
+        totals["after"]["flops"] += wasted
+        notes.append(
+            f"{len(given_up)} cheaper plan{'s' * (len(given_up) > 1)} ran in the last call and did not do: totals hold"
+            f" their {wasted / 1e9:.4g} GFLOP"
+        )
     if totals["after"]["flops"] >= totals["before"]["flops"]:
         notes.append("this recipe saves no FLOPs on the last call")
     summary = {
@@ -179,6 +189,14 @@ def make_report(
     seconds = {**seconds, **program.seconds}
     plan = str(program.plan)
     return Report(recipe, backend, plan, outcomes, layers, totals, summary, kernels, graphs, seconds, tuple(notes))
+
+
+def _tail_flops(program: Program, call: Call, held: Sequence[int]) -> int:
+    """FLOPs of a variant of a dispatch behind the point where the variants part."""
+    plan = program.plan
+    assert plan.chooser is not None
+    rows = costs(program, call.census, call.past, held)
+    return sum(row.flops for row in rows[layer_index(plan.chooser.at, plan.depth) :])
 
 
 def _unplanned(program: Program) -> Program:

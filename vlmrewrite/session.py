@@ -8,7 +8,7 @@ import warnings
 import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -22,7 +22,7 @@ from vlmrewrite.cache import PositionCache
 from vlmrewrite.call import Call
 from vlmrewrite.encode import Encoded, EncoderFeatures, encoded_images
 from vlmrewrite.grid import grids
-from vlmrewrite.installed import Installed
+from vlmrewrite.installed import Installed, Ran
 from vlmrewrite.lower import Kernels
 from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.program import Program, rewrite
@@ -62,14 +62,12 @@ class Given:
 
 @dataclass(frozen=True)
 class Last:
-    """The last call with an image: what ran, by which program, the call, what was chosen, and what it was given."""
+    """The last call with an image: what was installed, what came out of it, the call, and what it was given."""
 
     installed: Installed
-    program: Program
+    ran: Ran
     call: Call
-    chosen: tuple[Tensor, ...]
     given: Given
-    value: Tensor | None
 
 
 class Session:
@@ -107,9 +105,9 @@ class Session:
         """
         if self.latest is None:
             raise ValueError("no call with an image was made since the recipe was applied")
-        program, call = self.latest.program, self.latest.call
+        program, call = self.latest.ran.program, self.latest.call
         assert program.rewritten is not None
-        return program, call, dict(zip(program.rewritten.selections, self.latest.chosen, strict=True))
+        return program, call, dict(zip(program.rewritten.selections, self.latest.ran.chosen, strict=True))
 
     # ---- one forward
 
@@ -183,7 +181,7 @@ class Session:
                 stacklevel=3,
             )
         assert self.latest is not None
-        program, call = self.latest.program, self.latest.call
+        program, call = self.latest.ran.program, self.latest.call
         layers: list[Any] = cache.layers
         for layer, entry in zip(layers, program.plan.layers, strict=False):
             layer.holes = layer.holes or (entry.keys != All and not call.census.dense(entry.keys))
@@ -193,7 +191,7 @@ class Session:
         call, missing = self._describe(graph.vision(*inputs), given)
         installed = self._install(graph, missing, given.images.features.device)
         ran = installed.run(inputs, call)
-        self.latest = Last(installed, ran.program, call, ran.chosen, given, ran.value)
+        self.latest = Last(installed, replace(ran, out=None), call, given)
         return ran.out
 
     def _install(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Installed:
@@ -244,9 +242,10 @@ class Session:
             self.recipe.name,
             self.backend if installed is None else installed.backend,
             self.passes,
-            program=None if self.latest is None else self.latest.program,
+            program=None if self.latest is None else self.latest.ran.program,
             call=None if self.latest is None else self.latest.call,
             held=() if self.latest is None else self.latest.given.held,
+            given_up=() if self.latest is None else self.latest.ran.given_up,
             kernels={} if installed is None else installed.choices,
             graphs={} if one is None else {"captured": one.call.graphs, "limit": one.call.limit},
             seconds={} if one is None else {"capture": one.call.seconds},

@@ -44,7 +44,7 @@ _CASTS = _named("to float double half bfloat16 int long bool type type_as contig
 _EXPANSIONS = _named("expand expand_as broadcast_to repeat tile")
 _RESHAPES = _named("view reshape view_as reshape_as flatten unflatten unsqueeze")
 _LAYOUTS = _named("transpose permute swapaxes swapdims movedim moveaxis t view_as_real view_as_complex")
-_CONSTANTS, _SIZES = _named("new_zeros new_ones new_full"), _named("size dim numel")
+_CONSTANTS, _SIZES = _named("new_zeros new_ones"), _named("size dim numel")
 _STACK, _LINEAR = _named("stack"), _named("linear")
 _NORMS, _MATMULS = _named("layer_norm rms_norm"), _named("matmul bmm mm")
 # Operations along a dimension: its place among the arguments, its default (None: all dimensions), their names.
@@ -60,12 +60,11 @@ _DIMENSIONS: list[tuple[int, int | None, str]] = [
     (2, 1, "normalize"),
 ]
 _ALONG = {target: (place, default) for place, default, names in _DIMENSIONS for target in _named(names)}
-_MEETING = _named("cat gather scatter scatter_add take_along_dim")  # all inputs have the token axis at the same place
-# What the result shares memory with: nothing; the first input; for all other operations, perhaps any input.
-_PIECES = _named("select narrow squeeze unbind chunk split tensor_split") | {operator.getitem}
+_MEETING = _named("cat gather scatter scatter_add take_along_dim")  # all inputs must have the same axes
+# Whose results share no memory with their inputs; the last ones mix tokens.
+_PIECES = _named("select narrow squeeze unbind chunk split tensor_split")
 _FRESH = _POINTWISE | _CONSTANTS | _STACK | _LINEAR | _NORMS | _MATMULS | (_ALONG.keys() - _PIECES)
 _FRESH |= _named("repeat tile masked_scatter embedding scaled_dot_product_attention pad")
-_VIEWS = _CASTS | _EXPANSIONS | _RESHAPES | _LAYOUTS | _PIECES
 # Operations in place, and those that return a new tensor instead; then where others take ``inplace``.
 _IN_PLACE: dict[Any, Any] = {f"{n}_": n for n in [*_MAPS.split(), "scatter", "scatter_add"] if hasattr(Tensor, n)}
 _IN_PLACE |= {getattr(m, f"{n}_"): getattr(m, n) for m in (torch, F) for n in _MAPS.split() if hasattr(m, f"{n}_")}
@@ -86,7 +85,7 @@ def hidden_write(node: Node) -> str | None:
 
     Only the places of nodes in the graph order such writes and the reads of the same memory, and a copy leaves them.
     """
-    if _written(node) and (node.target is operator.setitem or _seen(node, needed([node]).__contains__)):
+    if _written(node) and (_target(node) is operator.setitem or _seen(node, needed([node]).__contains__)):
         return "it writes in place over a value that is read elsewhere"
     family = {m for x in node.all_input_nodes for m in _family(x)}
     others = {w for m in family for w in m.users if w is not node and m in _written(w)}
@@ -115,7 +114,7 @@ def refuse(node: Node, length: object) -> str | None:
     if target in _SIZES or (_number(node) and not tokens):
         return None
     reason = _broken(inputs, length) or rule(node, length) or _broken(out, length)
-    numbers = [] if target in _SIZED else [_symbols(value(n)) & _symbols(length) for n in node.all_input_nodes]
+    numbers = [] if target in _SIZED else [_symbols(n) & _symbols(length) for n in node.all_input_nodes]
     if reason is None and any(numbers):
         return "it computes with the number of tokens"
     if reason is None and not out:
@@ -157,7 +156,7 @@ def _shared(node: Node) -> list[Node]:
         return inputs if any(r.alias_info for r in target._schema.returns) else []
     if target is operator.getitem and isinstance(value(inputs[0]), (tuple, list)) and not _shared(inputs[0]):
         return []  # one of several new tensors
-    return inputs[:1] if target in _VIEWS else inputs
+    return inputs
 
 
 def _written(node: Node) -> list[Node]:
@@ -200,6 +199,8 @@ def _tensors(node: object) -> list[Tensor]:
 
 
 def _expression(number: Any) -> Any:
+    """A number of a shape, or of a node, as an expression."""
+    number = value(number) if isinstance(number, Node) else number
     return number.node.expr if hasattr(number, "node") else number
 
 
@@ -270,6 +271,8 @@ def _along(node: Node, length: object) -> str | None:
                 return "it works on all dimensions at once"
             if any(i % x.dim() == d % x.dim() for i in dims):
                 return f"it works along the {kind} axis, which is not known to treat tokens alike"
+    if target in _MEETING and len({tuple(_axes(x, length)) for n in node.all_input_nodes for x in _tensors(n)}) > 1:
+        return "the axes of its inputs are not the same"
     return _aligned(node, length) if target in _MEETING else None
 
 
@@ -315,17 +318,13 @@ def _indexed(node: Node, length: object) -> str | None:
             parts = (i.start, i.stop, i.step) if isinstance(i, slice) else (i, i, i)
             size = x.shape[dim]
             if _symbols(size):
-                whole = parts[1] is None or _expression(_known(parts[1])) == _expression(size)
+                whole = parts[1] is None or _expression(parts[1]) == _expression(size)
                 if not whole or parts[0] not in (None, 0) or parts[2] not in (None, 1):
                     return f"it takes a part of the {_axes(x, length)[dim - x.dim()]} axis"
-            elif any(_symbols(_known(n)) & _symbols(length) for n in parts):
+            elif any(_symbols(n) & _symbols(length) for n in parts):
                 return "it computes with the number of tokens"
             dim += 1
     return None
-
-
-def _known(number: object) -> object:
-    return value(number) if isinstance(number, Node) else number
 
 
 def _argument(node: Node, place: int, *names: str, default: object = None) -> object:
