@@ -11,7 +11,6 @@ import vlmrewrite as vr
 from vlmrewrite.budget import frozen_pass
 from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.plan import LayerPlan
-from vlmrewrite.program import costs
 from vlmrewrite.testing.models import Row, _decoder, _llava
 from vlmrewrite.tokens import All, Image, Text
 
@@ -70,7 +69,7 @@ PASSES = {
 def test_flops_are_those_that_run(llava, phi, name, passes):
     tiny = {"llava": llava, "phi": phi}[name]
     program = vr.rewrite(vr.trace(tiny.model, tiny.inputs(ROWS)), passes)
-    total = sum(c.flops for c in costs(program, program.call.census))
+    total = sum(c.flops for c in program.costs(program.call.census))
     assert counted(program) == total + head(tiny, program.call)
 
 

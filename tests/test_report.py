@@ -48,9 +48,8 @@ def test_flops_are_those_of_the_captured_graph(llava):
 
     inputs = llava.inputs([Row(1)])
     program = vr.trace(llava.model, inputs)
-    from vlmrewrite.program import costs
 
-    total = sum(c.flops for c in costs(program, program.call.census))
+    total = sum(c.flops for c in program.costs(program.call.census))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         program.run()
     length, hidden = program.call.length, llava.model.config.text_config.hidden_size

@@ -1,7 +1,9 @@
-"""What pydantic found wrong, as one line each: where, the value, and what was expected."""
+"""What is wrong with what a user gave, as one line each: where, the value, and what was expected."""
 
+import contextlib
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
@@ -52,3 +54,12 @@ def _complaint(error: dict[str, Any], where: str, fields: Sequence[str]) -> str:
         return f"{at}{error['ctx']['error']}"
     expected = error["msg"].replace("Input should be", "expected")
     return f"{at}{expected[:1].lower()}{expected[1:]}, got {shown(error['input'])}"
+
+
+@contextlib.contextmanager
+def blamed_on(path: Path, what: str) -> Iterator[None]:
+    """Makes a ValueError that names the user's file of whatever library code raises over it."""
+    try:
+        yield
+    except Exception as e:
+        raise ValueError(f"{path}: {what} cannot be used: {type(e).__name__}: {e}") from e

@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from torch.fx import Node
 
-from vlmrewrite.anatomy import Layer
+from vlmrewrite.anatomy import Anatomy, Layer
 from vlmrewrite.census import Census
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Last, Text, TokenSet, union
-
-if TYPE_CHECKING:
-    from vlmrewrite.program import Program
 
 
 @dataclass(frozen=True)
@@ -32,8 +28,8 @@ class LayerCost:
     kv_bytes: int
 
 
-def costs(program: Program, census: Census, past: int = 0, held: Sequence[int] = ()) -> list[LayerCost]:
-    """Tokens, matmul FLOPs and K/V bytes of each layer under the program's plan.
+def costs(anatomy: Anatomy, plan: Plan, census: Census, past: int = 0, held: Sequence[int] = ()) -> list[LayerCost]:
+    """Tokens, matmul FLOPs and K/V bytes of each layer under a plan.
 
     A layer's FLOPs are those of its linear maps, once for each token set that they are computed for (a fused q, k and v
     projection twice, where a layer runs on another set than it attends to), of its attention over all pairs, of scoring
@@ -41,14 +37,15 @@ def costs(program: Program, census: Census, past: int = 0, held: Sequence[int] =
     inside is not known here and not counted.
 
     Args:
-        program: what runs.
+        anatomy: of the model.
+        plan: what each layer does.
         census: of the call.
         past: logical length of the cache before the call.
         held: keys that each layer held before the call; without it, all of ``past``.
     """
-    batch, plan = len(census.text), program.plan
+    batch = len(census.text)
     out = []
-    for layer, entry in zip(program.anatomy.layers, plan.layers, strict=True):
+    for layer, entry in zip(anatomy.layers, plan.layers, strict=True):
         before = held[layer.index] if held else past
         run, keys, mlp = entry.sets()
         maps: dict[TokenSet, dict[Node, int]] = defaultdict(dict)
@@ -64,7 +61,7 @@ def costs(program: Program, census: Census, past: int = 0, held: Sequence[int] =
         flops += sum(census.size(s) * sum(found.values()) for s, found in maps.items())
         for branch in plan.branches:
             if branch.leave == layer.index and branch.block is not None:
-                flops += _block_flops(program.anatomy.layers[branch.layer], census.size(branch.tokens))
+                flops += _block_flops(anatomy.layers[branch.layer], census.size(branch.tokens))
         added = census.size(keys)
         out.append(LayerCost(layer.index, census.size(run), added, batch * flops, batch * added * layer.kv_bytes))
     return out

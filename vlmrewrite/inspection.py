@@ -8,12 +8,11 @@ print(program)
 
 from __future__ import annotations
 
-import contextlib
 import difflib
 import inspect
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,9 +24,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from vlmrewrite.call import Call
-from vlmrewrite.complaints import shown
+from vlmrewrite.complaints import blamed_on, shown
 from vlmrewrite.plan import Plan
-from vlmrewrite.program import Program, costs
+from vlmrewrite.program import Program
 from vlmrewrite.traced import trace
 
 if TYPE_CHECKING:
@@ -36,15 +35,6 @@ if TYPE_CHECKING:
 _TOKENS = ("mm_tokens_per_image", "vision_soft_tokens_per_image", "num_query_tokens")
 _LENGTHS = ("image_seq_length", "image_seq_len")
 _MERGES = ("spatial_merge_size", "scale_factor", "downsample_factor", "downsample_ratio", "pixel_shuffle_ratio")
-
-
-@contextlib.contextmanager
-def blamed_on(path: Path, what: str) -> Iterator[None]:
-    """Makes a ValueError that names the user's file of whatever library code raises over it."""
-    try:
-        yield
-    except Exception as e:
-        raise ValueError(f"{path}: {what} cannot be used: {type(e).__name__}: {e}") from e
 
 
 def config_file(path: Path) -> Path:
@@ -244,8 +234,8 @@ def summary(program: Program) -> dict[str, Any]:
     if program.call is None:
         raise ValueError("the program was captured from a call that is not known; expected one with a Call")
     census, past = program.call.census, program.call.past
-    after = costs(program, census, past)
-    before = costs(replace(program, plan=Plan(program.plan.depth)), census, past)
+    after = program.costs(census, past)
+    before = replace(program, plan=Plan(program.plan.depth)).costs(census, past)
     layers = []
     for a, b in zip(after, before, strict=True):
         entry = program.plan.layers[a.index]

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
-from vlmrewrite.inspection import blamed_on
+from vlmrewrite.complaints import blamed_on
 
 
 def device_of(name: str) -> torch.device:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from vlmrewrite.anatomy import Anatomy, Layer, analyse
 from vlmrewrite.blocks import build
 from vlmrewrite.call import Call
+from vlmrewrite.census import Census
 from vlmrewrite.complaints import shown
-from vlmrewrite.costs import LayerCost as LayerCost
-from vlmrewrite.costs import costs as costs
+from vlmrewrite.costs import LayerCost, costs
 from vlmrewrite.dispatch import Parted, part
 from vlmrewrite.formatting import byte_size, describe, span, table
 from vlmrewrite.legalize import Rewritten, legalize
@@ -105,6 +105,10 @@ class Program:
             return self.dispatched(inputs, call, self.parted.head, self.parted.tails)[1]
         out = self.graph_module(*self.arguments(inputs, call))
         return out if self.rewritten is not None else (out, ())
+
+    def costs(self, census: Census, past: int = 0, held: Sequence[int] = ()) -> list[LayerCost]:
+        """Tokens, FLOPs and K/V bytes of each layer in a call; see :func:`vlmrewrite.costs.costs`."""
+        return costs(self.anatomy, self.plan, census, past, held)
 
     def propagate(self) -> None:
         """Check the rewritten graph on fake tensors, if the call is known; see :mod:`vlmrewrite.wellformed`.
@@ -285,7 +289,7 @@ def _listing(program: Program) -> str:
     lines = [f"{head}; {describe(census)}"]
     plan = str(program.plan).splitlines()
     lines += [line for line in plan if not line.startswith("layer")]
-    per_layer = costs(program, census, program.call.past)
+    per_layer = program.costs(census, program.call.past)
     rows = [["layers", "run on", "attend to", "tokens", "keys", "q", "k, v", "GFLOP", "K/V"]]
     for layers, cost in _grouped(program, per_layer):
         entry, layer = program.plan.layers[layers[0]], a.layers[layers[0]]

@@ -10,9 +10,10 @@ from typing import Any
 
 from vlmrewrite.budget import layer_index
 from vlmrewrite.call import Call
+from vlmrewrite.costs import LayerCost
 from vlmrewrite.formatting import byte_size, describe, span, table
 from vlmrewrite.plan import Pass, Plan
-from vlmrewrite.program import LayerCost, Program, costs
+from vlmrewrite.program import Program
 
 
 @dataclass(frozen=True)
@@ -147,8 +148,8 @@ def make_report(
             {"name": p.name, "configuration": repr(p), "matched": None, "reason": None} for p in passes
         )
         return Report(recipe, backend, None, untried, graphs=graphs, notes=tuple(notes))
-    after = costs(program, call.census, call.past, held)
-    before = costs(_unplanned(program), call.census, call.past)
+    after = program.costs(call.census, call.past, held)
+    before = _unplanned(program).costs(call.census, call.past)
     outcomes = tuple(
         {"name": o.name, "configuration": o.configuration, "matched": o.reason is None, "reason": o.reason}
         for o in program.outcomes
@@ -195,7 +196,7 @@ def _tail_flops(program: Program, call: Call, held: Sequence[int]) -> int:
     """FLOPs of a variant of a dispatch behind the point where the variants part."""
     plan = program.plan
     assert plan.chooser is not None
-    rows = costs(program, call.census, call.past, held)
+    rows = program.costs(call.census, call.past, held)
     return sum(row.flops for row in rows[layer_index(plan.chooser.at, plan.depth) :])
 
 
