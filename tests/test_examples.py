@@ -10,7 +10,9 @@ import pytest
 import torch
 
 import vlmrewrite as vr
-from vlmrewrite.passes import DPVR
+from vlmrewrite.blocks import ATTRIBUTE
+from vlmrewrite.install import routing
+from vlmrewrite.passes import DAPE, DPVR, VISOR
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHECKPOINT = EXAMPLES / "digits" / "checkpoint"
@@ -68,28 +70,45 @@ def test_recipes(tmp_path):
     assert all(name in text for name in ("unmodified", "dpvr", "untrained", "visor-policy", "vtw-half"))
 
 
-def test_three_steps_on_the_bundled_model_reduce_the_loss():
+CHAIN = [{"cross_layers": [0, 1, 2]}, {"self_layers": [0, 1, 2], "cross_layers": [3]}, {"self_layers": 1.0}]
+
+
+@pytest.mark.parametrize(
+    ("technique", "rate"),
+    [
+        (DPVR(at=2, branch="random"), 1e-3),
+        (DAPE(budget=0.5, mode="inject"), 3e-2),
+        (VISOR(policy="router", chain=CHAIN), 1e-3),
+    ],
+    ids=["dpvr", "dape", "visor"],
+)
+def test_three_steps_on_the_bundled_model_reduce_the_loss(technique, rate):
     sys.path.insert(0, str(EXAMPLES))
     try:
         from digits.model import encode, load
         from digits.scenes import EVALUATION_SEED, held_out_questions
     finally:
         sys.path.remove(str(EXAMPLES))
+    torch.manual_seed(0)
     model, processor = load()
     records = held_out_questions(8, EVALUATION_SEED)
     inputs = dict(encode(processor, records))
     answers = processor.tokenizer([r.answer for r in records], add_special_tokens=False, return_tensors="pt").input_ids
-    labels = torch.full_like(inputs["input_ids"], -100)
+    labels = torch.cat([torch.full_like(inputs["input_ids"], -100), answers[:, :1]], 1)
     inputs["input_ids"] = torch.cat([inputs["input_ids"], answers[:, :1]], 1)
     inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    labels = torch.cat([labels, answers[:, :1]], 1)
-    vr.apply(model, [DPVR(at=2, branch="random")])
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-3)
+    vr.apply(model, [technique], strict=True)
+    learning = [p for p in model.parameters() if p.requires_grad]
+    assert {id(p) for p in learning} == {id(p) for p in getattr(model, ATTRIBUTE).parameters()}
+    optimizer = torch.optim.AdamW(learning, lr=rate)
     losses = []
     for _ in range(4):
         loss = model(**inputs, labels=labels).loss
+        if technique.name == "visor":  # the router's labels: the cheapest configuration
+            loss = torch.nn.functional.cross_entropy(routing(model), torch.zeros(8, dtype=torch.int64))
         optimizer.zero_grad()
         loss.backward()
+        assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learning)
         optimizer.step()
         losses.append(loss.item())
     assert losses[3] < losses[0]

@@ -154,7 +154,7 @@ class StreamEmitter(SetEmitter):
 
     def _clone(self, node: Node, s: TokenSet) -> Node:
         reason = tokenwise.refuse(node, self.length)
-        if reason is not None and s != All:
+        if reason is not None and (s != All or tokenwise.hidden_write(node) is not None):
             raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
         return self._copy(node, s)
 

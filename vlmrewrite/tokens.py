@@ -143,7 +143,8 @@ class Selection(TokenSet):
     at: int
 
     def __str__(self) -> str:
-        return f"{_inner(self.source)}.{self.policy.name}({self.keep}, at={self.at})"
+        options = "".join(f", {x}" for x in self.policy.options)
+        return f"{_inner(self.source)}.{self.policy.name}({self.keep}, at={self.at}{options})"
 
 
 @dataclass(frozen=True)
