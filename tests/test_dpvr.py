@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import vlmrewrite as vr
 from vlmrewrite.blocks import ATTRIBUTE, LayerCopy
-from vlmrewrite.passes import DPVR, STS, VISOR, Random, Stride
+from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Random, Stride, ViCA
 from vlmrewrite.plan import Plan
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
@@ -49,6 +49,12 @@ def test_plan_with_pruning_before_and_inside():
         "layers 0-3     run_on Text | repulsion\n"
         "layers 4-6     run_on Text\n"
         "layer 7        run_on Text | relevance"
+    )
+
+
+def test_what_a_later_layer_selects_leaves_unselected():
+    assert planned(ViCA(cross=[1]), FastV(keep=1, at=1), DPVR(at=0, fuse=0), depth=2) == (
+        "branch Vision from layer 0 to 2 through dpvr, a layer like 0 (copy)\nlayers 0-1     run_on Text"
     )
 
 

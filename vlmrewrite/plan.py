@@ -99,11 +99,14 @@ class Plan:
         return self.layers[layer_index(at, self.depth)]
 
     def vision(self, at: Depth = 0) -> TokenSet:
-        """The vision tokens that layer ``at`` or a later one, or a branch that leaves there, still needs."""
+        """The vision tokens that layer ``at`` or a later one, or a branch that leaves there, still needs.
+
+        What a later one will select is not known yet at layer ``at``: it counts as what is selected from.
+        """
         first = layer_index(at, self.depth)
         sets = [s for entry in self.layers[first:] for s in (entry.run_set, entry.keys)]
         sets += [b.tokens for b in self.branches if b.leave >= first]
-        return reduce(union, map(vision_part, sets))
+        return _as_of(reduce(union, map(vision_part, sets)), first)
 
     def exhausted(self, at: Depth = 0) -> str | None:
         """The reason to refuse a pass that wants vision tokens from layer ``at`` on where none are left, or None."""
@@ -124,7 +127,7 @@ class Plan:
             ValueError: there is no such layer, or no vision tokens are left there (see :meth:`exhausted`).
         """
         layer = layer_index(at, self.depth)
-        left = _as_of(self.vision(layer), layer)
+        left = self.vision(layer)
         if left == Nothing:
             raise ValueError(f"nothing to select from: {self.exhausted(layer)}")
         if isinstance(keep, float) and keep == 1.0:
