@@ -252,14 +252,14 @@ def rewrite(
             out = replace(each[0], plan=plan, variants=each, parted=parted)
         else:
             out = _rewritten(said, modules)
+        legalized = time.perf_counter()
         for one in (out.variants or (out,)) if propagate else ():
             one.propagate()
     except Exception as e:
         e.add_note(f"while rewriting to the plan:\n{plan}")
         raise
-    return replace(
-        out, seconds={**program.seconds, "passes": planned - start, "legalize": time.perf_counter() - planned}
-    )
+    seconds = {"passes": planned - start, "legalize": legalized - planned, "verify": time.perf_counter() - legalized}
+    return replace(out, seconds=program.seconds | seconds)
 
 
 def _rewritten(program: Program, modules: nn.ModuleDict) -> Program:
