@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 from typing import Annotated, ClassVar, Literal
 
 import torch
@@ -43,7 +44,7 @@ from vlmrewrite.regions import (
     refined,
     representatives,
 )
-from vlmrewrite.tokens import Policy, TokenSet, Vision, difference, substitute, union
+from vlmrewrite.tokens import Policy, TokenSet, Vision, difference, substitute, union, vision_part
 
 DEPTHS = (0.125, 0.25, 0.5)
 WIDTH = 64
@@ -365,7 +366,7 @@ class DAPE:
             return gone
         stages = self._stages(plan)
         for layer in (0, *(layer for layer, _ in stages)):
-            left = plan.vision(layer)
+            left = reduce(union, (vision_part(x) for entry in plan.layers[layer:] for x in entry.sets()))
             if left != Vision:
                 return f"an earlier pass leaves {plan.render(left)} from layer {layer} on; expected whole images"
         if stages and plan.branches:
