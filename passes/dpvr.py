@@ -24,6 +24,7 @@ from torch import nn
 
 from vlmrewrite.blocks import LayerCopy
 from vlmrewrite.budget import Depth, check_depth, frozen_pass, layer_index
+from vlmrewrite.layerwise import calibration
 from vlmrewrite.plan import Plan
 
 
@@ -55,15 +56,7 @@ class DPVR:
         """The pass with the layer that "auto" stands for on this model; see :func:`vlmrewrite.calibrate`."""
         if self.at != "auto":
             return self
-        from vlmrewrite.layerwise import profile
-
-        inputs = self.calibration if inputs is None else inputs
-        if inputs is None:
-            raise ValueError(
-                "DPVR(at='auto') measures the layers; expected calibration=inputs, or vlmrewrite.calibrate(model,"
-                " recipe, inputs)"
-            )
-        found = profile(model, inputs)
+        found = calibration(model, self.calibration if inputs is None else inputs, "DPVR(at='auto')")
         return dataclasses.replace(self, at=min(found.saturation(), found.depth - self.fuse), calibration=None)
 
     def refuse(self, plan: Plan) -> str | None:

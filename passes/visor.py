@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vlmrewrite.blocks import Weights
 from vlmrewrite.budget import Depth, Layers, chosen_layers, frozen_pass
 from vlmrewrite.dialect import define
+from vlmrewrite.layerwise import calibration
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Text
 
@@ -189,15 +190,7 @@ class VISOR:
         """The pass with the layers that its budget buys on this model; see :func:`vlmrewrite.calibrate`."""
         if self.budget is None:
             return self
-        from vlmrewrite.layerwise import profile
-
-        inputs = self.calibration if inputs is None else inputs
-        if inputs is None:
-            raise ValueError(
-                f"VISOR(budget={self.budget}) measures the layers; expected calibration=inputs, or"
-                " vlmrewrite.calibrate(model, recipe, inputs)"
-            )
-        found = profile(model, inputs)
+        found = calibration(model, self.calibration if inputs is None else inputs, f"VISOR(budget={self.budget})")
         share = found.key_share
         own, cross = spend(self.budget, found.freeze_kl, found.hide_kl, share)
         if not own and not cross:

@@ -108,6 +108,14 @@ def test_confidence_escalates_until_it_is_reached():
     assert Confidence(0, 0.9).then(2, logits, ~images, 3) is None
 
 
+def test_logits_of_the_last_tokens_only():
+    inputs = TINY.inputs(ROWS)
+    with vr.applied(TINY.model, [VISOR(policy="confidence", chain=CHAIN, threshold=1.0)]) as model:
+        whole = model(**inputs).logits
+        for n in (1, 2):
+            torch.testing.assert_close(model(**inputs, logits_to_keep=n).logits, whole[:, -n:])
+
+
 def test_what_plans_share_runs_once():
     program = vr.rewrite(
         vr.trace(TINY.model, TINY.inputs([Row(1)])),

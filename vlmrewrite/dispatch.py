@@ -15,8 +15,9 @@ import torch.fx
 from torch.fx import Node
 from torch.fx.node import map_arg
 
+from vlmrewrite.anatomy import needed
 from vlmrewrite.emit import Extra
-from vlmrewrite.legalize import BLOCKS, Rewritten
+from vlmrewrite.legalize import Rewritten, with_blocks
 from vlmrewrite.tokenwise import writes
 
 
@@ -82,7 +83,7 @@ def part(variants: Sequence[Rewritten]) -> Parted:
     numbers = _Numbers()
     numbered = [numbers.of(r) for r in variants]
     first = variants[0]
-    common = {numbered[0][n] for n in _ancestors(first.frontier)}
+    common = {numbered[0][n] for n in needed(first.frontier)}
     for node, number in numbered[0].items():
         if node.target is operator.getitem and numbered[0][node.all_input_nodes[0]] in common:
             common.add(number)  # what crosses is a tensor, never the tuple that it is an item of
@@ -101,23 +102,13 @@ def part(variants: Sequence[Rewritten]) -> Parted:
     return Parted(head, first.extras, tuple(gm for gm, _ in cut), tuple(takes for _, takes in cut))
 
 
-def _ancestors(nodes: Sequence[Node]) -> set[Node]:
-    seen, queue = set(nodes), list(nodes)
-    while queue:
-        for source in queue.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                queue.append(source)
-    return seen
-
-
 def _head(r: Rewritten, of: dict[Node, int], order: list[int]) -> torch.fx.GraphModule:
     graph, env = torch.fx.Graph(), dict[Node, Node]()
     graph.graph_copy(r.graph_module.graph, env)
     made = {of[n]: env[n] for n in reversed(r.graph_module.graph.nodes) if n in env}
     graph.output(tuple(made[number] for number in order))
     graph.eliminate_dead_code(is_impure_node=writes)
-    return _module(r, graph)
+    return with_blocks(r.graph_module, graph)
 
 
 def _tail(
@@ -141,12 +132,4 @@ def _tail(
                 env[node] = taken[of[node]]
         elif node.op != "placeholder":
             env[node] = graph.node_copy(node, env.__getitem__)
-    return _module(r, graph), tuple(order.index(number) for number in taken)
-
-
-def _module(r: Rewritten, graph: torch.fx.Graph) -> torch.fx.GraphModule:
-    graph.lint()
-    gm = torch.fx.GraphModule(r.graph_module, graph)
-    if hasattr(r.graph_module, BLOCKS):
-        setattr(gm, BLOCKS, getattr(r.graph_module, BLOCKS))
-    return gm
+    return with_blocks(r.graph_module, graph), tuple(order.index(number) for number in taken)

@@ -300,11 +300,10 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
 
     return [
         LayerMasks(
-            mask(e.run_set),
-            mask(e.keys),
-            None if e.mlp_set is None else mask(e.mlp_set),
-            None,
-            tuple(branches(e.index)),
+            run=mask(e.run_set),
+            keys=mask(e.keys),
+            mlp=None if e.mlp_set is None else mask(e.mlp_set),
+            branches=tuple(branches(e.index)),
         )
         for e in program.plan.layers
     ]

@@ -25,7 +25,6 @@ import torch.fx
 from torch import Tensor, nn
 
 from vlmrewrite.admission import admit
-from vlmrewrite.anatomy import reachable
 from vlmrewrite.call import Call
 from vlmrewrite.encode import encode_images
 from vlmrewrite.formatting import table
@@ -209,6 +208,19 @@ def profile(
         return _measure(programs, progress)
 
 
+def calibration(model: nn.Module, inputs: Any, who: str) -> LayerProfile:
+    """The profile that a pass chooses its layers by.
+
+    Raises:
+        ValueError: ``inputs`` is None; the message names ``who``, the pass. Or as :func:`profile`.
+    """
+    if inputs is None:
+        raise ValueError(
+            f"{who} measures the layers; expected calibration=inputs, or vlmrewrite.calibrate(model, recipe, inputs)"
+        )
+    return profile(model, inputs)
+
+
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     before = [(m, m.training) for m in model.modules()]
@@ -306,12 +318,9 @@ def _call(program: Program) -> Call:
 def _next_token(program: Program, outputs: Sequence[Any]) -> Tensor:
     """Log-probabilities behind the last prompt token of each row with an image, fp64 [R, V], on the CPU.
 
-    ``outputs`` are the captured graph's: those behind the last layer are the logits, [B, t, V] of the last t tokens.
+    ``outputs`` are the captured graph's; the logits are [B, t, V] of the last t tokens.
     """
-    after, call = reachable([program.anatomy.exit]), _call(program)
-    [written] = program.captured.graph.output_node().args
-    assert isinstance(written, Sequence)
-    logits = outputs[max(i for i, node in enumerate(written) if node in after)]
+    call, logits = _call(program), outputs[program.anatomy.logits]
     columns = call.last[:, 0] - (call.length - logits.shape[1])
     rows = call.vision.any(1).nonzero()[:, 0]
     chosen: Tensor = logits[rows, columns[rows]]

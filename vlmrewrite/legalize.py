@@ -71,6 +71,15 @@ def legalize(
     return _Legalizer(gm, anatomy, plan, blocks or nn.ModuleDict(), parameters or {}).run()
 
 
+def with_blocks(gm: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
+    """A module of another graph; the blocks in it are the same ones, not copies: they are trained, moved and loaded."""
+    graph.lint()
+    made = torch.fx.GraphModule(gm, graph)
+    if hasattr(gm, BLOCKS):
+        setattr(made, BLOCKS, getattr(gm, BLOCKS))
+    return made
+
+
 class _Legalizer(StreamEmitter):
     def __init__(
         self,

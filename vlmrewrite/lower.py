@@ -16,7 +16,7 @@ import torch
 import torch.fx
 
 from vlmrewrite import dialect
-from vlmrewrite.legalize import BLOCKS
+from vlmrewrite.legalize import with_blocks
 from vlmrewrite.tokenwise import writes
 
 Kernels = Literal["auto", "reference", "triton"]
@@ -73,12 +73,8 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto") -> Lowered:
         elif not opaque:
             node.target = reference
     graph.eliminate_dead_code(is_impure_node=writes)
-    graph.lint()
-    lowered = torch.fx.GraphModule(gm, graph)
-    if hasattr(gm, BLOCKS):
-        setattr(lowered, BLOCKS, getattr(gm, BLOCKS))  # the modules themselves: they may be trained, moved, loaded
     return Lowered(
-        lowered,
+        with_blocks(gm, graph),
         {name: {"nodes": n, "kernel": "reference", "why": why} for (name, why), n in sorted(counts.items())},
     )
 

@@ -144,7 +144,7 @@ class Program:
             ran.append(variant)
             out = tails[tried](*variant.arguments(inputs, call), *(shared[k] for k in parted.takes[tried]))
             logits = out[0][self.anatomy.logits]
-            column = call.last if logits.shape[1] > 1 else torch.zeros_like(call.last)
+            column = (call.last - (call.length - logits.shape[1])).clamp(min=0)  # they may be of the last tokens only
             last = logits.take_along_dim(column[..., None], 1)[:, 0]
             another = chooser.then(tried, last, call.with_images, n)
             if another is None:
