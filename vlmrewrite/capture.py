@@ -75,6 +75,8 @@ def attention_forward(
             )
         plain = attention_mask is None
         return dialect.attention(query, key, value, attention_mask, None, None, scaling, plain, softcap, dropout), None
+    if _running.kernels:
+        raise NotImplementedError
     seen, _ = cache.seen_by(layer, query, attention_mask)
     return dialect.attend(query, key, value, seen, scaling, softcap, dropout), None
 
@@ -119,16 +121,16 @@ def register() -> None:
 
 
 @contextlib.contextmanager
-def running(cache: PositionCache | None) -> Iterator[None]:
-    """While an uncaptured forward runs with ``cache``."""
-    before = getattr(_running, "cache", None)
+def running(cache: PositionCache | None, kernels: bool = False) -> Iterator[None]:
+    """While an uncaptured forward runs with ``cache``; ``kernels``: its attention runs as Triton kernels."""
+    before = getattr(_running, "cache", None), getattr(_running, "kernels", False)
     if cache is not None:
         cache.begin()
-    _running.cache = cache
+    _running.cache, _running.kernels = cache, kernels
     try:
         yield
     finally:
-        _running.cache = before
+        _running.cache, _running.kernels = before
         if cache is not None:
             cache.end()
 

@@ -12,7 +12,10 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
+
+from vlmrewrite.operators import KERNELS, OPAQUE, REFERENCES, define
+
+__all__ = ["KERNELS", "OPAQUE", "REFERENCES", "define"]
 
 
 def visible(mask: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, plain: bool) -> Tensor | None:
@@ -273,29 +276,6 @@ def member(text: Tensor | None, vision: Tensor | None, chosen: Tensor | None) ->
     return kept if text is None else kept | text
 
 
-_library = torch.library.Library("vlm", "DEF")
-
-
-def define(schema: str, reference: Callable[..., object], fake: Callable[..., object] | None = None) -> None:
-    """Register ``vlm::<schema>`` with its reference.
-
-    With a ``fake`` the operator is opaque to tracing; without one, tracing sees through it to the reference.
-    """
-    name = schema.split("(", 1)[0]
-    _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
-    _library.impl(name, reference, "CompositeImplicitAutograd" if fake is None else "CompositeExplicitAutograd")
-    if fake is not None:
-        torch.library.register_fake(f"vlm::{name}", fake, lib=_library)
-        OPAQUE.add(getattr(torch.ops.vlm, name).default)
-    REFERENCES[getattr(torch.ops.vlm, name).default] = reference
-
-
-REFERENCES: dict[object, Callable[..., object]] = {}
-"""Operator -> the Python function that defines it."""
-OPAQUE: set[object] = set()
-"""The operators that tracing does not see through."""
-
-
 def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
@@ -320,11 +300,19 @@ def _kv_append_fake(
     )
 
 
+def _attention_flops(
+    q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, out_shape: object = None, **__: object
+) -> int:
+    b, h, n, d = q_shape
+    return 2 * b * h * n * k_shape[2] * (d + v_shape[-1])
+
+
 define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? q_pos=None, Tensor? k_pos=None,"
     " float? scale=None, bool plain=True, float? softcap=None, float dropout=0.0) -> Tensor",
     attention,
     _attention_fake,
+    flops=_attention_flops,
 )
 define(
     "kv_append(Tensor? keys, Tensor? values, Tensor? positions, Tensor k, Tensor v, Tensor pos)"
@@ -351,11 +339,3 @@ define(
     " float? softcap, Tensor index, Tensor valid, Tensor flat, SymInt length) -> Tensor",
     attention_received,
 )
-
-
-@register_flop_formula(torch.ops.vlm.attention)
-def _attention_flops(
-    q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, out_shape: object = None, **__: object
-) -> int:
-    b, h, n, d = q_shape
-    return 2 * b * h * n * k_shape[2] * (d + v_shape[-1])

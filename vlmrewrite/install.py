@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlmrewrite import capture
 from vlmrewrite.admission import admit
 from vlmrewrite.blocks import ATTRIBUTE, build
-from vlmrewrite.lower import Kernels, check_kernels
+from vlmrewrite.choice import Kernels, choose
 from vlmrewrite.plan import FEATURES, Pass, Plan
 from vlmrewrite.program import say
 from vlmrewrite.recipe import Recipe
@@ -68,7 +68,7 @@ def apply(
     depth = admit(model)
     selected = _backend(chosen.backend if backend == "auto" else backend)
     picked: Kernels = chosen.kernels if kernels == "auto" else kernels
-    check_kernels(picked)
+    choose(picked, next(model.parameters()).device)
     chosen = calibrate(model, chosen)
     try:
         plan, _ = say(Plan(depth, frozenset(FEATURES)), chosen.passes)

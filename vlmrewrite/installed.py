@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from vlmrewrite.call import Call
-from vlmrewrite.lower import Kernels, Lowered, compiled, lower
+from vlmrewrite.choice import Kernels
+from vlmrewrite.lower import Lowered, compiled, lower
 from vlmrewrite.program import Program
 
 
@@ -45,16 +48,18 @@ class Installed:
 
     program: Program
     backend: Literal["eager", "inductor"]
-    choices: dict[str, dict[str, Any]]
+    choices: dict[str, list[dict[str, Any]]]
     parts: tuple[Callable[..., Any], ...]
 
     @classmethod
-    def of(cls, program: Program, kernels: Kernels, backend: Literal["eager", "inductor"]) -> Installed:
-        """Lower a rewritten program."""
+    def of(
+        cls, program: Program, kernels: Kernels, backend: Literal["eager", "inductor"], device: torch.device
+    ) -> Installed:
+        """Lower a rewritten program, for a device."""
         graphs = [program.graph_module]
         if program.parted is not None:
             graphs = [program.parted.head, *program.parted.tails]
-        lowered = [lower(gm, kernels) for gm in graphs]
+        lowered = [lower(gm, kernels, device) for gm in graphs]
         parts = [low.graph_module if backend == "eager" else compiled(low.graph_module) for low in lowered]
         return cls(program, backend, _merged(lowered), tuple(parts))
 
@@ -69,10 +74,12 @@ class Installed:
         return Ran(self.program, out, chosen)
 
 
-def _merged(lowered: Sequence[Lowered]) -> dict[str, dict[str, Any]]:
-    out: dict[str, dict[str, Any]] = {}
+def _merged(lowered: Sequence[Lowered]) -> dict[str, list[dict[str, Any]]]:
+    counts: Counter[tuple[str, str, str]] = Counter()
     for low in lowered:
-        for name, choice in low.choices.items():
-            found = out.setdefault(name, {**choice, "nodes": 0})
-            found["nodes"] += choice["nodes"]
+        for name, made in low.choices.items():
+            counts.update({(name, x["kernel"], x["why"]): x["nodes"] for x in made})
+    out: dict[str, list[dict[str, Any]]] = {}
+    for (name, kernel, why), n in sorted(counts.items()):
+        out.setdefault(name, []).append({"nodes": n, "kernel": kernel, "why": why})
     return out

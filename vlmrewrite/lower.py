@@ -9,74 +9,75 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 import torch.fx
 
 from vlmrewrite import dialect
+from vlmrewrite.choice import Choice, Kernels, choose, unfit
 from vlmrewrite.legalize import with_blocks
 from vlmrewrite.tokenwise import writes
 
-Kernels = Literal["auto", "reference", "triton"]
 _SPECIAL = {dialect.ATTENTION, dialect.KV_APPEND}
-_WHY = "plain PyTorch: this version has no other kernels"
-_WHY_OPAQUE = "plain PyTorch, behind an operator that compilers do not look into"
+_NO_KERNEL = "plain PyTorch: it has no kernel"
+_OPAQUE = ", behind an operator that compilers do not look into"
+_PLAIN = "plain causal attention, PyTorch's own flash attention does it"
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """A graph that can be run or compiled, and what each kind of dialect operator became."""
+    """A graph that can be run or compiled, and what each kind of dialect operator became.
+
+    ``choices`` holds, for each kind of operator, one entry of ``nodes``, ``kernel`` and ``why`` for each choice made.
+    """
 
     graph_module: torch.fx.GraphModule
-    choices: dict[str, dict[str, Any]]
+    choices: dict[str, list[dict[str, Any]]]
 
 
-def check_kernels(kernels: str) -> None:
-    """Raise if kernels asked for by name cannot run here.
+def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.device | None = None) -> Lowered:
+    """Replace every dialect operator in a copy of the graph: by its kernel, or its reference.
 
-    Raises:
-        ValueError: not a known choice.
-        RuntimeError: ``"triton"``; there are no Triton kernels yet.
-    """
-    if kernels not in ("auto", "reference", "triton"):
-        raise ValueError(f"kernels={kernels!r}; expected 'auto', 'reference' or 'triton'")
-    if kernels == "triton":
-        raise RuntimeError("kernels='triton' was asked for, and this version has none; use 'auto' or 'reference'")
+    What an attention's queries see is computed once for all layers that run on the same sets.
 
-
-def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto") -> Lowered:
-    """Replace every dialect operator that tracing may see through in a copy of the graph.
-
-    The mask of an attention node is computed once for all layers that run on the same sets.
+    Args:
+        gm: a rewritten graph.
+        kernels: see :func:`vlmrewrite.choice.choose`.
+        device: where it will run; the CPU by default.
 
     Raises:
-        RuntimeError: see :func:`check_kernels`.
+        RuntimeError: kernels asked for by name cannot run here, or not for one of the nodes.
     """
-    check_kernels(kernels)
+    choice = choose(kernels, device or torch.device("cpu"))
     graph = torch.fx.Graph()
-    env: dict[torch.fx.Node, torch.fx.Node] = {}
-    graph.output(graph.graph_copy(gm.graph, env))
-    masks: dict[tuple[object, ...], torch.fx.Node] = {}
-    counts: Counter[tuple[str, str]] = Counter()
+    graph.output(graph.graph_copy(gm.graph, {}))
+    counts: Counter[tuple[str, Choice]] = Counter()
+    if choice.kernel == "triton":
+        counts.update(_gathered(graph, choice))
+    seen: dict[object, torch.fx.Node] = {}
     for node in list(graph.nodes):
         reference = dialect.REFERENCES.get(node.target)
         if reference is None:
             continue
-        opaque = node.target in dialect.OPAQUE - _SPECIAL
-        counts[reference.__name__, _WHY_OPAQUE if opaque else _WHY] += 1
-        if reference is dialect.kv_append and node.args[0] is None:
+        made = Choice("reference", choice.why if node.target in dialect.KERNELS else _NO_KERNEL)
+        if reference is dialect.attention:
+            made = _attention(graph, node, seen, choice, kernels == "triton")
+        elif reference is dialect.kv_append and node.args[0] is None:
             _fold_first_append(graph, node)
-        elif reference is dialect.attention:
-            _split_attention(graph, node, masks)
-        elif not opaque:
-            node.target = reference
+        elif choice.kernel == "triton" and node.target in dialect.KERNELS:
+            node.target, made = dialect.KERNELS[node.target], choice
+        elif node.target in dialect.OPAQUE - _SPECIAL:
+            made = Choice("reference", made.why + _OPAQUE)
+        else:
+            node.target = reference if node.target not in dialect.OPAQUE else node.target
+        counts[reference.__name__, made] += 1
     graph.eliminate_dead_code(is_impure_node=writes)
-    return Lowered(
-        with_blocks(gm, graph),
-        {name: {"nodes": n, "kernel": "reference", "why": why} for (name, why), n in sorted(counts.items())},
-    )
+    choices: dict[str, list[dict[str, Any]]] = {}
+    for (name, made), n in sorted(counts.items(), key=lambda x: (x[0][0], x[0][1].kernel)):
+        choices.setdefault(name, []).append({"nodes": n, "kernel": made.kernel, "why": made.why})
+    return Lowered(with_blocks(gm, graph), choices)
 
 
 def positioned(gm: torch.fx.GraphModule, plain: bool) -> torch.fx.GraphModule:
@@ -117,20 +118,65 @@ def _fold_first_append(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
         graph.erase_node(user)
 
 
-def _split_attention(
-    graph: torch.fx.Graph, node: torch.fx.Node, masks: dict[tuple[object, ...], torch.fx.Node]
-) -> None:
+def _attention(
+    graph: torch.fx.Graph, node: torch.fx.Node, seen: dict[object, torch.fx.Node], choice: Choice, asked: bool
+) -> Choice:
+    """Lower one attention node; ``asked``: a kernel was asked for by name."""
+    if choice.kernel == "triton":
+        from vlmrewrite import attend  # TEMPORARY
+
     q, k, v, mask, q_pos, k_pos, scale, plain, softcap, dropout = _padded(node.args, 10)
-    if q_pos is None or k_pos is None:
+    reason = unfit(_example(q), _example(v), dropout or 0.0)
+    if choice.kernel == "triton" and asked and reason is not None:
+        raise RuntimeError(f"kernels='triton' was asked for, and {node.name} cannot: {reason}; use 'auto'")
+    by_kernel, known = choice.kernel == "triton" and reason is None, q_pos is not None and k_pos is not None
+    if not by_kernel and not known:
         node.target = dialect.attention
-        return
-    key = (mask, q_pos, k_pos, plain)
+        return Choice("reference", reason or choice.why)
+    plain = plain if not by_kernel or softcap is None else False
+    key = (mask, q_pos, k_pos, plain, by_kernel)
     with graph.inserting_before(node):
-        if key not in masks:
-            masks[key] = graph.call_function(dialect.visible, (mask, q_pos, k_pos, plain))
-        new = graph.call_function(dialect.attend, (q, k, v, masks[key], scale, softcap, dropout or 0.0))
+        if key not in seen:
+            how: Any = (attend.seen if known else attend.seen_everywhere) if by_kernel else dialect.visible
+            seen[key] = graph.call_function(how, (mask, *((q_pos, k_pos) if known else (q, k)), plain))
+        rest = () if by_kernel else (dropout or 0.0,)
+        target = attend.attend if by_kernel else dialect.attend
+        new = graph.call_function(target, (q, k, v, seen[key], scale, softcap, *rest))
     node.replace_all_uses_with(new)
     graph.erase_node(node)
+    if not by_kernel:
+        return Choice("reference", reason or choice.why)
+    if plain is True:
+        return Choice("sdpa", _PLAIN)
+    return choice if not plain else replace(choice, why=f"{choice.why}; in calls where it turns out {_PLAIN}")
+
+
+def _gathered(graph: torch.fx.Graph, choice: Choice) -> Counter[tuple[str, Choice]]:
+    """Make one launch of the selections of the same tokens from several tensors, where the first of them stands."""
+    order = {node: i for i, node in enumerate(graph.nodes)}
+    groups: dict[tuple[object, int], list[torch.fx.Node]] = {}
+    for node in graph.find_nodes(op="call_function", target=torch.ops.vlm.select.default):
+        x, index, *_ = node.args
+        fits = [g for (i, _), g in groups.items() if i is index and order[x] < order[g[0]]]
+        (fits[0] if fits else groups.setdefault((index, len(groups)), [])).append(node)
+    for (index, _), nodes in groups.items():
+        with graph.inserting_before(nodes[0]):
+            dims = [n.args[2] if len(n.args) > 2 else 1 for n in nodes]
+            op = dialect.KERNELS[torch.ops.vlm.gather.default]
+            given: Any = ([n.args[0] for n in nodes], dims, index)
+            many = graph.call_function(op, given)
+            for i, node in enumerate(nodes):
+                one = graph.call_function(operator.getitem, (many, i))
+                one.meta = node.meta
+                node.replace_all_uses_with(one)
+        for node in nodes:
+            graph.erase_node(node)
+    return Counter({("select", replace(choice, why=f"{choice.why}; one launch for a set")): len(groups)})
+
+
+def _example(node: Any) -> torch.Tensor | None:
+    x = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None
+    return x if isinstance(x, torch.Tensor) else None
 
 
 def _padded(args: tuple[Any, ...], n: int) -> list[Any]:

@@ -33,7 +33,7 @@ class Report:
     layers: tuple[dict[str, Any], ...] = ()
     totals: dict[str, Any] = field(default_factory=dict)
     call: dict[str, Any] | None = None
-    kernels: dict[str, dict[str, Any]] = field(default_factory=dict)
+    kernels: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     graphs: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
@@ -91,8 +91,9 @@ class Report:
 
     def _by_kernel(self) -> dict[tuple[str, str], list[str]]:
         out: dict[tuple[str, str], list[str]] = {}
-        for name, choice in self.kernels.items():
-            out.setdefault((choice["kernel"], choice["why"]), []).append(f"{name} x{choice['nodes']}")
+        for name, made in self.kernels.items():
+            for choice in made:
+                out.setdefault((choice["kernel"], choice["why"]), []).append(f"{name} x{choice['nodes']}")
         return out
 
     def _totals(self) -> str:
@@ -120,7 +121,7 @@ def make_report(
     *,
     program: Program | None,
     call: Call | None,
-    kernels: dict[str, dict[str, Any]],
+    kernels: dict[str, list[dict[str, Any]]],
     graphs: dict[str, int],
     seconds: dict[str, float],
     plain_calls: int,

@@ -20,10 +20,10 @@ from transformers.utils.generic import ModelOutput
 from vlmrewrite import capture
 from vlmrewrite.cache import PositionCache
 from vlmrewrite.call import Call
+from vlmrewrite.choice import Kernels, choose
 from vlmrewrite.encode import Encoded, EncoderFeatures, encoded_images
 from vlmrewrite.grid import grids
 from vlmrewrite.installed import Installed, Ran
-from vlmrewrite.lower import Kernels
 from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.program import Program, rewrite
 from vlmrewrite.recipe import Recipe
@@ -140,13 +140,13 @@ class Session:
     def _text(self, model: nn.Module, cache: PositionCache | None, kwargs: dict[str, Any]) -> Any:
         """A call without an image: nothing is dropped, and what the cache holds is what each layer sees."""
         self.plain_calls += 1
-        one, keep = traced(model), cache is not None
+        one, keep, device = traced(model), cache is not None, next(model.parameters()).device
         if cache is not None:
             kwargs = without_full_mask(kwargs)
-            if resolve(self.backend, next(model.parameters()).device) == "inductor":
+            if resolve(self.backend, device) == "inductor":
                 self.compiled_calls += 1
-                return one.run_text(model, cache, kwargs)
-        with capture.running(cache):
+                return one.run_text(model, cache, kwargs, self.kernels)
+        with capture.running(cache, choose(self.kernels, device).kernel == "triton"):
             return one.forward(model, past_key_values=cache, use_cache=keep, return_dict=True, **kwargs)
 
     def _cache(self, given: Any) -> AbstractContextManager[PositionCache]:
@@ -200,7 +200,7 @@ class Session:
         if key not in self.installed:
             base = graph.program.lacking(missing)
             program = rewrite(base, self.passes, strict=self.strict, blocks=self.blocks)
-            self.installed[key] = Installed.of(program, self.kernels, resolve(self.backend, device))
+            self.installed[key] = Installed.of(program, self.kernels, resolve(self.backend, device), device)
         return self.installed[key]
 
     def _describe(self, vision: Tensor, given: Given) -> tuple[Call, dict[str, str]]:

@@ -19,6 +19,7 @@ from vlmrewrite.admission import admit
 from vlmrewrite.blocks import parameter_inputs
 from vlmrewrite.cache import PositionCache
 from vlmrewrite.call import Call
+from vlmrewrite.choice import Kernels
 from vlmrewrite.encode import Encoded, encode_images, encoded_images
 from vlmrewrite.grid import grids
 from vlmrewrite.lower import compiled, lower, positioned
@@ -57,7 +58,7 @@ class Traced:
         self.text = capture.TracedCall(forward, capture.without_images, self._new_graph)
         self.runner: Runner | None = None
         self._graphs: list[Graph] = []
-        self._compiled: dict[tuple[Graph, bool], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[Graph, bool, Kernels, torch.device], Callable[..., Any]] = {}
 
     def _new_graph(self, gm: torch.fx.GraphModule) -> Callable[..., Any]:
         graph = Graph(gm)
@@ -92,14 +93,17 @@ class Traced:
         with self._running(named):
             return self.call(model, cache, kwargs, images.features, images.as_list)
 
-    def run_text(self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any]) -> Any:
+    def run_text(self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], kernels: Kernels) -> Any:
         """Run a call without images, a decode step say, behind Inductor: no token is dropped in it."""
         plain = kwargs.get("attention_mask") is None and not cache.holes()
+        device = next(model.parameters()).device
 
         def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-            if (graph, plain) not in self._compiled:
-                self._compiled[graph, plain] = compiled(lower(positioned(graph.gm, plain)).graph_module)
-            return self._compiled[graph, plain](*inputs)
+            key = graph, plain, kernels, device
+            if key not in self._compiled:
+                low = lower(positioned(graph.gm, plain), kernels, device)
+                self._compiled[key] = compiled(low.graph_module)
+            return self._compiled[key](*inputs)
 
         cache.contiguous()
         with self._running(runner):
