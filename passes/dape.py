@@ -13,7 +13,7 @@ the last prompt token attends to most get detail: they are split further, or tak
 Refused where the grid of an image's tokens is not known, and after a pass that drops vision tokens. The technique is
 known here from a summary alone: **every formula is this project's own**, and stands at the function that computes it.
 No trained weights exist: a block for the match starts as a random projection of the training-free one, a block for
-detail adds nothing.
+detail adds nothing. The loss to train them by is :func:`vlmrewrite.passes.dape_losses.dape_loss`.
 """
 
 from __future__ import annotations
@@ -298,16 +298,21 @@ define(
     f" Tensor keep, {_OPTIONAL}) -> Tensor",
     dape_cover,
     lambda *args: torch.empty_like(args[5]),
+    kernel="vlmrewrite.kernels.matching:dape_cover",
 )
 define(
     "dape_pool(Tensor hidden, Tensor index, Tensor valid, Tensor stream, Tensor flat, Tensor lengths, Tensor grid,"
     f" Tensor? prompt=None, {_OPTIONAL}) -> Tensor",
     dape_pool,
+    kernel="vlmrewrite.kernels.regions:dape_pool",
+    kernel_fake=lambda hidden, *_: hidden.new_empty(hidden.shape),
+    backward=True,
 )
 define(
     "dape_split(Tensor attention, Tensor features, Tensor grid, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     dape_split,
     lambda *args: torch.empty_like(args[3]),
+    kernel="vlmrewrite.kernels.quadtree:dape_split",
 )
 define(
     "dape_focus(Tensor attention, Tensor features, Tensor owner, Tensor member, Tensor lengths, float share) -> Tensor",
@@ -319,6 +324,9 @@ define(
     " Tensor flat, Tensor lengths, Tensor grid, Tensor query, Tensor key, Tensor value, Tensor out, Tensor gate,"
     " float share) -> Tensor",
     dape_inject,
+    kernel="vlmrewrite.kernels.detail:dape_inject",
+    kernel_fake=lambda hidden, *_: hidden.new_empty(hidden.shape),
+    backward=True,
 )
 
 

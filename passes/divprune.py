@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmrewrite.budget import Budget, frozen_pass
-from vlmrewrite.dialect import define, per_image
+from vlmrewrite.dialect import define, greedy_flops, per_image
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Policy
 
@@ -76,7 +76,14 @@ def _fake(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Te
     return torch.empty_like(member)
 
 
-define("divprune_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor", divprune_sample, _fake)
+define(
+    "divprune_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
+    divprune_sample,
+    _fake,
+    kernel="vlmrewrite.kernels.sample:divprune_sample",
+    flops=greedy_flops,
+    flops_by_value=True,
+)
 
 
 @frozen_pass

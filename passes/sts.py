@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.dialect import define, per_image
+from vlmrewrite.dialect import define, greedy_flops, per_image
+from vlmrewrite.dialect import top_attention as top_attention
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Policy
 
@@ -59,25 +60,17 @@ def _repel(x: Tensor, k: int) -> Tensor:
     return torch.stack(picks)
 
 
-def top_attention(weights: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    """The ``keep`` tokens of each image with the largest weight; ties go to the first token.
-
-    Args:
-        weights: float [F]. The others as for :func:`sts_sample`.
-
-    Returns:
-        the chosen tokens, bool [F].
-    """
-    return per_image(member, lengths, keep, lambda left, k, _: weights[left].argsort(descending=True, stable=True)[:k])
-
-
 def _like_member(_: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
     return torch.empty_like(member)
 
 
-define("sts_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor", sts_sample, _like_member)
 define(
-    "top_attention(Tensor weights, Tensor member, Tensor lengths, Tensor keep) -> Tensor", top_attention, _like_member
+    "sts_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
+    sts_sample,
+    _like_member,
+    kernel="vlmrewrite.kernels.sample:sts_sample",
+    flops=greedy_flops,
+    flops_by_value=True,
 )
 
 

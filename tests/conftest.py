@@ -1,12 +1,19 @@
 """Hypothesis profiles, and tiny models shared by all tests (a model's captured graphs are kept with it)."""
 
 import os
+import sys
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is without; Triton 3.9 warns if it is not said
+
+import torch
+
+if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
+    assert "triton" not in sys.modules, "triton reads TRITON_INTERPRET as it is imported, and was imported before"
+    os.environ["TRITON_INTERPRET"] = "1"
 
 import pytest
-import torch
 from hypothesis import HealthCheck, settings
 
 from vlmrewrite.testing.models import FAMILIES, TinyVLM

@@ -27,8 +27,9 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.modeling_utils import AttentionInterface
 
-from vlmrewrite import dialect
+from vlmrewrite import attend, dialect
 from vlmrewrite.cache import PositionCache
+from vlmrewrite.choice import Kernels, unfit
 
 IMPLEMENTATION = "vlmrewrite"
 LIMIT = 24
@@ -75,9 +76,13 @@ def attention_forward(
             )
         plain = attention_mask is None
         return dialect.attention(query, key, value, attention_mask, None, None, scaling, plain, softcap, dropout), None
-    if _running.kernels:
-        raise NotImplementedError
-    seen, _ = cache.seen_by(layer, query, attention_mask)
+    kernels, reason = _running.kernels, unfit(query, value, dropout)
+    if kernels is not None and reason is None:
+        what = cache.seen_by(layer, query, attention_mask, attend.seen)
+        return attend.attend(query, key, value, what, scaling, softcap), None
+    if kernels == "triton":
+        raise RuntimeError(f"kernels='triton' was asked for, and layer {module.layer_idx} cannot: {reason}; use 'auto'")
+    seen = cache.seen_by(layer, query, attention_mask, dialect.visible)
     return dialect.attend(query, key, value, seen, scaling, softcap, dropout), None
 
 
@@ -121,9 +126,13 @@ def register() -> None:
 
 
 @contextlib.contextmanager
-def running(cache: PositionCache | None, kernels: bool = False) -> Iterator[None]:
-    """While an uncaptured forward runs with ``cache``; ``kernels``: its attention runs as Triton kernels."""
-    before = getattr(_running, "cache", None), getattr(_running, "kernels", False)
+def running(cache: PositionCache | None, kernels: Kernels | None = None) -> Iterator[None]:
+    """While an uncaptured forward runs with ``cache``.
+
+    Args:
+        kernels: ``"triton"`` or ``"auto"``: its attention runs as kernels, where it can; otherwise as plain PyTorch.
+    """
+    before = getattr(_running, "cache", None), getattr(_running, "kernels", None)
     if cache is not None:
         cache.begin()
     _running.cache, _running.kernels = cache, kernels

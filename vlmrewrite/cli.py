@@ -207,8 +207,10 @@ def apply(
 
 @app.command()
 def bench(
-    model: Model,
-    recipe: Annotated[list[str], typer.Option(help="What to measure; may be given several times.")],
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="Model folder, or a config JSON file without weights.")
+    ] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="What to measure; may be given several times.")] = None,
     text: Annotated[int | None, typer.Option(help="Text tokens in each row of a made-up prompt [64].")] = None,
     images: Annotated[int | None, typer.Option(help="Images in each row [1].")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of the batch [1].")] = None,
@@ -222,8 +224,32 @@ def bench(
     device: Device = "auto",
     dtype: Dtype = "auto",
     out: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="In place of a model, measure the kernels and what they compete with.")
+    ] = False,
+    kernel: Annotated[list[str] | None, typer.Option(help="Family of kernels; may be given several times.")] = None,
+    sizes: Annotated[
+        list[str] | None, typer.Option(help="Model to take the kernels' sizes from, or tiny; likewise.")
+    ] = None,
+    against: Annotated[list[str] | None, typer.Option(help="reference, inductor or library; likewise.")] = None,
 ) -> None:
-    """Measure a model without and with recipes, taking turns: prefill, decoding, peak memory and K/V bytes."""
+    """Measure a model without and with recipes, taking turns: prefill, decoding, peak memory and K/V bytes.
+
+    Or, with --kernels, each kernel and what it competes with.
+    """
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"--json: expected a file in a folder that exists, got {str(out)!r}")
+    if kernels:
+        if model is not None:
+            raise ValueError("expected MODEL or --kernels, not both")
+        _unset(
+            {"recipe": recipe, "image": image, "prompt": prompt, "text": text, "images": images}, "--kernels without"
+        )
+        _bench_kernels(device, dtype, rows, repeat, out, {"families": kernel, "sizes": sizes, "against": against})
+        return
+    _unset({"kernel": kernel, "sizes": sizes, "against": against}, "--kernels with")
+    if model is None or not recipe:
+        raise ValueError("expected MODEL and --recipe, or --kernels")
     chosen = [_recipe(name) for name in recipe]
     names = ["unmodified", *(r.name for r in chosen)]
     if len(set(names)) < len(names):
@@ -234,8 +260,6 @@ def bench(
     made_up = {name: n for name, n in given.items() if n is not None}
     if bool(image) != (prompt is not None) or (image and made_up):
         raise ValueError("expected both --image and --prompt, or any of --text, --images, --rows, --image-tokens")
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"--json: expected a file in a folder that exists, got {str(out)!r}")
     from vlmrewrite import loading
     from vlmrewrite.bench import bench as measure
     from vlmrewrite.inspection import config_file, read_config, traced_prompt
@@ -274,6 +298,51 @@ def bench(
         ["recipe", "prefill ms", "decode tokens/s", "peak\nMiB", "K/V MiB", "FLOPs", "of FLOP\nratio"],
         [_measured(row) for row in result["rows"]],
     )
+
+
+def _bench_kernels(
+    device: str, dtype: str, rows: int | None, repeat: int, out: Path | None, chosen: dict[str, Any]
+) -> None:
+    from vlmrewrite import kernelbench, loading
+
+    where = loading.device_of(device)
+    kind = None if dtype == "auto" else loading.dtype_of(dtype, None, where)
+    if rows is not None:
+        chosen["batches"] = [rows]
+    with _progress() as progress:
+        task = progress.add_task("", total=None)
+        result = kernelbench.bench_kernels(
+            where,
+            kind,
+            repeat=repeat,
+            progress=lambda text: progress.update(task, description=text),
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+        progress.update(task, description="done")
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    print(", ".join(f"{k} {result[k]}" for k in ("device", "threads", "torch", "triton", "dtype", "repeat")))
+    if result["no_triton"] is not None:
+        print(f"no Triton kernels: {result['no_triton']}")
+    copy, matmul = result["ceiling"]["copy"], result["ceiling"]["matmul"]
+    print(f"ceiling: copy {copy / 1e9:.4g} GB/s, matmul {matmul / 1e12:.4g} TFLOP/s")
+    headings = ["kernel", "tokens", "rows", "ms", "others take\n× as long", "of\nceiling", "left out"]
+    print_table(headings, [_measured_kernel(row) for row in result["rows"]])
+
+
+def _measured_kernel(row: dict[str, Any]) -> list[str]:
+    """A row of the table of kernels."""
+    base = row.get("base")
+    reached = row.get("of_copy", row.get("of_matmul"))
+    return [
+        f"{row['kernel']}: {row['case']}",
+        str(row["tokens"]),
+        str(row["batch"]),
+        "" if base is None else f"{row['milliseconds'][base]:.4g} ({base})",
+        "\n".join(f"{name} {ratio:.2f}" for name, ratio in row.get("ratios", {}).items()),
+        "" if reached is None else f"{reached:.0%}",
+        "\n".join(f"{name}: {why}" for name, why in row["skipped"].items()),
+    ]
 
 
 def _measured(row: dict[str, Any]) -> list[str]:

@@ -7,6 +7,7 @@ tokens of the full sequence, n tokens of a set, H heads (Hk of keys), D head siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -192,12 +193,13 @@ def attention_received(
     flat: Tensor,
     length: int,
 ) -> Tensor:
-    """Attention weight that each vision token receives from a query token, mean over heads (STS, stage 2).
+    """Attention weight that each vision token receives, mean over heads and query tokens (STS, stage 2).
 
-    The softmax runs in fp32 over all visible keys, cached ones included.
+    The softmax runs in fp32 over all visible keys, cached ones included. A query token that sees nothing gives 0.
 
     Args:
-        q: the query token of each row [B, H, 1, D]. k: [B, Hk, m, D], the last n of them the current tokens.
+        q: the query tokens of each row [B, H, t, D]. k: [B, Hk, m, D], the last n of them the current tokens.
+        q_pos: their logical positions, int64 [B, t]; those at -1 are left out of the mean. k_pos: int64 [B, m].
         index, valid: the current tokens' set, [B, n].
         flat: ``row * length + column`` of each vision token, int64 [F].
         length: T.
@@ -211,7 +213,11 @@ def attention_received(
     seen = visible(mask, q_pos, k_pos, False)
     assert seen is not None
     bias = seen if seen.dtype != torch.bool else torch.zeros_like(scores).masked_fill(~seen, float("-inf"))
-    weights = (scores + bias).softmax(-1).mean(1)[:, 0, k.shape[2] - index.shape[1] :]
+    scores = scores + bias
+    nothing = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = scores.softmax(-1).masked_fill(nothing, 0.0).mean(1)[..., k.shape[2] - index.shape[1] :]
+    asked = (q_pos >= 0)[..., None]
+    weights = weights.masked_fill(~asked, 0.0).sum(1) / asked.sum(1).clamp(min=1)
     full = weights.new_zeros(index.shape[0], length).scatter(1, index, weights.masked_fill(~valid, 0.0))
     return full.flatten()[flat]
 
@@ -235,6 +241,26 @@ def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[T
             chosen[left[choose(left, k, i)]] = True
         start += n
     return chosen
+
+
+def greedy_flops(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, **_: object) -> int:
+    """FLOPs of a policy that measures the distance of all of an image's tokens to each that it chooses, 3 a channel."""
+    pairs = zip(lengths.tolist(), keep.tolist(), strict=True)
+    total: int = 3 * features.shape[1] * sum(n * min(n, k) for n, k in pairs)
+    return total
+
+
+def top_attention(weights: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
+    """The ``keep`` tokens of each image with the largest weight; ties go to the first token.
+
+    Args:
+        weights: float [F]; NaN is larger than any number, as in ``torch.sort``.
+        member, lengths, keep: see :class:`vlmrewrite.tokens.Policy`.
+
+    Returns:
+        the chosen tokens, bool [F].
+    """
+    return per_image(member, lengths, keep, lambda left, k, _: weights[left].argsort(descending=True, stable=True)[:k])
 
 
 def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name: str) -> Tensor:
@@ -325,7 +351,12 @@ REFERENCES[KV_APPEND] = kv_append
 define("token_index(Tensor member, Tensor? padding, SymInt n) -> (Tensor, Tensor)", token_index)
 define("select(Tensor x, Tensor index, int dim=1) -> Tensor", select)
 define("relative_index(Tensor outer, Tensor index) -> Tensor", relative_index)
-define("restore(Tensor full, Tensor part, Tensor index, Tensor valid) -> Tensor", restore)
+define(
+    "restore(Tensor full, Tensor part, Tensor index, Tensor valid) -> Tensor",
+    restore,
+    kernel="vlmrewrite.kernels.gather:restore",
+    backward=True,
+)
 define("positions(Tensor index, Tensor valid, SymInt past) -> Tensor", positions)
 define("member(Tensor? text, Tensor? vision, Tensor? chosen) -> Tensor", member)
 define(
@@ -338,4 +369,13 @@ define(
     "attention_received(Tensor q, Tensor k, Tensor? mask, Tensor q_pos, Tensor k_pos, float? scale,"
     " float? softcap, Tensor index, Tensor valid, Tensor flat, SymInt length) -> Tensor",
     attention_received,
+    kernel="vlmrewrite.kernels.score:attention_received",
+    kernel_fake=lambda q, *args: q.new_empty(args[8].shape[0], dtype=torch.float32),
+    flops=lambda q, k, *_, **__: 2 * math.prod(q) * k[2],
+)
+define(
+    "top_attention(Tensor weights, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
+    top_attention,
+    lambda _, member, *__: torch.empty_like(member),
+    kernel="vlmrewrite.kernels.score:top_attention",
 )

@@ -18,14 +18,16 @@ from torch import Tensor, nn
 from vlmrewrite import capture
 from vlmrewrite.admission import admit
 from vlmrewrite.blocks import ATTRIBUTE, build
+from vlmrewrite.call import Call
 from vlmrewrite.choice import Kernels, choose
 from vlmrewrite.plan import FEATURES, Pass, Plan
-from vlmrewrite.program import say
+from vlmrewrite.program import Program, say
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report
 from vlmrewrite.session import Backend, Session
+from vlmrewrite.testing.edited import EditMask
 from vlmrewrite.testing.oracle import BranchMask, LayerMasks, oracle_logits
-from vlmrewrite.tokens import TokenSet, Vision, intersection
+from vlmrewrite.tokens import Selection, TokenSet, Vision, intersection
 
 _SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
 
@@ -248,6 +250,36 @@ def routing(model: nn.Module) -> Tensor:
     return session.latest.ran.value
 
 
+def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]:
+    """What ran in the last call with an image, the call, and what each selection chose in it, bool [F].
+
+    Raises:
+        ValueError: no recipe is applied, or there was no such call yet.
+    """
+    return _session(model).last()
+
+
+@contextlib.contextmanager
+def prompt_ends(model: nn.Module, column: Tensor) -> Iterator[None]:
+    """While the block runs, the prompts of calls with images end there, as they do in ``generate()``.
+
+    For training: the answers in ``input_ids`` are none of the prompt, by whose last token tokens and plans are chosen.
+
+    Args:
+        model: a rewritten model.
+        column: of each row's last prompt token, int64 [B].
+
+    Raises:
+        ValueError: no recipe is applied.
+    """
+    session = _session(model)
+    before, session.prompt_end = session.prompt_end, column
+    try:
+        yield
+    finally:
+        session.prompt_end = before
+
+
 @dataclass(frozen=True)
 class Stage:
     """Vision tokens that a run of layers works on: ``vision`` bool [B, T], in the logical sequence."""
@@ -281,13 +313,9 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
 
     Raises:
         ValueError: no recipe is applied, or there was no such call yet.
-        NotImplementedError: the plan has edits, whose meaning the oracle does not know.
     """
     program, call, chosen = _session(model).last()
     more = (total or call.length) - call.length
-    if program.plan.edits:
-        names = ", ".join(edit.name for edit in program.plan.edits)
-        raise NotImplementedError(f"the oracle does not know what these edits of the stream mean: {names}")
 
     def mask(s: TokenSet, later: bool = True) -> Tensor:
         return torch.nn.functional.pad(call.members(s, chosen), (0, more), value=later)
@@ -298,11 +326,22 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
                 block = None if b.block is None else copy.deepcopy(program.blocks[b.block])
                 yield BranchMask(mask(b.tokens, later=False), b.rejoin, block)
 
+    facts: dict[str, Tensor | None] = {"lengths": call.lengths, "ordinal": call.ordinals}
+    facts |= {"grid": call.grid, "encoder_features": call.encoder_features}
+
+    def edits(layer: int) -> Iterator[EditMask]:
+        for e in program.plan.edits:
+            if e.at == layer:
+                weights = tuple(program.blocks.get_parameter(name).detach().clone() for name in e.weights)
+                tokens, last = call.members(e.tokens, chosen), call.last[:, 0]
+                yield EditMask(tokens, e.op, e.needs, call.text, call.vision, last, facts, weights, e.options)
+
     return [
         LayerMasks(
             run=mask(e.run_set),
             keys=mask(e.keys),
             mlp=None if e.mlp_set is None else mask(e.mlp_set),
+            edits=tuple(edits(e.index)),
             branches=tuple(branches(e.index)),
         )
         for e in program.plan.layers
@@ -316,23 +355,46 @@ def planned_lengths(model: nn.Module) -> list[int]:
 
 
 @torch.no_grad()
-def verify(model: nn.Module, inputs: dict[str, Any], recipe: Any, **options: Any) -> float:
+def verify(model: nn.Module, inputs: dict[str, Any], recipe: Any = None, **options: Any) -> float:
     """Run the oracle against the rewritten model.
 
     Args:
-        model: an unmodified model.
+        model: an unmodified model; without ``recipe``, one that a recipe is applied to: its trained blocks are judged
+            as they are, and the recipe stays applied.
         inputs: what the model's forward takes, with an image.
         recipe, options: as for :func:`apply`.
 
     Returns:
         the largest absolute difference of a logit at any token that is not padding.
+
+    Raises:
+        ValueError: there is no recipe, or the inputs hold no image.
+        NotImplementedError: the model's attention, or what an edit needs, is nothing that the oracle knows.
     """
-    with applied(model, recipe, **options):
+    if recipe is not None:
+        with applied(model, recipe, **options):
+            return verify(model, inputs)
+    session = _session(model)
+    before, session.latest = session.latest, None
+    try:
         got = model(**inputs).logits
         masks = layer_masks(model)
-    expected = oracle_logits(model, inputs, masks)[:, -got.shape[1] :]
+    finally:
+        session.latest = session.latest or before
+    with _as_it_was(model):
+        expected = oracle_logits(model, inputs, masks)[:, -got.shape[1] :]
     padding = inputs.get("attention_mask")
     error = (got - expected).abs().amax(-1)
     if isinstance(padding, Tensor) and padding.dim() == 2:
         error = error.masked_fill(~padding[:, -got.shape[1] :].bool(), 0.0)
     return float(error.max())
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """While the block runs, a rewritten model's forward is its class's own."""
+    ours = model.__dict__.pop("forward")
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = ours

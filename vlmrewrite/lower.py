@@ -15,7 +15,8 @@ from typing import Any
 import torch
 import torch.fx
 
-from vlmrewrite import dialect
+from vlmrewrite import attend, dialect
+from vlmrewrite import gathering as gathering
 from vlmrewrite.choice import Choice, Kernels, choose, unfit
 from vlmrewrite.legalize import with_blocks
 from vlmrewrite.tokenwise import writes
@@ -71,7 +72,7 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.dev
         elif node.target in dialect.OPAQUE - _SPECIAL:
             made = Choice("reference", made.why + _OPAQUE)
         else:
-            node.target = reference if node.target not in dialect.OPAQUE else node.target
+            node.target = reference
         counts[reference.__name__, made] += 1
     graph.eliminate_dead_code(is_impure_node=writes)
     choices: dict[str, list[dict[str, Any]]] = {}
@@ -92,6 +93,7 @@ def positioned(gm: torch.fx.GraphModule, plain: bool) -> torch.fx.GraphModule:
     """
     graph = torch.fx.Graph()
     graph.output(graph.graph_copy(gm.graph, {}))
+    positions = _shared_positions(graph)
     for node in graph.find_nodes(op="call_function", target=dialect.ATTENTION):
         append: Any = getattr(node.args[1], "args", (None,))[0]
         if getattr(append, "target", None) is not dialect.KV_APPEND:
@@ -99,11 +101,27 @@ def positioned(gm: torch.fx.GraphModule, plain: bool) -> torch.fx.GraphModule:
                 f"the keys of {node.name} did not come from vlmrewrite's cache: this model transforms its keys after"
                 " the cache, which is not supported"
             )
-        with graph.inserting_before(node):
-            k_pos = graph.call_function(operator.getitem, (append, 2))
         q, k, v, mask, _, _, scale, _, *rest = node.args
-        node.args = (q, k, v, mask, append.args[5], k_pos, scale, plain and mask is None, *rest)
+        node.args = (q, k, v, mask, *positions[append], scale, plain and mask is None, *rest)
     return torch.fx.GraphModule(gm, graph)
+
+
+def _shared_positions(graph: torch.fx.Graph) -> dict[torch.fx.Node, tuple[Any, Any]]:
+    """For each append to a cache, the positions of its new tokens and of all.
+
+    They are the same nodes for layers that hold the same tokens, which so have one mask and go on to share positions.
+    """
+    first: dict[Any, tuple[Any, Any]] = {}
+    out = {}
+    for append in graph.find_nodes(op="call_function", target=dialect.KV_APPEND):
+        with graph.inserting_after(append):
+            mine = graph.call_function(operator.getitem, (append, 2))
+        out[append] = first.setdefault(append.args[2], (append.args[5], mine))
+        for user in list(append.users):
+            if user.args == (append, 2) and user is not mine:
+                user.replace_all_uses_with(out[append][1])
+                graph.erase_node(user)
+    return out
 
 
 def compiled(gm: torch.fx.GraphModule) -> Callable[..., Any]:
@@ -122,9 +140,6 @@ def _attention(
     graph: torch.fx.Graph, node: torch.fx.Node, seen: dict[object, torch.fx.Node], choice: Choice, asked: bool
 ) -> Choice:
     """Lower one attention node; ``asked``: a kernel was asked for by name."""
-    if choice.kernel == "triton":
-        from vlmrewrite import attend  # TEMPORARY
-
     q, k, v, mask, q_pos, k_pos, scale, plain, softcap, dropout = _padded(node.args, 10)
     reason = unfit(_example(q), _example(v), dropout or 0.0)
     if choice.kernel == "triton" and asked and reason is not None:

@@ -37,6 +37,7 @@ def define(
     kernel_fake: Callable[..., Any] | None = None,
     backward: bool = False,
     flops: Callable[..., int] | None = None,
+    flops_by_value: bool = False,
 ) -> None:
     """Register ``vlm::<schema>`` with its reference, and ``vlm_triton::<schema>`` if it has a kernel.
 
@@ -50,6 +51,7 @@ def define(
         kernel_fake: the outputs of the launcher; by default ``fake``, or without one the reference on fake tensors.
         backward: the kernel's operator can be differentiated; its gradient is the reference's, computed again.
         flops: its FLOPs, see ``torch.utils.flop_counter.register_flop_formula``.
+        flops_by_value: ``flops`` takes the tensors themselves, not their shapes.
     """
     name = schema.split("(", 1)[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -64,7 +66,7 @@ def define(
         packets.append(_define_kernel(schema, reference, kernel, kernel_fake or fake or reference, backward))
         KERNELS[packet.default] = packets[1].default
     if flops is not None:
-        register_flop_formula(packets)(flops)
+        register_flop_formula(packets, get_raw=flops_by_value)(flops)
 
 
 def _define_kernel(

@@ -47,6 +47,21 @@ def _blocks(rows: int, columns: int) -> tuple[Tensor, tuple[dict[int, list[int]]
     return torch.stack(found), parts
 
 
+def sizes(lengths: Tensor, grid: Tensor) -> list[tuple[int, int]]:
+    """Rows and columns of each image.
+
+    Args:
+        lengths, grid: as for :func:`representatives`.
+
+    Raises:
+        ValueError: an image has not as many tokens as its grid.
+    """
+    found = [(int(r), int(c)) for r, c in grid.tolist()]
+    if [r * c for r, c in found] != lengths.tolist():
+        raise ValueError(f"the grids {grid.tolist()} do not account for images of {lengths.tolist()} tokens")
+    return found
+
+
 def representatives(lengths: Tensor, grid: Tensor) -> Tensor:
     """The representative of the block that each location lies in, at each of :data:`SCALES`.
 
@@ -60,10 +75,8 @@ def representatives(lengths: Tensor, grid: Tensor) -> Tensor:
     Raises:
         ValueError: an image has not as many tokens as its grid.
     """
-    sizes, found, start = lengths.tolist(), [], 0
-    if [r * c for r, c in grid.tolist()] != sizes:
-        raise ValueError(f"the grids {grid.tolist()} do not account for images of {sizes} tokens")
-    for rows, columns in grid.tolist():
+    found, start = [], 0
+    for rows, columns in sizes(lengths, grid):
         found.append(_blocks(rows, columns)[0] + start)
         start += rows * columns
     return torch.cat(found, 1) if found else torch.zeros(3, 0, dtype=torch.int64)
@@ -122,6 +135,27 @@ def density(x: Tensor, owner: Tensor) -> Tensor:
     return pool(deviation(x, owner)[:, None], owner)[0][:, 0]
 
 
+def affordable(grid: Tensor, keep: Sequence[int]) -> list[int]:
+    """How many tokens each image has in its cover by 4 x 4 blocks.
+
+    Args:
+        grid, keep: as for :func:`coarsest`.
+
+    Raises:
+        ValueError: an image may not have so many.
+    """
+    found = []
+    for (rows, columns), k in zip(grid.tolist(), keep, strict=True):
+        least = -(-rows // 4) * -(-columns // 4)
+        if k < least:
+            raise ValueError(
+                f"a budget of {k} tokens cannot cover an image of {rows} x {columns} tokens with regions of at most"
+                f" 4 x 4; expected at least {least}"
+            )
+        found.append(least)
+    return found
+
+
 def coarsest(lengths: Tensor, grid: Tensor, keep: Sequence[int]) -> Tensor:
     """The cover by 4 x 4 blocks, bool [F], on the CPU.
 
@@ -133,13 +167,7 @@ def coarsest(lengths: Tensor, grid: Tensor, keep: Sequence[int]) -> Tensor:
         ValueError: they are too few.
     """
     blocks = representatives(lengths, grid)
-    for (rows, columns), k in zip(grid.tolist(), keep, strict=True):
-        least = -(-rows // 4) * -(-columns // 4)
-        if k < least:
-            raise ValueError(
-                f"a budget of {k} tokens cannot cover an image of {rows} x {columns} tokens with regions of at most"
-                f" 4 x 4; expected at least {least}"
-            )
+    affordable(grid, keep)
     return torch.zeros(blocks.shape[1], dtype=torch.bool).index_fill(0, blocks[2], True)
 
 
@@ -258,4 +286,5 @@ define(
     "region_owner(Tensor member, Tensor lengths, Tensor grid) -> Tensor",
     region_owner,
     lambda member, *_: member.new_empty(2, member.shape[0], dtype=torch.int64),
+    kernel="vlmrewrite.kernels.regions:region_owner",
 )

@@ -146,7 +146,8 @@ class Session:
             if resolve(self.backend, device) == "inductor":
                 self.compiled_calls += 1
                 return one.run_text(model, cache, kwargs, self.kernels)
-        with capture.running(cache, choose(self.kernels, device).kernel == "triton"):
+        kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
+        with capture.running(cache, kernels):
             return one.forward(model, past_key_values=cache, use_cache=keep, return_dict=True, **kwargs)
 
     def _cache(self, given: Any) -> AbstractContextManager[PositionCache]:

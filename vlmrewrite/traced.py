@@ -22,6 +22,7 @@ from vlmrewrite.call import Call
 from vlmrewrite.choice import Kernels
 from vlmrewrite.encode import Encoded, encode_images, encoded_images
 from vlmrewrite.grid import grids
+from vlmrewrite.inplace import InPlace
 from vlmrewrite.lower import compiled, lower, positioned
 from vlmrewrite.program import Program, program_of
 
@@ -58,7 +59,7 @@ class Traced:
         self.text = capture.TracedCall(forward, capture.without_images, self._new_graph)
         self.runner: Runner | None = None
         self._graphs: list[Graph] = []
-        self._compiled: dict[tuple[Graph, bool, Kernels, torch.device], Callable[..., Any]] = {}
+        self._compiled: dict[tuple[object, ...], tuple[InPlace, Callable[..., Any]]] = {}
 
     def _new_graph(self, gm: torch.fx.GraphModule) -> Callable[..., Any]:
         graph = Graph(gm)
@@ -90,6 +91,7 @@ class Traced:
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
             return runner(graph, inputs)
 
+        cache.contiguous()
         with self._running(named):
             return self.call(model, cache, kwargs, images.features, images.as_list)
 
@@ -97,15 +99,20 @@ class Traced:
         """Run a call without images, a decode step say, behind Inductor: no token is dropped in it."""
         plain = kwargs.get("attention_mask") is None and not cache.holes()
         device = next(model.parameters()).device
+        given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        roomy = cache.reserve(given.shape[1])
 
         def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-            key = graph, plain, kernels, device
+            key = graph, plain, kernels, device, roomy
             if key not in self._compiled:
-                low = lower(positioned(graph.gm, plain), kernels, device)
-                self._compiled[key] = compiled(low.graph_module)
-            return self._compiled[key](*inputs)
+                made = InPlace.of(positioned(graph.gm, plain), roomy)
+                low = lower(made.graph_module, kernels, device)
+                self._compiled[key] = made, compiled(low.graph_module)
+            made, run = self._compiled[key]
+            return made.run(run, cache, inputs, given.shape[1])
 
-        cache.contiguous()
+        if not roomy:
+            cache.contiguous()
         with self._running(runner):
             return self.text(model, cache, kwargs)
 

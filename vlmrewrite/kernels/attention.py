@@ -13,62 +13,86 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmrewrite.kernels import interpreted
+
 _LOG2E = math.log2(math.e)
 
 
-def _configs(*shapes: tuple[int, int, int, int]) -> list[triton.Config]:
-    return [triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s) for m, n, w, s in shapes]
+# (BLOCK_M, BLOCK_N, warps, stages) that keep everything in registers, by whether the GPU has wgmma, whether the numbers
+# are fp32, and the largest head size
+_SHAPES = {
+    (True, False, 64): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)],
+    (True, False, 128): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)],
+    (True, False, 256): [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
+    (True, True, 64): [(128, 32, 8, 2), (64, 32, 4, 2)],
+    (True, True, 128): [(32, 32, 8, 2), (16, 32, 4, 2)],
+    (True, True, 256): [(16, 16, 8, 2), (16, 16, 4, 2)],
+    (False, False, 64): [(128, 64, 8, 3), (64, 64, 4, 3)],
+    (False, False, 128): [(128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3)],
+    (False, False, 256): [(64, 64, 8, 2), (64, 32, 8, 2)],
+    (False, True, 64): [(32, 32, 4, 2)],
+    (False, True, 128): [(32, 32, 8, 2), (16, 32, 4, 2)],
+    (False, True, 256): [(16, 16, 8, 2), (16, 16, 4, 2)],
+}
+_UNDER_FULL_MASK = {False: [(64, 32, 8, 2)], True: [(16, 16, 8, 2)]}  # its addresses take half of the registers
+_CONFIGS = {
+    (m, n, w, s): triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s)
+    for m, n, w, s in dict.fromkeys(x for shapes in (*_SHAPES.values(), *_UNDER_FULL_MASK.values()) for x in shapes)
+}
 
 
-_CONFIGS = _configs((64, 64, 4, 3), (128, 64, 8, 3))
+def _fitting(configs: list[triton.Config], named: dict[str, Any], **meta: Any) -> list[triton.Config]:
+    fp32 = named["q"].dtype == torch.float32
+    if named["full"] is not None:
+        return [_CONFIGS[x] for x in _UNDER_FULL_MASK[fp32]]
+    wgmma = interpreted() or triton.runtime.driver.active.get_current_target().arch >= 90
+    size = max(meta["D1"] + meta["D2"], meta["V1"] + meta["V2"])
+    shapes = next(x for (w, f, most), x in _SHAPES.items() if (w, f) == (wgmma, fp32) and size <= most)
+    return [_CONFIGS[x] for x in shapes if x[0] <= max(named["bucket"], 64)]
 
 
 @triton.jit
-def _tile(at, rows, columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load [rows, columns] of K or V; each mask only where its constexpr says so."""
-    if ROWS and COLUMNS:
-        x = tl.load(at, mask=rows[:, None] & columns[None, :], other=0.0)
-    elif ROWS:
-        x = tl.load(at, mask=rows[:, None], other=0.0)
-    elif COLUMNS:
-        x = tl.load(at, mask=columns[None, :], other=0.0)
-    else:
-        x = tl.load(at)
-    return x
+def _columns(at, column, size, EXACT: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load a tile of which the columns from ``size`` on do not exist."""
+    return tl.load(at) if EXACT else tl.load(at, mask=(column < size)[None, :], other=0.0)
 
 
 @triton.jit
 def _attend(  # type: ignore[no-untyped-def]
-    acc, acc_rest, total, peak, q, q_rest, q_pos, k, v, keys, full, start, stop, scale, cap, window, hidden,
-    stride_km, stride_kd, stride_vm, stride_vd, stride_fk,
+    acc, acc_rest, total, peak, q, q_rest, q_pos, k, v, keys, full, start, stop, later, end, scale, cap,
+    window, hidden, stride_km, stride_kd, stride_vm, stride_vd, stride_fk,
     MASKED: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr,
     V1: tl.constexpr, V2: tl.constexpr, BLOCK_N: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Online softmax over the keys [start, stop); a loop without a branch, so that its loads are pipelined."""
+    """Online softmax over the keys [start, stop) and [later, end), in one loop without a branch: it is pipelined."""
     n = tl.arange(0, BLOCK_N)
     d, e = tl.arange(0, D1), tl.arange(0, V1)
-    for at in range(start, stop, BLOCK_N):
-        there = at + n < stop
-        k_at = k + tl.cast(at, tl.int64) * stride_km
-        v_at = v + tl.cast(at, tl.int64) * stride_vm
-        tile = _tile(k_at + (n[:, None] * stride_km + d[None, :] * stride_kd), there, d < D, MASKED, D1 > D)
+    early = tl.cdiv(stop - start, BLOCK_N)
+    for i in range(early + tl.cdiv(end - later, BLOCK_N)):
+        at = start + i * BLOCK_N
+        if MASKED:
+            at = tl.where(i < early, at, later + (i - early) * BLOCK_N)
+        # rows that are not there are others, hidden below: that takes fewer registers than a mask for each load
+        row = (tl.minimum(at + n, end - 1) if MASKED else at + n).to(tl.int64)[:, None]
+        tile = _columns(k + row * stride_km + d[None, :] * stride_kd, d, D, D1 <= D)
         s = tl.dot(q, tl.trans(tile), input_precision=PRECISION)
         if D2:
             d2 = D1 + tl.arange(0, D2)
-            tile = _tile(k_at + (n[:, None] * stride_km + d2[None, :] * stride_kd), there, d2 < D, MASKED, D1 + D2 > D)
+            tile = _columns(k + row * stride_km + d2[None, :] * stride_kd, d2, D, D1 + D2 <= D)
             s = tl.dot(q_rest, tl.trans(tile), s, input_precision=PRECISION)
         unit = scale
         if cap is not None:
             s = cap - 2.0 * cap / (1.0 + tl.exp2(s * scale))  # cap * tanh, of which `scale` is the argument's
             unit = 1.0
         if MASKED:
-            k_pos = tl.load(keys + at + n, mask=there, other=-1)
+            # not `at + n < ...`, which takes 15 to 65 registers more
+            k_pos = tl.load(keys + at + n, mask=n < tl.where(i < early, stop, end) - at, other=-1)
             if full is None:
-                seen = (k_pos >= 0)[None, :] & (k_pos[None, :] <= q_pos[:, None])
+                seen = tl.where(k_pos < 0, 2147483647, k_pos)[None, :] <= q_pos[:, None]
                 if window is not None:
-                    seen = seen & (k_pos[None, :] > q_pos[:, None] - window)
+                    seen = seen & (k_pos[None, :] > (q_pos - window)[:, None])
             else:
-                seen = (k_pos >= 0)[None, :] & (q_pos >= 0)[:, None]
+                seen = (k_pos >= 0)[None, :]
                 cell = tl.load(full[:, None] + k_pos[None, :] * stride_fk, mask=seen, other=0)
                 if hidden is None:
                     seen = seen & (cell != 0)
@@ -83,18 +107,23 @@ def _attend(  # type: ignore[no-untyped-def]
         shrink = tl.exp2(peak - higher)
         total = total * shrink + tl.sum(p, 1)
         peak = higher
-        tile = _tile(v_at + (n[:, None] * stride_vm + e[None, :] * stride_vd), there, e < DV, MASKED, V1 > DV)
+        tile = _columns(v + row * stride_vm + e[None, :] * stride_vd, e, DV, V1 <= DV)
         p = p.to(tile.dtype)
         acc = tl.dot(p, tile, acc * shrink[:, None], input_precision=PRECISION)
         if V2:
             e2 = V1 + tl.arange(0, V2)
-            tile = _tile(v_at + (n[:, None] * stride_vm + e2[None, :] * stride_vd), there, e2 < DV, MASKED, V1 + V2 > DV)
+            tile = _columns(v + row * stride_vm + e2[None, :] * stride_vd, e2, DV, V1 + V2 <= DV)
             acc_rest = tl.dot(p, tile, acc_rest * shrink[:, None], input_precision=PRECISION)
     return acc, acc_rest, total, peak
 
 
-@triton.autotune(configs=_CONFIGS, key=["bucket", "D", "DV"], cache_results=True)
-@triton.jit(do_not_specialize=["n", "n_blocks", "bucket", "stride_qb", "stride_kb"])
+@triton.autotune(
+    list(_CONFIGS.values()),
+    key=["bucket", "D", "DV"],
+    cache_results=True,
+    prune_configs_by={"early_config_prune": _fitting},
+)
+@triton.jit(do_not_specialize=["n", "n_blocks", "bucket", "shift", "stride_keys"])
 def attention_forward_kernel(  # type: ignore[no-untyped-def]
     q, k, v, queries, keys, blocks, full, out, n, n_blocks, bucket, heads, group, scale, cap, window, hidden, shift,
     stride_qb, stride_qh, stride_qn, stride_qd, stride_kb, stride_kh, stride_km, stride_kd,
@@ -102,6 +131,7 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr, DV: tl.constexpr, D1: tl.constexpr, D2: tl.constexpr, V1: tl.constexpr, V2: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
+    """One program for BLOCK_M queries of a head: first the keys that all of them see, then those that need a mask."""
     pid = tl.program_id(0)
     h = pid % heads
     tiles = tl.cdiv(n, BLOCK_M)
@@ -136,11 +166,11 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     keys += b * stride_keys
     d, e = tl.arange(0, D1), tl.arange(0, V1)
     q_at = q + row.to(tl.int64)[:, None] * stride_qn
-    x = _tile(q_at + d[None, :] * stride_qd, inside, d < D, True, D1 > D)
+    x = tl.load(q_at + d[None, :] * stride_qd, mask=inside[:, None] & (d < D)[None, :], other=0.0)
     x_rest = x
     if D2:
         d2 = D1 + tl.arange(0, D2)
-        x_rest = _tile(q_at + d2[None, :] * stride_qd, inside, d2 < D, True, D1 + D2 > D)
+        x_rest = tl.load(q_at + d2[None, :] * stride_qd, mask=inside[:, None] & (d2 < D)[None, :], other=0.0)
 
     acc = tl.zeros([BLOCK_M, V1], tl.float32)
     acc_rest = acc
@@ -148,30 +178,22 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         acc_rest = tl.zeros([BLOCK_M, V2], tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -3e38, tl.float32)  # finite, so that a tile without a visible key changes nothing
+    line = full
     if full is None:
         acc, acc_rest, total, peak = _attend(
-            acc, acc_rest, total, peak, x, x_rest, q_pos, k, v, keys, None, first, full_first, scale, cap, window,
-            hidden, stride_km, stride_kd, stride_vm, stride_vd, stride_fk, True, D, DV, D1, D2, V1, V2, BLOCK_N,
-            PRECISION,
-        )  # fmt: skip
-        acc, acc_rest, total, peak = _attend(
-            acc, acc_rest, total, peak, x, x_rest, q_pos, k, v, keys, None, full_first, full_end, scale, cap, window,
-            hidden, stride_km, stride_kd, stride_vm, stride_vd, stride_fk, False, D, DV, D1, D2, V1, V2, BLOCK_N,
-            PRECISION,
-        )  # fmt: skip
-        acc, acc_rest, total, peak = _attend(
-            acc, acc_rest, total, peak, x, x_rest, q_pos, k, v, keys, None, full_end, end, scale, cap, window,
-            hidden, stride_km, stride_kd, stride_vm, stride_vd, stride_fk, True, D, DV, D1, D2, V1, V2, BLOCK_N,
-            PRECISION,
+            acc, acc_rest, total, peak, x, x_rest, q_pos, k, v, keys, None, full_first, full_end, full_end, full_end,
+            scale, cap, window, hidden, stride_km, stride_kd, stride_vm, stride_vd, stride_fk,
+            False, D, DV, D1, D2, V1, V2, BLOCK_N, PRECISION,
         )  # fmt: skip
     else:
         line = full + b * stride_fb + tl.maximum(q_pos - shift, 0).to(tl.int64) * stride_fq
-        acc, acc_rest, total, peak = _attend(
-            acc, acc_rest, total, peak, x, x_rest, q_pos, k, v, keys, line, first, end, scale, cap, window,
-            hidden, stride_km, stride_kd, stride_vm, stride_vd, stride_fk, True, D, DV, D1, D2, V1, V2, BLOCK_N,
-            PRECISION,
-        )  # fmt: skip
+    acc, acc_rest, total, peak = _attend(
+        acc, acc_rest, total, peak, x, x_rest, q_pos, k, v, keys, line, first, full_first, full_end, end,
+        scale, cap, window, hidden, stride_km, stride_kd, stride_vm, stride_vd, stride_fk,
+        True, D, DV, D1, D2, V1, V2, BLOCK_N, PRECISION,
+    )  # fmt: skip
     blind = (total == 0.0) | (q_pos < 0)
+    total = tl.where(blind, 1.0, total)
     out += ((b * n + row) * heads + h)[:, None] * DV
     acc = tl.where(blind[:, None], 0.0, acc / total[:, None]).to(out.dtype.element_ty)
     tl.store(out + e[None, :], acc, mask=inside[:, None] & (e < DV)[None, :])
@@ -181,11 +203,11 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
         tl.store(out + e2[None, :], acc, mask=inside[:, None] & (e2 < DV)[None, :])
 
 
-def _pieces(d: int) -> tuple[int, int]:
-    """Powers of two that hold a head size: one, or two where that is less work."""
-    whole = max(16, triton.next_power_of_2(d))
-    rest = max(16, triton.next_power_of_2(d - whole // 2))
-    return (whole, 0) if whole == 16 or whole // 2 + rest >= whole else (whole // 2, rest)
+def _pieces(d: int, fp32: bool) -> tuple[int, int]:
+    """Powers of two that hold a head size: two beyond 128, which saves registers; below, two if that is less work."""
+    half = 128 if d > 128 else max(16, triton.next_power_of_2(d)) // 2
+    rest = max(16, triton.next_power_of_2(d - half))
+    return (half, rest) if d > 128 or (rest < half and not fp32) else (2 * half, 0)
 
 
 def positional_attention(
@@ -200,7 +222,7 @@ def positional_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Launch :func:`attention_forward_kernel`; arguments and result as of :func:`vlmrewrite.positional.positional_attention`."""
+    """Launch the kernel; takes and returns what :func:`vlmrewrite.positional.positional_attention` does."""
     batch, heads, n, d = q.shape
     dv = v.shape[-1]
     out = q.new_empty(batch, n, heads, dv)
@@ -219,7 +241,8 @@ def positional_attention(
         else:
             hidden = torch.finfo(full.dtype).min / 2
     scale, cap = (scale * _LOG2E, None) if softcap is None else (2 * scale / softcap * _LOG2E, softcap * _LOG2E)
-    (d1, d2), (v1, v2) = _pieces(d), _pieces(dv)
+    fp32 = q.dtype == torch.float32
+    (d1, d2), (v1, v2) = _pieces(d, fp32), _pieces(dv, fp32)
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
         return (triton.cdiv(n, meta["BLOCK_M"]) * heads * batch,)
@@ -228,6 +251,6 @@ def positional_attention(
     attention_forward_kernel[grid](
         q, k, v, queries, keys, blocks, full, out, n, blocks.shape[1], triton.next_power_of_2(n), heads,
         heads // k.shape[1], scale, cap, window, hidden, shift, *q.stride(), *k.stride(), *v.stride(), keys.stride(0),
-        *strides, D=d, DV=dv, D1=d1, D2=d2, V1=v1, V2=v2, PRECISION="tf32x3" if q.dtype == torch.float32 else "ieee",
+        *strides, D=d, DV=dv, D1=d1, D2=d2, V1=v1, V2=v2, PRECISION="tf32x3" if fp32 else "ieee",
     )  # fmt: skip
     return out

@@ -17,6 +17,8 @@ from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from vlmrewrite.testing.edited import EditMask, edited
+
 NAME = "vlmrewrite-oracle"
 
 
@@ -45,15 +47,17 @@ class LayerMasks:
         keys: tokens whose keys and values its queries may see, bool [B, T].
         mlp: tokens whose MLP half is computed, bool [B, T]; the others keep what the stream holds after the attention
             half. None: all.
-        entry: what happens to the stream [B, T, H] before the layer, for branches and edits; it must work in the
-            stream's dtype, float64 included. What it returns is what bypassing tokens carry on. None: nothing.
-        branches: tokens that leave the stream before the layer, behind ``entry``.
+        entry: what happens to the stream [B, T, H] before the layer; it must work in the stream's dtype, float64
+            included. What it returns is what bypassing tokens carry on. None: nothing.
+        edits: operators on the stream before the layer, behind ``entry``, in order.
+        branches: tokens that leave the stream before the layer, behind the edits.
     """
 
     run: Tensor
     keys: Tensor
     mlp: Tensor | None = None
     entry: Callable[[Tensor], Tensor] | None = None
+    edits: tuple[EditMask, ...] = ()
     branches: tuple[BranchMask, ...] = ()
 
 
@@ -75,6 +79,7 @@ class InFloat64(TorchFunctionMode):
 
 
 _KEYS: dict[int, Tensor] = {}
+_PAID: list[Tensor] = []  # what attention modules paid, [B, H, T, T], where an edit asks for it
 
 _IN_THE_MASK = {"sliding_window", "is_causal"}
 _NOT_FOR_ATTENTION = {"position_ids", "cache_position", "use_cache", "output_hidden_states", "output_router_logits"}
@@ -110,6 +115,7 @@ def _attention(
         scores = torch.tanh(scores / softcap) * softcap
     seen = attention_mask & _KEYS[module.layer_idx][:, None, None, :]  # type: ignore[index]
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0.0)
+    _PAID[:] = [weights]
     return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous(), None
 
 
@@ -140,6 +146,9 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
     before = [(c, c._attn_implementation_internal) for c in configs]
     handles = []
     away: dict[int, Tensor] = {}
+    merged: list[Tensor | None] = []
+    if any(entry.edits for entry in layers):
+        handles.append(decoder.register_forward_pre_hook(_remember(merged), with_kwargs=True))
     for i, (module, entry, feed) in enumerate(zip(decoder.layers, layers, feeds, strict=True)):
         back = [b for earlier in layers[:i] for b in earlier.branches if b.rejoin == i]
         handles += [module.register_forward_pre_hook(_enter(_rejoin(b, away)), with_kwargs=True) for b in back]
@@ -147,6 +156,8 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
         _KEYS[attention.layer_idx] = entry.keys
         if entry.entry is not None:
             handles.append(module.register_forward_pre_hook(_enter(entry.entry), with_kwargs=True))
+        for e in entry.edits:
+            handles.append(module.register_forward_pre_hook(_edit(e, merged), with_kwargs=True))
         for b in entry.branches:
             handles.append(module.register_forward_pre_hook(_leave(b, away), with_kwargs=True))
             if b.rejoin == i:
@@ -166,6 +177,7 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
         for config, name in before:
             config._attn_implementation_internal = name
         _KEYS.clear()
+        _PAID.clear()
 
 
 def mlp_of(layer: nn.Module) -> nn.Module:
@@ -189,6 +201,33 @@ def _enter(change: Callable[[Tensor], Tensor]) -> Any:
         if args:
             return (change(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+
+    return hook
+
+
+def _remember(merged: list[Tensor | None]) -> Any:
+    """Note the embeddings that enter the decoder, the vision features merged into them."""
+
+    def hook(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        merged[:] = [kwargs.get("inputs_embeds")]
+
+    return hook
+
+
+def _edit(edit: EditMask, merged: list[Tensor | None]) -> Any:
+    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stream = args[0] if args else kwargs["hidden_states"]
+
+        def paid(keys: Tensor) -> Tensor:
+            """Run the layer on the whole stream, its attention masked to ``keys``, for the weights alone."""
+            index: Any = next(m for m in layer.modules() if hasattr(m, "layer_idx")).layer_idx
+            before, _KEYS[index] = _KEYS[index], keys
+            layer.forward(*args, **kwargs)
+            _KEYS[index] = before
+            return _PAID.pop()
+
+        new = edited(edit, stream, merged[0], paid)
+        return _enter(lambda _: new)(layer, args, kwargs)
 
     return hook
 

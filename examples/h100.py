@@ -1,0 +1,166 @@
+"""End to end on a GPU: LLaVA-1.5-7B and LLaVA-NeXT-7B, randomly initialised, with and without recipes.
+
+    python examples/h100.py --json h100.json     # an H100 with 80 GB: both models, batch 1 and 8, bf16, Inductor
+    python examples/h100.py --dry                # anywhere: the same on tiny models
+
+What is measured (prefill and decoding under the same backend, taking turns; peak memory; K/V bytes; the repulsion
+sampling on its own) is held against what it should be, and the exit status is 1 if something falls short; with --dry,
+where sizes are too small for speed to mean anything, only K/V bytes count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+import vlmrewrite as vr
+from vlmrewrite.bench import bench
+from vlmrewrite.inspection import Shape, read_config, traced_prompt
+from vlmrewrite.kernelbench import bench_kernels
+from vlmrewrite.loading import with_random_weights
+from vlmrewrite.recipe import Recipe
+
+CONFIGS = Path(__file__).parent / "configs"
+MODELS = {"llava-1.5-7b": (576, "llava-1.5"), "llava-next-7b": (2880, "llava-next")}
+"""Vision tokens of an image, and the name under which the kernels of such a model are measured."""
+RECIPES = ("sts-64", "visor-cross")
+TEXT = 64
+
+
+@dataclass(frozen=True)
+class Check:
+    """A measurement held against what it should be."""
+
+    what: str
+    measured: float
+    relation: Literal["<=", "==", ">="]
+    expected: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it is as it should be."""
+        compare = {"<=": operator.le, "==": operator.eq, ">=": operator.ge}[self.relation]
+        return bool(compare(self.measured, self.expected))
+
+
+def build(name: str, device: torch.device, dry: bool) -> Any:
+    """The model with random weights, bf16; with ``dry``, a tiny one in fp32."""
+    file = CONFIGS / f"{name}.json"
+    config, _ = read_config(file)
+    if dry:
+        text, vision = config.text_config, config.vision_config
+        text.hidden_size, text.intermediate_size, text.num_attention_heads, text.num_key_value_heads = 32, 64, 2, 2
+        text.head_dim, text.num_hidden_layers = 16, 8
+        vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers, vision.num_attention_heads = (
+            32,
+            64,
+            2,
+            2,
+        )
+    return with_random_weights(config, file, torch.float32 if dry else torch.bfloat16, device)
+
+
+def predicted(model: Any, inputs: dict[str, Any], recipe: Recipe) -> tuple[int, int]:
+    """K/V bytes after prefill as the report says, without and with the recipe."""
+    with vr.applied(model, recipe, backend="eager"), torch.no_grad():
+        model(**inputs, logits_to_keep=1)
+        totals = vr.report(model).to_dict()["totals"]
+    return totals["before"]["kv_bytes"], totals["after"]["kv_bytes"]
+
+
+def checks(measured: dict[str, Any], kv: dict[str, tuple[int, int]], batch: int) -> Iterator[Check]:
+    """What should hold of one model at one batch size."""
+    plain, *rows = measured["rows"]
+    for row in rows:
+        name = f"{row['name']}, batch {batch}"
+        before, after = kv[row["name"]]
+        yield Check(f"{name}: K/V bytes without it, as the report says", plain["kv_bytes"], "==", before)
+        yield Check(f"{name}: K/V bytes with it, as the report says", row["kv_bytes"], "==", after)
+        yield Check(f"{name}: decoding, times unmodified", row["decode_speedup"], ">=", 1.0)
+        if batch >= 8:
+            reached = row["prefill_speedup_of_flop_ratio"]
+            yield Check(f"{name}: prefill speed-up, of the FLOP ratio", reached, ">=", 0.9)
+        if row["peak_bytes"] is not None and plain["peak_bytes"]:
+            yield Check(f"{name}: peak bytes of prefill, of unmodified's", row["peak_bytes"], "<=", plain["peak_bytes"])
+
+
+def sampling(size: str, device: torch.device, batch: int, repeat: int) -> float:
+    """Seconds that repulsion sampling takes for the images of a batch."""
+    result = bench_kernels(
+        device, sizes=[size], batches=[batch], families=["sample"], against=["reference"], repeat=repeat
+    )
+    row = next(row for row in result["rows"] if row["case"] == "repulsion")
+    return float(row["milliseconds"][row["base"]]) / 1e3
+
+
+def measure(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """One model at each batch size."""
+    tokens, size = (144, "tiny") if options.dry else MODELS[name]
+    model = build(name, device, options.dry)
+    chosen = [Recipe.load(recipe) for recipe in options.recipe]
+    for batch in options.batch:
+        shape = Shape(tokens, text=TEXT, rows=batch)
+        print(f"{name}: {shape}", file=sys.stderr)
+        _, inputs = traced_prompt(model, shape)
+        kv = {recipe.name: predicted(model, inputs, recipe) for recipe in chosen}
+        result = bench(
+            model, inputs, chosen, backend=options.backend, repeat=options.repeat, new_tokens=options.new_tokens
+        )
+        found = list(checks(result, kv, batch))
+        seconds = sampling(size, device, batch, options.repeat)
+        for row in result["rows"][1:]:
+            if row["name"].startswith("sts"):
+                share = seconds / row["prefill_median"]
+                found.append(Check(f"{row['name']}, batch {batch}: sampling, of its prefill", share, "<=", 0.03))
+        yield (
+            {"model": name, "prompt": str(shape), "batch": batch}
+            | result
+            | {
+                "kv_predicted": {recipe: {"before": a, "after": b} for recipe, (a, b) in kv.items()},
+                "sampling_seconds": seconds,
+                "checks": [asdict(check) | {"holds": check.holds} for check in found],
+            }
+        )
+
+
+def main() -> int:
+    """Measure, print what holds and what does not, and write everything as JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", nargs="+", choices=sorted(MODELS), default=list(MODELS))
+    parser.add_argument("--recipe", nargs="+", default=list(RECIPES))
+    parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
+    parser.add_argument("--backend", choices=["eager", "inductor"], default=None, help="inductor; with --dry eager")
+    parser.add_argument("--repeat", type=int, default=None, help="counted rounds: 7; with --dry 1")
+    parser.add_argument("--new-tokens", type=int, default=16)
+    parser.add_argument("--dry", action="store_true", help="tiny models, on a CPU if there is no GPU")
+    parser.add_argument("--json", type=Path, help="write everything that was measured to this file")
+    options = parser.parse_args()
+    options.backend = options.backend or ("eager" if options.dry else "inductor")
+    options.repeat = options.repeat or (1 if options.dry else 7)
+    if not options.dry and not torch.cuda.is_available():
+        parser.error("torch sees no GPU here; expected --dry")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    runs = [run for name in options.model for run in measure(name, options, device)]
+    failed = 0
+    for run in runs:
+        for check in run["checks"]:
+            counts = not options.dry or "K/V" in check["what"]
+            failed += counts and not check["holds"]
+            verdict = "holds" if check["holds"] else "FALLS SHORT" if counts else "not so, which means nothing here"
+            compared = f"{check['measured']:.4g} {check['relation']} {check['expected']:.4g}"
+            print(f"{run['model']}, {check['what']}: {compared}: {verdict}")
+    if options.json is not None:
+        options.json.write_text(json.dumps(runs, indent=2) + "\n")
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""Every kernel compiles for GPUs in every configuration, keeps its values in registers, and fits into shared memory."""
+
+import json
+import os
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.kernels.compiling import COMPILING, FILES, Running, start
+from vlmrewrite.testing import aot
+
+BROKEN = """
+import torch, triton, triton.language as tl
+
+@triton.jit
+def spilling_kernel(x, out, N: tl.constexpr):
+    i = tl.arange(0, N)
+    a = tl.load(x + i)
+    tl.store(out + i, a - tl.sum(a, 0))
+
+@triton.jit
+def broken_kernel(x, n):
+    for i in range(n):
+        break
+
+@triton.autotune([triton.Config({"N": 16}), triton.Config({"N": 32})], key=["n"])
+@triton.jit
+def fine_kernel(x, n, N: tl.constexpr):
+    i = tl.program_id(0) * N + tl.arange(0, N)
+    tl.store(x + i, 0.0, mask=i < n)
+
+def fine(n, rows=1):
+    x = torch.empty(rows, n, device="meta")
+    fine_kernel[lambda meta: (triton.cdiv(n, meta["N"]), rows)](x, n)
+
+def spilling():
+    x = torch.empty(2048, device="meta")
+    spilling_kernel[(1,)](x, x, N=2048, num_warps=1, maxnreg=24)
+
+def broken():
+    broken_kernel[(1,)](torch.empty(1, device="meta"), 3)
+
+def cases():
+    return [("fine", lambda: fine(100)), ("grid", lambda: fine(100, 2**16)), ("spilling", spilling),
+            ("broken", broken), ("none", lambda: None), ("raises", lambda: fine("x"))]
+"""
+
+
+def finish(running: Running) -> dict[str, list[dict[str, Any]]]:
+    code = running.process.wait()
+    assert code in (0, 1), running.errors.read_text()[-4000:]
+    found = defaultdict(list)
+    for line in running.output.read_text().splitlines():
+        one = json.loads(line)
+        found[one.pop("case")].append(one)
+    return found
+
+
+@pytest.fixture(scope="session")
+def compiled(pytestconfig: pytest.Config) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    return {target: finish(running) for target, running in pytestconfig.stash[COMPILING].items()}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", aot.TARGETS)
+@pytest.mark.parametrize("case", aot.cases(FILES))
+def test_compiles_without_spills(compiled: dict[str, Any], case: str, target: str) -> None:
+    found = compiled[target][case]
+    assert found
+    wrong = [f"{one['kernel']} [{one['config']}]: {fault}" for one in found for fault in one["faults"]]
+    for one in found:
+        tensor_cores = "attention_forward" in one["kernel"] and "bf16" in one["dtypes"] and target == "sm_90"
+        if tensor_cores and "wgmma.mma_async" not in one["mma"]:
+            wrong.append(f"{one['kernel']} [{one['config']}]: uses {one['mma']}; expected wgmma")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_wrong_is_found(tmp_path: Path) -> None:
+    (tmp_path / "cases_broken.py").write_text(BROKEN)
+    found = finish(start([str(tmp_path / "cases_broken.py")], "sm_90", tmp_path / "out"))
+    faults = {case: [" ".join(x["faults"]) for x in made] for case, made in found.items()}
+    assert faults["broken: fine"] == ["", ""]
+    assert [x["config"].split(",")[0] for x in found["broken: fine"]] == ["N=16", "N=32"]
+    assert all(x["registers"] > 0 and x["dtypes"] == ["fp32"] for x in found["broken: fine"])
+    assert "a grid of (7, 65536)" in faults["broken: grid"][0]
+    assert "spills" in faults["broken: spilling"][0]
+    assert "unsupported AST node type: Break" in faults["broken: broken"][0]
+    assert faults["broken: none"] == ["launched no kernel"]
+    assert "TypeError" in faults["broken: raises"][0]
+
+
+@pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") != "1", reason="needs TRITON_INTERPRET=1")
+def test_nothing_is_compiled_in_the_interpreter() -> None:
+    with pytest.raises(RuntimeError, match="TRITON_INTERPRET=1 is set"), aot.dry_run():
+        pass

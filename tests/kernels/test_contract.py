@@ -1,0 +1,77 @@
+"""Operators with kernels: counted in FLOPs, compiled as one graph, exported."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from vlmrewrite import passes as passes
+from vlmrewrite.operators import KERNELS, REFERENCES
+from vlmrewrite.positional import attention_blocks
+
+
+def _calls(device):
+    torch.manual_seed(0)
+    at = torch.arange(6, device=device)[None]
+    q, k, v = (torch.randn(1, h, 6, 16, device=device) for h in (4, 2, 2))
+    index = torch.tensor([[0, 2, 5]], device=device)
+    valid = torch.ones_like(index, dtype=torch.bool)
+    member = torch.tensor([1, 1, 1, 1, 1, 1], dtype=torch.bool, device=device)
+    lengths, keep = torch.tensor([3, 3]), torch.tensor([1, 2])
+    some = at.to(torch.int32)
+    return {
+        "gather": ([torch.randn(1, 6, 8, device=device), at], [1, 1], index),
+        "restore": (torch.randn(1, 6, 8, device=device), torch.randn(1, 3, 8, device=device), index, valid),
+        "positional_attention": (q, k, v, *attention_blocks(None, at, at)),
+        "decode_attention": (q[:, :, -1:], k, v, some[:, -1:], some),
+        "attention_received": (
+            q[:, :, -1:], k, None, at[:, -1:], at, None, None, at, torch.ones_like(at, dtype=torch.bool), at[0], 6
+        ),
+        "top_attention": (torch.rand(6, device=device), member, lengths, keep),
+        "sts_sample": (torch.randn(6, 8, device=device), member, lengths, keep),
+        "divprune_sample": (torch.randn(6, 8, device=device), member, lengths, keep),
+    }  # fmt: skip
+
+
+CALLS = sorted(_calls("cpu"))
+
+
+def _close(got, wanted):
+    for x, y in zip(torch.utils._pytree.tree_leaves(got), torch.utils._pytree.tree_leaves(wanted), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # Inductor's
+@pytest.mark.parametrize("name", CALLS)
+def test_compiled_and_exported_it_is_the_kernel_still(device, name):
+    args = _calls(device)[name]
+    op = getattr(torch.ops.vlm_triton, name)
+    wanted = REFERENCES[getattr(torch.ops.vlm, name).default](*args)
+    _close(op(*args), wanted)
+    _close(torch.compile(op, fullgraph=True)(*args), wanted)
+
+    class Module(torch.nn.Module):
+        def forward(self, *given):
+            return op(*given)
+
+    exported = torch.export.export(Module(), args)
+    assert op.default in {n.target for n in exported.graph.nodes}
+    _close(exported.module()(*args), wanted)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_flops_are_known_of_both_operators(device, name):
+    args, counts = _calls(device)[name], []
+    for namespace in (torch.ops.vlm_triton, torch.ops.vlm):
+        with FlopCounterMode(display=False) as counter:
+            getattr(namespace, name)(*args)
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] or name in ("positional_attention", "attention_received", "gather", "restore")
+    assert counts[0] > 0 or name in ("gather", "restore", "top_attention")
+
+
+def test_every_kernel_has_the_schema_of_its_operator():
+    assert KERNELS
+    for op, kernel in KERNELS.items():
+        assert str(op._schema).replace("vlm::", "vlm_triton::") == str(kernel._schema)

@@ -1,0 +1,27 @@
+"""The end-to-end measurement for a GPU runs, on tiny models, without one."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parent.parent / "examples" / "h100.py"
+
+
+@pytest.mark.slow
+def test_dry(tmp_path: Path) -> None:
+    options = ["--dry", "--model", "llava-next-7b", "--batch", "2", "--new-tokens", "2"]
+    command = [sys.executable, str(SCRIPT), *options, "--json", str(tmp_path / "out.json")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stdout + done.stderr
+    [run] = json.loads((tmp_path / "out.json").read_text())
+    assert [row["name"] for row in run["rows"]] == ["unmodified", "sts-64", "visor-cross"]
+    for row in run["rows"][1:]:
+        assert row["flop_ratio"] > 1
+        assert run["kv_predicted"][row["name"]]["after"] == row["kv_bytes"]
+    said = [check["what"].partition(": ")[2] for check in run["checks"] if check["what"].startswith("sts-64")]
+    for what in ("K/V bytes with it", "decoding, times unmodified", "sampling, of its prefill"):
+        assert any(what in line for line in said)
+    assert "K/V bytes with it, as the report says" in done.stdout and "FALLS SHORT" not in done.stdout

@@ -1,0 +1,68 @@
+"""Attention by kernels: what a layer's queries see, worked out once for all layers that share the token sets."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from vlmrewrite import decoding as decoding
+from vlmrewrite import dialect
+from vlmrewrite.choice import DECODE
+from vlmrewrite.dialect import KERNELS
+from vlmrewrite.positional import attention_blocks, unhidden
+
+POSITIONAL = KERNELS[torch.ops.vlm.positional_attention.default]
+FEW = KERNELS[torch.ops.vlm.decode_attention.default]
+
+
+class Seen(NamedTuple):
+    """Which keys each query sees, as kernels take it.
+
+    Attributes:
+        queries: logical positions, int32 [B, n].
+        keys: logical positions, int32 [B, m]; -1 where no query sees the key.
+        blocks: int32 [B, ceil(n / 64), 4], see :func:`vlmrewrite.positional.attention_blocks`; None for few queries.
+        full: a mask [B, 1, Q, K] that decides alone, or None.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    blocks: Tensor | None
+    full: Tensor | None
+
+
+def seen(mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, plain: bool) -> Seen | None:
+    """What kernels need to know of the arguments of :func:`vlmrewrite.dialect.visible`.
+
+    Returns:
+        None for plain causal attention of more than one query, which PyTorch's own flash attention does.
+    """
+    if plain and q_pos.shape[1] > 1:
+        return None
+    full = mask if mask is not None and mask.dim() == 4 else None
+    if full is None and q_pos.shape[1] <= DECODE:
+        return Seen(q_pos.to(torch.int32), unhidden(mask, k_pos), None, None)
+    return Seen(*attention_blocks(mask, q_pos, k_pos), full)
+
+
+def seen_everywhere(mask: Tensor | None, q: Tensor, k: Tensor, plain: bool) -> Seen | None:
+    """:func:`seen` for q [B, H, n, D] that stand at the last n of the positions 0, 1, ... of k [B, Hk, m, D]."""
+    at = torch.arange(k.shape[2], device=k.device)[None].expand(k.shape[0], -1)
+    return seen(mask, at[:, k.shape[2] - q.shape[2] :], at, plain)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, what: Seen | None, scale: float | None, softcap: float | None) -> Tensor:
+    """Attention: q [B, H, n, D], k [B, Hk, m, D], v [B, Hk, m, Dv], and what :func:`seen` returned.
+
+    Returns:
+        [B, n, H, Dv], contiguous.
+    """
+    if what is None:
+        return dialect.attend(q, k, v, None, scale, softcap, 0.0)
+    if what.blocks is None:
+        few: Tensor = FEW(q, k, v, what.queries, what.keys, scale, softcap)
+        return few
+    out: Tensor = POSITIONAL(q, k, v, *what, scale, softcap)
+    return out

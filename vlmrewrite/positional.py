@@ -1,0 +1,154 @@
+"""Attention of token sets by logical position, for kernels: what is visible where, worked out once for all layers.
+
+A key is visible to a query if ``0 <= key <= query``, with a sliding window also ``key > query - window``, and its
+padding bit is set; or by a full mask, which decides alone. Plain causal attention without padding needs none of this:
+lowering gives it to PyTorch's own flash attention.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmrewrite.dialect import attend, visible
+from vlmrewrite.operators import define
+
+BLOCK = 64
+"""Queries, and keys, that a range is worked out for."""
+_FAR = 2**31 - 1
+
+
+def unhidden(mask: Tensor | None, k_pos: Tensor) -> Tensor:
+    """Logical positions of keys, int32 [B, m]; -1 where the slot is empty or padded, so that no query sees the key.
+
+    Args:
+        mask: None, padding bits [B or 1, K] (bool or integer, K logical key positions), or a full mask, which hides
+            nothing here.
+        k_pos: logical positions [B, m], int; negative for empty slots.
+    """
+    shown = k_pos >= 0
+    if mask is not None and mask.dim() == 2:
+        shown = shown & (mask.expand(k_pos.shape[0], -1).gather(1, k_pos.clamp(min=0).long()) != 0)
+    return torch.where(shown, k_pos, -1).to(torch.int32)
+
+
+def attention_blocks(
+    mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, window: int | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What :func:`positional_attention` needs to know of its queries and keys; the same for all layers of these sets.
+
+    Right for positions in any order; the ranges are tight where they ascend.
+
+    Args:
+        mask: as for :func:`unhidden`.
+        q_pos: logical positions of the queries, int [B, n]; -1 where there is no query.
+        k_pos: logical positions of the keys, int [B, m]; -1 where there is no key.
+        window: number of positions that a query sees, itself included; ignored with a full mask.
+
+    Returns:
+        queries int32 [B, n]; keys int32 [B, m], see :func:`unhidden`; blocks int32 [B, ceil(n / 64), 4]: for each 64
+        queries, the range ``[first, end)`` that holds every key which one of them sees, and in it the longest range
+        ``[full_first, full_end)`` of whole blocks of 64 keys which all of them see.
+    """
+    queries, keys = q_pos.clamp(min=-1).to(torch.int32), unhidden(mask, k_pos)
+    n, m = queries.shape[1], keys.shape[1]
+    # a block of empty slots more than needed, so that none is an empty tensor
+    at = F.pad(queries, (0, -n % BLOCK), value=-1).unflatten(1, (-1, BLOCK))
+    of = F.pad(keys, (0, -m % BLOCK + BLOCK), value=-1).unflatten(1, (-1, BLOCK))
+    q_least = torch.where(at >= 0, at, _FAR).amin(2)[:, :, None]
+    q_most = at.amax(2)[:, :, None]
+    k_least = torch.where(of >= 0, of, _FAR).amin(2)[:, None]
+    k_most = of.amax(2)[:, None]
+    if mask is not None and mask.dim() == 4:
+        needed = (k_most >= 0) & (q_most >= 0)
+        common = torch.zeros_like(needed)
+    else:
+        needed = k_least <= q_most
+        common = (of >= 0).all(2)[:, None] & (k_most <= q_least) & (q_most >= 0)
+        if window is not None:
+            needed = needed & (k_most > q_least - window)
+            common = common & (k_least > q_most - window)
+    block = torch.arange(of.shape[1], dtype=torch.int32, device=keys.device)
+    end = torch.where(needed, block + 1, 0).amax(2)
+    first = torch.minimum(torch.where(needed, block, _FAR).amin(2), end)
+    run = block - torch.where(common, -1, block).cummax(2).values
+    length, last = run.max(2)
+    full_end = torch.where(length > 0, last.to(torch.int32) + 1, first)
+    full_first = torch.where(length > 0, full_end - length, first)
+    blocks = torch.stack([first, end, full_first, full_end], 2) * BLOCK
+    return queries, keys, blocks.clamp(max=m).to(torch.int32)
+
+
+def positional_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    queries: Tensor,
+    keys: Tensor,
+    blocks: Tensor,
+    full: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    window: int | None = None,
+) -> Tensor:
+    """Attention with visibility by logical position. The gradient is that of SDPA with the mask written out.
+
+    Keys and values must be finite, invisible ones too. fp32 is computed in fp32 or, by the kernel, in three TF32
+    products for each.
+
+    Args:
+        q: [B, H, n, D], fp16, bf16 or fp32; any strides. k: [B, Hk, m, D]. v: [B, Hk, m, Dv].
+        queries, keys, blocks: what :func:`attention_blocks` returned for the same mask and window.
+        full: a mask in logical positions [B or 1, 1, Q, K], bool or additive float, whose last query is the last key
+            position; it decides alone. An entry below half the least number of its dtype hides the key.
+        scale: of the scores; by default D ** -0.5.
+        softcap: scores become ``softcap * tanh(scores / softcap)``.
+        window: number of positions that a query sees, itself included; ignored with a full mask.
+
+    Returns:
+        [B, n, H, Dv], contiguous, dtype of ``q``; 0 for queries that see no key.
+    """
+    there = (queries >= 0)[:, None, :, None]
+    if full is None:
+        what = (keys[:, None, None, :] <= queries[:, None, :, None]) & (keys >= 0)[:, None, None, :]
+        if window is not None:
+            what = what & (keys[:, None, None, :] > queries[:, None, :, None] - window)
+    else:
+        gathered = visible(full, queries.long(), keys.long(), False)
+        assert gathered is not None
+        what = gathered
+    shown = what if what.dtype == torch.bool else what > torch.finfo(what.dtype).min / 2
+    sighted = shown.any(3, keepdim=True) & there
+    shown = shown | ~sighted  # SDPA makes NaN of rows that see nothing
+    if what.dtype == torch.bool:
+        what = shown
+    else:
+        what = torch.where(sighted, what.to(q.dtype), 0.0).masked_fill(~shown, float("-inf"))
+    return attend(q, k, v, what, scale, softcap, 0.0).masked_fill(~sighted[:, 0, :, :, None], 0.0)
+
+
+def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+def _flops(
+    q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, out_shape: object = None, **__: object
+) -> int:
+    b, h, n, d = q_shape
+    return 2 * b * h * n * k_shape[2] * (d + v_shape[-1])
+
+
+define(
+    "attention_blocks(Tensor? mask, Tensor q_pos, Tensor k_pos, int? window=None) -> (Tensor, Tensor, Tensor)",
+    attention_blocks,
+)
+define(
+    "positional_attention(Tensor q, Tensor k, Tensor v, Tensor queries, Tensor keys, Tensor blocks, Tensor? full=None,"
+    " float? scale=None, float? softcap=None, int? window=None) -> Tensor",
+    positional_attention,
+    kernel="vlmrewrite.kernels.attention:positional_attention",
+    kernel_fake=_fake,
+    backward=True,
+    flops=_flops,
+)
