@@ -41,7 +41,7 @@ def cases() -> list[tuple[str, Callable[[], object]]]:
         kind = str(dtype).removeprefix("torch.")
         for d in heads:
             add(f"{kind} {d}", 8, 2, 1024, 1024, d, dtype)
-        for d in heads[-2:]:  # those with the fewest registers left
+        for d in heads[-1:]:  # the one with the fewest registers left
             add(f"{kind} {d} softcap window", 8, 2, 1024, 1024, d, dtype, softcap=50.0, window=512)
             add(f"{kind} {d} full", 8, 2, 1024, 1024, d, dtype, full=torch.bool)
             add(f"{kind} {d} full additive", 8, 2, 1024, 1024, d, dtype, full=dtype)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import is_hypothesis_test, settings
 
 from tests.kernels.compiling import COMPILING, FILES, start
 
@@ -24,12 +25,20 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+HERE = Path(__file__).parent
+
+
 def _compiled(item: pytest.Item) -> bool:
     return "compiled" in getattr(item, "fixturenames", ())
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=_compiled)
+    for item in items if settings.get_current_profile_name() == "ci" else []:
+        test = getattr(item, "obj", None)
+        if item.path.parent == HERE and is_hypothesis_test(test):  # the interpreter takes its time
+            own = test._hypothesis_internal_use_settings
+            test._hypothesis_internal_use_settings = settings(own, max_examples=min(own.max_examples, 5))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -264,15 +264,15 @@ def test_detail(device, drawn, dtype, share, strided):
     no_worse(got, known, dape.dape_inject(*wide), 3.0)
 
 
-def test_ties_of_the_focus_go_to_the_first(device):
-    grid, lengths = torch.tensor([[8, 8]]), torch.tensor([64])
-    b = Batch((grid, lengths, regions.coarsest(lengths, grid, [64])), device)
-    b.features = b.features[:4].repeat(16, 1)
-    b.attention = torch.ones_like(b.attention)
-    args = b.inject(0.6)  # of 4 regions, 2.4
-    got = detail.dape_inject(*args)
-    row = int(b.flat[0]) // b.prompt.shape[1]
-    assert (got != b.hidden).any(2)[row].tolist() == (dape.dape_inject(*args) != b.hidden).any(2)[row].tolist()
+@pytest.mark.parametrize(("share", "chosen"), [(0.1, 0), (0.25, 1), (0.3, 2), (0.5, 2), (0.7, 4), (1.0, 5)])
+def test_the_focus_is_rounded_half_to_even_and_ties_go_to_the_first(device, share, chosen):
+    grid, lengths = torch.tensor([[4, 20]]), torch.tensor([80])
+    b = Batch((grid, lengths, regions.coarsest(lengths, grid, [80])), device)
+    b.features, b.attention = b.features[:4].repeat_interleave(20, 0), torch.ones_like(b.attention)
+    args = b.inject(share)
+    changed = (detail.dape_inject(*args) != b.hidden).any(2)
+    assert torch.equal(changed, (dape.dape_inject(*args) != b.hidden).any(2))
+    assert changed.any(0).tolist() == [i < chosen for i in range(5)]
 
 
 # ---- operators

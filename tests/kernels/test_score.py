@@ -24,7 +24,8 @@ def make(b=1, heads=2, group=2, t=1, n=40, past=0, d=16, dtype=torch.float32, ma
     length = n + 7
     index = torch.rand(b, length, generator=g).argsort(1)[:, :n].sort(1).values
     valid = torch.rand(b, n, generator=g) < 0.8
-    k_pos = torch.cat([torch.arange(past).expand(b, -1), torch.where(valid, index + past, -1)], 1)
+    visible = valid | (torch.rand(b, n, generator=g) < 0.3)  # a slot may be seen and yet not be asked about
+    k_pos = torch.cat([torch.arange(past).expand(b, -1), torch.where(visible, index + past, -1)], 1)
     q_pos = torch.randint(past, past + length, (b, t), generator=g)
     q_pos[0, 1:2] = -1
     seen = torch.rand(b, 1, length, past + length, generator=g) < 0.7

@@ -25,12 +25,14 @@ _SHAPES = {
     (True, False, 128): [(128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)],
     (True, False, 256): [(128, 64, 8, 2), (64, 64, 8, 2), (64, 32, 4, 2)],
     (True, True, 64): [(128, 32, 8, 2), (64, 32, 4, 2)],
+    (True, True, 96): [(16, 32, 4, 2)],
     (True, True, 128): [(32, 32, 8, 2), (16, 32, 4, 2)],
     (True, True, 256): [(16, 16, 8, 2), (16, 16, 4, 2)],
     (False, False, 64): [(128, 64, 8, 3), (64, 64, 4, 3)],
-    (False, False, 128): [(128, 64, 8, 3), (128, 32, 8, 3), (64, 64, 4, 3)],
+    (False, False, 128): [(128, 64, 8, 3), (128, 32, 8, 3), (64, 32, 4, 3)],
     (False, False, 256): [(64, 64, 8, 2), (64, 32, 8, 2)],
     (False, True, 64): [(32, 32, 4, 2)],
+    (False, True, 96): [(16, 32, 4, 2)],
     (False, True, 128): [(32, 32, 8, 2), (16, 32, 4, 2)],
     (False, True, 256): [(16, 16, 8, 2), (16, 16, 4, 2)],
 }
@@ -46,7 +48,7 @@ def _fitting(configs: list[triton.Config], named: dict[str, Any], **meta: Any) -
     if named["full"] is not None:
         return [_CONFIGS[x] for x in _UNDER_FULL_MASK[fp32]]
     wgmma = interpreted() or triton.runtime.driver.active.get_current_target().arch >= 90
-    size = max(meta["D1"] + meta["D2"], meta["V1"] + meta["V2"])
+    size = max(meta["D"], meta["DV"])
     shapes = next(x for (w, f, most), x in _SHAPES.items() if (w, f) == (wgmma, fp32) and size <= most)
     return [_CONFIGS[x] for x in shapes if x[0] <= max(named["bucket"], 64)]
 

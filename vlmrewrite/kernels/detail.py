@@ -69,10 +69,9 @@ def _focus(Table, Slot, Key, Order, One, Found, bits, limit, N: tl.constexpr):  
     whole = wanted.to(tl.int32)
     rest = wanted - whole.to(tl.float64)
     whole += ((rest > 0.5) | ((rest == 0.5) & (whole % 2 == 1))).to(tl.int32)
-    value, order, left = cut(Key, Order, One, first, count, whole, bits, limit, N)
-    tl.store(Found + image * 3, value)
-    tl.store(Found + image * 3 + 1, order.to(tl.int64))
-    tl.store(Found + image * 3 + 2, left.to(tl.int64))
+    value, last, _ = cut(Key, Order, One, first, count, whole, bits, limit, N)
+    tl.store(Found + image * 2, value)
+    tl.store(Found + image * 2 + 1, last.to(tl.int64))
 
 
 @triton.jit(do_not_specialize=["images", "n", "svb"])
@@ -86,10 +85,9 @@ def _attend(  # type: ignore[no-untyped-def]
     other = tl.arange(0, IMAGES)
     starts = tl.load(Table + other * FIELDS + START, mask=other < images, other=2**62)
     image = tl.sum((starts <= token).to(tl.int32)) - 1
-    mine, value = tl.load(Key + token), tl.load(Found + image * 3)
-    order, left = tl.load(Found + image * 3 + 1), tl.load(Found + image * 3 + 2)
-    near = (token < order) | ((token == order) & (left > 0))
-    chosen = (mine > 0) & ((mine > value) | ((mine == value) & near))
+    mine, value = tl.load(Key + token), tl.load(Found + image * 2)
+    last = tl.load(Found + image * 2 + 1)
+    chosen = (mine > 0) & ((mine > value) | ((mine == value) & (token <= last)))
     chosen = chosen & (tl.load(Valid + slot // n * svb + slot % n * svn) != 0)
     tl.store(Chosen + slot, chosen.to(tl.int8))
     if chosen:
@@ -153,7 +151,7 @@ def dape_inject(
         images, slot, attention, features, keys, channels, *features.stride(), attention.stride(0),
         SUM=tl.float64 if features.dtype == torch.float64 else tl.float32, C=width, num_warps=4, maxnreg=255,
     )  # fmt: skip
-    found = torch.empty(len(images), 3, dtype=torch.int64, device=hidden.device)
+    found = torch.empty(len(images), 2, dtype=torch.int64, device=hidden.device)
     limit = len(flat).bit_length()
     size = min(4096, max(64, triton.next_power_of_2(blocks * 16)))
     _focus[(len(images),)](images, slot, *keys, found, limit, 2**limit, N=size, num_warps=8)

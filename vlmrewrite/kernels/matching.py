@@ -63,9 +63,9 @@ def _match(  # type: ignore[no-untyped-def]
     if (tl.program_id(0) * M < count) & (start < tl.load(at + BLOCKS)):
         lane = tl.arange(0, N * 16)
         there, place, _, _ = places(Table, image, start + lane // 16, lane % 16 // 4, lane % 4)
-        mean = tl.zeros((N * 16,), tl.float32)
+        mean = tl.zeros((N * 16, 1), tl.float32)
         if not LEARNED:
-            mean = tl.load(Mean + place, mask=there, other=0.0)
+            mean = tl.load(Mean + place[:, None], mask=there[:, None], other=0.0)
         text = Text + b * stb + (first + i).to(tl.int64) * channels
         total = tl.zeros((M, N * 16), tl.float32)
         for k in range(0, channels, K):
@@ -73,7 +73,7 @@ def _match(  # type: ignore[no-untyped-def]
             a = tl.load(text[:, None] + c[None, :], mask=(i < count)[:, None] & (c < channels)[None, :], other=0.0)
             mask = there[:, None] & (c < channels)[None, :]
             x = tl.load(X + (place * sxf)[:, None] + (c * sxc)[None, :], mask=mask, other=0.0).to(tl.float32)
-            x = tl.where(mask, x - mean[:, None], 0.0)
+            x = tl.where(mask, x - mean, 0.0)
             total = tl.dot(a.to(tl.float32), tl.trans(x), total, input_precision=PRECISION)
         if RAW:
             out = Out + place[None, :] * slots + i[:, None]
@@ -183,7 +183,7 @@ def _align(  # type: ignore[no-untyped-def]
                     found += ((x >= 0.0) & (x.to(tl.int32, bitcast=True) >= bits + step)).to(tl.int32)
                 bits = tl.where(tl.sum(found, 0) >= wanted, bits + step, bits)
                 step = step // 2
-            limit = tl.maximum(limit, bits.to(tl.float32, bitcast=True))
+            limit = bits.to(tl.float32, bitcast=True)
         kept = tl.zeros((N,), tl.float32)
         for j in range(0, count, N):
             x = (tl.load(z + j + lane, mask=j + lane < count, other=-float("inf")) - least) / width

@@ -42,7 +42,7 @@ def _tree(Table, Member, Priority, image, number, total, BASE: tl.constexpr):  #
     own = key(tl.load(Priority + total + quad, mask=real, other=0.0))
     first = key(tl.load(Priority + 2 * total + home, mask=home >= 0, other=0.0))
     waits = real & (~has | ((whole > 0)[:, None] & (quad == home[:, None])))
-    bound = waits & (own >= first[:, None])
+    bound = waits & (own > first[:, None])
     return there, place, missing, cost, real & ~has, quad, own, whole, home, first, bound
 
 

@@ -82,8 +82,8 @@ def key(x):  # type: ignore[no-untyped-def]
     return tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
 
 
-@triton.jit
-def _region_owner(Table, Member, Out, total, blocks, N: tl.constexpr):  # type: ignore[no-untyped-def]
+@triton.jit(do_not_specialize=["total"])
+def _region_owner(Table, Member, Out, total, N: tl.constexpr):  # type: ignore[no-untyped-def]
     image = tl.program_id(1)
     number = tl.program_id(0) * N + tl.arange(0, N)
     there, place, small, large = block(Table, image, number[:, None, None])
@@ -92,11 +92,11 @@ def _region_owner(Table, Member, Out, total, blocks, N: tl.constexpr):  # type: 
     owner = tl.where(own, place, tl.where(near, small, large))
     home = tl.where(own | near, small, large)
     beyond = (place != owner).to(tl.int32) + (small != home).to(tl.int32)
-    flat = tl.reshape(tl.where(there, owner, -1), (N, 16))
+    flat = tl.reshape(tl.where(there, owner, -1), (N, 16)).to(tl.int32)
     far = tl.reshape(beyond, (N, 16))
     level = tl.max(tl.where(flat[:, :, None] == flat[:, None, :], far[:, None, :], 0), 2)
     place, there = tl.reshape(place, (N, 16)), tl.reshape(there, (N, 16))
-    tl.store(Out + place, flat, mask=there)
+    tl.store(Out + place, flat.to(tl.int64), mask=there)
     tl.store(Out + total + place, level.to(tl.int64), mask=there)
 
 
@@ -105,8 +105,8 @@ def region_owner(member: Tensor, lengths: Tensor, grid: Tensor) -> Tensor:
     images, blocks = table(lengths, grid, member.device)
     out = torch.empty(2, len(member), dtype=torch.int64, device=member.device)
     if blocks:
-        at = (triton.cdiv(blocks, 16), len(images))
-        _region_owner[at](images, member.contiguous(), out, len(member), blocks, N=16)
+        at = (triton.cdiv(blocks, 8), len(images))
+        _region_owner[at](images, member.contiguous(), out, len(member), N=8)
     return out
 
 

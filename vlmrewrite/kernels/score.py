@@ -62,11 +62,11 @@ def _sums(  # type: ignore[no-untyped-def]
     line = tl.program_id(0) // tiles
     b, kv_head = (line // heads).to(tl.int64), (line % heads).to(tl.int64)
     row = tl.program_id(0) % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-    live = row < rows
+    live, row = row < rows, tl.minimum(row, rows - 1)
     i = (row % t).to(tl.int64)
     d, near, wide = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_N), tl.full([], 0, tl.int64)
     q_tile = Q + b * sqb + ((kv_head * group + row // t) * sqh + i * sqt)[:, None] + (d * sqd)[None, :]
-    q = tl.load(q_tile, mask=live[:, None] & (d < D)[None, :], other=0.0)
+    q = tl.load(q_tile) if D == BLOCK_D else tl.load(q_tile, mask=(d < D)[None, :], other=0.0)
     query = tl.load(Queries + b * spb + i * spt, mask=live, other=-1)
     begin = tl.program_id(1) * length
     end = tl.minimum(begin + length, m)
@@ -109,8 +109,7 @@ def _weights(  # type: ignore[no-untyped-def]
     for turns in range(heads * tiles):
         kv_head = turns // tiles
         row = turns % tiles * BLOCK_M + tl.arange(0, BLOCK_M)
-        live = row < rows
-        row = tl.minimum(row, rows - 1)
+        live, row = row < rows, tl.minimum(row, rows - 1)
         i = (row % t).to(tl.int64)
         q_tile = ((kv_head * group + row // t).to(tl.int64) * sqh + i * sqt)[:, None] + (d * sqd)[None, :]
         q_tile = Q + b * sqb + q_tile
@@ -172,7 +171,7 @@ def attention_received(
     tensors = (q, k, q if mask is None else mask, q_pos, k_pos, top, total)
     where = (*q.stride(), *k.stride(), *strides, *q_pos.stride(), *k_pos.stride())
     numbers = (before, size**-0.5 if scale is None else scale, softcap or 0.0, lowest)
-    warps = 4 if narrow and block_m < 64 else 8
+    warps = 4 if block_m < 64 and (narrow or block_d <= 64) else 8
     _sums[(lines, parts)](
         *tensors, *where, heads, group, t, m, rows, part, *numbers,
         D=size, BLOCK_D=block_d, BLOCK_M=block_m, BLOCK_N=block_n, PRECISION="ieee", CAPPED=softcap is not None,
