@@ -57,6 +57,9 @@ class DPVR:
         if self.at != "auto":
             return self
         found = calibration(model, self.calibration if inputs is None else inputs, "DPVR(at='auto')")
+        if self.fuse > found.depth:
+            depth = found.depth
+            raise ValueError(f"fuse={self.fuse}; expected fuse in 0 .. {depth} for a decoder of {depth} layers")
         return dataclasses.replace(self, at=min(found.saturation(), found.depth - self.fuse), calibration=None)
 
     def refuse(self, plan: Plan) -> str | None:

@@ -106,6 +106,8 @@ class Routed:
         """Of the rows with an image, the most demanding one's."""
         assert value is not None
         found: Any = value if self.policy is None else self.policy(value)
+        if isinstance(found, Tensor) and found.is_floating_point() and not bool(found.isfinite().all()):
+            raise ValueError(f"{self} scored the plans of the rows {found.tolist()}; expected finite scores")
         if isinstance(found, Tensor) and found.shape in ((len(images),), (len(images), variants)):
             found = found.argmax(-1) if found.dim() == 2 else found
             found = found.to(images.device)[images].max().item()

@@ -264,3 +264,25 @@ def test_vision_without_the_mlp():
     for name in sorted(MODELS):
         tiny = MODELS[name]
         generation_agreement(tiny.model, tiny.inputs(ROWS), [*passes, Random(keep=3, at=2)]).check()
+
+
+@pytest.mark.parametrize("threshold", [0.15, 0.2, 0.5])
+def test_confidence_is_that_of_the_first_token(threshold):
+    """Whether or not later tokens, or padding, are what the model gives logits of."""
+    with vr.applied(TINY.model, [VISOR(policy="confidence", chain=CHAIN, threshold=threshold)]) as model:
+        for seed in range(3):
+            inputs = TINY.inputs([Row(1, 2, 3)], seed=seed)
+            one, two = (model.generate(**inputs, max_new_tokens=5, do_sample=False, use_cache=c) for c in (True, False))
+            assert torch.equal(one, two)
+            inputs = TINY.inputs([Row(1, 2, 6), Row(1, 2, 1)], side="right", seed=seed)
+            last = model(**inputs, logits_to_keep=1).logits
+            torch.testing.assert_close(last, model(**inputs).logits[:, -1:], atol=1e-4, rtol=0)
+
+
+def test_scores_that_are_no_numbers():
+    policy = lambda hidden: torch.full((hidden.shape[0], 3), float("nan"))  # noqa: E731
+    with (
+        vr.applied(TINY.model, [VISOR(policy=policy, chain=CHAIN)]) as model,
+        pytest.raises(ValueError, match="expected finite scores"),
+    ):
+        model(**TINY.inputs([Row(1)]))

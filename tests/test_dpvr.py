@@ -280,3 +280,8 @@ def test_auto_is_measured_and_kept():
     with vr.applied(TINY.model, [DPVR(at="auto", branch="identity", calibration=inputs)]):
         TINY.model(**inputs)
         assert f"from layer {found.at} to 3" in vr.report(TINY.model).plan
+
+
+def test_a_fuse_beyond_the_depth_with_auto():
+    with pytest.raises(ValueError, match="fuse=5; expected fuse in 0 .. 4"):
+        vr.apply(TINY.model, [DPVR(at="auto", fuse=5, calibration=TINY.inputs([Row(1)]))])

@@ -11,9 +11,9 @@ from transformers import DynamicCache, StaticCache
 import vlmrewrite as vr
 from vlmrewrite.cache import PositionCache
 from vlmrewrite.install import layer_masks
-from vlmrewrite.passes import STS, Random, Stride
+from vlmrewrite.passes import DPVR, STS, VISOR, VTW, Random, ShortV, Stride, ViCA
 from vlmrewrite.testing.agreement import extended, forward_agreement, generation_agreement
-from vlmrewrite.testing.models import Row
+from vlmrewrite.testing.models import FAMILIES, Row
 from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
 
 ONE, BATCH = [Row(1, 2, 3)], [Row(2, 1, 2), Row(0, 4, 2), Row(1, 3, 4)]
@@ -251,3 +251,17 @@ def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(llava, rows):
     for passes in ([STS(keep=3, refine=1, at=2)], [Stride(keep=20), Random(keep=1, at=3)]):
         generation_agreement(llava.model, llava.inputs(rows), passes).check()
         forward_agreement(llava.model, llava.inputs(rows, side="right"), passes).check()
+
+
+CHUNKED = FAMILIES["llava"]()  # graphs of its own: a model has a limited number
+UNSELECTIVE = [VISOR([0, 2], [1]), ViCA(cross=[0, 2]), VTW(at=2), ShortV(layers=0.5), DPVR(at=2, branch="identity")]
+
+
+@pytest.mark.parametrize("chunk", [7, 16])
+@pytest.mark.parametrize("p", UNSELECTIVE, ids=repr)
+def test_prefill_in_chunks_is_prefill_at_once_where_nothing_is_selected(p, chunk):
+    inputs = CHUNKED.inputs([Row(2, 1, 3), Row(0, 4, 2), Row(3, 2, 1)], seed=1)
+    options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    with vr.applied(CHUNKED.model, [p]) as model:
+        whole, parts = (model.generate(**inputs, **options, **c) for c in ({}, {"prefill_chunk_size": chunk}))
+    torch.testing.assert_close(torch.stack(parts.logits), torch.stack(whole.logits), atol=1e-4, rtol=0)

@@ -50,6 +50,7 @@ class Call:
     prompt_end: Tensor | None = None
     encoder_features: Tensor | None = None
     grid: Tensor | None = None
+    ends: Tensor | None = None
 
     def __post_init__(self) -> None:
         found, given = int(self.vision.sum()), sum(self.feature_lengths)
@@ -81,7 +82,8 @@ class Call:
     def text(self) -> Tensor:
         """Tokens that are neither vision nor padding, bool [B, T]; a last prompt token that is vision is among them."""
         text = ~self.vision if self.padding is None else ~self.vision & self.padding
-        return text.scatter(1, self.last, self.last_valid)
+        ends = self.last_valid if self.ends is None else self.ends[:, None]
+        return text.scatter(1, self.last, text.gather(1, self.last) | ends)
 
     @cached_property
     def census(self) -> Census:
@@ -94,7 +96,7 @@ class Call:
             rows=tuple(rows),
             ordinals=tuple(rows[:i].count(row) for i, row in enumerate(rows)),
             padded=self.padding is not None,
-            overlap=bool(self.vision.gather(1, self.last).any()),
+            overlap=bool((self.vision & self.text).any()),
         )
 
     @cached_property
@@ -166,7 +168,7 @@ class Call:
         """The value of one additional graph input."""
         if extra.kind == "size":
             assert extra.subject is not None
-            return self.census.size(extra.subject)
+            return max(1, self.census.size(extra.subject))
         if extra.kind == "dense":
             assert extra.subject is not None
             return self.census.dense(extra.subject)

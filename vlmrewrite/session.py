@@ -95,6 +95,9 @@ class Session:
         self.undo: list[Callable[[], Any]] = []
         self.encoder = EncoderFeatures(cast(nn.Module, weakref.proxy(model)))
         self.wants = plan.needs()
+        self.judges_logits = plan.chooser is not None and plan.chooser.op is None
+        reads = plan.chooser is not None and plan.chooser.op is not None
+        self.reads_last = reads or bool(self.wants & {"attention", "attention_outside"})
         self.config: Any = model.config
 
     def last(self) -> tuple[Program, Call, dict[Selection, Tensor]]:
@@ -172,6 +175,9 @@ class Session:
     ) -> Any:
         mask, past, held = kwargs.get("attention_mask"), cache.get_seq_length(), tuple(cache.kv_lengths())
         given = Given(images, mask, past, held, thw)
+        keep = kwargs.get("logits_to_keep")
+        if self.judges_logits and isinstance(keep, int) and keep and not self._at_the_end(kwargs, mask, keep):
+            kwargs = kwargs | {"logits_to_keep": 0}
         one = traced(model)
         before = one.call.graphs
         out = one.run(functools.partial(self._run, given), model, cache, images, kwargs)
@@ -183,10 +189,19 @@ class Session:
             )
         assert self.latest is not None
         program, call = self.latest.ran.program, self.latest.call
+        if isinstance(keep, int) and keep != kwargs["logits_to_keep"]:
+            out["logits"] = out.logits[:, -keep:]
         layers: list[Any] = cache.layers
         for layer, entry in zip(layers, program.plan.layers, strict=False):
             layer.holes = layer.holes or (entry.keys != All and not call.census.dense(entry.keys))
         return out
+
+    def _at_the_end(self, kwargs: dict[str, Any], mask: Any, keep: int) -> bool:
+        """Whether the last prompt token of every row is among the last ``keep`` tokens of a call."""
+        tokens = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
+        if self.prompt_end is not None:
+            return int(self.prompt_end.min()) >= int(tokens.shape[1]) - keep
+        return not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask[:, -keep:].any(1).all())
 
     def _run(self, given: Given, graph: Graph, inputs: Sequence[Any]) -> Any:
         call, missing = self._describe(graph.vision(*inputs), given)
@@ -221,12 +236,16 @@ class Session:
                     "these images were not encoded by the last get_image_features of this model, so that the encoder's"
                     " features are not known; pass the pixels, or use features='projected'"
                 )
-        end = self.prompt_end
-        if end is not None and (given.past or len(vision) % len(end) or int(end.max()) >= vision.shape[1]):
-            end = None  # a later turn, or a part of the prompt
-        elif end is not None:
-            end = end.repeat_interleave(len(vision) // len(end))
-        call = Call(vision, padding, given.images.lengths, given.past, end, encoder)
+        end, ends = self.prompt_end, None
+        if end is not None and not len(vision) % len(end):
+            end = end.repeat_interleave(len(vision) // len(end)) - given.past
+            here = (end >= 0) & (end < vision.shape[1])
+            if not self.reads_last:
+                ends = here
+            end = end if bool(here.all()) else None
+        else:
+            end = None
+        call = Call(vision, padding, given.images.lengths, given.past, end, encoder, ends=ends)
         if "grid" in self.wants:
             found = grids(self.config, call.census.images, given.thw)
             if isinstance(found, str):

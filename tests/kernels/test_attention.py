@@ -115,7 +115,8 @@ def calls(draw):
     elif kind == "full":
         mask = chance(*shape)
     elif kind == "additive":
-        mask = numbers(*shape, dtype=dtype).masked_fill(chance(*shape), torch.finfo(dtype).min)
+        hides = draw(st.sampled_from([torch.finfo(dtype).min, torch.finfo(dtype).min * 0.75, float("-inf")]))
+        mask = numbers(*shape, dtype=dtype).masked_fill(chance(*shape), hides)
     window = draw(st.sampled_from([None, None, 40]))
     sizes = (batch, key_heads * group, n, d), (batch, key_heads, m, d), (batch, key_heads, m, dv)
     xs = [numbers(*size, dtype=dtype, seed=i) for i, size in enumerate(sizes)]
@@ -203,6 +204,19 @@ def test_plain_causal_is_sdpa(device, n, m):
     seen = torch.ones(n, m, dtype=torch.bool, device=device).tril(m - n)
     expected = F.scaled_dot_product_attention(*args[:3], attn_mask=seen, enable_gqa=True).transpose(1, 2)
     torch.testing.assert_close(kernels.positional_attention(*args), expected, atol=2e-5, rtol=2e-5)
+
+
+@pytest.mark.parametrize("choice", range(4))
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_ranges_that_are_no_multiple_of_a_tile(device, dtype, choice):
+    q_pos, k_pos, mask = torch.arange(130, 330)[None], torch.arange(330)[None], torch.arange(330)[None] >= 10
+    q_pos = q_pos.masked_fill(torch.arange(200) % 50 == 7, -1)
+    ranges = positional.attention_blocks(mask, q_pos, k_pos)
+    assert ranges[2][0, :2].tolist() == [[0, 256, 64, 128], [0, 320, 64, 192]]
+    xs = [numbers(1, 1, n, 32, dtype=dtype, seed=i) for i, n in enumerate((200, 330, 330))]
+    args = on(device, [*xs, *ranges])
+    with config(choice):
+        close(kernels.positional_attention(*args), args)
 
 
 def test_nothing_is_written_beside_the_output(monkeypatch, device):

@@ -69,7 +69,7 @@ def close(got, args, options):
     bound = spread * (2 * unit + U32 * (m + 16) + 2 * scores) + m * info.smallest_normal * info.eps * v.abs().max()
     assert got.dtype == args[0].dtype and got.shape == expected.shape and got.is_contiguous()
     assert ((got.cpu().double() - expected).abs() <= bound).all()
-    assert torch.equal(got.cpu() == 0, expected == 0) or got.dtype == torch.float16
+    assert not got.cpu()[~spread.any(-1)].any()  # elsewhere a sum of rounded weights may cancel to zero
 
 
 @given(calls())
