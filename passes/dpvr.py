@@ -52,6 +52,10 @@ class DPVR:
     branch: Literal["copy", "random", "identity"] = "copy"
     calibration: Annotated[Any, Field(exclude=True)] = dataclasses.field(default=None, repr=False, compare=False)
 
+    def __post_init__(self) -> None:
+        if self.calibration is not None and self.at != "auto":
+            raise ValueError(f"calibration inputs are for at='auto', got at={self.at!r}")
+
     def calibrated(self, model: nn.Module, inputs: Any = None) -> DPVR:
         """The pass with the layer that "auto" stands for on this model; see :func:`vlmrewrite.calibrate`."""
         if self.at != "auto":

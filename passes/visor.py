@@ -31,6 +31,8 @@ from vlmrewrite.layerwise import calibration
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Text
 
+THRESHOLD = 0.8
+
 
 def visor_router(hidden: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:
     """Scores of each configuration from the last prompt token's hidden states, by an MLP behind a norm without weights.
@@ -152,7 +154,7 @@ class VISOR:
     calibration: Annotated[Any, Field(exclude=True)] = dataclasses.field(default=None, repr=False, compare=False)
     policy: Literal["confidence", "router"] | Callable[..., Any] | None = None
     chain: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()
-    threshold: Annotated[float, Field(gt=0, le=1)] = 0.8
+    threshold: Annotated[float, Field(gt=0, le=1)] = THRESHOLD
     cross: Annotated[Layers, Field(exclude=True)] = ()
 
     def __post_init__(self) -> None:
@@ -166,6 +168,10 @@ class VISOR:
             raise ValueError("expected self_layers and cross_layers, or a budget, or a chain; got " + self._what(given))
         if bool(self.chain) != (self.policy is not None):
             raise ValueError("expected a policy with a chain of configurations, got one of them alone")
+        if self.calibration is not None and self.budget is None:
+            raise ValueError("expected a budget with calibration inputs, got these alone")
+        if self.policy != "confidence" and self.threshold != THRESHOLD:
+            raise ValueError(f"threshold={self.threshold} is for policy='confidence', got policy={self.policy!r}")
         object.__setattr__(self, "chain", tuple({k: _tuple(v) for k, v in c.items()} for c in self.chain))
         if self.chain:
             if len(self.chain) < 2:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 import vlmrewrite as vr
 from vlmrewrite.blocks import ATTRIBUTE
 from vlmrewrite.install import routing
-from vlmrewrite.passes import STS, VISOR, Random, Stride
+from vlmrewrite.passes import DPVR, STS, VISOR, Random, Stride
 from vlmrewrite.passes.visor import Confidence, spend
 from vlmrewrite.plan import Plan
 from vlmrewrite.testing import strategies
@@ -286,3 +286,16 @@ def test_scores_that_are_no_numbers():
         pytest.raises(ValueError, match="expected finite scores"),
     ):
         model(**TINY.inputs([Row(1)]))
+
+
+@pytest.mark.parametrize(
+    ("make", "reason"),
+    [
+        (lambda: VISOR([0], calibration={}), "expected a budget with calibration inputs"),
+        (lambda: VISOR([0], threshold=0.5), "threshold=0.5 is for policy='confidence'"),
+        (lambda: DPVR(at=1, calibration={}), "calibration inputs are for at='auto', got at=1"),
+    ],
+)
+def test_options_that_would_do_nothing(make, reason):
+    with pytest.raises(ValueError, match=reason):
+        make()

@@ -256,6 +256,12 @@ def test_blocks_that_do_not_fit_are_refused(tmp_path):
         vr.load_blocks(model, tmp_path)
     with vr.applied(model, [DPVR(at=1)]):
         vr.save_blocks(model, tmp_path)
+    cut = tmp_path / "cut"
+    cut.mkdir()
+    for file in tmp_path.glob("*.*"):
+        (cut / file.name).write_bytes(file.read_bytes()[: None if file.suffix == ".yaml" else 60])
+    with pytest.raises(ValueError, match="expected a whole safetensors file"):
+        vr.load_blocks(model, cut)
     deeper = FAMILIES["llava"](layers=5).model
     with pytest.raises(ValueError, match="belong to a model with num_hidden_layers 4, this Llava.* has 5"):
         vr.load_blocks(deeper, tmp_path)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
@@ -57,9 +57,12 @@ def load_blocks(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     if not (path / WEIGHTS).is_file():
         raise FileNotFoundError(f"expected {WEIGHTS} and {RECIPE} in {os.fspath(folder)!r}, found no {WEIGHTS}")
     saved = Recipe.from_yaml(path / RECIPE)
-    with safe_open(path / WEIGHTS, framework="pt") as file:
-        about: dict[str, Any] = json.loads((file.metadata() or {}).get("model", "{}"))
-        tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    try:
+        with safe_open(path / WEIGHTS, framework="pt") as file:
+            about: dict[str, Any] = json.loads((file.metadata() or {}).get("model", "{}"))
+            tensors: dict[str, torch.Tensor] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise ValueError(f"expected a whole safetensors file in {os.fspath(path / WEIGHTS)!r}: {e}") from e
     for key, value in _identity(model).items():
         if about.get(key) != value:
             raise ValueError(
