@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from vlmrewrite.encode import encode_images, encoded_images
 from vlmrewrite.install import last_call, prompt_ends
 from vlmrewrite.passes.dape import POOL, Matching
-from vlmrewrite.regions import density, match, pool, region_owner
+from vlmrewrite.regions import bar, density, match, pool, region_owner
 
 ALIGNMENT, COUNTS = 0.1, 0.01
 SOFTNESS = 0.05
@@ -70,7 +70,7 @@ def occupancy(rho: Tensor, z: Tensor, own: Tensor, target: Tensor) -> Tensor:
     low = z.masked_fill(~own, torch.inf).amin(1, keepdim=True)
     high = z.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     scaled = (z - low) / (high - low).clamp(min=1e-6)
-    kept = torch.sigmoid((scaled - (0.9 - 0.3 * rho[:, None])) / SOFTNESS).masked_fill(~own, 0.0)
+    kept = torch.sigmoid((scaled - bar(rho)[:, None]) / SOFTNESS).masked_fill(~own, 0.0)
     return ((kept.sum(1) / target).mean() - 1).square()
 
 

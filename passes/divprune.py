@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmrewrite.budget import Budget, frozen_pass
-from vlmrewrite.dialect import define, greedy_flops, per_image
+from vlmrewrite.dialect import define, greedy_flops, like_member, per_image
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Policy
 
@@ -72,14 +72,10 @@ def _closest_other(x: Tensor) -> Tensor:
     return best
 
 
-def _fake(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    return torch.empty_like(member)
-
-
 define(
     "divprune_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     divprune_sample,
-    _fake,
+    like_member,
     kernel="vlmrewrite.kernels.sample:divprune_sample",
     flops=greedy_flops,
     flops_by_value=True,

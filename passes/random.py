@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.dialect import define, per_image
+from vlmrewrite.dialect import define, like_member, per_image
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Policy
 
@@ -41,14 +41,10 @@ def random_sample(ordinal: Tensor, member: Tensor, lengths: Tensor, keep: Tensor
     return per_image(member, lengths, keep, choose)
 
 
-def _fake(ordinal: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, seed: int) -> Tensor:
-    return torch.empty_like(member)
-
-
 define(
     "random_sample(Tensor ordinal, Tensor member, Tensor lengths, Tensor keep, int seed) -> Tensor",
     random_sample,
-    _fake,
+    like_member,
 )
 
 

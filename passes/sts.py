@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.dialect import define, greedy_flops, per_image
-from vlmrewrite.dialect import top_attention as top_attention
+from vlmrewrite.dialect import define, greedy_flops, like_member, per_image
 from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import Policy
 
@@ -60,14 +59,10 @@ def _repel(x: Tensor, k: int) -> Tensor:
     return torch.stack(picks)
 
 
-def _like_member(_: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    return torch.empty_like(member)
-
-
 define(
     "sts_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     sts_sample,
-    _like_member,
+    like_member,
     kernel="vlmrewrite.kernels.sample:sts_sample",
     flops=greedy_flops,
     flops_by_value=True,

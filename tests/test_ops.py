@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 
 import vlmrewrite as vr
 from vlmrewrite import dialect
+from vlmrewrite.dialect import top_attention
 from vlmrewrite.passes.random import random_sample
 from vlmrewrite.passes.stride import stride_sample
-from vlmrewrite.passes.sts import EPSILON, sts_sample, top_attention
+from vlmrewrite.passes.sts import EPSILON, sts_sample
 from vlmrewrite.testing.models import FAMILIES, Row
 from vlmrewrite.testing.strategies import Sets
 from vlmrewrite.tokens import Policy, Text, Vision

@@ -49,8 +49,7 @@ def seen(mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, plain: bool) -> Seen
 
 def seen_everywhere(mask: Tensor | None, q: Tensor, k: Tensor, plain: bool) -> Seen | None:
     """:func:`seen` for q [B, H, n, D] that stand at the last n of the positions 0, 1, ... of k [B, Hk, m, D]."""
-    at = torch.arange(k.shape[2], device=k.device)[None].expand(k.shape[0], -1)
-    return seen(mask, at[:, k.shape[2] - q.shape[2] :], at, plain)
+    return seen(mask, *dialect.everywhere(q, k), plain)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, what: Seen | None, scale: float | None, softcap: float | None) -> Tensor:

@@ -86,9 +86,8 @@ def bench(
             row = rows[UNMODIFIED if recipe is None else recipe.name]
             progress(f"round {i} of {repeat}: {row.name}")
             _round(model, encoded, recipe, row, rows[UNMODIFIED], chosen, new_tokens, counted=i > 0)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
     return {
-        "device": name,
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
@@ -97,6 +96,13 @@ def bench(
         "new_tokens": new_tokens,
         "rows": [_summary(row, rows[UNMODIFIED]) for row in rows.values()],
     }
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or what the platform calls its processor."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return platform.processor() or platform.machine()
 
 
 def _round(

@@ -76,12 +76,10 @@ def attention_forward(
             )
         plain = attention_mask is None
         return dialect.attention(query, key, value, attention_mask, None, None, scaling, plain, softcap, dropout), None
-    kernels, reason = _running.kernels, unfit(query, value, dropout)
-    if kernels is not None and reason is None:
+    kernels: Kernels | None = _running.kernels
+    if kernels is not None and unfit(query, value, dropout, kernels, f"layer {module.layer_idx}") is None:
         what = cache.seen_by(layer, query, attention_mask, attend.seen)
         return attend.attend(query, key, value, what, scaling, softcap), None
-    if kernels == "triton":
-        raise RuntimeError(f"kernels='triton' was asked for, and layer {module.layer_idx} cannot: {reason}; use 'auto'")
     seen = cache.seen_by(layer, query, attention_mask, dialect.visible)
     return dialect.attend(query, key, value, seen, scaling, softcap, dropout), None
 

@@ -50,8 +50,25 @@ def choose(kernels: str, device: torch.device) -> Choice:
     return Choice("triton", f"on {device.type}") if reason is None else Choice("reference", f"plain PyTorch: {reason}")
 
 
-def unfit(q: Tensor | None, v: Tensor | None, dropout: float) -> str | None:
-    """Why an attention cannot run as a kernel, or None; q and v [..., D] may be fake, or None where not known."""
+def unfit(q: Tensor | None, v: Tensor | None, dropout: float, kernels: Kernels, where: str) -> str | None:
+    """Why an attention cannot run as a kernel, or None.
+
+    Args:
+        q, v: [..., D]; they may be fake, or None where not known.
+        dropout: of its weights.
+        kernels: what was asked for.
+        where: the attention, for the error.
+
+    Raises:
+        RuntimeError: it cannot, and kernels were asked for by name.
+    """
+    reason = _unfit(q, v, dropout)
+    if reason is not None and kernels == "triton":
+        raise RuntimeError(f"kernels='triton' was asked for, and {where} cannot: {reason}; use 'auto'")
+    return reason
+
+
+def _unfit(q: Tensor | None, v: Tensor | None, dropout: float) -> str | None:
     if dropout:
         return f"its dropout is {dropout}, and the kernel has none"
     for x in (q, v):

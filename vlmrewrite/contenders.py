@@ -66,7 +66,7 @@ def _visible(queries: Tensor, keys: Tensor) -> int:
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, queries: Tensor, keys: Tensor) -> Callable[[], Tensor]:
     """SDPA with its mask made before; rows that see nothing may differ."""
-    seen = ((keys[:, None, None, :] <= queries[:, None, :, None]) & (keys >= 0)[:, None, None, :]).contiguous()
+    seen = positional.seen_by_position(queries, keys).contiguous()
     gqa = q.shape[1] != k.shape[1]
 
     def run() -> Tensor:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from vlmrewrite.dialect import attend, define, visible
+from vlmrewrite.dialect import attend, attention_fake, attention_flops, define
+from vlmrewrite.positional import seen_by_position
 
 
 def decode_attention(
@@ -34,31 +35,17 @@ def decode_attention(
     Returns:
         [B, n, H, Dv], contiguous, dtype of ``q``.
     """
-    seen = visible(None, queries, keys, False)
-    assert seen is not None
-    if window is not None:
-        seen = seen & (keys[:, None, None, :] > queries[:, None, :, None] - window)
+    seen = seen_by_position(queries, keys, window)
     out = attend(q, k, v, seen, scale, softcap, 0.0)
     return out.masked_fill(~seen.any(-1).transpose(1, 2)[..., None], 0.0)
-
-
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-
-
-def _flops(
-    q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, out_shape: object = None, **__: object
-) -> int:
-    b, h, n, d = q_shape
-    return 2 * b * h * n * k_shape[2] * (d + v_shape[-1])
 
 
 define(
     "decode_attention(Tensor q, Tensor k, Tensor v, Tensor queries, Tensor keys, float? scale=None,"
     " float? softcap=None, int? window=None) -> Tensor",
     decode_attention,
-    _fake,
+    attention_fake,
     kernel="vlmrewrite.kernels.decode:decode_attention",
     backward=True,
-    flops=_flops,
+    flops=attention_flops,
 )

@@ -97,6 +97,12 @@ def _attend_softcapped(
     return (F.dropout(weights, dropout) @ _repeat(v, q.shape[1])).transpose(1, 2).contiguous()
 
 
+def everywhere(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of q [B, H, n, D] and k [B, Hk, m, D] where nothing says otherwise: the last n of 0 .. m-1, and all."""
+    at = torch.arange(k.shape[2], device=k.device)[None].expand(k.shape[0], -1)
+    return at[:, k.shape[2] - q.shape[2] :], at
+
+
 def attention(
     q: Tensor,
     k: Tensor,
@@ -115,9 +121,9 @@ def attention(
         [B, n, H, Dv], contiguous.
     """
     if not plain and (q_pos is None or k_pos is None):
-        at = torch.arange(k.shape[2], device=k.device)[None].expand(k.shape[0], -1)
-        q_pos = at[:, k.shape[2] - q.shape[2] :] if q_pos is None else q_pos
-        k_pos = at if k_pos is None else k_pos
+        last, every = everywhere(q, k)
+        q_pos = last if q_pos is None else q_pos
+        k_pos = every if k_pos is None else k_pos
     return attend(q, k, v, visible(mask, q_pos, k_pos, plain), scale, softcap, dropout)
 
 
@@ -243,6 +249,11 @@ def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[T
     return chosen
 
 
+def like_member(_: Tensor, member: Tensor, *__: object) -> Tensor:
+    """What a policy returns that goes by one tensor: bool [F]."""
+    return torch.empty_like(member)
+
+
 def greedy_flops(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, **_: object) -> int:
     """FLOPs of a policy that measures the distance of all of an image's tokens to each that it chooses, 3 a channel."""
     pairs = zip(lengths.tolist(), keep.tolist(), strict=True)
@@ -302,7 +313,8 @@ def member(text: Tensor | None, vision: Tensor | None, chosen: Tensor | None) ->
     return kept if text is None else kept | text
 
 
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+def attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    """The output of any attention of q [B, H, n, D], k and v [B, Hk, m, Dv]: [B, n, H, Dv]."""
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
 
@@ -326,9 +338,10 @@ def _kv_append_fake(
     )
 
 
-def _attention_flops(
+def attention_flops(
     q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, out_shape: object = None, **__: object
 ) -> int:
+    """FLOPs of any attention whose first arguments are q, k and v: two products over all pairs."""
     b, h, n, d = q_shape
     return 2 * b * h * n * k_shape[2] * (d + v_shape[-1])
 
@@ -337,8 +350,8 @@ define(
     "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? q_pos=None, Tensor? k_pos=None,"
     " float? scale=None, bool plain=True, float? softcap=None, float dropout=0.0) -> Tensor",
     attention,
-    _attention_fake,
-    flops=_attention_flops,
+    attention_fake,
+    flops=attention_flops,
 )
 define(
     "kv_append(Tensor? keys, Tensor? values, Tensor? positions, Tensor k, Tensor v, Tensor pos)"
@@ -376,6 +389,6 @@ define(
 define(
     "top_attention(Tensor weights, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     top_attention,
-    lambda _, member, *__: torch.empty_like(member),
+    like_member,
     kernel="vlmrewrite.kernels.score:top_attention",
 )

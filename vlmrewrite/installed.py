@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmrewrite.call import Call
 from vlmrewrite.choice import Kernels
-from vlmrewrite.lower import Lowered, compiled, lower
+from vlmrewrite.lower import compiled, lower, told
 from vlmrewrite.program import Program
 
 
@@ -61,7 +61,7 @@ class Installed:
             graphs = [program.parted.head, *program.parted.tails]
         lowered = [lower(gm, kernels, device) for gm in graphs]
         parts = [low.graph_module if backend == "eager" else compiled(low.graph_module) for low in lowered]
-        return cls(program, backend, _merged(lowered), tuple(parts))
+        return cls(program, backend, told(sum((low.counts for low in lowered), Counter())), tuple(parts))
 
     def run(self, inputs: Sequence[Any], call: Call) -> Ran:
         """Run it on the captured graph's flat inputs."""
@@ -72,14 +72,3 @@ class Installed:
             return Ran(kept, out, chosen, value, tuple(given_up))
         out, chosen = self.parts[0](*self.program.arguments(inputs, call))
         return Ran(self.program, out, chosen)
-
-
-def _merged(lowered: Sequence[Lowered]) -> dict[str, list[dict[str, Any]]]:
-    counts: Counter[tuple[str, str, str]] = Counter()
-    for low in lowered:
-        for name, made in low.choices.items():
-            counts.update({(name, x["kernel"], x["why"]): x["nodes"] for x in made})
-    out: dict[str, list[dict[str, Any]]] = {}
-    for (name, kernel, why), n in sorted(counts.items()):
-        out.setdefault(name, []).append({"nodes": n, "kernel": kernel, "why": why})
-    return out

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -16,6 +15,7 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from vlmrewrite import kernels
+from vlmrewrite.bench import device_name
 from vlmrewrite.choosers import regions, sample, score
 from vlmrewrite.contenders import attention, decode, gather, restore
 from vlmrewrite.kernelcases import SIZES, Case, Setting
@@ -89,7 +89,7 @@ def bench_kernels(
                 setting = Setting(SIZES[name], batch, device, dtype)
                 rows += _family(family, setting, missing, against, repeat, ceiling)
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else platform.processor() or platform.machine(),
+        "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "triton": None if missing == "triton is not installed" else importlib.metadata.version("triton"),

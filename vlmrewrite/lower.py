@@ -31,11 +31,24 @@ _PLAIN = "plain causal attention, PyTorch's own flash attention does it"
 class Lowered:
     """A graph that can be run or compiled, and what each kind of dialect operator became.
 
-    ``choices`` holds, for each kind of operator, one entry of ``nodes``, ``kernel`` and ``why`` for each choice made.
+    ``counts`` holds how many nodes of each kind of operator were given which choice.
     """
 
     graph_module: torch.fx.GraphModule
-    choices: dict[str, list[dict[str, Any]]]
+    counts: Counter[tuple[str, Choice]]
+
+    @property
+    def choices(self) -> dict[str, list[dict[str, Any]]]:
+        """See :func:`told`."""
+        return told(self.counts)
+
+
+def told(counts: Counter[tuple[str, Choice]]) -> dict[str, list[dict[str, Any]]]:
+    """For each kind of operator, one entry of ``nodes``, ``kernel`` and ``why`` for each choice made."""
+    choices: dict[str, list[dict[str, Any]]] = {}
+    for (name, made), n in sorted(counts.items(), key=lambda x: (x[0][0], x[0][1].kernel, x[0][1].why)):
+        choices.setdefault(name, []).append({"nodes": n, "kernel": made.kernel, "why": made.why})
+    return choices
 
 
 def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.device | None = None) -> Lowered:
@@ -64,7 +77,7 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.dev
             continue
         made = Choice("reference", choice.why if node.target in dialect.KERNELS else _NO_KERNEL)
         if reference is dialect.attention:
-            made = _attention(graph, node, seen, choice, kernels == "triton")
+            made = _attention(graph, node, seen, choice, kernels)
         elif reference is dialect.kv_append and node.args[0] is None:
             _fold_first_append(graph, node)
         elif choice.kernel == "triton" and node.target in dialect.KERNELS:
@@ -75,10 +88,7 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.dev
             node.target = reference
         counts[reference.__name__, made] += 1
     graph.eliminate_dead_code(is_impure_node=writes)
-    choices: dict[str, list[dict[str, Any]]] = {}
-    for (name, made), n in sorted(counts.items(), key=lambda x: (x[0][0], x[0][1].kernel)):
-        choices.setdefault(name, []).append({"nodes": n, "kernel": made.kernel, "why": made.why})
-    return Lowered(with_blocks(gm, graph), choices)
+    return Lowered(with_blocks(gm, graph), counts)
 
 
 def positioned(gm: torch.fx.GraphModule, plain: bool) -> torch.fx.GraphModule:
@@ -137,13 +147,11 @@ def _fold_first_append(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
 
 
 def _attention(
-    graph: torch.fx.Graph, node: torch.fx.Node, seen: dict[object, torch.fx.Node], choice: Choice, asked: bool
+    graph: torch.fx.Graph, node: torch.fx.Node, seen: dict[object, torch.fx.Node], choice: Choice, kernels: Kernels
 ) -> Choice:
-    """Lower one attention node; ``asked``: a kernel was asked for by name."""
+    """Lower one attention node; ``kernels`` is what was asked for."""
     q, k, v, mask, q_pos, k_pos, scale, plain, softcap, dropout = _padded(node.args, 10)
-    reason = unfit(_example(q), _example(v), dropout or 0.0)
-    if choice.kernel == "triton" and asked and reason is not None:
-        raise RuntimeError(f"kernels='triton' was asked for, and {node.name} cannot: {reason}; use 'auto'")
+    reason = unfit(_example(q), _example(v), dropout or 0.0, kernels, node.name)
     by_kernel, known = choice.kernel == "triton" and reason is None, q_pos is not None and k_pos is not None
     if not by_kernel and not known:
         node.target = dialect.attention

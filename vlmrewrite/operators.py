@@ -75,7 +75,7 @@ def _define_kernel(
     name = schema.split("(", 1)[0]
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        device = next(x.device for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor))
+        device = next(x.device for x in args if isinstance(x, Tensor))
         chosen = reference if kernels.missing(device) is not None else kernels.launcher(kernel)
         return chosen(*args, **kwargs)
 

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmrewrite.dialect import attend, visible
+from vlmrewrite.dialect import attend, attention_fake, attention_flops, visible
 from vlmrewrite.operators import define
 
 BLOCK = 64
@@ -80,6 +80,12 @@ def attention_blocks(
     return queries, keys, blocks.clamp(max=m).to(torch.int32)
 
 
+def seen_by_position(queries: Tensor, keys: Tensor, window: int | None = None) -> Tensor:
+    """Whether each query [B, n] sees each key [B, m], by logical positions and a window: bool [B, 1, n, m]."""
+    seen = (keys[:, None, None, :] <= queries[:, None, :, None]) & (keys >= 0)[:, None, None, :]
+    return seen if window is None else seen & (keys[:, None, None, :] > queries[:, None, :, None] - window)
+
+
 def positional_attention(
     q: Tensor,
     k: Tensor,
@@ -111,9 +117,7 @@ def positional_attention(
     """
     there = (queries >= 0)[:, None, :, None]
     if full is None:
-        what = (keys[:, None, None, :] <= queries[:, None, :, None]) & (keys >= 0)[:, None, None, :]
-        if window is not None:
-            what = what & (keys[:, None, None, :] > queries[:, None, :, None] - window)
+        what = seen_by_position(queries, keys, window)
     else:
         gathered = visible(full, queries.long(), keys.long(), False)
         assert gathered is not None
@@ -128,17 +132,6 @@ def positional_attention(
     return attend(q, k, v, what, scale, softcap, 0.0).masked_fill(~sighted[:, 0, :, :, None], 0.0)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
-
-
-def _flops(
-    q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, out_shape: object = None, **__: object
-) -> int:
-    b, h, n, d = q_shape
-    return 2 * b * h * n * k_shape[2] * (d + v_shape[-1])
-
-
 define(
     "attention_blocks(Tensor? mask, Tensor q_pos, Tensor k_pos, int? window=None) -> (Tensor, Tensor, Tensor)",
     attention_blocks,
@@ -148,7 +141,7 @@ define(
     " float? scale=None, float? softcap=None, int? window=None) -> Tensor",
     positional_attention,
     kernel="vlmrewrite.kernels.attention:positional_attention",
-    kernel_fake=_fake,
+    kernel_fake=attention_fake,
     backward=True,
-    flops=_flops,
+    flops=attention_flops,
 )

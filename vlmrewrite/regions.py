@@ -266,6 +266,11 @@ def match(
     return rho, z + offset[..., None, :] + slope[level][..., None, :] * rho[..., None]
 
 
+def bar(rho: Tensor) -> Tensor:
+    """From where on, on a scale of 0 to 1, a text token of density rho matches a region: dense ones match more."""
+    return 0.9 - 0.3 * rho
+
+
 def aligned(rho: Tensor, z: Tensor, most: int) -> Tensor:
     """Which regions belong to which text token: z, scaled to [0, 1], is kept from 0.9 - 0.3 rho on, and normalised.
 
@@ -278,7 +283,7 @@ def aligned(rho: Tensor, z: Tensor, most: int) -> Tensor:
     low, high = z.aminmax(dim=1, keepdim=True)
     z = (z - low) / (high - low).clamp(min=1e-12)
     best = z.topk(min(most, z.shape[1]), dim=1).values[:, -1:]
-    kept = torch.where((z >= 0.9 - 0.3 * rho[:, None]) & (z >= best), z, 0.0)
+    kept = torch.where((z >= bar(rho)[:, None]) & (z >= best), z, 0.0)
     return kept / kept.sum(1, keepdim=True).clamp(min=1e-12)
 
 
