@@ -15,6 +15,8 @@ from vlmrewrite.positional import attention_blocks, unhidden
 
 POSITIONAL = KERNELS[torch.ops.vlm.positional_attention.default]
 FEW = KERNELS[torch.ops.vlm.decode_attention.default]
+FAR = 2**30
+"""A window that hides nothing."""
 
 
 class Seen(NamedTuple):
@@ -25,12 +27,14 @@ class Seen(NamedTuple):
         keys: logical positions, int32 [B, m]; -1 where no query sees the key.
         blocks: int32 [B, ceil(n / 64), 4], see :func:`vlmrewrite.positional.attention_blocks`; None for few queries.
         full: a mask [B, 1, Q, K] that decides alone, or None.
+        window: number of positions that a query sees, itself included, or None.
     """
 
     queries: Tensor
     keys: Tensor
     blocks: Tensor | None
     full: Tensor | None
+    window: int | None = None
 
 
 def seen(mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, plain: bool) -> Seen | None:
@@ -44,7 +48,17 @@ def seen(mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, plain: bool) -> Seen
     full = mask if mask is not None and mask.dim() == 4 else None
     if full is None and q_pos.shape[1] <= DECODE:
         return Seen(q_pos.to(torch.int32), unhidden(mask, k_pos), None, None)
+    if full is not None and full.dtype == torch.bool and q_pos.shape[1] == 1:
+        return _row(full, q_pos, k_pos)
     return Seen(*attention_blocks(mask, q_pos, k_pos), full)
+
+
+def _row(full: Tensor, q_pos: Tensor, k_pos: Tensor) -> Seen:
+    """A full mask of one query a row only hides keys; for the window, the kernel looks for the first that is not."""
+    shown = dialect.visible(full, q_pos, k_pos, False)
+    assert shown is not None
+    queries = torch.where(q_pos >= 0, full.shape[-1] - 1, -1).to(torch.int32)
+    return Seen(queries, torch.where(shown[:, 0, 0], k_pos, -1).to(torch.int32), None, None, FAR)
 
 
 def seen_everywhere(mask: Tensor | None, q: Tensor, k: Tensor, plain: bool) -> Seen | None:
@@ -61,7 +75,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, what: Seen | None, scale: float | No
     if what is None:
         return dialect.attend(q, k, v, None, scale, softcap, 0.0)
     if what.blocks is None:
-        few: Tensor = FEW(q, k, v, what.queries, what.keys, scale, softcap)
+        few: Tensor = FEW(q, k, v, what.queries, what.keys, scale, softcap, what.window)
         return few
-    out: Tensor = POSITIONAL(q, k, v, *what, scale, softcap)
+    out: Tensor = POSITIONAL(q, k, v, what.queries, what.keys, what.blocks, what.full, scale, softcap, what.window)
     return out

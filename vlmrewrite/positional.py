@@ -33,12 +33,19 @@ def unhidden(mask: Tensor | None, k_pos: Tensor) -> Tensor:
     return torch.where(shown, k_pos, -1).to(torch.int32)
 
 
+def _cells(full: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
+    """Which key each query sees by a full mask, bool [B, n, m]; as for :func:`attention_blocks`."""
+    out = visible(full, q_pos.long(), k_pos.long(), False)
+    assert out is not None
+    return (out if out.dtype == torch.bool else out > torch.finfo(out.dtype).min / 2)[:, 0]
+
+
 def attention_blocks(
     mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, window: int | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """What :func:`positional_attention` needs to know of its queries and keys; the same for all layers of these sets.
 
-    Right for positions in any order; the ranges are tight where they ascend.
+    Right for positions in any order; the ranges are tight where they ascend, and by a full mask always.
 
     Args:
         mask: as for :func:`unhidden`.
@@ -49,7 +56,8 @@ def attention_blocks(
     Returns:
         queries int32 [B, n]; keys int32 [B, m], see :func:`unhidden`; blocks int32 [B, ceil(n / 64), 4]: for each 64
         queries, the range ``[first, end)`` that holds every key which one of them sees, and in it the longest range
-        ``[full_first, full_end)`` of whole blocks of 64 keys which all of them see.
+        ``[full_first, full_end)`` of whole blocks of 64 keys which all of them see (under an additive mask: to which
+        it may add something).
     """
     queries, keys = q_pos.clamp(min=-1).to(torch.int32), unhidden(mask, k_pos)
     n, m = queries.shape[1], keys.shape[1]
@@ -61,8 +69,10 @@ def attention_blocks(
     k_least = torch.where(of >= 0, of, _FAR).amin(2)[:, None]
     k_most = of.amax(2)[:, None]
     if mask is not None and mask.dim() == 4:
-        needed = (k_most >= 0) & (q_most >= 0)
-        common = torch.zeros_like(needed)
+        there = (at >= 0)[:, :, :, None, None]
+        cells = _cells(mask, at.flatten(1), of.flatten(1)).unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
+        needed = (cells & there).any(4).any(2)
+        common = (cells | ~there).all(4).all(2) & (q_most >= 0)
     else:
         needed = k_least <= q_most
         common = (of >= 0).all(2)[:, None] & (k_most <= q_least) & (q_most >= 0)

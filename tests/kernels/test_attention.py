@@ -28,12 +28,20 @@ def chance(*shape, p=0.5, seed=0):
     return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) < p
 
 
+def hides(mask):
+    return 0 if mask.dtype == torch.bool else torch.finfo(mask.dtype).min / 2
+
+
 def seen_by(mask, q_pos, k_pos, window):
     """Which key each query sees, one at a time: bool [B, n, m]."""
     seen = torch.zeros(*q_pos.shape, k_pos.shape[1], dtype=torch.bool)
     for b, row in enumerate(q_pos.tolist()):
         for i, q in enumerate(row):
             for j, k in enumerate(k_pos[b].tolist()):
+                if mask is not None and mask.dim() == 4:
+                    row = max(0, q - (mask.shape[3] - mask.shape[2]))
+                    seen[b, i, j] = q >= 0 and k >= 0 and bool(mask[b % len(mask), 0, row, k] > hides(mask))
+                    continue
                 seen[b, i, j] = 0 <= k <= q and (window is None or k > q - window)
                 if seen[b, i, j] and mask is not None:
                     seen[b, i, j] = bool(mask[b % len(mask), k])
@@ -59,8 +67,13 @@ def positions(draw, batch, n, m):
 def sets(draw):
     batch, n, m = draw(st.integers(1, 2)), draw(st.integers(0, 140)), draw(st.integers(0, 200))
     q_pos, k_pos, span = draw(positions(batch, n, m))
-    kind, mask = draw(st.sampled_from(["none", "left", "random", "integers"])), None
-    if kind != "none":
+    kind, mask = draw(st.sampled_from(["none", "left", "random", "integers", "full", "additive"])), None
+    if kind in ("full", "additive"):
+        p, shape = draw(st.sampled_from([0.5, 0.001, 0.9999])), (draw(st.sampled_from([1, batch])), 1, span, span)
+        causal = torch.arange(span) <= torch.arange(span)[:, None] - draw(st.sampled_from([-9, 0]))
+        mask = chance(*shape, p=p) if draw(st.booleans()) else causal.expand(shape)
+        mask = mask if kind == "full" else torch.zeros(shape).masked_fill(~mask, float("-inf"))
+    elif kind != "none":
         mask = torch.arange(span)[None] >= draw(st.integers(0, span)) if kind == "left" else chance(batch, span, p=0.9)
     return mask.long() if kind == "integers" else mask, q_pos, k_pos, draw(st.sampled_from([None, 1, 30, 100]))
 
@@ -72,7 +85,8 @@ def test_ranges(drawn):
     assert [x.dtype for x in (queries, keys, blocks)] == [torch.int32] * 3
     assert torch.equal(queries, q_pos.int()) and blocks.shape == (len(q_pos), -(-q_pos.shape[1] // 64), 4)
     seen, m = seen_by(mask, q_pos, k_pos, window), k_pos.shape[1]
-    hidden = torch.zeros_like(k_pos, dtype=torch.bool) if mask is None else mask.expand(len(k_pos), -1).gather(
+    by_bits = mask is not None and mask.dim() == 2
+    hidden = torch.zeros_like(k_pos, dtype=torch.bool) if not by_bits else mask.expand(len(k_pos), -1).gather(
         1, k_pos.clamp(min=0)) == 0  # fmt: skip
     assert torch.equal(keys, torch.where(hidden, -1, k_pos).int())
     for b, rows in enumerate(blocks.tolist()):
@@ -82,7 +96,7 @@ def test_ranges(drawn):
             assert not mine[:, :first].any() and not mine[:, end:].any()
             assert mine[q_pos[b, 64 * i : 64 * i + 64] >= 0, full_first:full_end].all()
             assert (full_end - full_first) % 64 == 0
-            if window is None and mine.any():  # nothing is read in vain
+            if (window is None or (mask is not None and not by_bits)) and mine.any():  # nothing is read in vain
                 assert mine[:, first : first + 64].any() and mine[:, 64 * ((end - 1) // 64) :].any()
             if not (q_pos[b, 64 * i : 64 * i + 64] >= 0).any():
                 assert first == end
@@ -96,7 +110,9 @@ def test_most_of_plain_causal_needs_no_mask():
     blocks = positional.attention_blocks(None, at, at, 256)[2][0]
     assert blocks[10].tolist() == [384, 704, 448, 640]
     full = torch.ones(1, 1, 1000, 1000, dtype=torch.bool)
-    assert positional.attention_blocks(full, at, at)[2][0, 3].tolist() == [0, 1000, 0, 0]
+    assert positional.attention_blocks(full, at, at)[2][0, 3].tolist() == [0, 1000, 0, 960]
+    of_a_window = full.tril() & ~full.tril(-256)
+    assert torch.equal(positional.attention_blocks(of_a_window, at, at)[2][0], blocks)
 
 
 @st.composite

@@ -156,6 +156,8 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     first = tl.minimum(first, end)
     full_end = tl.minimum(full_end, end)
     count = tl.maximum(full_end - full_first, 0) // BLOCK_N * BLOCK_N
+    if hidden is not None:  # what is added to the scores is read for all keys
+        count = 0
     full_first = tl.where(count > 0, full_first, first)
     full_end = full_first + count
 
@@ -181,14 +183,14 @@ def attention_forward_kernel(  # type: ignore[no-untyped-def]
     total = tl.zeros([BLOCK_M], tl.float32)
     peak = tl.full([BLOCK_M], -3e38, tl.float32)  # finite, so that a tile without a visible key changes nothing
     line = full
-    if full is None:
+    if full is not None:
+        line = full + b * stride_fb + tl.maximum(q_pos - shift, 0).to(tl.int64) * stride_fq
+    if hidden is None:
         acc, acc_rest, total, peak = _attend(
             acc, acc_rest, total, peak, x, x_rest, q_pos, k, v, keys, None, full_first, full_end, full_end, full_end,
             scale, cap, window, hidden, stride_km, stride_kd, stride_vm, stride_vd, stride_fk,
             False, D, DV, D1, D2, V1, V2, BLOCK_N, PRECISION,
         )  # fmt: skip
-    else:
-        line = full + b * stride_fb + tl.maximum(q_pos - shift, 0).to(tl.int64) * stride_fq
     acc, acc_rest, total, peak = _attend(
         acc, acc_rest, total, peak, x, x_rest, q_pos, k, v, keys, line, first, full_first, full_end, end,
         scale, cap, window, hidden, stride_km, stride_kd, stride_vm, stride_vd, stride_fk,
