@@ -4,7 +4,7 @@
     loss = dape_loss(model, inputs | {"labels": labels}); loss.total.backward()
 
 ``total = lm + 0.1 alignment + 0.01 counts``; **all formulas are this project's own**. Choosing a cover is discrete:
-``lm`` reaches the matching through the straight-through gate of :func:`vlmrewrite.passes.dape.dape_pool` alone; the
+``lm`` reaches the matching through the straight-through gate of :func:`vlmrewrite.passes.dape_ops.dape_pool` alone; the
 other two are differentiable in the matching's parameters.
 """
 
@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from vlmrewrite.encode import encode_images, encoded_images
 from vlmrewrite.install import last_call, prompt_ends
-from vlmrewrite.passes.dape import POOL, Matching
+from vlmrewrite.passes.dape import POOL
+from vlmrewrite.passes.dape_ops import Matching
 from vlmrewrite.regions import bar, density, match, pool, region_owner
 
 ALIGNMENT, COUNTS = 0.1, 0.01

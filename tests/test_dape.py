@@ -15,7 +15,7 @@ import vlmrewrite as vr
 from vlmrewrite import regions
 from vlmrewrite.install import _session, layer_masks
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Stride
-from vlmrewrite.passes.dape import Detail, Matching, gains
+from vlmrewrite.passes.dape_ops import Detail, Matching, gains
 from vlmrewrite.plan import Plan
 from vlmrewrite.testing import models, strategies
 from vlmrewrite.testing.agreement import logits_agreement

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 import vlmrewrite as vr
 from vlmrewrite.blocks import ATTRIBUTE
 from vlmrewrite.passes import DAPE, VISOR, Stride
-from vlmrewrite.passes.dape import Matching
 from vlmrewrite.passes.dape_losses import contrast, dape_loss, occupancy
+from vlmrewrite.passes.dape_ops import Matching
 from vlmrewrite.regions import aligned
 from vlmrewrite.testing.models import FAMILIES, Row
 

@@ -17,8 +17,9 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 import vlmrewrite as vr
 from vlmrewrite.budget import frozen_pass
 from vlmrewrite.install import layer_masks
-from vlmrewrite.passes import DAPE, DPVR, VISOR, FastV, dape
+from vlmrewrite.passes import DAPE, DPVR, VISOR, FastV, dape, dape_ops
 from vlmrewrite.plan import Edit
+from vlmrewrite.regions import density
 from vlmrewrite.testing import models, oracle, strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
@@ -57,12 +58,12 @@ def learned(gate=0.0, seed=0, near=1e-3):
     """
     wrapped, found, played = torch.ops.vlm.dape_focus, [], []
 
-    class Learned(dape.Detail):
+    class Learned(dape_ops.Detail):
         def __init__(self, hidden):
             super().__init__(hidden)
             self.gate.data.fill_(gate)
 
-    class Matched(dape.Matching):
+    class Matched(dape_ops.Matching):
         def __init__(self, hidden):
             super().__init__(hidden)
             for p in (self.text, self.bias, self.scale, self.slope, self.visual):
@@ -77,7 +78,7 @@ def learned(gate=0.0, seed=0, near=1e-3):
             return chosen
         of_the_run = found[len(played) % len(found)]
         played.append(of_the_run)
-        value = torch.where(member, attention * dape.density(features, owner), 0.0)
+        value = torch.where(member, attention * density(features, owner), 0.0)
         for v, mine, theirs in zip(*(x.split(lengths.tolist()) for x in (value, chosen, of_the_run)), strict=True):
             assert int(mine.sum()) == int(theirs.sum())
             if mine.any():

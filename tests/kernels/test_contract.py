@@ -6,9 +6,11 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from tests.kernels.grids import Batch
 from vlmrewrite import passes as passes
 from vlmrewrite.operators import KERNELS, REFERENCES
 from vlmrewrite.positional import attention_blocks
+from vlmrewrite.regions import coarsest
 
 
 def _calls(device):
@@ -20,6 +22,10 @@ def _calls(device):
     member = torch.tensor([1, 1, 1, 1, 1, 1], dtype=torch.bool, device=device)
     lengths, keep = torch.tensor([3, 3]), torch.tensor([1, 2])
     some = at.to(torch.int32)
+    grid, sizes = torch.tensor([[4, 5], [3, 3]]), torch.tensor([20, 9])
+    cover = torch.zeros(29, dtype=torch.bool)
+    cover[[4, 12, 14, 24, 0, 28]] = True
+    dape = Batch((grid, sizes, cover | coarsest(sizes, grid, [20, 9])), device)
     return {
         "gather": ([torch.randn(1, 6, 8, device=device), at], [1, 1], index),
         "restore": (torch.randn(1, 6, 8, device=device), torch.randn(1, 3, 8, device=device), index, valid),
@@ -31,9 +37,15 @@ def _calls(device):
         "top_attention": (torch.rand(6, device=device), member, lengths, keep),
         "sts_sample": (torch.randn(6, 8, device=device), member, lengths, keep),
         "divprune_sample": (torch.randn(6, 8, device=device), member, lengths, keep),
+        "region_owner": (dape.member, sizes, grid),
+        "dape_cover": dape.cover([9, 3], *dape.matching),
+        "dape_pool": dape.pool(),
+        "dape_split": (dape.attention, dape.features, grid, ~dape.member, sizes, torch.tensor([2, 1])),
+        "dape_inject": dape.inject(0.5),
     }  # fmt: skip
 
 
+NO_ARITHMETIC = ("gather", "restore", "top_attention", "region_owner")
 CALLS = sorted(_calls("cpu"))
 
 
@@ -45,6 +57,7 @@ def _close(got, wanted):
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # Inductor's
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_and_exported_it_is_the_kernel_still(device, name):
+    torch._dynamo.reset()  # one code object calls all operators
     args = _calls(device)[name]
     op = getattr(torch.ops.vlm_triton, name)
     wanted = REFERENCES[getattr(torch.ops.vlm, name).default](*args)
@@ -67,11 +80,12 @@ def test_flops_are_known_of_both_operators(device, name):
         with FlopCounterMode(display=False) as counter:
             getattr(namespace, name)(*args)
         counts.append(counter.get_total_flops())
-    assert counts[0] == counts[1] or name in ("positional_attention", "attention_received", "gather", "restore")
-    assert counts[0] > 0 or name in ("gather", "restore", "top_attention")
+    seen_through = ("positional_attention", "attention_received", "gather", "restore", "dape_pool")
+    assert counts[0] == counts[1] or name in seen_through
+    assert counts[0] > 0 or name in NO_ARITHMETIC
 
 
-def test_every_kernel_has_the_schema_of_its_operator():
-    assert KERNELS
+def test_every_kernel_is_here_and_has_the_schema_of_its_operator():
+    assert sorted(op._schema.name.removeprefix("vlm::") for op in KERNELS) == CALLS
     for op, kernel in KERNELS.items():
         assert str(op._schema).replace("vlm::", "vlm_triton::") == str(kernel._schema)

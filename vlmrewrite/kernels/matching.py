@@ -225,7 +225,7 @@ def gains(
     images: Tensor, blocks: int, features: Tensor, stream: Tensor, prompt: Tensor, flat: Tensor, least: int,
     weights: Sequence[Tensor] = (),
 ) -> Tensor:  # fmt: skip
-    """:func:`vlmrewrite.passes.dape.gains` of all images, fp32 [3, F].
+    """:func:`vlmrewrite.passes.dape_ops.gains` of all images, fp32 [3, F].
 
     Args:
         images, blocks: of :func:`vlmrewrite.kernels.regions.table`.
