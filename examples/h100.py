@@ -4,8 +4,8 @@
     python examples/h100.py --dry                # anywhere: the same on tiny models
 
 What is measured (prefill and decoding under the same backend, taking turns; peak memory; K/V bytes; the repulsion
-sampling on its own) is held against what it should be, and the exit status is 1 if something falls short; with --dry,
-where sizes are too small for speed to mean anything, only K/V bytes count.
+sampling on its own) is held against what it should be, memory against what the report predicts, and the exit status is
+1 if something falls short; with --dry, where sizes are too small for speed to mean anything, only K/V bytes count.
 """
 
 from __future__ import annotations
@@ -68,27 +68,54 @@ def build(name: str, device: torch.device, dry: bool) -> Any:
     return with_random_weights(config, file, torch.float32 if dry else torch.bfloat16, device)
 
 
-def predicted(model: Any, inputs: dict[str, Any], recipe: Recipe) -> tuple[int, int]:
-    """K/V bytes after prefill as the report says, without and with the recipe."""
+@dataclass(frozen=True)
+class Predicted:
+    """What the report says of a prefill, in bytes: ``(without, with)`` the recipe.
+
+    ``eager_peak`` is what that prefill was seen to take with the recipe, not compiled; None without a GPU.
+    """
+
+    kv: tuple[int, int]
+    peak: tuple[int, int]
+    eager_peak: int | None
+
+
+def predicted(model: Any, inputs: dict[str, Any], recipe: Recipe) -> Predicted:
+    """What the report says, and whether it is so where nothing is fused."""
     with vr.applied(model, recipe, backend="eager"), torch.no_grad():
         model(**inputs, logits_to_keep=1)
-        totals = vr.report(model).to_dict()["totals"]
-    return totals["before"]["kv_bytes"], totals["after"]["kv_bytes"]
+        report = vr.report(model, memory=True)
+        eager = None
+        if model.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            model(**inputs, logits_to_keep=1)
+            eager = torch.cuda.max_memory_allocated() - before
+    kv = (report.totals["before"]["kv_bytes"], report.totals["after"]["kv_bytes"])
+    return Predicted(kv, (report.memory["before"], report.memory["after"]), eager)
 
 
-def checks(measured: dict[str, Any], kv: dict[str, tuple[int, int]], batch: int) -> Iterator[Check]:
+def checks(measured: dict[str, Any], said: dict[str, Predicted], batch: int) -> Iterator[Check]:
     """What should hold of one model at one batch size."""
     plain, *rows = measured["rows"]
     for row in rows:
         name = f"{row['name']}, batch {batch}"
-        before, after = kv[row["name"]]
+        of = said[row["name"]]
+        before, after = of.kv
         yield Check(f"{name}: K/V bytes without it, as the report says", plain["kv_bytes"], "==", before)
         yield Check(f"{name}: K/V bytes with it, as the report says", row["kv_bytes"], "==", after)
         yield Check(f"{name}: decoding, times unmodified", row["decode_speedup"], ">=", 1.0)
         if batch >= 8:
             reached = row["prefill_speedup_of_flop_ratio"]
             yield Check(f"{name}: prefill speed-up, of the FLOP ratio", reached, ">=", 0.9)
+        if of.eager_peak is not None:
+            off = abs(of.eager_peak / of.peak[1] - 1)
+            yield Check(f"{name}: peak bytes of eager prefill, how far from what the report says", off, "<=", 0.05)
         if row["peak_bytes"] is not None and plain["peak_bytes"]:
+            for how, x, most in (("without", plain, of.peak[0]), ("with", row, of.peak[1])):
+                what = f"{name}: peak bytes of prefill {how} it, of what the report says without fusion"
+                yield Check(what, x["peak_bytes"], "<=", 1.05 * most)
             yield Check(f"{name}: peak bytes of prefill, of unmodified's", row["peak_bytes"], "<=", plain["peak_bytes"])
 
 
@@ -110,11 +137,11 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> Ite
         shape = Shape(tokens, text=TEXT, rows=batch)
         print(f"{name}: {shape}", file=sys.stderr)
         _, inputs = traced_prompt(model, shape)
-        kv = {recipe.name: predicted(model, inputs, recipe) for recipe in chosen}
+        said = {recipe.name: predicted(model, inputs, recipe) for recipe in chosen}
         result = bench(
             model, inputs, chosen, backend=options.backend, repeat=options.repeat, new_tokens=options.new_tokens
         )
-        found = list(checks(result, kv, batch))
+        found = list(checks(result, said, batch))
         seconds = sampling(size, device, batch, options.repeat)
         for row in result["rows"][1:]:
             if row["name"].startswith("sts"):
@@ -124,7 +151,7 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> Ite
             {"model": name, "prompt": str(shape), "batch": batch}
             | result
             | {
-                "kv_predicted": {recipe: {"before": a, "after": b} for recipe, (a, b) in kv.items()},
+                "predicted": {recipe: asdict(x) for recipe, x in said.items()},
                 "sampling_seconds": seconds,
                 "checks": [asdict(check) | {"holds": check.holds} for check in found],
             }

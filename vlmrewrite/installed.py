@@ -13,6 +13,7 @@ from torch import Tensor
 from vlmrewrite.call import Call
 from vlmrewrite.choice import Kernels
 from vlmrewrite.lower import compiled, lower, told
+from vlmrewrite.memory import Tail, peak_bytes
 from vlmrewrite.program import Program
 
 
@@ -43,12 +44,14 @@ class Installed:
         program: what was rewritten.
         backend: what runs it.
         choices: what each kind of dialect operator became, see :class:`vlmrewrite.lower.Lowered`.
-        parts: what runs: the whole graph, or of a dispatch the head and the tails.
+        graphs: the whole graph lowered, or of a dispatch the head and the tails.
+        parts: what runs: these graphs, or what a compiler made of them.
     """
 
     program: Program
     backend: Literal["eager", "inductor"]
     choices: dict[str, list[dict[str, Any]]]
+    graphs: tuple[torch.fx.GraphModule, ...]
     parts: tuple[Callable[..., Any], ...]
 
     @classmethod
@@ -60,8 +63,9 @@ class Installed:
         if program.parted is not None:
             graphs = [program.parted.head, *program.parted.tails]
         lowered = [lower(gm, kernels, device) for gm in graphs]
-        parts = [low.graph_module if backend == "eager" else compiled(low.graph_module) for low in lowered]
-        return cls(program, backend, told(sum((low.counts for low in lowered), Counter())), tuple(parts))
+        made = tuple(low.graph_module for low in lowered)
+        parts = made if backend == "eager" else tuple(map(compiled, made))
+        return cls(program, backend, told(sum((low.counts for low in lowered), Counter())), made, parts)
 
     def run(self, inputs: Sequence[Any], call: Call) -> Ran:
         """Run it on the captured graph's flat inputs."""
@@ -72,3 +76,22 @@ class Installed:
             return Ran(kept, out, chosen, value, tuple(given_up))
         out, chosen = self.parts[0](*self.program.arguments(inputs, call))
         return Ran(self.program, out, chosen)
+
+    def peak_bytes(self, ran: Ran, inputs: Sequence[Any], call: Call) -> int:
+        """Memory that a run takes beyond its inputs; see :func:`vlmrewrite.memory.peak_bytes`.
+
+        Args:
+            ran: that run.
+            inputs: the captured graph's flat inputs in it, or their layouts.
+            call: what it was a run for.
+        """
+        if self.program.parted is None:
+            return peak_bytes(self.graphs[0], self.program.arguments(inputs, call))
+        parted, (head, *tails) = self.program.parted, self.graphs
+        first = [*inputs, *(call.fill(extra) for extra in parted.extras)]
+        order = [self.program.variants.index(variant) for variant in (*ran.given_up, ran.program)]
+        return peak_bytes(
+            head,
+            first,
+            [Tail(tails[i], self.program.variants[i].arguments(inputs, call), parted.takes[i]) for i in order],
+        )

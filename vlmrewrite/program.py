@@ -149,6 +149,7 @@ class Program:
             another = chooser.then(tried, last, call.with_images, n)
             if another is None:
                 return tuple(ran), out, value
+            del out, logits  # their memory is the next one's
             tried = _in_range(another, n, chooser)
 
     def __str__(self) -> str:

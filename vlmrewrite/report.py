@@ -24,6 +24,9 @@ class Report:
     to the cache, all rows together. Before the first such call they are missing. On a kept cache, those before are with
     all earlier tokens in it. Scoring vision tokens by attention is counted; what a policy's or an edit's operator does
     inside (distances between features, say) is not.
+
+    ``memory``, if it was asked for: the bytes that the decoder's graph of that call holds at most, K/V and logits
+    included, weights and what it was given not. Without a compiler's fusion, and without the workspace of libraries.
     """
 
     recipe: str
@@ -37,6 +40,7 @@ class Report:
     graphs: dict[str, int] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    memory: dict[str, int] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and strings."""
@@ -52,6 +56,7 @@ class Report:
             "graphs": self.graphs,
             "seconds": self.seconds,
             "notes": list(self.notes),
+            "memory": self.memory,
         }
 
     def __str__(self) -> str:
@@ -69,6 +74,9 @@ class Report:
             ]
             lines += [f"  {line}" for line in self._layer_table()]
             lines.append(f"  totals: {self._totals()}")
+        if self.memory:
+            before, after = self.memory["before"], self.memory["after"]
+            lines.append(f"  peak memory: {byte_size(after)} of {byte_size(before)}, ÷ {before / max(1, after):.2f}")
         if self.kernels:
             for (kernel, why), names in self._by_kernel().items():
                 lines.append(f"kernels: {kernel} for {', '.join(names)} ({why})")
@@ -128,6 +136,7 @@ def make_report(
     held: Sequence[int] = (),
     given_up: Sequence[Program] = (),
     compiled_calls: int = 0,
+    memory: dict[str, int] | None = None,
 ) -> Report:
     """The report of a recipe at work.
 
@@ -139,6 +148,7 @@ def make_report(
         kernels: what each kind of operator became.
         graphs, seconds: of capturing.
         plain_calls: calls without an image; ``compiled_calls`` of them went through Inductor.
+        memory: peak bytes before and after, if known.
     """
     notes = []
     if plain_calls:
@@ -190,7 +200,9 @@ def make_report(
     }
     seconds = {**seconds, **program.seconds}
     plan = str(program.plan)
-    return Report(recipe, backend, plan, outcomes, layers, totals, summary, kernels, graphs, seconds, tuple(notes))
+    return Report(
+        recipe, backend, plan, outcomes, layers, totals, summary, kernels, graphs, seconds, tuple(notes), memory or {}
+    )
 
 
 def _tail_flops(program: Program, call: Call, held: Sequence[int]) -> int:

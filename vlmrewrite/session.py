@@ -24,6 +24,8 @@ from vlmrewrite.choice import Kernels, choose
 from vlmrewrite.encode import Encoded, EncoderFeatures, encoded_images
 from vlmrewrite.grid import grids
 from vlmrewrite.installed import Installed, Ran
+from vlmrewrite.lower import lower
+from vlmrewrite.memory import Layout, peak_bytes
 from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.program import Program, rewrite
 from vlmrewrite.recipe import Recipe
@@ -62,12 +64,16 @@ class Given:
 
 @dataclass(frozen=True)
 class Last:
-    """The last call with an image: what was installed, what came out of it, the call, and what it was given."""
+    """The last call with an image: what was installed, what came out of it, the call, and what it was given.
+
+    ``inputs`` are the captured graph's flat inputs, a :class:`Layout` for each tensor.
+    """
 
     installed: Installed
     ran: Ran
     call: Call
     given: Given
+    inputs: tuple[Any, ...]
 
 
 class Session:
@@ -207,7 +213,7 @@ class Session:
         call, missing = self._describe(graph.vision(*inputs), given)
         installed = self._install(graph, missing, given.images.features.device)
         ran = installed.run(inputs, call)
-        self.latest = Last(installed, replace(ran, out=None), call, given)
+        self.latest = Last(installed, replace(ran, out=None), call, given, tuple(map(Layout.of, inputs)))
         return ran.out
 
     def _install(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Installed:
@@ -254,7 +260,7 @@ class Session:
                 call.grid = found
         return call, missing
 
-    def report(self, model: nn.Module) -> Report:
+    def report(self, model: nn.Module, memory: bool) -> Report:
         """What was done so far; see :func:`vlmrewrite.report`."""
         one = TRACED.get(model)
         installed = None if self.latest is None else self.latest.installed
@@ -271,7 +277,17 @@ class Session:
             seconds={} if one is None else {"capture": one.call.seconds},
             plain_calls=self.plain_calls,
             compiled_calls=self.compiled_calls,
+            memory=self._memory() if memory else {},
         )
+
+    def _memory(self) -> dict[str, int]:
+        """Peak bytes of the last call with an image, before and after."""
+        self.last()
+        assert self.latest is not None
+        installed, inputs = self.latest.installed, self.latest.inputs
+        before = lower(installed.program.captured, self.kernels, self.latest.call.vision.device).graph_module
+        after = installed.peak_bytes(self.latest.ran, inputs, self.latest.call)
+        return {"before": peak_bytes(before, inputs), "after": after}
 
 
 def _wants_cache(model: nn.Module, use_cache: bool | None) -> bool:
