@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import operator
 import sys
 from collections.abc import Iterator
@@ -23,9 +24,11 @@ import torch
 
 import vlmrewrite as vr
 from vlmrewrite.bench import bench
+from vlmrewrite.budget import tokens_kept
 from vlmrewrite.inspection import Shape, read_config, traced_prompt
 from vlmrewrite.kernelbench import bench_kernels
 from vlmrewrite.loading import with_random_weights
+from vlmrewrite.passes import STS
 from vlmrewrite.recipe import Recipe
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -119,13 +122,16 @@ def checks(measured: dict[str, Any], said: dict[str, Predicted], batch: int) -> 
             yield Check(f"{name}: peak bytes of prefill, of unmodified's", row["peak_bytes"], "<=", plain["peak_bytes"])
 
 
-def sampling(size: str, device: torch.device, batch: int, repeat: int) -> float:
-    """Seconds that repulsion sampling takes for the images of a batch."""
+def sampling(size: str, device: torch.device, batch: int, keep: int, repeat: int) -> float:
+    """Seconds that repulsion sampling of ``keep`` tokens takes for the images of a batch; infinite if it failed."""
     result = bench_kernels(
-        device, sizes=[size], batches=[batch], families=["sample"], against=["reference"], repeat=repeat
+        device, sizes=[size], batches=[batch], families=["sample"], against=[], repeat=repeat, sampled=keep
     )
-    row = next(row for row in result["rows"] if row["case"] == "repulsion")
-    return float(row["milliseconds"][row["base"]]) / 1e3
+    for row in result["rows"]:
+        if row["case"] == "repulsion" and "milliseconds" in row:
+            return float(row["milliseconds"][row["base"]]) / 1e3
+    print(f"sampling was not measured: {result['rows']}", file=sys.stderr)
+    return math.inf
 
 
 def measure(name: str, options: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -142,10 +148,12 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> Ite
             model, inputs, chosen, backend=options.backend, repeat=options.repeat, new_tokens=options.new_tokens
         )
         found = list(checks(result, said, batch))
-        seconds = sampling(size, device, batch, options.repeat)
-        for row in result["rows"][1:]:
-            if row["name"].startswith("sts"):
-                share = seconds / row["prefill_median"]
+        seconds = {}
+        for recipe, row in zip(chosen, result["rows"][1:], strict=True):
+            for p in (p for p in recipe.passes if isinstance(p, STS)):
+                keep = tokens_kept(p.keep, tokens)
+                seconds[recipe.name] = sampling(size, device, batch, keep, options.repeat)
+                share = seconds[recipe.name] / row["prefill_median"]
                 found.append(Check(f"{row['name']}, batch {batch}: sampling, of its prefill", share, "<=", 0.03))
         yield (
             {"model": name, "prompt": str(shape), "batch": batch}
@@ -175,17 +183,17 @@ def main() -> int:
     if not options.dry and not torch.cuda.is_available():
         parser.error("torch sees no GPU here; expected --dry")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    runs = [run for name in options.model for run in measure(name, options, device)]
-    failed = 0
-    for run in runs:
+    runs, failed = [], 0
+    for run in (run for name in options.model for run in measure(name, options, device)):
+        runs.append(run)
+        if options.json is not None:
+            options.json.write_text(json.dumps(runs, indent=2) + "\n")
         for check in run["checks"]:
             counts = not options.dry or "K/V" in check["what"]
             failed += counts and not check["holds"]
             verdict = "holds" if check["holds"] else "FALLS SHORT" if counts else "not so, which means nothing here"
             compared = f"{check['measured']:.4g} {check['relation']} {check['expected']:.4g}"
-            print(f"{run['model']}, {check['what']}: {compared}: {verdict}")
-    if options.json is not None:
-        options.json.write_text(json.dumps(runs, indent=2) + "\n")
+            print(f"{run['model']}, {check['what']}: {compared}: {verdict}", flush=True)
     return int(failed > 0)
 
 

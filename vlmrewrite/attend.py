@@ -41,9 +41,9 @@ def seen(mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, plain: bool) -> Seen
     """What kernels need to know of the arguments of :func:`vlmrewrite.dialect.visible`.
 
     Returns:
-        None for plain causal attention of more than one query, which PyTorch's own flash attention does.
+        None for plain causal attention, which PyTorch's own flash attention does.
     """
-    if plain and q_pos.shape[1] > 1:
+    if plain:
         return None
     full = mask if mask is not None and mask.dim() == 4 else None
     if full is None and q_pos.shape[1] <= DECODE:

@@ -141,10 +141,11 @@ def _round(
 
 
 def _steps(forward: Any, step: dict[str, Any], n: int, cache: Any = None) -> None:
-    """Run ``n`` forwards, each of the greedy token of the last one."""
+    """Run ``n`` forwards, each of the greedy token of the last one, which the host looks at, as generate() does."""
     for _ in range(n):
         out = forward(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, step = out.past_key_values, _next_inputs(step, out)
+        step["input_ids"].tolist()
 
 
 def _next_inputs(inputs: dict[str, Any], out: Any) -> dict[str, Any]:

@@ -16,8 +16,6 @@ from vlmrewrite.kernelcases import KEPT, TEXT, Case, Setting, operator, size_of
 from vlmrewrite.regions import representatives
 
 assert passes  # they define operators
-SAMPLED = 192
-"""Vision tokens that sampling chooses of an image, at most a third."""
 
 
 # --- scores
@@ -100,7 +98,7 @@ def _spread_matrix(x: Tensor, k: int) -> list[Tensor]:
 
 def sample(s: Setting) -> Iterator[Case]:
     """STS's repulsion and DivPrune's max-min rule. Bytes count the features once for each token that is chosen."""
-    tokens, k = s.size.tokens, min(SAMPLED, s.size.tokens // 3)
+    tokens, k = s.size.tokens, min(s.sampled, s.size.tokens // 3)
     features, member, lengths, keep = _images(s, k)
 
     def mask(each: Callable[[Tensor], list[Tensor]]) -> Callable[[], Tensor]:

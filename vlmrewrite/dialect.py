@@ -289,9 +289,10 @@ def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name:
             f"policy {name!r} returned {str(chosen.dtype).removeprefix('torch.')} {tuple(chosen.shape)}; expected bool"
             f" {tuple(member.shape)}"
         )
-    image = torch.arange(len(lengths)).repeat_interleave(lengths).to(chosen.device)
-    counts = torch.zeros(len(lengths), dtype=torch.int64, device=chosen.device).index_add(0, image, chosen.long()).cpu()
-    if bool((counts > keep).any()) or bool((chosen & ~member).any()):
+    here, there = torch.stack([chosen, member]).cpu()  # at once: the device waits for the host but one time
+    image = torch.arange(len(lengths)).repeat_interleave(lengths)
+    counts = torch.zeros(len(lengths), dtype=torch.int64).index_add(0, image, here.long())
+    if bool((counts > keep).any()) or bool((here & ~there).any()):
         raise ValueError(
             f"policy {name!r} chose {counts.tolist()} tokens of the images; expected at most {keep.tolist()}, and only"
             " tokens that are left"

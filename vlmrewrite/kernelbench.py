@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
+import importlib
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,7 +18,7 @@ from vlmrewrite import kernels
 from vlmrewrite.bench import device_name
 from vlmrewrite.choosers import regions, sample, score
 from vlmrewrite.contenders import attention, decode, gather, restore
-from vlmrewrite.kernelcases import SIZES, Case, Setting
+from vlmrewrite.kernelcases import SAMPLED, SIZES, Case, Setting
 
 FAMILIES: dict[str, tuple[Callable[[Setting], Iterator[Case]], ...]] = {
     "gather": (gather, restore),
@@ -47,6 +47,7 @@ def bench_kernels(
     families: Sequence[str] = (),
     against: Sequence[str] = KINDS,
     repeat: int = 7,
+    sampled: int = SAMPLED,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure kernels and their alternatives, taking turns.
@@ -59,6 +60,7 @@ def bench_kernels(
         families: names in :data:`FAMILIES`; by default all.
         against: of :data:`KINDS`.
         repeat: counted rounds, after one that is not counted; fewer for what takes longer than :data:`PATIENCE`.
+        sampled: vision tokens that sampling chooses of an image, at most a third of them.
         progress: called before each case with a description.
 
     Returns:
@@ -77,8 +79,10 @@ def bench_kernels(
     _known("size", chosen, SIZES)
     _known("kernel", kinds, FAMILIES)
     _known("against", against, KINDS)
-    if repeat < 1 or not all(b > 0 for b in batches):
-        raise ValueError(f"expected repeat and batches of 1 or more, got {repeat} and {list(batches)}")
+    if repeat < 1 or sampled < 1 or not all(b > 0 for b in batches):
+        raise ValueError(
+            f"expected repeat, sampled and batches of 1 or more, got {repeat}, {sampled} and {list(batches)}"
+        )
     missing = _missing(device)
     ceiling = _ceilings(device, dtype)
     rows = []
@@ -86,13 +90,13 @@ def bench_kernels(
         for batch in batches:
             for family in kinds:
                 progress(f"{family}, {name}, batch {batch}")
-                setting = Setting(SIZES[name], batch, device, dtype)
+                setting = Setting(SIZES[name], batch, device, dtype, sampled)
                 rows += _family(family, setting, missing, against, repeat, ceiling)
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "triton": None if missing == "triton is not installed" else importlib.metadata.version("triton"),
+        "triton": None if missing == "triton is not installed" else importlib.import_module("triton").__version__,
         "no_triton": missing,
         "dtype": str(dtype).removeprefix("torch."),
         "repeat": repeat,
@@ -147,7 +151,7 @@ def _case(
     torch._dynamo.reset()
     with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
         calls, row["error"] = _prepare(case, missing, against, row["skipped"])
-        samples = _rounds(calls, device, repeat)
+        samples = _rounds(calls, device, repeat, row["skipped"])
     if not samples:
         return row
     base = "triton" if "triton" in samples else next(iter(samples))
@@ -210,8 +214,10 @@ def _error(out: Any, expected: Any) -> float:
     return max(one(a, b) for a, b in zip(pytree.tree_leaves(out), pytree.tree_leaves(expected), strict=True))
 
 
-def _rounds(calls: dict[str, Callable[[], Any]], device: torch.device, repeat: int) -> dict[str, list[float]]:
-    """Seconds of each call, taking turns."""
+def _rounds(
+    calls: dict[str, Callable[[], Any]], device: torch.device, repeat: int, skipped: dict[str, str]
+) -> dict[str, list[float]]:
+    """Seconds of each call, taking turns; what fails in between is left out, and noted."""
     trash = torch.empty(FLUSHED, dtype=torch.int8, device=device) if device.type == "cuda" else None
     samples: dict[str, list[float]] = {name: [] for name in calls}
     begun = time.perf_counter()
@@ -220,11 +226,20 @@ def _rounds(calls: dict[str, Callable[[], Any]], device: torch.device, repeat: i
             begun = time.perf_counter()
         elif i > 1 and time.perf_counter() - begun > PATIENCE:
             break
-        for name, call in calls.items():
-            seconds = _seconds(call, trash)
+        for name in list(samples):
+            try:
+                seconds = _seconds(calls[name], trash)
+            except Exception as e:  # as in _prepare; out of memory by then, say
+                del samples[name]
+                skipped[name] = _line(e)
+                continue
             if i:
                 samples[name].append(seconds)
     return samples
+
+
+AHEAD = 4_000_000
+"""Cycles for which the GPU does nothing, about 2 ms, while the host queues what is measured."""
 
 
 def _seconds(call: Callable[[], Any], trash: Tensor | None) -> float:
@@ -233,7 +248,8 @@ def _seconds(call: Callable[[], Any], trash: Tensor | None) -> float:
         call()
         return time.perf_counter() - begun
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    trash.zero_()  # and while it runs, the host gets ahead
+    trash.zero_()
+    torch.cuda._sleep(AHEAD)
     start.record()
     call()
     end.record()
@@ -250,7 +266,7 @@ def _ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
     n = 8192 if big else 512
     a = torch.randn(n, n, device=device).to(dtype)
     out = torch.empty_like(a)
-    found = _rounds({"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, a, out=out)}, device, 5)
+    found = _rounds({"copy": lambda: target.copy_(source), "matmul": lambda: torch.mm(a, a, out=out)}, device, 5, {})
     return {"copy": 2 * source.numel() / min(found["copy"]), "matmul": 2 * n**3 / min(found["matmul"])}
 
 

@@ -15,6 +15,8 @@ from vlmrewrite.operators import KERNELS, REFERENCES
 TEXT = 64
 KEPT = 4
 """One in so many vision tokens is kept."""
+SAMPLED = 192
+"""Vision tokens that sampling chooses of an image unless told otherwise, at most a third."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +66,13 @@ class Case:
 
 @dataclass(frozen=True)
 class Setting:
-    """A size, the rows of a batch, and where its tensors are."""
+    """A size, the rows of a batch, where its tensors are, and how many tokens sampling chooses of an image."""
 
     size: Size
     batch: int
     device: torch.device
     dtype: torch.dtype
+    sampled: int = SAMPLED
 
     @property
     def length(self) -> int:

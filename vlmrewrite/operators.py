@@ -76,8 +76,13 @@ def _define_kernel(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         device = next(x.device for x in args if isinstance(x, Tensor))
-        chosen = reference if kernels.missing(device) is not None else kernels.launcher(kernel)
-        return chosen(*args, **kwargs)
+        if kernels.missing(device) is not None:
+            return reference(*args, **kwargs)
+        launch = kernels.launcher(kernel)
+        if device.type != "cuda" or device.index == torch.cuda.current_device():
+            return launch(*args, **kwargs)
+        with torch.cuda.device(device):  # Triton launches on the current one
+            return launch(*args, **kwargs)
 
     _triton.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _triton.impl(name, run, "CompositeExplicitAutograd")

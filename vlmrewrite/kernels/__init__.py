@@ -34,6 +34,11 @@ def missing(device: torch.device) -> str | None:
         return "triton is not installed"
     if interpreted():
         return None
+    return _incapable(device)
+
+
+@functools.cache
+def _incapable(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"the model is on {device.type}, and Triton kernels need a GPU"
     capability = torch.cuda.get_device_capability(device)

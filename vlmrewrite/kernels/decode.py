@@ -26,6 +26,7 @@ def processors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
+@functools.lru_cache(maxsize=256)
 def splits(programs: int, keys: int, rows: int, device: torch.device, most: int = 128) -> tuple[int, int]:
     """Into how many parts to split the keys, so that all multiprocessors have work until the end.
 

@@ -49,21 +49,39 @@ def _move(  # type: ignore[no-untyped-def]
     tl.store(target, tl.load(source, mask=mask, other=0), mask=mask)
 
 
-@triton.jit(do_not_specialize=["ends", "outers", "widths", "sxb", "sxo", "sxt", "sib", "n"])
+NUMBERS = [f"{name}_{i}" for name in ("end", "outer", "width", "sxb", "sxo", "sxt") for i in range(MOST)]
+
+
+@triton.jit(do_not_specialize=["n", "sib", *NUMBERS])
 def _gather(  # type: ignore[no-untyped-def]
-    xs, outs, ends, outers, widths, sxb, sxo, sxt, sxi, index, sib, sin, n,
+    xs, outs, sxi, index, sib, sin, n,
+    end_0, end_1, end_2, end_3, end_4, end_5,
+    outer_0, outer_1, outer_2, outer_3, outer_4, outer_5,
+    width_0, width_1, width_2, width_3, width_4, width_5,
+    sxb_0, sxb_1, sxb_2, sxb_3, sxb_4, sxb_5,
+    sxo_0, sxo_1, sxo_2, sxo_3, sxo_4, sxo_5,
+    sxt_0, sxt_1, sxt_2, sxt_3, sxt_4, sxt_5,
     UNITS: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
 ) -> None:  # fmt: skip
-    """Programs ``ends[i - 1]`` to ``ends[i]`` move the tiles of tensor i."""
+    """Programs ``end[i - 1]`` to ``end[i]`` move the tiles of tensor i.
+
+    Numbers that come in a tuple would be specialised on, whatever ``do_not_specialize`` says.
+    """
+    end = (end_0, end_1, end_2, end_3, end_4, end_5)
+    outer = (outer_0, outer_1, outer_2, outer_3, outer_4, outer_5)
+    width = (width_0, width_1, width_2, width_3, width_4, width_5)
+    sxb = (sxb_0, sxb_1, sxb_2, sxb_3, sxb_4, sxb_5)
+    sxo = (sxo_0, sxo_1, sxo_2, sxo_3, sxo_4, sxo_5)
+    sxt = (sxt_0, sxt_1, sxt_2, sxt_3, sxt_4, sxt_5)
     pid = tl.program_id(0)
     first = 0
     for i in tl.static_range(len(xs)):
-        if (pid >= first) & (pid < ends[i]):
+        if (pid >= first) & (pid < end[i]):
             _move(
-                xs[i], outs[i], index, pid - first, n, outers[i], widths[i], sxb[i], sxo[i], sxt[i], sxi[i], sib, sin,
+                xs[i], outs[i], index, pid - first, n, outer[i], width[i], sxb[i], sxo[i], sxt[i], sxi[i], sib, sin,
                 UNITS[i], ROWS[i], COLS[i],
             )  # fmt: skip
-        first = ends[i]
+        first = end[i]
 
 
 def gather(xs: list[Tensor], dims: list[int], index: Tensor) -> list[Tensor]:
@@ -96,10 +114,11 @@ def gather(xs: list[Tensor], dims: list[int], index: Tensor) -> list[Tensor]:
 
 def _launch(slots: list[tuple[Any, ...]], index: Tensor) -> None:
     sizes, rest = [s[0] for s in slots], zip(*(s[1:] for s in slots), strict=True)
-    xs, outs, outers, widths, sxb, sxo, sxt, sxi, units, rows, cols = rest
+    xs, outs, *numbers, sxi, units, rows, cols = rest
     ends = tuple(sum(sizes[: i + 1]) for i in range(len(sizes)))
+    padded = [x for given in (ends, *numbers) for x in (*given, *[0] * (MOST - len(slots)))]
     _gather[(ends[-1],)](
-        xs, outs, ends, outers, widths, sxb, sxo, sxt, sxi, index, *index.stride(), index.shape[1],
+        xs, outs, sxi, index, *index.stride(), index.shape[1], *padded,
         UNITS=units, ROWS=rows, COLS=cols, num_warps=4,
     )  # fmt: skip
 

@@ -201,7 +201,7 @@ def _pool(  # type: ignore[no-untyped-def]
     Table, Slot, Flat, X, Out, blocks, length, channels, sxb, sxt, sxc, SUM: tl.constexpr, C: tl.constexpr
 ) -> None:
     """One 4 x 4 block, C channels: averages of the regions that slots stand for."""
-    image, number = tl.program_id(1) // blocks, tl.program_id(1) % blocks
+    image, number = tl.program_id(0) // blocks, tl.program_id(0) % blocks
     if number < tl.load(Table + image * FIELDS + BLOCKS):
         there, place, small, large = block(Table, image, number)
         slot = tl.load(Slot + place, mask=there, other=-1)
@@ -209,7 +209,7 @@ def _pool(  # type: ignore[no-untyped-def]
         level, mid, top = spread(there, slot >= 0, near, place, small, large)
         level, mid, top = level[:, :, None], mid[:, :, None], top[:, :, None]
         token = tl.load(Flat + place, mask=there, other=0)
-        c = tl.program_id(0) * C + tl.arange(0, C)
+        c = tl.program_id(1) * C + tl.arange(0, C)
         row = token // length * sxb + token % length * sxt
         mask = there[:, :, None] & (c < channels)[None, None, :]
         x = tl.load(X + row[:, :, None] + (c * sxc)[None, None, :], mask=mask, other=0.0).to(SUM)
@@ -233,7 +233,7 @@ def dape_pool(
     out = torch.empty_like(hidden, memory_format=torch.contiguous_format)
     slot, _ = locate(index, valid, flat, stream.shape[1], hidden, out)
     width = channels_of(hidden)
-    _pool[(triton.cdiv(hidden.shape[2], width), blocks * len(images))](
+    _pool[(blocks * len(images), triton.cdiv(hidden.shape[2], width))](
         images, slot, flat, stream, out, blocks, stream.shape[1], hidden.shape[2], *stream.stride(),
         SUM=tl.float64 if stream.dtype == torch.float64 else tl.float32, C=width, num_warps=4,
     )  # fmt: skip
