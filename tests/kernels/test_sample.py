@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from vlmrewrite.kernels import interpreted, sample
 from vlmrewrite.kernels.first_pick import ordered
+from vlmrewrite.kernels.lookahead import NEAR
 from vlmrewrite.kernels.sample import greedy
 from vlmrewrite.passes import sts
 from vlmrewrite.passes.divprune import divprune_sample
@@ -25,7 +26,7 @@ UNIT = 2.0**-24
 RULES = st.sampled_from(list(REFERENCES))
 DTYPES = st.sampled_from([torch.float32, torch.float16, torch.bfloat16])
 TILES = st.sampled_from([{}, {"rows": 2}, {"rows": 4, "width": 4}, {"rows": 2, "width": 7}, {"rows": 1, "width": 3}])
-"""In registers, and streamed; by one program for each image, and by several."""
+"""In registers, and looking ahead; by one program for each image, and by several."""
 
 
 def search(rule, x, member, lengths, keep, seed=0, **tiles):
@@ -66,12 +67,14 @@ def images_of(data, most=12):
     return lengths, member, [data.draw(st.integers(0, n)) for n in lengths]
 
 
-def assert_each_step_is_best(rule, x, member, chosen, order, keep):
+def assert_each_step_is_best(rule, x, member, chosen, order, keep, near=False):
     """The picks of one image, in order: each has the least potential of all that were left, up to what fp32 rounds.
 
     A sum of C squares of differences is off by at most C + 2 units relatively, its inverse by three more, and the sum
     of t of them by t more. A cosine is off by C units for the product and for each norm C / 2 + 3; twice as much for
-    the product that a tensor core adds up. The mean is off by n + 1 units of the mean of |x|.
+    the product that a tensor core adds up. The mean is off by n + 1 units of the mean of |x|. Where rows are ``near``
+    one another and distances come from products, 2 C + 8 units of the squares are up to 1 / NEAR times as many of the
+    distance.
     """
     x, left = x.cpu().double(), member.clone()
     n, channels = int(member.sum()), x.shape[1]
@@ -102,7 +105,8 @@ def assert_each_step_is_best(rule, x, member, chosen, order, keep):
         left[pick] = False
         if rule == "repulsion":
             total = total + 1 / ((x - x[pick]).square().sum(1) + sts.EPSILON)
-            slack = (channels + t + 8) * UNIT * total
+            units = (2 * channels + 8) / NEAR.value if near else channels + 8
+            slack = (units + t) * UNIT * total
         else:
             total = total.maximum(unit @ unit[pick])
             slack = torch.full_like(total, loose)
@@ -116,6 +120,54 @@ def test_each_step_takes_the_best(rule, dtype, tiles, n, k, channels, seed):
     member = torch.rand(n, generator=make) < 0.9
     chosen, order = search(rule, x, member, [n], [k], seed, **tiles)
     assert_each_step_is_best(rule, x, member, chosen, order, k)
+
+
+@given(
+    RULES,
+    DTYPES,
+    st.sampled_from([{"rows": 8}, {"rows": 16, "width": 3}, {"rows": 4, "width": 9}]),
+    st.integers(30, 150),
+    st.integers(2, 40),
+    st.integers(1, 70),
+    st.sampled_from([0.0, 1e-4, 1e-2, 0.1, 1.0]),
+    st.integers(0, 99),
+)
+@settings(max_examples=max(4, settings.default.max_examples // 2))
+def test_each_step_takes_the_best_where_rows_are_alike(rule, dtype, tiles, n, k, channels, spread, seed):
+    """Clusters far from zero, more rows than a tile, and several passes."""
+    make = torch.Generator().manual_seed(seed)
+    centres = torch.randn(1 + seed % 7, channels, generator=make) + seed % 3
+    x = centres[torch.randint(0, len(centres), (n,), generator=make)]
+    x = (x + spread * torch.randn(n, channels, generator=make)).to(dtype)
+    member = torch.rand(n, generator=make) < 0.9
+    chosen, order = search(rule, x, member, [n], [k], seed, **tiles, ahead=16)
+    assert_each_step_is_best(rule, x, member, chosen, order, k, near=True)
+
+
+@given(st.lists(st.tuples(st.integers(0, 9000), st.integers(0, 50)), max_size=8), st.integers(1, 7))
+def test_launches_hold_what_they_search(images, width):
+    lengths, keep = [n for n, _ in images], [k for _, k in images]
+    waves = sample._waves(lengths, keep, width)
+    assert sum(waves) == len(images)
+    for n in waves:
+        share = sample._share(lengths[:n], keep[:n], 16, width, 128)
+        assert share.group == 1 or share.programs <= width
+        most = max((n for n, k in images if k), default=0)
+        assert share.most <= max(sample.HELD + 16, -(-most // width) + 16)
+        lengths, keep = lengths[n:], keep[n:]
+
+
+def test_more_images_than_a_launch_takes(monkeypatch):
+    monkeypatch.setattr(sample, "HELD", 4)
+    x, lengths, keep = exact("repulsion", 32, 5), [8, 16, 2, 2, 4], [3, 5, 1, 2, 2]
+    member = torch.ones(32, dtype=torch.bool)
+    assert sample._waves(lengths, keep, 4) == [1, 1, 3]
+    expected = [search("repulsion", *both, [n], [k]) for *both, n, k in zip(
+        x.split(lengths), member.split(lengths), lengths, keep, strict=True)]  # fmt: skip
+    chosen, order = search("repulsion", x, member, lengths, keep, rows=2, width=4)
+    assert torch.equal(chosen, torch.cat([c for c, _ in expected]))
+    found = order.split(keep)
+    assert all(torch.equal(o, e) for o, (_, e), n, k in zip(found, expected, lengths, keep, strict=True) if k < n)
 
 
 @given(RULES, DTYPES, TILES, st.data())

@@ -1,4 +1,4 @@
-"""What the first picks of greedy sampling need, see :mod:`vlmrewrite.kernels.sample`: means, norms, closest others."""
+"""What greedy sampling starts from, see :mod:`vlmrewrite.kernels.sample`: means, norms, closest others."""
 
 from __future__ import annotations
 
@@ -46,6 +46,23 @@ def _mean_kernel(  # type: ignore[no-untyped-def]
         members += live.to(tl.int32)
     mean = tl.div_rn(tl.sum(total, 0), tl.sum(members, 0).to(tl.float32))
     tl.store(out + image * C + cols, mean, mask=cols < C)
+
+
+@triton.jit
+def _distance_kernel(  # type: ignore[no-untyped-def]
+    x, mean, spans, distance, square, stride_n, stride_c, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr
+):  # fmt: skip
+    """Of each row, |x - mean|^2, ordered, and |x|^2."""
+    image = tl.program_id(1).to(tl.int64)
+    start, length = tl.load(spans + 2 * image), tl.load(spans + 2 * image + 1)
+    if tl.program_id(0) * ROWS < length:
+        row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+        there = row < length
+        values = load(x + start * stride_n, row, there, stride_n, stride_c, C, COLS)
+        cols = tl.arange(0, COLS)
+        d = values - tl.load(mean + image * C + cols, mask=cols < C, other=0.0)[None, :]
+        tl.store(distance + start + row, ordered(tl.sum(d * d, 1)), mask=there)
+        tl.store(square + start + row, tl.sum(values * values, 1), mask=there)
 
 
 @triton.jit
@@ -113,14 +130,39 @@ def aligned(x: Tensor) -> bool:
     return x.stride(1) == 1 and x.stride(0) % 16 == 0
 
 
-def closest(features: Tensor, member: Tensor, spans: Tensor, longest: int, rows: int) -> tuple[Tensor, Tensor]:
+def _rows(features: Tensor, cols: int) -> int:
+    """Rows of ``cols`` elements that a program loads at a time."""
+    return max(1, min(64, (2**14 if aligned(features) else 2**13) // cols))
+
+
+def distances(features: Tensor, member: Tensor, spans: Tensor, longest: int) -> tuple[Tensor, Tensor]:
+    """The distance of each token to the mean of its image's members.
+
+    Args:
+        features, member, spans, longest: as for :func:`closest`.
+
+    Returns:
+        The squared distances as integers of the same order, int32 [F]; and the square of each token's norm, fp32 [F].
+    """
+    tokens, channels = features.shape
+    cols = max(16, triton.next_power_of_2(channels))
+    rows = _rows(features, cols)
+    out = torch.empty(tokens, dtype=torch.int32, device=features.device)
+    square = torch.empty(tokens, dtype=torch.float32, device=features.device)
+    _distance_kernel[triton.cdiv(longest, rows), len(spans) // 2](
+        features, mean(features, member, spans), spans, out, square, *features.stride(),
+        C=channels, ROWS=rows, COLS=cols, num_warps=8,
+    )  # fmt: skip
+    return out, square
+
+
+def closest(features: Tensor, member: Tensor, spans: Tensor, longest: int) -> tuple[Tensor, Tensor]:
     """The largest cosine of each member to another one of its image.
 
     Args:
         features: [F, C], not float64. member: bool [F].
         spans: first token and number of tokens of each image, int64 [2 I].
         longest: tokens of the largest image.
-        rows: tokens that a program takes the norm of, a power of two.
 
     Returns:
         The cosines as integers of the same order, int32 [F], of which those of tokens that have no other are the
@@ -131,6 +173,7 @@ def closest(features: Tensor, member: Tensor, spans: Tensor, longest: int, rows:
     out = torch.empty(tokens, dtype=torch.int32, device=features.device)
     inverse = torch.empty(tokens, dtype=torch.float32, device=features.device)
     cols = max(16, triton.next_power_of_2(channels))
+    rows = _rows(features, cols)
     _norm_kernel[(triton.cdiv(tokens, rows),)](
         features, inverse, out, tokens, *strides, C=channels, ROWS=rows, COLS=cols, num_warps=8
     )

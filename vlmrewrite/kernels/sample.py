@@ -1,12 +1,12 @@
 """Greedy sampling of tokens by diversity, all images of a batch in one launch.
 
 Each image is searched by a group of programs, each of which keeps the potentials of its own rows. At each step they
-publish the best row they have, wait for what the others of the group publish, and go on from the best of all. What is
-published is one word that says all, in a place of its own for each step, so that no fence or counter is needed.
-All programs of a group must run at the same time: there are never more than the device has multiprocessors.
+publish the best row they have, wait for what the others of the group publish (:mod:`vlmrewrite.kernels.messages`), and
+go on from the best of all. All programs of a group must run at the same time: there are never more than the device has
+multiprocessors.
 
-Rows that fit are kept in registers; others stream through shared memory at each step. Distances are sums of squared
-differences, as in the references: |x|^2 + |y|^2 - 2xy cancels where tokens are alike, and saves no memory traffic.
+Rows that fit are kept in registers, their distances sums of squared differences, as in the references; for others see
+:mod:`vlmrewrite.kernels.lookahead`.
 """
 
 from __future__ import annotations
@@ -19,89 +19,26 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmrewrite.kernels import interpreted
-from vlmrewrite.kernels.first_pick import aligned, closest, load, mean, ordered
+from vlmrewrite.kernels.first_pick import aligned, closest, distances, load, ordered
+from vlmrewrite.kernels.lookahead import EPSILON, search
+from vlmrewrite.kernels.messages import NOTHING, message, take
 
-EPSILON = tl.constexpr(1e-6)
-"""Added to squared distances by the repulsion rule."""
-NOTHING = tl.constexpr(2**63 - 1)
-"""The message of a program that has no row to offer; it is after all others."""
-LOW = tl.constexpr(0xFFFFFFFF)
+WIDEST = 2**14
+"""Channels, at most."""
 KEPT = 2**15
 """Elements that a program keeps in registers: in fp32, half of them."""
-STREAMED = 2**14
-"""Elements of a tile that streams."""
+HELD = 2**11
+"""Rows whose potentials a program keeps in registers."""
+AHEAD, EACH = 128, 32
+"""Candidates that a pass looks at, and how many of them one program may offer."""
 FIELDS = tl.constexpr(10)
 """Numbers in a program's row of the table that :func:`_share` makes."""
-BLOCK = 1024
-
-
-# --- messages: potential and row in one int64, least first, then the first row; NaN comes last; never 0, not yet sent
-
-
-@triton.jit
-def _message(ordered, row):  # type: ignore[no-untyped-def]
-    return (ordered.to(tl.int64) << 32) | (row + 1).to(tl.int64)
-
-
-@triton.jit
-def _row(message):  # type: ignore[no-untyped-def]
-    return ((message & LOW) - 1).to(tl.int32)
-
-
-# --- one image
-
-
-@triton.jit
-def _load_one(x, stride_c, C: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The row at x as fp32 [1, COLS]."""
-    cols = tl.arange(0, COLS).to(tl.int64)
-    at = x + cols * stride_c
-    values = tl.load(at) if C == COLS else tl.load(at, mask=cols < C, other=0.0)
-    return values.to(tl.float32)[None, :]
-
-
-@triton.jit
-def _absorb(u, x, inverse, p, inverse_p, RULE: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Potentials u [rows] of the rows x [rows, COLS] after the pick p [1, COLS]."""
-    if RULE == "repulsion":
-        d = x - p
-        u += tl.div_rn(1.0, tl.sum(d * d, 1) + EPSILON)
-    else:
-        u = tl.maximum(u, tl.sum(x * p, 1) * inverse * inverse_p)
-    return u
-
-
-@triton.jit
-def _first(x, row, there, first, RULE: tl.constexpr, C: tl.constexpr, COLS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """What the first pick has least of, ordered: distance to the mean, or cosine to the closest other."""
-    if RULE == "repulsion":
-        d = x - _load_one(first, 1, C, COLS)
-        score = ordered(tl.sum(d * d, 1))
-    else:
-        score = tl.load(first + row, mask=there, other=0)
-    return score
-
-
-@triton.jit
-def _choose(best, t, slots, order, out, begin, stop, rank, group, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Agree with the group on pick number t, note it, and return its row."""
-    if GROUP > 1:
-        slots += t * group
-        tl.atomic_xchg(slots + rank, best, sem="relaxed")
-        other = tl.arange(0, GROUP)
-        sent = tl.load(slots + other, mask=other < group, other=NOTHING, volatile=True)
-        while tl.min((sent != 0).to(tl.int32), 0) == 0:
-            sent = tl.load(slots + other, mask=other < group, other=NOTHING, volatile=True)
-        best = tl.min(sent, 0)
-    pick = _row(best)
-    tl.store(order + t, pick, mask=rank == 0)
-    tl.store(out + pick, 1, mask=(pick >= begin) & (pick < stop))
-    return pick
+BLOCK, WARPS = 1024, 8
 
 
 @triton.jit
 def _kept(  # type: ignore[no-untyped-def]
-    x_ptr, member, first, inverse_ptr, slots, order, out, begin, stop, rank, group, keep,
+    x_ptr, member, first, norm, slots, order, out, begin, stop, rank, group, keep,
     stride_n, stride_c, stride_m,
     RULE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
@@ -110,66 +47,33 @@ def _kept(  # type: ignore[no-untyped-def]
     there = row < stop
     live = tl.load(member + row.to(tl.int64) * stride_m, mask=there, other=0) != 0
     x = load(x_ptr, row, live, stride_n, stride_c, C, COLS)
-    if RULE == "repulsion":
-        inverse, u = 0.0, tl.zeros([ROWS], tl.float32)
-    else:
-        inverse, u = tl.load(inverse_ptr + row, mask=there, other=0.0), tl.full([ROWS], -float("inf"), tl.float32)
-    best = tl.min(tl.where(live, _message(_first(x, row, there, first, RULE, C, COLS), row), NOTHING), 0)
-    pick = _choose(best, 0, slots, order, out, begin, stop, rank, group, GROUP)
+    u = tl.full([ROWS], 0.0 if RULE == "repulsion" else -float("inf"), tl.float32)
+    own = tl.load(norm + row, mask=there, other=0.0)
+    best = tl.min(tl.where(live, message(tl.load(first + row, mask=there, other=0), row), NOTHING), 0)
+    pick = take(best, 0, slots, order, out, begin, stop, rank, group, GROUP)
     for t in range(1, keep):
-        p = _load_one(x_ptr + pick.to(tl.int64) * stride_n, stride_c, C, COLS)
-        inverse_p = 0.0 if RULE == "repulsion" else tl.load(inverse_ptr + pick)
-        u = _absorb(u, x, inverse, p, inverse_p, RULE)
+        cols = tl.arange(0, COLS)
+        at = x_ptr + pick.to(tl.int64) * stride_n + cols.to(tl.int64) * stride_c
+        p = (tl.load(at) if C == COLS else tl.load(at, mask=cols < C, other=0.0)).to(tl.float32)[None, :]
+        if RULE == "repulsion":
+            d = x - p
+            u += tl.div_rn(1.0, tl.sum(d * d, 1) + EPSILON)
+        else:
+            u = tl.maximum(u, tl.sum(x * p, 1) * own * tl.load(norm + pick))
         live = live & (row != pick)
-        best = tl.min(tl.where(live, _message(ordered(u), row), NOTHING), 0)
-        pick = _choose(best, t, slots, order, out, begin, stop, rank, group, GROUP)
-
-
-@triton.jit
-def _streamed(  # type: ignore[no-untyped-def]
-    x_ptr, member, first, inverse_ptr, potential, slots, order, out, begin, stop, rank, group, keep,
-    stride_n, stride_c, stride_m, RULE: tl.constexpr, C: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr,
-):  # fmt: skip
-    """Search with the rows read again at each step, a tile at a time."""
-    NONE: tl.constexpr = 0.0 if RULE == "repulsion" else -float("inf")
-    best = tl.full([1], NOTHING, tl.int64)
-    for at in range(begin, stop, ROWS):
-        row = at + tl.arange(0, ROWS)
-        there = row < stop
-        live = tl.load(member + row.to(tl.int64) * stride_m, mask=there, other=0) != 0
-        x = load(x_ptr, row, live, stride_n, stride_c, C, COLS)
-        scored = _message(_first(x, row, there, first, RULE, C, COLS), row)
-        best = tl.minimum(best, tl.min(tl.where(live, scored, NOTHING), 0))
-        tl.store(potential + row, tl.zeros([ROWS], tl.float32) + NONE, mask=there)
-    pick = _choose(tl.min(best, 0), 0, slots, order, out, begin, stop, rank, group, GROUP)
-    for t in range(1, keep):
-        tl.debug_barrier()  # what one thread stored, others load
-        p = _load_one(x_ptr + pick.to(tl.int64) * stride_n, stride_c, C, COLS)
-        inverse_p = 0.0 if RULE == "repulsion" else tl.load(inverse_ptr + pick)
-        best = tl.full([1], NOTHING, tl.int64)
-        for at in tl.range(begin, stop, ROWS, num_stages=STAGES):
-            row = at + tl.arange(0, ROWS)
-            there = row < stop
-            live = tl.load(member + row.to(tl.int64) * stride_m, mask=there, other=0) != 0
-            live = live & (tl.load(out + row, mask=there, other=1) == 0)
-            x = load(x_ptr, row, there, stride_n, stride_c, C, COLS)
-            u = tl.load(potential + row, mask=there, other=0.0)
-            inverse = 0.0 if RULE == "repulsion" else tl.load(inverse_ptr + row, mask=there, other=0.0)
-            u = _absorb(u, x, inverse, p, inverse_p, RULE)
-            tl.store(potential + row, u, mask=there)
-            best = tl.minimum(best, tl.min(tl.where(live, _message(ordered(u), row), NOTHING), 0))
-        pick = _choose(tl.min(best, 0), t, slots, order, out, begin, stop, rank, group, GROUP)
+        best = tl.min(tl.where(live, message(ordered(u), row), NOTHING), 0)
+        pick = take(best, t, slots, order, out, begin, stop, rank, group, GROUP)
 
 
 @triton.jit
 def _greedy_kernel(  # type: ignore[no-untyped-def]
-    x, member, first, inverse, potential, slots, order, out, table, stride_n, stride_c, stride_m,
+    x, member, first, norm, gains, slots, order, out, table, stride_n, stride_c, stride_m,
     RULE: tl.constexpr, C: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
-    GROUP: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
+    GROUP: tl.constexpr, TILE: tl.constexpr, DEEP: tl.constexpr, AHEAD: tl.constexpr, EACH: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     at = table + tl.program_id(0) * FIELDS
-    image, start = tl.load(at), tl.load(at + 1)
+    start = tl.load(at + 1)
     length, keep = tl.load(at + 2).to(tl.int32), tl.load(at + 3).to(tl.int32)
     begin, stop = tl.load(at + 4).to(tl.int32), tl.load(at + 5).to(tl.int32)
     rank, group = tl.load(at + 6).to(tl.int32), tl.load(at + 7).to(tl.int32)
@@ -177,10 +81,10 @@ def _greedy_kernel(  # type: ignore[no-untyped-def]
     order += tl.load(at + 9)
     x += start * stride_n
     member += start * stride_m
-    inverse += start
-    potential += start
+    first += start
+    norm += start
+    gains += start * AHEAD
     out += start
-    first += image * C if RULE == "repulsion" else start
     block = tl.arange(0, BLOCK)
     members = tl.zeros([BLOCK], tl.int32)
     for n in range(0, length, BLOCK):
@@ -193,13 +97,13 @@ def _greedy_kernel(  # type: ignore[no-untyped-def]
             tl.store(out + n + block, live, mask=there)
     elif WHOLE:
         _kept(
-            x, member, first, inverse, slots, order, out, begin, stop, rank, group, keep,
+            x, member, first, norm, slots, order, out, begin, stop, rank, group, keep,
             stride_n, stride_c, stride_m, RULE, C, ROWS, COLS, GROUP,
         )  # fmt: skip
     else:
-        _streamed(
-            x, member, first, inverse, potential, slots, order, out, begin, stop, rank, group, keep,
-            stride_n, stride_c, stride_m, RULE, C, ROWS, COLS, GROUP, STAGES,
+        search(
+            x, member, first, norm, gains, slots, order, out, begin, stop, length, rank, group, keep,
+            stride_n, stride_c, stride_m, RULE, C, ROWS, GROUP, TILE, DEEP, AHEAD, EACH, PRECISION, STAGES,
         )  # fmt: skip
 
 
@@ -225,6 +129,7 @@ def greedy(
     *,
     rows: int | None = None,
     width: int | None = None,
+    ahead: int = AHEAD,
 ) -> tuple[Tensor, Tensor]:
     """Greedy sampling with the order of its picks.
 
@@ -234,54 +139,96 @@ def greedy(
         member: tokens that may be chosen, bool [F].
         lengths: tokens of each image, int64 [I], sum F, on the CPU.
         keep: how many to choose of each image, int64 [I], on the CPU.
-        rows: tokens of a tile, a power of two; by default as many as the registers take.
+        rows: a program's tokens are a multiple of it, a power of two; with one of them they are kept in registers.
         width: programs that can run at the same time; by default the device's multiprocessors.
+        ahead: candidates of a pass, a power of two from 16 on.
 
     Returns:
         The chosen tokens, bool [F]. And the picks of each image that has more members than it keeps, in order, counted
         from the image's first token: int32 [sum of min(length, keep)], where those of other images are undefined.
 
     Raises:
-        ValueError: more channels than a tile has room for.
+        ValueError: more channels than the kernels take.
     """
     channels, device = features.shape[1], features.device
-    if channels > STREAMED:
-        raise ValueError(f"features have {channels} channels; expected at most {STREAMED}")
+    if channels > WIDEST:
+        raise ValueError(f"features have {channels} channels; expected at most {WIDEST}")
     if features.dtype == torch.float64:
         features = features.float()
+    found = torch.zeros(member.shape, dtype=torch.bool, device=device)
+    orders, start = [], 0
+    for n in _waves(lengths.tolist(), keep.tolist(), width or _width(device)):
+        these = slice(start, start + int(lengths[:n].sum()))
+        given = features[these], member[these], found[these]
+        orders.append(_search(rule, *given, lengths[:n].tolist(), keep[:n].tolist(), rows, width, ahead))
+        lengths, keep, start = lengths[n:], keep[n:], these.stop
+    return found, orders[0] if len(orders) == 1 else torch.cat([features.new_empty(0, dtype=torch.int32), *orders])
+
+
+def _waves(lengths: list[int], keep: list[int], width: int) -> list[int]:
+    """Images of each launch: as many as can be searched at once, one at least."""
+    waves: list[list[int]] = [[]]
+    for n, k in zip(lengths, keep, strict=True):
+        wave = [*waves[-1], _needed(n, width) if n and k else 0]
+        if sum(wave) > width and max(wave) > 1 and len(wave) > 1:
+            waves.append(wave[-1:])
+        else:
+            waves[-1] = wave
+    return list(map(len, waves))
+
+
+def _needed(n: int, width: int) -> int:
+    """Programs that hold the potentials of n tokens, where so many can run at the same time."""
+    return min(width, -(-n // HELD))
+
+
+def _search(
+    rule: str,
+    features: Tensor,
+    member: Tensor,
+    out: Tensor,
+    lengths: list[int],
+    keep: list[int],
+    rows: int | None,
+    width: int | None,
+    ahead: int,
+) -> Tensor:
+    """One launch: writes the chosen tokens to ``out``, and returns the order."""
+    channels, device, single = features.shape[1], features.device, features.dtype == torch.float32
     cols = max(16, triton.next_power_of_2(channels))
     width, vectors = width or _width(device), aligned(features)
-    share = _share(lengths.tolist(), keep.tolist(), rows or min(KEPT // cols, 16), width)
+    share = _share(lengths, keep, rows or min(KEPT // cols, 16), width)
     whole = share.tiles <= 1
     if not whole:
-        streamed = STREAMED // cols if vectors else max(1, STREAMED // cols // 2)
-        share = _share(lengths.tolist(), keep.tolist(), rows or min(streamed, 64), width)
-    out = torch.zeros(member.shape, dtype=torch.bool, device=device)
+        share = _share(lengths, keep, rows or 16, width, ahead)
     order = torch.empty(share.picks, dtype=torch.int32, device=device)
     if not share.programs:
-        return out, order
+        return order
     table = torch.tensor(share.table, dtype=torch.int64)
     table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
     spans = table[share.programs * FIELDS.value :]
-    scratch = torch.empty(features.shape[0], dtype=torch.float32, device=device)
-    if rule == "repulsion":
-        first, inverse = mean(features, member, spans), scratch
-    else:
-        first, inverse = closest(features, member, spans, share.longest, share.rows)
+    first, norm = (distances if rule == "repulsion" else closest)(features, member, spans, share.longest)
+    group = triton.next_power_of_2(share.group)
+    each = offer(ahead, group)
+    held = share.rows if whole else triton.next_power_of_2(share.most)
+    ahead = max(16, group * each)
+    gains = torch.empty(0 if whole else len(member) * ahead, dtype=torch.float32, device=device)
+    slots = torch.zeros(share.slots, dtype=torch.int64, device=device)
     _greedy_kernel[(share.programs,)](
-        features, member, first, inverse, scratch, torch.zeros(share.slots, dtype=torch.int64, device=device),
-        order, out, table, *features.stride(), member.stride(0),
-        RULE=rule, C=channels, WHOLE=whole, ROWS=share.rows, COLS=cols, GROUP=triton.next_power_of_2(share.group),
-        STAGES=3 if vectors else 1, BLOCK=BLOCK, num_warps=8 if whole else 16, maxnreg=255 if whole else 128,
+        features, member, first, norm, gains, slots, order, out, table, *features.stride(), member.stride(0),
+        RULE=rule, C=channels, WHOLE=whole, ROWS=held, COLS=cols,
+        GROUP=max(group, 32 * WARPS) if group > 1 else 1, TILE=max(16, min(32 if single else 64, held)),
+        DEEP=(32 if single else 64) if vectors else 16, AHEAD=ahead, EACH=each,
+        PRECISION="tf32x3" if single else "ieee", STAGES=3, BLOCK=BLOCK, num_warps=WARPS, maxnreg=255,
         launch_cooperative_grid=share.group > 1,
     )  # fmt: skip
-    return out, order
+    return order
 
 
 def _width(device: torch.device) -> int:
     if interpreted():
         return 1  # they run one after another
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 132
+    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 132
 
 
 class _Share(NamedTuple):
@@ -291,6 +238,7 @@ class _Share(NamedTuple):
         table: :data:`FIELDS` numbers for each program, then first token and number of tokens of each image.
         group: programs of the image that has most.
         tiles: tiles of the program that has most.
+        most: its tokens.
         rows: tokens of a tile.
         slots: messages that are sent at most.
         picks: tokens that are chosen at most.
@@ -301,36 +249,51 @@ class _Share(NamedTuple):
     programs: int
     group: int
     tiles: int
+    most: int
     rows: int
     slots: int
     picks: int
     longest: int
 
 
-def _share(lengths: list[int], keep: list[int], rows: int, width: int) -> _Share:
+def _share(lengths: list[int], keep: list[int], rows: int, width: int, ahead: int = 0) -> _Share:
     """Give each image that has something to keep a group of programs, by its share of the work.
 
     No more than ``width`` programs in all, unless there are more images: then each image has one program, and none
-    waits for another.
+    waits for another. With candidates to look ``ahead`` at, no more programs for an image than these, and no fewer than
+    hold its potentials.
     """
     table: list[int] = []
     spans: list[int] = []
-    start = slots = picks = most = most_tiles = longest = 0
+    at = slots = picks = 0
     work = [n * min(n, k) for n, k in zip(lengths, keep, strict=True)]
-    spare = max(0, width - sum(w > 0 for w in work))
-    for n, k, w in zip(lengths, keep, work, strict=True):
+    least = [min(_needed(n, width) if ahead else 1, w) for n, w in zip(lengths, work, strict=True)]
+    spare = max(0, width - sum(least))
+    images: list[tuple[int, int, int, int, int]] = []
+    for n, k, w, few in zip(lengths, keep, work, least, strict=True):
         if w:
             tiles = triton.cdiv(n, rows)
-            each = triton.cdiv(tiles, min(tiles, 1 + spare * w // sum(work)))
-            group, k = triton.cdiv(tiles, each), min(n, k)
-            for rank in range(group):
-                begin = rank * each * rows
-                table += len(spans) // 2, start, n, k, begin, min(n, begin + each * rows), rank, group, slots, picks
-            spans += start, n
-            slots += group * k
-            picks += k
-            most, most_tiles, longest = max(most, group), max(most_tiles, each), max(longest, n)
-        start += n
-    programs = len(table) // FIELDS.value
-    slots = slots if most > 1 else 0
-    return _Share(table + spans, programs, most, most_tiles, rows, slots, picks, longest)
+            many = min(tiles, few + spare * w // sum(work), ahead or tiles)
+            each = triton.cdiv(tiles, many)
+            images.append((at, n, min(n, k), triton.cdiv(tiles, each), each))
+        at += n
+    group = max((g for *_, g, _ in images), default=1)
+    offered = offer(ahead, group) if ahead else 0
+    for image, (start, n, k, programs, each) in enumerate(images):
+        for rank in range(programs):
+            begin = rank * each * rows
+            table += image, start, n, k, begin, min(n, begin + each * rows), rank, programs, slots, picks
+        spans += start, n
+        slots += programs * k * (1 + offered)
+        picks += k
+    slots = slots if group > 1 or ahead else 0  # a program that is alone tells nobody
+    tiles = max((each for *_, each in images), default=0)
+    most = max((min(n, each * rows) for _, n, _, _, each in images), default=0)
+    longest = max((n for _, n, *_ in images), default=0)
+    return _Share(table + spans, len(table) // FIELDS.value, group, tiles, most, rows, slots, picks, longest)
+
+
+def offer(ahead: int, group: int) -> int:
+    """Candidates that each program of a group offers, so that at most ``ahead`` and at least 16 can be looked at."""
+    most: int = triton.next_power_of_2(group)
+    return max(1, min(EACH, ahead // most))
