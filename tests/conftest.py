@@ -1,7 +1,9 @@
 """Hypothesis profiles, and tiny models shared by all tests (a model's captured graphs are kept with it)."""
 
+import gc
 import os
 import sys
+from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -19,14 +21,24 @@ from hypothesis import HealthCheck, settings
 from vlmrewrite.testing.models import FAMILIES, TinyVLM
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-settings.register_profile("ci", max_examples=12, deadline=None, suppress_health_check=_SLOW, derandomize=True)
+settings.register_profile("ci", max_examples=10, deadline=None, suppress_health_check=_SLOW, derandomize=True)
 settings.register_profile("long", max_examples=700, deadline=None, suppress_health_check=_SLOW)
 settings.load_profile("ci")
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
+def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_looking_at_what_stays() -> Iterator[None]:
+    """Captured graphs are millions of objects, and looking for garbage among them is a quarter of the tests' time."""
+    yield
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module")

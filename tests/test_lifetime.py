@@ -39,8 +39,7 @@ def used(recipe, restore: bool) -> list[weakref.ref]:
     return [weakref.ref(x) for x in seen]
 
 
-@pytest.mark.parametrize("restore", [True, False], ids=["restored", "not restored"])
-@pytest.mark.parametrize("features", ["projected", "encoder"])
+@pytest.mark.parametrize(("features", "restore"), [("projected", False), ("encoder", True)])
 def test_captures_die_with_their_model(restore, features):
     collect()
     before = {name for name in vars(capture) if "compiled_fn" in name}

@@ -208,7 +208,7 @@ class TracedCall:
 
     def __call__(self, model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any], *more: Any) -> Any:
         """Run (and trace if new) the forward; ``more`` is what the entry takes beside the forward's own arguments."""
-        with tracing_options(), torch._dynamo.config.patch(recompile_limit=self.limit):
+        with tracing_options(), _set(torch._dynamo.config, recompile_limit=self.limit):
             self._begun = time.perf_counter()
             try:
                 return self._compiled(self._forward, model, cache, self._absent | kwargs, *more)
@@ -266,11 +266,24 @@ def _insist() -> None:
 def tracing_options() -> Iterator[None]:
     """Dynamo options of a capture: every axis a symbol of its own, Python floats as constants."""
     with (
-        torch.fx.experimental._config.patch(use_duck_shape=False),  # type: ignore[attr-defined]
-        torch._dynamo.config.patch(specialize_float=True),
+        _set(torch.fx.experimental._config, use_duck_shape=False),
+        _set(torch._dynamo.config, specialize_float=True),
         _symbols_in_messages(),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _set(config: Any, **options: Any) -> Iterator[None]:
+    """What ``config.patch`` does, which makes a class at each call, and every decode step is one."""
+    before = {name: getattr(config, name) for name in options}
+    try:
+        for name, value in options.items():
+            setattr(config, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
 
 
 @contextlib.contextmanager
