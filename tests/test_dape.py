@@ -9,17 +9,18 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmrewrite as vr
+from tests.small import planned as of_passes
+from tests.small import with_grid
 from vlmrewrite import regions
 from vlmrewrite.install import _session, layer_masks
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Stride
 from vlmrewrite.passes.dape_ops import Detail, Matching, gains
 from vlmrewrite.plan import Plan
-from vlmrewrite.testing import models, strategies
+from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import logits_agreement
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import Row
 from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
 from vlmrewrite.tokens import Policy, Text, Vision
 
@@ -27,34 +28,11 @@ FEW = settings(max_examples=max(4, settings.default.max_examples // 3))
 HALF = settings(max_examples=max(4, settings.default.max_examples // 2))
 BATCH = [Row(2, 1, 3), Row(0, 4, 2), Row(1, 3, 4), Row(3, 2, 1)]
 GRIDS = frozenset({"features", "grid"})
-
-
-@functools.cache
-def family(name):
-    if name != "llava":
-        return FAMILIES[name]()
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**models._tower(image_size=24, projection_dim=models.HIDDEN)),
-        text_config=LlamaConfig(**models._decoder(4)),
-        image_token_index=models.IMAGE,
-        image_seq_length=36,
-        vision_feature_layer=-1,
-    )
-    return models._tiny("llava", LlavaForConditionalGeneration, config, models._square(24, 36), 0)
+family, planned = functools.cache(with_grid), functools.partial(of_passes, features=GRIDS)
 
 
 def real(inputs):
     return inputs["attention_mask"].bool()
-
-
-def planned(*passes, depth=8):
-    plan = Plan(depth, GRIDS)
-    for p in passes:
-        plan.label = p.name
-        assert p.refuse(plan) is None
-        p.change(plan)
-    plan.check()
-    return str(plan)
 
 
 # ---- the plan

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor
-from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmrewrite as vr
+from tests.small import with_grid
 from vlmrewrite.budget import frozen_pass
 from vlmrewrite.install import layer_masks
 from vlmrewrite.passes import DAPE, DPVR, VISOR, FastV, dape, dape_ops
@@ -22,7 +22,7 @@ from vlmrewrite.plan import Edit
 from vlmrewrite.regions import density
 from vlmrewrite.testing import models, oracle, strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import Row
 from vlmrewrite.tokens import Policy, Vision
 
 HALF = settings(max_examples=max(4, settings.default.max_examples // 2))
@@ -33,18 +33,7 @@ NEAR = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.flo
 
 @functools.cache
 def family(name, dtype=torch.float32):
-    """LLaVA with 36 tokens an image; the others as they are."""
-    if name == "llava":
-        config = LlavaConfig(
-            vision_config=CLIPVisionConfig(**models._tower(image_size=24, projection_dim=models.HIDDEN)),
-            text_config=LlamaConfig(**models._decoder(4)),
-            image_token_index=models.IMAGE,
-            image_seq_length=36,
-            vision_feature_layer=-1,
-        )
-        tiny = models._tiny("llava", LlavaForConditionalGeneration, config, models._square(24, 36), 0)
-    else:
-        tiny = FAMILIES[name]()
+    tiny = with_grid(name)
     tiny.model.to(dtype)
     return tiny
 

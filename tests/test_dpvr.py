@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from tests.small import planned
 from vlmrewrite.blocks import ATTRIBUTE, LayerCopy
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Random, Stride, ViCA
 from vlmrewrite.plan import Plan
@@ -20,16 +21,6 @@ MODELS = {name: make() for name, make in FAMILIES.items()}
 TINY = MODELS["llava"]
 NO_IMAGE = torch.tensor([[3, 4, 5]])
 ROWS = [Row(1, 2, 3), Row(0, 3, 3), Row(3, 1, 3)]
-
-
-def planned(*passes, depth=8):
-    plan = Plan(depth)
-    for p in passes:
-        plan.label = p.name
-        assert p.refuse(plan) is None
-        p.change(plan)
-    plan.check()
-    return str(plan)
 
 
 def test_plan():

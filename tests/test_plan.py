@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.small import planned
 from vlmrewrite.call import Call
 from vlmrewrite.census import Census
 from vlmrewrite.passes import STS, Random, Stride
@@ -16,15 +17,6 @@ from vlmrewrite.plan import Plan
 from vlmrewrite.tokens import All, Image, Last, Nothing, Policy, Text, Vision, contains, substitute
 
 SOME = Policy("some", print)
-
-
-def planned(*passes, depth=8):
-    plan = Plan(depth)
-    for p in passes:
-        assert p.refuse(plan) is None
-        p.change(plan)
-    plan.check()
-    return str(plan)
 
 
 def test_no_passes():

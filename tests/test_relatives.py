@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import re
 
@@ -13,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from tests.small import planned as of_passes
 from vlmrewrite.budget import chosen_layers
 from vlmrewrite.passes import STS, VISOR, VTW, DivPrune, FastV, Random, ShortV, Stride, ViCA, divprune
 from vlmrewrite.passes.divprune import divprune_sample
@@ -26,15 +28,7 @@ from vlmrewrite.tokens import All, Text, contains
 TINY = FAMILIES["llava"]()
 RELATIVES = [FastV(), DivPrune(), VTW(), ShortV([1, 2]), ViCA([0, 3]), VISOR([0], [2])]
 GREEDY = {"do_sample": False, "max_new_tokens": 3}
-
-
-def planned(*passes, depth=8):
-    plan = Plan(depth, frozenset(FEATURES))
-    for p in passes:
-        assert p.refuse(plan) is None
-        p.change(plan)
-    plan.check()
-    return str(plan)
+planned = functools.partial(of_passes, features=frozenset(FEATURES))
 
 
 # ---- plan text

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from tests.small import planned
 from vlmrewrite.passes import STS, VISOR, DivPrune, FastV, Stride, ViCA
 from vlmrewrite.plan import Plan
 from vlmrewrite.testing import strategies
@@ -17,15 +18,6 @@ from vlmrewrite.tokens import Text
 
 TINY = {name: FAMILIES[name]() for name in ("llava", "qwen2_5_vl")}
 LLAVA = TINY["llava"].model
-
-
-def planned(*passes, depth=8):
-    plan = Plan(depth)
-    for p in passes:
-        assert p.refuse(plan) is None
-        p.change(plan)
-    plan.check()
-    return str(plan)
 
 
 def test_the_three_kinds_of_layer():
