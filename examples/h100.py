@@ -23,10 +23,9 @@ from typing import Any, Literal
 import torch
 
 import vlmrewrite as vr
-from vlmrewrite.bench import bench
+from vlmrewrite.bench import bench, bench_kernels
 from vlmrewrite.budget import tokens_kept
 from vlmrewrite.inspection import Shape, read_config, traced_prompt
-from vlmrewrite.kernelbench import bench_kernels
 from vlmrewrite.loading import with_random_weights
 from vlmrewrite.passes import STS
 from vlmrewrite.recipe import Recipe

@@ -9,10 +9,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from vlmrewrite import kernelbench
+from vlmrewrite.bench import bench_kernels
+from vlmrewrite.bench import kernels as kernelbench
+from vlmrewrite.bench.cases import Case, Setting
 from vlmrewrite.cli import app
-from vlmrewrite.kernelbench import bench_kernels
-from vlmrewrite.kernelcases import Case, Setting
 from vlmrewrite.kernels import _installed, interpreted
 
 CPU = torch.device("cpu")

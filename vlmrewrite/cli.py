@@ -303,7 +303,8 @@ def bench(
 def _bench_kernels(
     device: str, dtype: str, rows: int | None, repeat: int, out: Path | None, chosen: dict[str, Any]
 ) -> None:
-    from vlmrewrite import kernelbench, loading
+    from vlmrewrite import loading
+    from vlmrewrite.bench import bench_kernels
 
     where = loading.device_of(device)
     kind = None if dtype == "auto" else loading.dtype_of(dtype, None, where)
@@ -311,7 +312,7 @@ def _bench_kernels(
         chosen["batches"] = [rows]
     with _progress() as progress:
         task = progress.add_task("", total=None)
-        result = kernelbench.bench_kernels(
+        result = bench_kernels(
             where,
             kind,
             repeat=repeat,

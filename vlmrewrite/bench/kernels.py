@@ -15,10 +15,10 @@ import torch.utils._pytree as pytree
 from torch import Tensor
 
 from vlmrewrite import kernels
-from vlmrewrite.bench import device_name
-from vlmrewrite.choosers import regions, sample, score
-from vlmrewrite.contenders import attention, decode, gather, restore
-from vlmrewrite.kernelcases import SAMPLED, SIZES, Case, Setting
+from vlmrewrite.bench.cases import SAMPLED, SIZES, Case, Setting
+from vlmrewrite.bench.choosers import regions, sample, score
+from vlmrewrite.bench.contenders import attention, decode, gather, restore
+from vlmrewrite.bench.models import device_name
 
 FAMILIES: dict[str, tuple[Callable[[Setting], Iterator[Case]], ...]] = {
     "gather": (gather, restore),
@@ -55,7 +55,7 @@ def bench_kernels(
     Args:
         device: where; on a CPU there are no Triton kernels, and alternatives are compared with the reference.
         dtype: of the inputs; by default bf16 on a GPU, fp32 elsewhere.
-        sizes: names in :data:`vlmrewrite.kernelcases.SIZES`; by default all real ones on a GPU, ``"tiny"`` elsewhere.
+        sizes: names in :data:`vlmrewrite.bench.cases.SIZES`; by default all real ones on a GPU, ``"tiny"`` elsewhere.
         batches: rows.
         families: names in :data:`FAMILIES`; by default all.
         against: of :data:`KINDS`.

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmrewrite import passes
-from vlmrewrite.kernelcases import KEPT, TEXT, Case, Setting, operator, size_of
+from vlmrewrite.bench.cases import KEPT, TEXT, Case, Setting, operator, size_of
 from vlmrewrite.regions import representatives
 
 assert passes  # they define operators

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from vlmrewrite import decoding, gathering, positional
-from vlmrewrite.kernelcases import KEPT, TEXT, Case, Setting, operator, size_of
+from vlmrewrite.bench.cases import KEPT, TEXT, Case, Setting, operator, size_of
 
 assert decoding and gathering  # they define operators
 
