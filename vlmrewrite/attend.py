@@ -53,6 +53,11 @@ def seen(mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, plain: bool) -> Seen
     return Seen(*attention_blocks(mask, q_pos, k_pos), full)
 
 
+def seen_masked(mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, plain: bool) -> Seen | None:
+    """:func:`seen` for attention with a softcap, which PyTorch's own flash attention does not do."""
+    return seen(mask, q_pos, k_pos, False)
+
+
 def _row(full: Tensor, q_pos: Tensor, k_pos: Tensor) -> Seen:
     """A full mask of one query a row only hides keys; for the window, the kernel looks for the first that is not."""
     shown = dialect.visible(full, q_pos, k_pos, False)

@@ -78,7 +78,8 @@ def attention_forward(
         return dialect.attention(query, key, value, attention_mask, None, None, scaling, plain, softcap, dropout), None
     kernels: Kernels | None = _running.kernels
     if kernels is not None and unfit(query, value, dropout, kernels, f"layer {module.layer_idx}") is None:
-        what = cache.seen_by(layer, query, attention_mask, attend.seen)
+        look = attend.seen if softcap is None else attend.seen_masked
+        what = cache.seen_by(layer, query, attention_mask, look)
         return attend.attend(query, key, value, what, scaling, softcap), None
     seen = cache.seen_by(layer, query, attention_mask, dialect.visible)
     return dialect.attend(query, key, value, seen, scaling, softcap, dropout), None

@@ -89,9 +89,8 @@ class Installed:
             return peak_bytes(self.graphs[0], self.program.arguments(inputs, call))
         parted, (head, *tails) = self.program.parted, self.graphs
         first = [*inputs, *(call.fill(extra) for extra in parted.extras)]
-        order = [self.program.variants.index(variant) for variant in (*ran.given_up, ran.program)]
+        which = {id(variant): i for i, variant in enumerate(self.program.variants)}
+        order = [(variant, which[id(variant)]) for variant in (*ran.given_up, ran.program)]
         return peak_bytes(
-            head,
-            first,
-            [Tail(tails[i], self.program.variants[i].arguments(inputs, call), parted.takes[i]) for i in order],
+            head, first, [Tail(tails[i], variant.arguments(inputs, call), parted.takes[i]) for variant, i in order]
         )

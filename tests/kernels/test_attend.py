@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrewrite import attend, dialect
+from vlmrewrite import attend, capture, dialect
+from vlmrewrite.cache import PositionCache
 
 
 def randn(*shape, seed=0):
@@ -69,3 +72,18 @@ def test_what_a_full_mask_hides_is_not_read(device):
     expected = attend.attend(q, k, k, seen, None, None)
     k[:, :, :200] = float("nan")
     assert torch.equal(attend.attend(q, k, k, seen, None, None), expected)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_plain_decoding_is_pytorch_s_unless_it_has_a_softcap(monkeypatch, device, softcap):
+    few, launched = attend.FEW, []
+    monkeypatch.setattr(attend, "FEW", lambda *args: launched.append(args) or few(*args))
+    cache, module = PositionCache(), SimpleNamespace(layer_idx=0)
+    k, v, q = (randn(1, h, n, 16, seed=i).to(device) for i, (h, n) in enumerate([(2, 5), (2, 5), (4, 1)]))
+    with torch.no_grad():
+        for part in (slice(0, 4), slice(4, 5)):
+            with capture.running(cache, "triton"):
+                keys, values = cache.update(k[:, :, part], v[:, :, part], 0)
+                got, _ = capture.attention_forward(module, q, keys, values, None, softcap=softcap)
+    torch.testing.assert_close(got, dialect.attend(q, k, v, None, None, softcap, 0.0), atol=1e-5, rtol=1e-5)
+    assert bool(launched) == (softcap is not None)
