@@ -294,9 +294,9 @@ def _cover_flops(
         if n:
             text = int(prompt[int(flat[start]) // prompt.shape[1]].sum())
             found = sum(-(-rows // s) * -(-columns // s) for s in SCALES)
-            width = WIDTH if weights and weights[0] is not None else channels
-            total += 2 * text * found * width
-            total += 2 * channels * (width * (text + found) + text) if width is not channels else 0
+            learned = bool(weights) and weights[0] is not None
+            total += 2 * text * found * (WIDTH if learned else channels)
+            total += 2 * channels * (WIDTH * (text + found) + text) if learned else 0
         start += n
     return total
 

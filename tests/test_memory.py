@@ -118,3 +118,16 @@ def test_a_head_and_its_tails():
     step = Tail(tail, [x], [1])
     assert peak_bytes(head, [x], [step]) == peak_bytes(head, [x], [step] * 3) == 80 + 80
     assert peak_bytes(head, [x._replace(device=torch.device("cuda"))]) == 2 * 512
+
+
+def test_it_is_that_of_the_call_whatever_is_cast_when_it_is_asked_for():
+    model = llava()
+    inputs = prompt_inputs(model, Shape(144, text=16), as_list=True)
+    with vr.applied(model, EACH["sts"]), torch.no_grad():
+        model(**inputs)
+        plain = vr.report(model, memory=True).memory
+        with torch.autocast("cpu", torch.bfloat16):
+            assert vr.report(model, memory=True).memory == plain
+            model(**inputs)
+            cast = vr.report(model, memory=True).memory
+        assert vr.report(model, memory=True).memory == cast != plain

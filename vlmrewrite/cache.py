@@ -188,7 +188,7 @@ class PositionCache(Cache):
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=PositionLayer)
         self._shared: Shared = {}
-        self._masks: dict[tuple[int, int], tuple[Any, Any]] = {}
+        self._masks: dict[tuple[int, int, Callable[..., Any]], tuple[Any, Any]] = {}
         self._by_keys: dict[int, PositionLayer] = {}
         self._in_use = False
 
@@ -278,7 +278,7 @@ class PositionCache(Cache):
             mask: as for :func:`vlmrewrite.dialect.visible`.
             visible: that function, or another of the same arguments.
         """
-        key = (id(layer.positions), id(mask))
+        key = (id(layer.positions), id(mask), visible)
         if key not in self._masks:
             t, positions = q.shape[2], layer.positions
             assert positions is not None

@@ -66,7 +66,8 @@ class Given:
 class Last:
     """The last call with an image: what was installed, what came out of it, the call, and what it was given.
 
-    ``inputs`` are the captured graph's flat inputs, a :class:`Layout` for each tensor.
+    ``inputs`` are the captured graph's flat inputs, a :class:`Layout` for each tensor; ``autocast`` the dtype that
+    operators were cast to, or None.
     """
 
     installed: Installed
@@ -74,6 +75,7 @@ class Last:
     call: Call
     given: Given
     inputs: tuple[Any, ...]
+    autocast: torch.dtype | None
 
 
 class Session:
@@ -213,7 +215,9 @@ class Session:
         call, missing = self._describe(graph.vision(*inputs), given)
         installed = self._install(graph, missing, given.images.features.device)
         ran = installed.run(inputs, call)
-        self.latest = Last(installed, replace(ran, out=None), call, given, tuple(map(Layout.of, inputs)))
+        kind = call.vision.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.latest = Last(installed, replace(ran, out=None), call, given, tuple(map(Layout.of, inputs)), autocast)
         return ran.out
 
     def _install(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Installed:
@@ -284,10 +288,12 @@ class Session:
         """Peak bytes of the last call with an image, before and after."""
         self.last()
         assert self.latest is not None
-        installed, inputs = self.latest.installed, self.latest.inputs
-        before = lower(installed.program.captured, self.kernels, self.latest.call.vision.device).graph_module
-        after = installed.peak_bytes(self.latest.ran, inputs, self.latest.call)
-        return {"before": peak_bytes(before, inputs), "after": after}
+        installed, inputs, autocast = self.latest.installed, self.latest.inputs, self.latest.autocast
+        device = self.latest.call.vision.device
+        before = lower(installed.program.captured, self.kernels, device).graph_module
+        with torch.autocast(device.type, autocast, enabled=autocast is not None):
+            after = installed.peak_bytes(self.latest.ran, inputs, self.latest.call)
+            return {"before": peak_bytes(before, inputs), "after": after}
 
 
 def _wants_cache(model: nn.Module, use_cache: bool | None) -> bool:

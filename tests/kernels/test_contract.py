@@ -89,3 +89,15 @@ def test_every_kernel_is_here_and_has_the_schema_of_its_operator():
     assert sorted(op._schema.name.removeprefix("vlm::") for op in KERNELS) == CALLS
     for op, kernel in KERNELS.items():
         assert str(op._schema).replace("vlm::", "vlm_triton::") == str(kernel._schema)
+
+
+@pytest.mark.parametrize("channels", [64, 65])
+def test_learned_matching_is_more_work_at_any_width(device, channels):
+    grid, lengths = torch.tensor([[4, 5]]), torch.tensor([20])
+    batch = Batch((grid, lengths, coarsest(lengths, grid, [20])), device, channels=channels)
+    counts = []
+    for weights in ((), batch.matching):
+        with FlopCounterMode(display=False) as counter:
+            torch.ops.vlm.dape_cover(*batch.cover([9]), *weights)
+        counts.append(counter.get_total_flops())
+    assert counts[1] > counts[0] > 0

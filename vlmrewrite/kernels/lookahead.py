@@ -5,8 +5,8 @@ every row would add to its potential for each of some candidates: those with the
 next picks are. While they are, a pick costs one column of numbers; if one is not, another pass is made. The picks are
 the same whatever the candidates.
 
-|x|^2 + |y|^2 - 2xy cancels where rows are alike: pairs nearer than :data:`NEAR` of the sum of their squares are
-computed from their differences.
+|x|^2 + |y|^2 - 2xy cancels where rows are alike: if a pick has a row nearer than :data:`NEAR` of the sum of their
+squares, its distances are computed from differences instead.
 """
 
 from __future__ import annotations
@@ -23,25 +23,23 @@ NEAR = tl.constexpr(1 / 64)
 
 
 @triton.jit
-def _from_differences(  # type: ignore[no-untyped-def]
-    x, out, near, candidates, row, there, length, stride_n, stride_c,
-    C: tl.constexpr, DEEP: tl.constexpr, AHEAD: tl.constexpr,
+def _differences(  # type: ignore[no-untyped-def]
+    x, out, pick, begin, stop, stride_n, stride_c, C: tl.constexpr, TILE: tl.constexpr, DEEP: tl.constexpr
 ):  # fmt: skip
-    """Squared distances of rows and the candidates to which some are ``near`` [AHEAD], written over what is there."""
-    j = tl.arange(0, AHEAD)
-    tl.debug_barrier()
-    for i in range(AHEAD):
-        if tl.sum(tl.where(j == i, near, 0), 0) > 0:
-            of = tl.sum(tl.where(j == i, candidates, 0), 0).to(tl.int64)
-            total = tl.zeros(row.shape, tl.float32)
-            for c in range(0, C, DEEP):
-                at = c + tl.arange(0, DEEP)
-                step = at.to(tl.int64) * stride_c
-                p = tl.load(x + of * stride_n + step, mask=at < C, other=0.0).to(tl.float32)
-                a = x + row.to(tl.int64)[:, None] * stride_n + step[None, :]
-                d = tl.load(a, mask=there[:, None] & (at < C)[None, :], other=0.0).to(tl.float32) - p[None, :]
-                total += tl.sum(tl.where((at < C)[None, :], d * d, 0.0), 1)
-            tl.store(out + i * length + row, total, mask=there)
+    """Squared distances of the rows from begin to stop and the pick, by their differences: out [length]."""
+    p_at = x + pick.to(tl.int64) * stride_n
+    for begun in range(begin, stop, TILE):
+        row = begun + tl.arange(0, TILE)
+        there = row < stop
+        a_at = x + row.to(tl.int64)[:, None] * stride_n
+        total = tl.zeros([TILE], tl.float32)
+        for c in range(0, C, DEEP):
+            at = c + tl.arange(0, DEEP)
+            step, some = at.to(tl.int64) * stride_c, at < C
+            p = tl.load(p_at + step, mask=some, other=0.0).to(tl.float32)[None, :]
+            d = tl.load(a_at + step[None, :], mask=there[:, None] & some[None, :], other=0.0).to(tl.float32) - p
+            total += tl.sum(d * d, 1)
+        tl.store(out + row, total, mask=there)
 
 
 @triton.jit
@@ -69,18 +67,11 @@ def _pass(  # type: ignore[no-untyped-def]
             b = tl.load(b_at + step, mask=valid[:, None] & some, other=0.0)
             acc = tl.dot(a, tl.trans(b), acc, input_precision=PRECISION)
         own = tl.load(norm + row, mask=there, other=0.0)
-        both = there[:, None] & valid[None, :]
         if RULE == "repulsion":
-            most = own[:, None] + of_norm[None, :]
-            d = most - 2.0 * acc
-            tl.store(out + (j[None, :] * length + row[:, None]), d, mask=both)
-            apart = (d >= most * NEAR) | (row[:, None] == of[None, :])  # not so where it is no number
-            near = tl.sum((both & ~apart).to(tl.int32), 0)
-            if tl.max(near, 0) > 0:
-                _from_differences(x, out, near, of, row, there, length, stride_n, stride_c, C, DEEP, AHEAD)
+            value = own[:, None] + of_norm[None, :] - 2.0 * acc
         else:
-            cosine = acc * own[:, None] * of_norm[None, :]
-            tl.store(out + (j[None, :] * length + row[:, None]), cosine, mask=both)
+            value = acc * own[:, None] * of_norm[None, :]
+        tl.store(out + (j[None, :] * length + row[:, None]), value, mask=there[:, None] & valid[None, :])
 
 
 @triton.jit
@@ -95,6 +86,7 @@ def search(  # type: ignore[no-untyped-def]
     there = row < stop
     live = tl.load(member + row.to(tl.int64) * stride_m, mask=there, other=0) != 0
     score = tl.load(first + row, mask=there, other=0)
+    own = tl.load(norm + row, mask=there, other=0.0)
     u = tl.full([HELD], 0.0 if RULE == "repulsion" else -float("inf"), tl.float32)
     lists = slots + keep.to(tl.int64) * group
     j = tl.arange(0, AHEAD)
@@ -118,7 +110,16 @@ def search(  # type: ignore[no-untyped-def]
                 RULE, C, TILE, DEEP, AHEAD, PRECISION, STAGES,
             )  # fmt: skip
             tl.debug_barrier()  # what one thread stored, others load
-        gain = tl.load(gains + (column * length + row), mask=there, other=0.0)
-        u = u + tl.div_rn(1.0, gain + EPSILON) if RULE == "repulsion" else tl.maximum(u, gain)
+        found = gains + column * length
+        gain = tl.load(found + row, mask=there, other=0.0)
+        if RULE == "repulsion":
+            apart = gain >= NEAR * (own + tl.load(norm + pick))  # not so where it is no number
+            if tl.max((live & ~apart).to(tl.int32), 0) > 0:
+                _differences(x, found, pick, begin, stop, stride_n, stride_c, C, TILE, DEEP)
+                tl.debug_barrier()
+                gain = tl.load(found + row, mask=there, other=0.0)
+            u += tl.div_rn(1.0, gain + EPSILON)
+        else:
+            u = tl.maximum(u, gain)
         best = tl.min(tl.where(live, message(ordered(u), row), NOTHING), 0)
         pick = take(best, t, slots, order, out, begin, stop, rank, group, GROUP)
