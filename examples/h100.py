@@ -24,6 +24,7 @@ import torch
 
 import vlmrewrite as vr
 from vlmrewrite.bench import bench, bench_kernels
+from vlmrewrite.bench.models import memory_peak, memory_reset
 from vlmrewrite.budget import tokens_kept
 from vlmrewrite.inspection import Shape, read_config, traced_prompt
 from vlmrewrite.loading import with_random_weights
@@ -53,10 +54,9 @@ class Check:
         return bool(compare(self.measured, self.expected))
 
 
-def _told(check: Check) -> dict[str, Any]:
-    """As JSON knows it, which has no infinity."""
-    measured = check.measured if math.isfinite(check.measured) else None
-    return asdict(check) | {"measured": measured, "holds": check.holds}
+def finite(x: float) -> float | None:
+    """None for infinity, which JSON does not know."""
+    return x if math.isfinite(x) else None
 
 
 def build(name: str, device: torch.device, dry: bool) -> Any:
@@ -95,11 +95,9 @@ def predicted(model: Any, inputs: dict[str, Any], recipe: Recipe) -> Predicted:
         report = vr.report(model, memory=True)
         eager = None
         if model.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            before = memory_reset()
             model(**inputs, logits_to_keep=1)
-            eager = torch.cuda.max_memory_allocated() - before
+            eager = memory_peak(before)
     kv = (report.totals["before"]["kv_bytes"], report.totals["after"]["kv_bytes"])
     return Predicted(kv, (report.memory["before"], report.memory["after"]), eager)
 
@@ -166,8 +164,8 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> Ite
             | result
             | {
                 "predicted": {recipe: asdict(x) for recipe, x in said.items()},
-                "sampling_seconds": {name: x if math.isfinite(x) else None for name, x in seconds.items()},
-                "checks": [_told(check) for check in found],
+                "sampling_seconds": {name: finite(x) for name, x in seconds.items()},
+                "checks": [asdict(c) | {"measured": finite(c.measured), "holds": c.holds} for c in found],
             }
         )
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -276,41 +277,24 @@ def _pooling_flops(locations: int, channels: int, scales: int) -> int:
     return 4 * scales * locations * channels
 
 
-def _cover_flops(
-    features: Tensor,
-    stream: Tensor,
-    prompt: Tensor,
-    flat: Tensor,
-    grid: Tensor,
-    member: Tensor,
-    lengths: Tensor,
-    keep: Tensor,
-    *weights: Tensor | None,
-    **_: object,
-) -> int:
-    channels = features.shape[1]
+def _cover_flops(*given: Tensor | None, **_: object) -> int:
+    """Of what :func:`dape_cover` is given."""
+    features, _stream, prompt, flat, grid, _member, lengths, _keep, *weights = cast(tuple[Tensor, ...], given)
+    channels, learned = features.shape[1], any(w is not None for w in weights)
     total, start = _pooling_flops(features.shape[0], channels, len(SCALES)), 0
     for (rows, columns), n in zip(grid.tolist(), lengths.tolist(), strict=True):
         if n:
             text = int(prompt[int(flat[start]) // prompt.shape[1]].sum())
             found = sum(-(-rows // s) * -(-columns // s) for s in SCALES)
-            learned = bool(weights) and weights[0] is not None
             total += 2 * text * found * (WIDTH if learned else channels)
             total += 2 * channels * (WIDTH * (text + found) + text) if learned else 0
         start += n
     return total
 
 
-def _inject_flops(
-    hidden: list[int],
-    index: list[int],
-    valid: list[int],
-    attention: list[int],
-    features: list[int],
-    *_: object,
-    **__: object,
-) -> int:
-    (batch, n, size), (locations, channels) = hidden, features
+def _inject_flops(*shapes: list[int], **_: object) -> int:
+    """Of the shapes of what :func:`dape_inject` is given."""
+    (batch, n, size), _index, _valid, _attention, (locations, channels), *_others = shapes
     maps = 2 * WIDTH * (2 * batch * n * size + 2 * locations * channels)
     return maps + _pooling_flops(locations, channels, 1)
 
@@ -332,7 +316,7 @@ define(
     kernel="vlmrewrite.kernels.regions:dape_pool",
     kernel_fake=lambda hidden, *_: hidden.new_empty(hidden.shape),
     backward=True,
-    flops=lambda hidden, index, valid, stream, flat, *_, **__: _pooling_flops(flat[0], hidden[2], 1) // 4,
+    flops=lambda hidden, index, valid, stream, flat, *_, **__: flat[0] * hidden[2],
 )
 define(
     "dape_split(Tensor attention, Tensor features, Tensor grid, Tensor member, Tensor lengths, Tensor keep) -> Tensor",

@@ -109,7 +109,7 @@ def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequ
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         weights = [mode.from_tensor(x) for gm in (head, *(t.graph for t in tails)) for x in _tensors(gm)]
-        given, *more = ([_fake(x, mode) for x in a] for a in (arguments, *(t.arguments for t in tails)))
+        given, *more = ([fake(x, mode) for x in a] for a in (arguments, *(t.arguments for t in tails)))
         live = LiveBytes()
         live.give(weights)
         with live:
@@ -124,7 +124,8 @@ def _tensors(gm: torch.fx.GraphModule) -> list[Tensor]:
     return [*gm.parameters(), *gm.buffers()]
 
 
-def _fake(x: Any, mode: FakeTensorMode) -> Any:
+def fake(x: Any, mode: FakeTensorMode) -> Any:
+    """A fake tensor for a tensor or, if the mode is on, a layout; anything else as it is."""
     if isinstance(x, Layout):
         return x.empty()
     return mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x

@@ -33,11 +33,11 @@ def unhidden(mask: Tensor | None, k_pos: Tensor) -> Tensor:
     return torch.where(shown, k_pos, -1).to(torch.int32)
 
 
-def _cells(full: Tensor, q_pos: Tensor, k_pos: Tensor) -> Tensor:
-    """Which key each query sees by a full mask, bool [B, n, m]; as for :func:`attention_blocks`."""
-    out = visible(full, q_pos.long(), k_pos.long(), False)
+def _by_mask(full: Tensor, queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """A full mask at queries [B, n] and keys [B, m], and which key each query sees by it: [B, 1, n, m] both."""
+    out = visible(full, queries.long(), keys.long(), False)
     assert out is not None
-    return (out if out.dtype == torch.bool else out > torch.finfo(out.dtype).min / 2)[:, 0]
+    return out, out if out.dtype == torch.bool else out > torch.finfo(out.dtype).min / 2
 
 
 def attention_blocks(
@@ -70,7 +70,8 @@ def attention_blocks(
     k_most = of.amax(2)[:, None]
     if mask is not None and mask.dim() == 4:
         there = (at >= 0)[:, :, :, None, None]
-        cells = _cells(mask, at.flatten(1), of.flatten(1)).unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
+        cells = _by_mask(mask, at.flatten(1), of.flatten(1))[1][:, 0]
+        cells = cells.unflatten(2, (-1, BLOCK)).unflatten(1, (-1, BLOCK))
         needed = (cells & there).any(4).any(2)
         common = (cells | ~there).all(4).all(2) & (q_most >= 0)
     else:
@@ -127,12 +128,9 @@ def positional_attention(
     """
     there = (queries >= 0)[:, None, :, None]
     if full is None:
-        what = seen_by_position(queries, keys, window)
+        what = shown = seen_by_position(queries, keys, window)
     else:
-        gathered = visible(full, queries.long(), keys.long(), False)
-        assert gathered is not None
-        what = gathered
-    shown = what if what.dtype == torch.bool else what > torch.finfo(what.dtype).min / 2
+        what, shown = _by_mask(full, queries, keys)
     sighted = shown.any(3, keepdim=True) & there
     shown = shown | ~sighted  # SDPA makes NaN of rows that see nothing
     if what.dtype == torch.bool:

@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from vlmrewrite.anatomy import Anatomy, axis, same, value, where
 from vlmrewrite.legalize import Rewritten
+from vlmrewrite.memory import fake
 from vlmrewrite.tokens import All, TokenSet
 
 _CROSSING = {
@@ -61,8 +62,7 @@ def propagate(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         if any(isinstance(x, Tensor) and x.is_meta for x in arguments):  # then what the host adds is not there either
             arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
-        fake = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments]
-        _Propagation(anatomy, rewritten, size).run(*fake)
+        _Propagation(anatomy, rewritten, size).run(*(fake(x, mode) for x in arguments))
 
 
 class _Propagation(torch.fx.Interpreter):

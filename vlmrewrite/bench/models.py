@@ -120,11 +120,11 @@ def _round(
     with chosen, torch.no_grad(), torch._dynamo.config.patch(recompile_limit=LIMIT):
         forward: Any = torch.compile(model, dynamic=True) if recipe is None and backend == "inductor" else model
         _steps(forward, inputs, 3)  # applying starts anew: rewrite and compile before timing
-        before = _memory_reset()
+        before = memory_reset()
         begun = _now()
         out = forward(**inputs, use_cache=True, logits_to_keep=1)
         prefill = _now() - begun
-        peak = _memory_peak(before)
+        peak = memory_peak(before)
         cache = out.past_key_values
         row.kv_bytes = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
         if recipe is not None:
@@ -165,7 +165,7 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def _memory_reset() -> int | None:
+def memory_reset() -> int | None:
     """Start to watch for the largest memory in use; returns what is in use now, in bytes."""
     if torch.cuda.is_available():
         torch.cuda.reset_peak_memory_stats()
@@ -177,7 +177,8 @@ def _memory_reset() -> int | None:
         return None
 
 
-def _memory_peak(before: int | None) -> int | None:
+def memory_peak(before: int | None) -> int | None:
+    """Bytes that were in use at most since :func:`memory_reset`, beyond what it returned; None where unknown."""
     if before is None:
         return None
     return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")) - before

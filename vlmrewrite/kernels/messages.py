@@ -31,6 +31,16 @@ def row_of(said):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def _all_said(at, n, N: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The n messages from ``at`` on, waited for; NOTHING behind them: [N]."""
+    i = tl.arange(0, N)
+    said = tl.load(at + i, mask=i < n, other=NOTHING, volatile=True)
+    while tl.min((said != 0).to(tl.int32), 0) == 0:
+        said = tl.load(at + i, mask=i < n, other=NOTHING, volatile=True)
+    return said
+
+
+@triton.jit
 def take(mine, t, slots, order, out, begin, stop, rank, group, GROUP: tl.constexpr):  # type: ignore[no-untyped-def]
     """Note pick number t of a group, of which program number ``rank`` offers ``mine``, and return its row.
 
@@ -39,11 +49,7 @@ def take(mine, t, slots, order, out, begin, stop, rank, group, GROUP: tl.constex
     if GROUP > 1:
         at = slots + t * group
         tl.atomic_xchg(at + rank, mine, sem="relaxed")
-        i = tl.arange(0, GROUP)
-        said = tl.load(at + i, mask=i < group, other=NOTHING, volatile=True)
-        while tl.min((said != 0).to(tl.int32), 0) == 0:
-            said = tl.load(at + i, mask=i < group, other=NOTHING, volatile=True)
-        mine = tl.min(said, 0)
+        mine = tl.min(_all_said(at, group, GROUP), 0)
     pick = row_of(mine)
     tl.store(order + t, pick, mask=rank == 0)
     tl.store(out + pick, 1, mask=(pick >= begin) & (pick < stop))
@@ -57,8 +63,6 @@ def exchange(mine, at, rank, group, EACH: tl.constexpr, ALL: tl.constexpr):  # t
         least = tl.min(mine, 0)
         tl.atomic_xchg(at + rank * EACH + i, least, sem="relaxed")
         mine = tl.where(mine == least, NOTHING, mine)
+    _all_said(at, group * EACH, ALL)
     i = tl.arange(0, ALL)
-    said = tl.load(at + i, mask=i < group * EACH, other=NOTHING, volatile=True)
-    while tl.min((said != 0).to(tl.int32), 0) == 0:
-        said = tl.load(at + i, mask=i < group * EACH, other=NOTHING, volatile=True)
     return tl.load(at + i, mask=i < group * EACH, other=NOTHING, volatile=True)

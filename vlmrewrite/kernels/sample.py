@@ -19,6 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vlmrewrite.kernels import interpreted
+from vlmrewrite.kernels.decode import processors
 from vlmrewrite.kernels.first_pick import aligned, closest, distances, load, ordered
 from vlmrewrite.kernels.lookahead import EPSILON, search
 from vlmrewrite.kernels.messages import NOTHING, message, take
@@ -156,12 +157,15 @@ def greedy(
     if features.dtype == torch.float64:
         features = features.float()
     found = torch.zeros(member.shape, dtype=torch.bool, device=device)
-    orders, start = [], 0
-    for n in _waves(lengths.tolist(), keep.tolist(), width or _width(device)):
-        these = slice(start, start + int(lengths[:n].sum()))
+    width = width or (1 if interpreted() else processors(device))  # interpreted programs run one after another
+    sizes, budgets = lengths.tolist(), keep.tolist()
+    orders, start, image = [], 0, 0
+    for n in _waves(sizes, budgets, width):
+        images = slice(image, image + n)
+        these = slice(start, start + sum(sizes[images]))
         given = features[these], member[these], found[these]
-        orders.append(_search(rule, *given, lengths[:n].tolist(), keep[:n].tolist(), rows, width, ahead))
-        lengths, keep, start = lengths[n:], keep[n:], these.stop
+        orders.append(_search(rule, *given, sizes[images], budgets[images], rows, width, ahead))
+        start, image = these.stop, images.stop
     return found, orders[0] if len(orders) == 1 else torch.cat([features.new_empty(0, dtype=torch.int32), *orders])
 
 
@@ -190,13 +194,13 @@ def _search(
     lengths: list[int],
     keep: list[int],
     rows: int | None,
-    width: int | None,
+    width: int,
     ahead: int,
 ) -> Tensor:
     """One launch: writes the chosen tokens to ``out``, and returns the order."""
     channels, device, single = features.shape[1], features.device, features.dtype == torch.float32
     cols = max(16, triton.next_power_of_2(channels))
-    width, vectors = width or _width(device), aligned(features)
+    vectors = aligned(features)
     share = _share(lengths, keep, rows or min(KEPT // cols, 16), width)
     whole = share.tiles <= 1
     if not whole:
@@ -209,26 +213,19 @@ def _search(
     spans = table[share.programs * FIELDS.value :]
     first, norm = (distances if rule == "repulsion" else closest)(features, member, spans, share.longest)
     group = triton.next_power_of_2(share.group)
-    each = offer(ahead, group)
     held = share.rows if whole else triton.next_power_of_2(share.most)
-    ahead = max(16, group * each)
+    ahead = max(16, group * share.each)
     gains = torch.empty(0 if whole else len(member) * ahead, dtype=torch.float32, device=device)
     slots = torch.zeros(share.slots, dtype=torch.int64, device=device)
     _greedy_kernel[(share.programs,)](
         features, member, first, norm, gains, slots, order, out, table, *features.stride(), member.stride(0),
         RULE=rule, C=channels, WHOLE=whole, ROWS=held, COLS=cols,
         GROUP=max(group, 32 * WARPS) if group > 1 else 1, TILE=max(16, min(32 if single else 64, held)),
-        DEEP=(32 if single else 64) if vectors else 16, AHEAD=ahead, EACH=each,
+        DEEP=(32 if single else 64) if vectors else 16, AHEAD=ahead, EACH=share.each,
         PRECISION="tf32x3" if single else "ieee", STAGES=3, BLOCK=BLOCK, num_warps=WARPS, maxnreg=255,
         launch_cooperative_grid=share.group > 1,
     )  # fmt: skip
     return order
-
-
-def _width(device: torch.device) -> int:
-    if interpreted():
-        return 1  # they run one after another
-    return int(torch.cuda.get_device_properties(device).multi_processor_count) if device.type == "cuda" else 132
 
 
 class _Share(NamedTuple):
@@ -240,6 +237,7 @@ class _Share(NamedTuple):
         tiles: tiles of the program that has most.
         most: its tokens.
         rows: tokens of a tile.
+        each: candidates that each program offers to a pass, 0 where there is none.
         slots: messages that are sent at most.
         picks: tokens that are chosen at most.
         longest: tokens of the largest image.
@@ -251,6 +249,7 @@ class _Share(NamedTuple):
     tiles: int
     most: int
     rows: int
+    each: int
     slots: int
     picks: int
     longest: int
@@ -278,7 +277,8 @@ def _share(lengths: list[int], keep: list[int], rows: int, width: int, ahead: in
             images.append((at, n, min(n, k), triton.cdiv(tiles, each), each))
         at += n
     group = max((g for *_, g, _ in images), default=1)
-    offered = offer(ahead, group) if ahead else 0
+    most: int = triton.next_power_of_2(group)
+    offered = max(1, min(EACH, ahead // most)) if ahead else 0
     for image, (start, n, k, programs, each) in enumerate(images):
         for rank in range(programs):
             begin = rank * each * rows
@@ -288,12 +288,8 @@ def _share(lengths: list[int], keep: list[int], rows: int, width: int, ahead: in
         picks += k
     slots = slots if group > 1 or ahead else 0  # a program that is alone tells nobody
     tiles = max((each for *_, each in images), default=0)
-    most = max((min(n, each * rows) for _, n, _, _, each in images), default=0)
+    longest_part = max((min(n, each * rows) for _, n, _, _, each in images), default=0)
     longest = max((n for _, n, *_ in images), default=0)
-    return _Share(table + spans, len(table) // FIELDS.value, group, tiles, most, rows, slots, picks, longest)
-
-
-def offer(ahead: int, group: int) -> int:
-    """Candidates that each program of a group offers, so that at most ``ahead`` and at least 16 can be looked at."""
-    most: int = triton.next_power_of_2(group)
-    return max(1, min(EACH, ahead // most))
+    return _Share(
+        table + spans, len(table) // FIELDS.value, group, tiles, longest_part, rows, offered, slots, picks, longest
+    )
