@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import warnings
 
 import pytest
@@ -64,10 +65,20 @@ def test_the_limit_is_announced_and_never_passed_in_silence(monkeypatch):
 
 
 def test_no_option_is_left_changed(llava):
-    before = torch._dynamo.config.specialize_float, torch.fx.experimental._config.use_duck_shape
+    before = torch._dynamo.config.specialize_float, torch.fx.experimental._config.use_duck_shape, dict(os.environ)
     vr.trace(llava.model, llava.inputs([Row(1)]))
-    assert (torch._dynamo.config.specialize_float, torch.fx.experimental._config.use_duck_shape) == before
+    after = torch._dynamo.config.specialize_float, torch.fx.experimental._config.use_duck_shape, dict(os.environ)
+    assert after == before
     assert llava.model.config.text_config._attn_implementation in ("sdpa", "eager")
+
+
+@pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "gemma3"])
+def test_a_rewritten_graph_never_waits_for_the_device(name):
+    tiny = FAMILIES[name]()
+    program = vr.rewrite(vr.trace(tiny.model, tiny.inputs([Row(1)])), [STS(keep=0.5)])
+    assert not [n for n in program.graph_module.graph.nodes if n.target in ("item", "tolist", "nonzero")]
+
+
 
 
 @given(strategies.rows(), strategies.sides(), st.integers(0, 9), st.sampled_from(["llava", "llava_qwen2"]))

@@ -43,7 +43,7 @@ def llava(dtype=torch.float32):
 
 def allocated(run):
     """Result of a run, and the largest number of bytes that it held at a time, as the allocator reports them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
         out = run()
     now = most = 0
     for event in profiled.profiler.kineto_results.events():

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import os
 import threading
 import time
 import types
@@ -265,8 +266,13 @@ def _insist() -> None:
 
 @contextlib.contextmanager
 def tracing_options() -> Iterator[None]:
-    """Dynamo options of a capture: every axis a symbol of its own, Python floats as constants."""
+    """Dynamo options of a capture: every axis a symbol of its own, Python floats as constants.
+
+    What transformers checks of tensors (``torch_compilable_check``) is left out: the host has compared the number of
+    tokens and features, and torch 2.11 cannot trace it.
+    """
     with (
+        _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", "1"),
         _set(torch.fx.experimental._config, use_duck_shape=False),
         _set(torch._dynamo.config, specialize_float=True),
         _symbols_in_messages(),
@@ -285,6 +291,19 @@ def _set(config: Any, **options: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
 
 
 @contextlib.contextmanager
