@@ -79,8 +79,6 @@ def test_a_rewritten_graph_never_waits_for_the_device(name):
     assert not [n for n in program.graph_module.graph.nodes if n.target in ("item", "tolist", "nonzero")]
 
 
-
-
 @given(strategies.rows(), strategies.sides(), st.integers(0, 9), st.sampled_from(["llava", "llava_qwen2"]))
 def test_keeping_all_is_bit_identical(llava, llava_qwen2, rows, side, seed, name):
     """With the same two functions in the unmodified model; at every token that is not padding."""
