@@ -261,13 +261,13 @@ def dape_inject(
     owner = torch.ops.vlm.region_owner(member, lengths, grid)[0]
     chosen = torch.ops.vlm.dape_focus(attention, features, owner, member, lengths, share)
     places = torch.where(valid, at, len(flat)).flatten()
-    asked = hidden.flatten(0, 1) @ query.T
-    q = asked.new_zeros(len(flat) + 1, len(query)).index_copy(0, places, asked)[owner].float()
+    asked, wide = hidden.flatten(0, 1) @ query.T, torch.promote_types(hidden.dtype, torch.float32)
+    q = asked.new_zeros(len(flat) + 1, len(query)).index_copy(0, places, asked)[owner].to(wide)
     score = (q * (features @ key.T)).sum(1) / math.sqrt(len(query))
     top = torch.full_like(score, -torch.inf).scatter_reduce(0, owner, score.detach(), "amax")
     weight = (score - top[owner]).exp()
     weight = weight / torch.zeros_like(weight).index_add(0, owner, weight)[owner]
-    seen = torch.zeros_like(q).index_add(0, owner, weight[:, None] * (features @ value.T).float())[at]
+    seen = torch.zeros_like(q).index_add(0, owner, weight[:, None] * (features @ value.T).to(wide))[at]
     new = hidden + (torch.tanh(gate) * (seen.to(hidden.dtype) @ out.T)).to(hidden.dtype)
     return torch.where((valid & chosen[at])[..., None], new, hidden)
 

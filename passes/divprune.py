@@ -52,8 +52,8 @@ def _spread(x: Tensor, k: int) -> Tensor:
     picks = [pick]
     similarity = torch.full((len(x),), -torch.inf, device=x.device)  # to the most similar chosen token
     for _ in range(k - 1):
-        similarity = similarity.maximum((x * x[pick]).sum(1))
-        similarity[pick] = torch.inf
+        similarity = similarity.maximum((x * x.index_select(0, pick[None])).sum(1))
+        similarity.index_fill_(0, pick[None], torch.inf)
         pick = similarity.argmin()
         picks.append(pick)
     return torch.stack(picks)

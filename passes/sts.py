@@ -52,8 +52,8 @@ def _repel(x: Tensor, k: int) -> Tensor:
     pick = (x - x.mean(0)).square().sum(1).argmin()
     picks = [pick]
     for _ in range(k - 1):
-        potential += 1 / ((x - x[pick]).square_().sum(1) + EPSILON)
-        potential[pick] = torch.inf
+        potential += 1 / ((x - x.index_select(0, pick[None])).square_().sum(1) + EPSILON)
+        potential.index_fill_(0, pick[None], torch.inf)
         pick = potential.argmin()
         picks.append(pick)
     return torch.stack(picks)

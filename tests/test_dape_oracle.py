@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor
 
@@ -104,6 +104,7 @@ def compositions(draw):
 
 
 @given(dapes(), gates, strategies.rows(), strategies.sides(), st.integers(0, 99), st.booleans())
+@example(DAPE(budget=4, detail=(0.25, 0.5), mode="inject"), 0.4, BATCH, "left", 0, True)
 def test_forward(p, gate, rows, side, seed, double):
     dtype = torch.float64 if double else torch.float32
     tiny = family("llava", dtype)

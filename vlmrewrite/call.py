@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import pairwise
@@ -29,6 +29,10 @@ from vlmrewrite.tokens import (
 )
 
 
+def _on_host(numbers: Sequence[int]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
 @dataclass
 class Call:
     """What the host knows of a call.
@@ -53,7 +57,7 @@ class Call:
     ends: Tensor | None = None
 
     def __post_init__(self) -> None:
-        found, given = int(self.vision.sum()), sum(self.feature_lengths)
+        found, given = len(self.flat), sum(self.feature_lengths)
         if found != given:
             raise ValueError(f"image features and image tokens do not match: {found} image tokens, {given} features")
         self._segments = self._images()
@@ -61,7 +65,7 @@ class Call:
     def _images(self) -> list[tuple[int, int]]:
         """(row, tokens) of each image: an entry of the tower's output, cut where other tokens stand in between."""
         flat = self.flat.cpu()
-        entry = torch.repeat_interleave(torch.arange(len(self.feature_lengths)), torch.tensor(self.feature_lengths))
+        entry = _on_host(range(len(self.feature_lengths))).repeat_interleave(_on_host(self.feature_lengths))
         if not len(flat):
             return []
         cut = (flat[1:] != flat[:-1] + 1) | (entry[1:] != entry[:-1]) | (flat[1:] % self.length == 0)
@@ -89,25 +93,26 @@ class Call:
     def census(self) -> Census:
         """The counts."""
         rows = [row for row, _ in self._segments]
+        *text, overlap = torch.cat([self.text.sum(1), (self.vision & self.text).any()[None]]).tolist()  # at once
         return Census(
             length=self.length,
-            text=tuple(self.text.sum(1).tolist()),
+            text=tuple(text),
             images=tuple(n for _, n in self._segments),
             rows=tuple(rows),
             ordinals=tuple(rows[:i].count(row) for i, row in enumerate(rows)),
             padded=self.padding is not None,
-            overlap=bool((self.vision & self.text).any()),
+            overlap=bool(overlap),
         )
 
     @cached_property
     def lengths(self) -> Tensor:
         """Tokens of each image, int64 [I], on the CPU."""
-        return torch.tensor(self.census.images, dtype=torch.int64)
+        return _on_host(self.census.images)
 
     @cached_property
     def ordinals(self) -> Tensor:
         """Number of each image within its row, int64 [I], on the CPU."""
-        return torch.tensor(self.census.ordinals, dtype=torch.int64)
+        return _on_host(self.census.ordinals)
 
     @cached_property
     def image_of_token(self) -> Tensor:
@@ -176,5 +181,5 @@ class Call:
             assert isinstance(extra.subject, Selection)
             left, _ = self.census.per_image(extra.subject)
             wanted = [tokens_kept(extra.subject.keep, n) for n in self.census.images]
-            return torch.tensor([min(a, b) for a, b in zip(left, wanted, strict=True)], dtype=torch.int64)
+            return _on_host([min(a, b) for a, b in zip(left, wanted, strict=True)])
         return getattr(self, extra.kind)

@@ -103,7 +103,8 @@ def mask_forward(
         pattern, bool [B, 1, q_length, kv_length] in logical positions.
     """
     if mask_function is causal_mask_function:
-        if attention_mask is None or torch.compiler.is_compiling():
+        looked_at = getattr(_running, "cache", None) is not None
+        if attention_mask is None or looked_at or torch.compiler.is_compiling():
             return attention_mask
         return None if bool(attention_mask.all()) else attention_mask
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}

@@ -290,8 +290,8 @@ def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name:
             f" {tuple(member.shape)}"
         )
     here, there = torch.stack([chosen, member]).cpu()  # at once: the device waits for the host but one time
-    image = torch.arange(len(lengths)).repeat_interleave(lengths)
-    counts = torch.zeros(len(lengths), dtype=torch.int64).index_add(0, image, here.long())
+    image = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
+    counts = torch.zeros(len(lengths), dtype=torch.int64, device="cpu").index_add(0, image, here.long())
     if bool((counts > keep).any()) or bool((here & ~there).any()):
         raise ValueError(
             f"policy {name!r} chose {counts.tolist()} tokens of the images; expected at most {keep.tolist()}, and only"

@@ -145,8 +145,8 @@ class EncoderFeatures:
         flat = encoded.features.reshape(sum(encoded.lengths), -1).split(encoded.lengths)
         found = []
         for piece in flat:
-            match = [e for p, e in self._pairs if p.shape == piece.shape and torch.equal(p, piece)]
-            if not match:
+            match = next((e for p, e in self._pairs if p.shape == piece.shape and torch.equal(p, piece)), None)
+            if match is None:
                 return None
-            found.append(match[0])
+            found.append(match)
         return torch.cat(found)

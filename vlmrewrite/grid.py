@@ -28,7 +28,7 @@ def grids(config: Any, lengths: Sequence[int], thw: Tensor | None) -> Tensor | s
         sizes = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in thw.tolist()]
         if [t * h * w for t, h, w in sizes] != list(lengths) or any(t != 1 for t, _, _ in sizes):
             return f"the image grids {thw.tolist()} do not account for images of {list(lengths)} tokens"
-        return torch.tensor([(h, w) for _, h, w in sizes], dtype=torch.int64)
+        return torch.tensor([(h, w) for _, h, w in sizes], dtype=torch.int64, device="cpu")
     image, patch = getattr(vision, "image_size", None), getattr(vision, "patch_size", None)
     image, patch = (x[0] if isinstance(x, (list, tuple)) else x for x in (image, patch))
     if not isinstance(image, int) or not isinstance(patch, int):
@@ -37,4 +37,5 @@ def grids(config: Any, lengths: Sequence[int], thw: Tensor | None) -> Tensor | s
     for n in lengths:
         if math.isqrt(n) ** 2 != n or side % math.isqrt(n):
             return f"an image has {n} tokens, which is not a square grid of the tower's {side} x {side} patches"
-    return torch.tensor([(math.isqrt(n), math.isqrt(n)) for n in lengths], dtype=torch.int64).reshape(-1, 2)
+    squares = [(math.isqrt(n), math.isqrt(n)) for n in lengths]
+    return torch.tensor(squares, dtype=torch.int64, device="cpu").reshape(-1, 2)

@@ -30,7 +30,7 @@ SCALES = (1, 2, 4)
 @functools.lru_cache(maxsize=256)
 def _blocks(rows: int, columns: int) -> tuple[Tensor, tuple[dict[int, list[int]], ...]]:
     """One grid's representatives [3, F'], and what each block of scales 2 and 4 is made of, by representative."""
-    at = torch.arange(rows * columns)
+    at = torch.arange(rows * columns, device="cpu")
     found = []
     for scale in SCALES:
         place = []
@@ -79,7 +79,7 @@ def representatives(lengths: Tensor, grid: Tensor) -> Tensor:
     for rows, columns in sizes(lengths, grid):
         found.append(_blocks(rows, columns)[0] + start)
         start += rows * columns
-    return torch.cat(found, 1) if found else torch.zeros(3, 0, dtype=torch.int64)
+    return torch.cat(found, 1) if found else torch.zeros(3, 0, dtype=torch.int64, device="cpu")
 
 
 def owners(member: Tensor, blocks: Tensor) -> Tensor:
@@ -168,7 +168,7 @@ def coarsest(lengths: Tensor, grid: Tensor, keep: Sequence[int]) -> Tensor:
     """
     blocks = representatives(lengths, grid)
     affordable(grid, keep)
-    return torch.zeros(blocks.shape[1], dtype=torch.bool).index_fill(0, blocks[2], True)
+    return torch.zeros(blocks.shape[1], dtype=torch.bool, device="cpu").index_fill(0, blocks[2], True)
 
 
 def refined(member: Tensor, lengths: Tensor, grid: Tensor, priority: Tensor, more: Sequence[int]) -> Tensor:
@@ -196,9 +196,8 @@ def refined(member: Tensor, lengths: Tensor, grid: Tensor, priority: Tensor, mor
         image = [v[start:end] for v in values]
         added += (start + f for f in _split(inside[start:end], parts, image, k)) if k else ()
         start = end
-    out = torch.zeros(len(inside), dtype=torch.bool)
-    out[torch.tensor(added, dtype=torch.int64)] = True
-    return out.to(member.device)
+    out = torch.zeros(len(inside), dtype=torch.bool, device="cpu")
+    return out.index_fill(0, torch.tensor(added, dtype=torch.int64, device="cpu"), True).to(member.device)
 
 
 def _split(

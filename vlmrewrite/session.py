@@ -246,7 +246,7 @@ class Session:
                     "these images were not encoded by the last get_image_features of this model, so that the encoder's"
                     " features are not known; pass the pixels, or use features='projected'"
                 )
-        end, ends = self.prompt_end, None
+        end, ends = None if self.prompt_end is None else self.prompt_end.to(vision.device), None
         if end is not None and not len(vision) % len(end):
             end = end.repeat_interleave(len(vision) // len(end)) - given.past
             here = (end >= 0) & (end < vision.shape[1])

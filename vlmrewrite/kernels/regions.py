@@ -37,7 +37,7 @@ def table(lengths: Tensor, grid: Tensor, device: torch.device, more: Sequence[in
         across, blocks = -(-wide // 4), -(-high // 4) * -(-wide // 4)
         rows.append((start, high, wide, first, across, blocks, extra))
         start, first = start + high * wide, first + blocks
-    host = torch.tensor(rows, dtype=torch.int64).reshape(-1, FIELDS.value)
+    host = torch.tensor(rows, dtype=torch.int64, device="cpu").reshape(-1, FIELDS.value)
     return host.to(device, non_blocking=True), max((r[5] for r in rows), default=0)
 
 

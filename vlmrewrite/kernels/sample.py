@@ -208,7 +208,7 @@ def _search(
     order = torch.empty(share.picks, dtype=torch.int32, device=device)
     if not share.programs:
         return order
-    table = torch.tensor(share.table, dtype=torch.int64)
+    table = torch.tensor(share.table, dtype=torch.int64, device="cpu")
     table = (table.pin_memory() if device.type == "cuda" else table).to(device, non_blocking=True)
     spans = table[share.programs * FIELDS.value :]
     first, norm = (distances if rule == "repulsion" else closest)(features, member, spans, share.longest)
