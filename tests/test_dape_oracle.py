@@ -17,7 +17,7 @@ import vlmrewrite as vr
 from tests.small import with_grid
 from vlmrewrite.budget import frozen_pass
 from vlmrewrite.install import layer_masks
-from vlmrewrite.passes import DAPE, DPVR, VISOR, FastV, dape, dape_ops
+from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV, dape, dape_ops
 from vlmrewrite.plan import Edit
 from vlmrewrite.regions import density
 from vlmrewrite.testing import models, oracle, strategies
@@ -126,6 +126,7 @@ def test_generation(p, gate, rows, side, new_tokens, seed):
         generation_agreement(tiny.model, tiny.inputs(rows, side=side, seed=seed), [p], new_tokens).check()
 
 
+@example([DAPE(budget=4, detail=(1.0, 0.25)), STS(keep=1, refine=None)], 0.4, BATCH, "left", 0)
 @given(compositions(), gates, strategies.rows(), strategies.sides(), st.integers(0, 99))
 def test_compositions(passes, gate, rows, side, seed):
     tiny = family("llava")

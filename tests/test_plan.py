@@ -143,7 +143,9 @@ def test_algebra():
     assert contains(Vision, Image(1))
     assert contains(a, a.select(SOME, 1))
     assert not contains(a, b)
-    assert substitute(Text | a, Vision, b) == Text | b.select(SOME, 3)
+    later = Vision.select(SOME, 3, at=1)
+    assert substitute(Text | later, Vision, b) == Text | b.select(SOME, 3, at=1)
+    assert substitute(Text | a, Vision, b) == Text | a
 
 
 @pytest.mark.parametrize("tokens", [Vision, Last, Image(0), Vision.select(SOME, 2), Nothing])

@@ -308,7 +308,8 @@ def has_text(s: TokenSet) -> bool:
 def substitute(s: TokenSet, old: TokenSet, new: TokenSet) -> TokenSet:
     """``s`` with ``old``, wherever it occurs, replaced by ``new``; All counts as Text | Vision.
 
-    A selection that is made before ``new`` is chosen stays as it is.
+    A selection that was made before ``new`` is chosen, at an earlier layer or by an earlier pass at the same one, stays
+    as it is.
     """
     if s == old:
         return new
@@ -316,7 +317,8 @@ def substitute(s: TokenSet, old: TokenSet, new: TokenSet) -> TokenSet:
         return union(Text, new)
     if isinstance(s, Selection):
         source = substitute(s.source, old, new)
-        return s if any(x.at > s.at for x in selections(source)) else Selection(source, s.policy, s.keep, s.at)
+        made = source != s.source and any(x.at >= s.at for x in selections(new))
+        return s if made else Selection(source, s.policy, s.keep, s.at)
     if isinstance(s, Pair):
         combine = {Union: union, Intersection: intersection, Difference: difference}[type(s)]
         return combine(substitute(s.left, old, new), substitute(s.right, old, new))
