@@ -21,7 +21,7 @@ from hypothesis import HealthCheck, settings
 from vlmrewrite.testing.models import FAMILIES, TinyVLM
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-settings.register_profile("ci", max_examples=10, deadline=None, suppress_health_check=_SLOW, derandomize=True)
+settings.register_profile("ci", max_examples=8, deadline=None, suppress_health_check=_SLOW, derandomize=True)
 settings.register_profile("long", max_examples=700, deadline=None, suppress_health_check=_SLOW)
 settings.load_profile("ci")
 

@@ -9,15 +9,12 @@ import torch
 
 import vlmrewrite as vr
 from tests.small import with_grid
-from vlmrewrite.passes import DAPE, DPVR, STS, DivPrune, Random
+from vlmrewrite.passes import DAPE, STS
 from vlmrewrite.testing.models import Row
 
 BATCH = [Row(2, 1, 3), Row(0, 4, 2), Row(1, 3, 4)]
 RECIPES = {
     "sts": [STS(keep=9, refine=4)],
-    "divprune": [DivPrune(keep=9)],
-    "random": [Random(keep=9)],
-    "dpvr": [DPVR(at=2)],
     "confidence": "visor-policy",
     "split": [DAPE(budget=9)],
     "inject": [DAPE(budget=9, mode="inject", matching="learned")],
