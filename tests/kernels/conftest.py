@@ -38,7 +38,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         test = getattr(item, "obj", None)
         if item.path.parent == HERE and is_hypothesis_test(test):  # the interpreter takes its time
             own = test._hypothesis_internal_use_settings
-            test._hypothesis_internal_use_settings = settings(own, max_examples=min(own.max_examples, 5))
+            test._hypothesis_internal_use_settings = settings(own, max_examples=min(own.max_examples, 3))
 
 
 @pytest.hookimpl(wrapper=True)
