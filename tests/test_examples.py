@@ -66,8 +66,8 @@ def test_configurations_can_be_read(name):
 
 def test_recipes(tmp_path):
     arguments = ("-n", 8, "--batch", 8, "--prompts", 2, "--repeat", 1, "--json", tmp_path / "out.json")
-    text = run("-m", "digits.recipes", *arguments, "--only", "dpvr", "visor-policy")
-    assert all(name in text for name in ("unmodified", "dpvr", "untrained", "visor-policy"))
+    text = run("-m", "digits.recipes", *arguments, "--only", "dpvr", "visor-policy", "vtw-half")
+    assert all(name in text for name in ("unmodified", "dpvr", "untrained", "visor-policy", "vtw-half"))
 
 
 CHAIN = [{"cross_layers": [0, 1, 2]}, {"self_layers": [0, 1, 2], "cross_layers": [3]}, {"self_layers": 1.0}]

@@ -316,9 +316,9 @@ def substitute(s: TokenSet, old: TokenSet, new: TokenSet) -> TokenSet:
     if s == All and old == Vision:
         return union(Text, new)
     if isinstance(s, Selection):
-        source = substitute(s.source, old, new)
-        made = source != s.source and any(x.at >= s.at for x in selections(new))
-        return s if made else Selection(source, s.policy, s.keep, s.at)
+        if any(x.at >= s.at for x in selections(new)):
+            return s
+        return Selection(substitute(s.source, old, new), s.policy, s.keep, s.at)
     if isinstance(s, Pair):
         combine = {Union: union, Intersection: intersection, Difference: difference}[type(s)]
         return combine(substitute(s.left, old, new), substitute(s.right, old, new))
