@@ -25,10 +25,11 @@ import torch
 import vlmrewrite as vr
 from vlmrewrite.bench import bench, bench_kernels
 from vlmrewrite.bench.models import memory_peak, memory_reset
-from vlmrewrite.budget import tokens_kept
-from vlmrewrite.inspection import Shape, read_config, traced_prompt
-from vlmrewrite.loading import with_random_weights
+from vlmrewrite.cli.config import read_config
+from vlmrewrite.cli.loading import with_random_weights
+from vlmrewrite.cli.prompt import Shape, traced_prompt
 from vlmrewrite.passes import STS
+from vlmrewrite.plan.budget import tokens_kept
 from vlmrewrite.recipe import Recipe
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -17,10 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmrewrite.budget import Budget, frozen_pass
-from vlmrewrite.dialect import define, greedy_flops, like_member, per_image
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import Policy
+from vlmrewrite.ops import define, greedy_flops, like_member, per_image
+from vlmrewrite.plan import Budget, Plan, Policy, frozen_pass
 
 BLOCK = 512
 
@@ -76,7 +74,7 @@ define(
     "divprune_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     divprune_sample,
     like_member,
-    kernel="vlmrewrite.kernels.sample:divprune_sample",
+    kernel="vlmrewrite.kernels.greedy.sample:divprune_sample",
     flops=greedy_flops,
     flops_by_value=True,
 )

@@ -22,10 +22,8 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainValidator
 from torch import nn
 
-from vlmrewrite.blocks import LayerCopy
-from vlmrewrite.budget import Depth, check_depth, frozen_pass, layer_index
-from vlmrewrite.layerwise import calibration
-from vlmrewrite.plan import Plan
+from vlmrewrite.plan import Depth, LayerCopy, Plan, check_depth, frozen_pass, layer_index
+from vlmrewrite.report import calibration
 
 
 def _depth_or_auto(value: object) -> int | float | str:

@@ -16,9 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import Policy
+from vlmrewrite.plan import Budget, Depth, Plan, Policy, frozen_pass
 
 
 @frozen_pass

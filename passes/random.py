@@ -13,10 +13,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.dialect import define, like_member, per_image
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import Policy
+from vlmrewrite.ops import define, like_member, per_image
+from vlmrewrite.plan import Budget, Depth, Plan, Policy, frozen_pass
 
 
 def random_sample(ordinal: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, seed: int) -> Tensor:

@@ -12,9 +12,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vlmrewrite.budget import Layers, chosen_layers, frozen_pass
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import Text
+from vlmrewrite.plan import Layers, Plan, Text, chosen_layers, frozen_pass
 
 
 @frozen_pass

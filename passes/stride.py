@@ -12,10 +12,8 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.dialect import define, per_image
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import Policy
+from vlmrewrite.ops import define, per_image
+from vlmrewrite.plan import Budget, Depth, Plan, Policy, frozen_pass
 
 
 def stride_sample(member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:

@@ -18,10 +18,8 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.dialect import define, greedy_flops, like_member, per_image
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import Policy
+from vlmrewrite.ops import define, greedy_flops, like_member, per_image
+from vlmrewrite.plan import Budget, Depth, Plan, Policy, frozen_pass
 
 EPSILON = 1e-6
 
@@ -63,7 +61,7 @@ define(
     "sts_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     sts_sample,
     like_member,
-    kernel="vlmrewrite.kernels.sample:sts_sample",
+    kernel="vlmrewrite.kernels.greedy.sample:sts_sample",
     flops=greedy_flops,
     flops_by_value=True,
 )

@@ -14,9 +14,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vlmrewrite.budget import Layers, chosen_layers, frozen_pass
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import Text
+from vlmrewrite.plan import Layers, Plan, Text, chosen_layers, frozen_pass
 
 CROSS = {32: (0, 1, 7, 8, 9, 10, 11, 14), 40: (0, 6, 8, 9, 10, 13, 14, 16)}
 

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from vlmrewrite.budget import Depth, frozen_pass, layer_index
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import Text
+from vlmrewrite.plan import Depth, Plan, Text, frozen_pass, layer_index
 
 
 @frozen_pass

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from vlmrewrite.plan import Plan
-from vlmrewrite.program import say
+from vlmrewrite.plan.pipeline import run_passes
+from vlmrewrite.plan.plan import Plan
 from vlmrewrite.testing import models
 
 
 def planned(*passes, depth=8, features=frozenset()):
     """The text of the plan that passes make, none of which refuses."""
-    return str(say(Plan(depth, features), passes, strict=True)[0])
+    return str(run_passes(Plan(depth, features), passes, strict=True)[0])
 
 
 def with_grid(name):

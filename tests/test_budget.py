@@ -9,8 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrewrite.budget import Budget, Depth, frozen_pass, layer_index, tokens_kept
 from vlmrewrite.passes import STS, Random, Stride
+from vlmrewrite.plan.budget import Budget, Depth, layer_index, tokens_kept
+from vlmrewrite.plan.interface import frozen_pass
 
 BUDGET = r"expected an int >= 1 \(tokens per image\) or a float in \(0, 1\]"
 DEPTH = r"expected an int >= 0 \(layer\) or a float in \[0, 1\)"

@@ -15,13 +15,14 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 from torch.nn.functional import scaled_dot_product_attention as attend
 
 import vlmrewrite as vr
-from vlmrewrite import dialect
-from vlmrewrite.cache import PositionCache, PositionLayer
-from vlmrewrite.inplace import InPlace
+from vlmrewrite import ops
+from vlmrewrite.capture.model import CAPTURES
+from vlmrewrite.kvcache.buffer import LEAST, SHARE, Buffer
+from vlmrewrite.kvcache.cache import PositionCache
+from vlmrewrite.kvcache.layer import PositionLayer
+from vlmrewrite.lower.decode_step import DecodeStep
 from vlmrewrite.passes import STS
-from vlmrewrite.room import LEAST, SHARE, Room
 from vlmrewrite.testing.models import FAMILIES, Row
-from vlmrewrite.traced import TRACED
 
 HEADS, D, DV = 2, 4, 3
 MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
@@ -258,7 +259,7 @@ def test_what_is_there_moves_only_when_the_room_is_used_up(mode):
             now = places(cache)
             if now != held:
                 assert i == 0 or cache.kv_lengths()[0] in (before, before + 1)
-                before = cache.layers[0].room.keys.shape[2]
+                before = cache.layers[0].buffer.keys.shape[2]
                 moves += 1
             held = now
             spare = cache.allocated_bytes() - cache.kv_bytes()
@@ -403,7 +404,7 @@ def test_a_reset_frees_the_room():
         cache = prefilled(5)
         forward(cache, 1, 1)
     cache.reset()
-    assert all(layer.room is None for layer in cache.layers)
+    assert all(layer.buffer is None for layer in cache.layers)
     assert cache.kv_lengths() == [0, 0, 0]
     assert cache.allocated_bytes() == 0
 
@@ -411,8 +412,8 @@ def test_a_reset_frees_the_room():
 @pytest.fixture
 def as_they_are(monkeypatch):
     """The graphs that Inductor would get, run without it."""
-    monkeypatch.setattr("vlmrewrite.installed.compiled", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.traced.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.executable.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.runtime.decode.compiled", lambda gm: gm)
 
 
 def steps(model, token, cache, n, mode=torch.no_grad):
@@ -427,7 +428,7 @@ def steps(model, token, cache, n, mode=torch.no_grad):
 
 @pytest.mark.parametrize("rows", [[Row(1, 2, 3)], [Row(1, 2, 3), Row(1, 3, 2)]], ids=["one row", "two rows"])
 def test_compiled_decode_steps_write_in_place(as_they_are, rows):
-    """Through a room that is used up, a crop and a reordering, and in one graph."""
+    """Through a buffer that is used up, a crop and a reordering, and in one graph."""
     tiny = FAMILIES["llava"](layers=4)
     inputs, token = tiny.inputs(rows, side="left"), torch.full((len(rows), 1), 9)
     beams = torch.arange(len(rows)).flip(0)
@@ -437,7 +438,7 @@ def test_compiled_decode_steps_write_in_place(as_they_are, rows):
             with torch.no_grad():
                 cache = tiny.model(**inputs).past_key_values
             first, where = steps(tiny.model, token, cache, LEAST + 3)
-            assert [a == b for a, b in itertools.pairwise(where)].count(False) == 1  # the room was used up
+            assert [a == b for a, b in itertools.pairwise(where)].count(False) == 1  # the buffer was used up
             cache.crop(-3)
             with torch.no_grad():
                 cache.reorder_cache(beams)
@@ -445,7 +446,7 @@ def test_compiled_decode_steps_write_in_place(as_they_are, rows):
             second, where = steps(tiny.model, token, cache, 3)
             assert where == [held] * 3
             assert cache.layers[1].positions is cache.layers[2].positions
-            assert TRACED[tiny.model].text.graphs == (backend == "inductor")
+            assert CAPTURES[tiny.model].text.graphs == (backend == "inductor")
             third, where = steps(tiny.model, token, cache, 2, torch.inference_mode)
             assert where == [held] * 2
             results.append(torch.cat([first, second, third], 1))
@@ -464,7 +465,7 @@ def test_compiled_decode_steps_with_gradients_concatenate(as_they_are):
             before = [(layer.keys, layer.keys.clone()) for layer in cache.layers]
             for _ in range(2):
                 out = tiny.model(input_ids=token, past_key_values=cache).logits
-            assert all(layer.room is None for layer in cache.layers)
+            assert all(layer.buffer is None for layer in cache.layers)
             steps(tiny.model, token, cache, 2)
             assert all(torch.equal(x, y) for x, y in before)
             grads.append(torch.autograd.grad(out.sum(), next(tiny.model.model.language_model.layers.parameters()))[0])
@@ -479,7 +480,7 @@ def test_a_turn_with_an_image_after_decoding_keeps_no_old_room(as_they_are):
             cache = tiny.model(**inputs).past_key_values
             steps(tiny.model, torch.tensor([[9]]), cache, 2)
             tiny.model(input_ids=more["input_ids"], pixel_values=more["pixel_values"], past_key_values=cache)
-            assert all(layer.room is None for layer in cache.layers)
+            assert all(layer.buffer is None for layer in cache.layers)
 
 
 def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged():
@@ -490,7 +491,7 @@ def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged():
     total = graph.call_function(torch.sum, (old[0],))
     graph.output((*parts, total))
     gm = torch.fx.GraphModule({}, graph)
-    made = InPlace.of(gm, True)
+    made = DecodeStep.of(gm, True)
     assert not made.writes
     with torch.no_grad():
         cache = prefilled(5, layers=1)
@@ -498,16 +499,16 @@ def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged():
         layer = cache.layers[0]
         given = (layer.keys, layer.values, layer.positions, *tokens(2, 2, 9), torch.full((2, 2), 5))
         out = made.run(made.graph_module, cache, given, 2)
-    expected = dialect.kv_append(*given)
+    expected = ops.kv_append(*given)
     assert all(map(torch.equal, out[:3], expected))
-    assert layer.room is None
+    assert layer.buffer is None
 
 
 def test_a_room_keeps_its_tensors_contiguous_and_larger_than_what_is_shown():
     with torch.no_grad():
-        room = Room(*tokens(2, 7, 0), more=3)
-    assert room.keys.is_contiguous()
-    assert room.keys.shape == (2, HEADS, 10 + LEAST, D)
-    assert room.takes(2 + LEAST)
-    assert not room.takes(3 + LEAST)
-    assert room.shown[0]._base is None  # or Dynamo would guard the capacity too
+        buffer = Buffer(*tokens(2, 7, 0), more=3)
+    assert buffer.keys.is_contiguous()
+    assert buffer.keys.shape == (2, HEADS, 10 + LEAST, D)
+    assert buffer.takes(2 + LEAST)
+    assert not buffer.takes(3 + LEAST)
+    assert buffer.shown[0]._base is None  # or Dynamo would guard the capacity too

@@ -13,12 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from vlmrewrite import capture
-from vlmrewrite.cache import PositionCache
+from vlmrewrite.capture import dynamo, hooks
+from vlmrewrite.capture.model import CAPTURES
+from vlmrewrite.hf import decoder
+from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.models import FAMILIES, Row
-from vlmrewrite.traced import TRACED
 
 SOME = [STS(keep=4, refine=2)]
 
@@ -39,7 +40,7 @@ def test_applying_again_captures_nothing():
     for passes in (SOME, [Stride(keep=2)], [Random(keep=0.5, at=2)]):
         with vr.applied(tiny.model, passes):
             tiny.model.generate(**inputs, max_new_tokens=2)
-    assert TRACED[tiny.model].call.graphs == 1
+    assert CAPTURES[tiny.model].call.graphs == 1
 
 
 def test_models_do_not_share_a_limit():
@@ -53,7 +54,7 @@ def test_models_do_not_share_a_limit():
 
 
 def test_the_limit_is_announced_and_never_passed_in_silence(monkeypatch):
-    monkeypatch.setattr(capture, "LIMIT", 2)
+    monkeypatch.setattr(dynamo, "LIMIT", 2)
     tiny = FAMILIES["llava"]()
     with torch._dynamo.config.patch(recompile_limit=2), vr.applied(tiny.model, SOME), torch.no_grad():
         with pytest.warns(UserWarning, match="1 graphs of LlavaForConditionalGeneration were captured; 2 is the limit"):
@@ -86,9 +87,9 @@ def test_keeping_all_is_bit_identical(llava, llava_qwen2, rows, side, seed, name
     inputs = tiny.inputs(rows, side=side, seed=seed)
     real = inputs["attention_mask"].bool()
     with torch.no_grad():
-        capture.register()
+        hooks.register()
         cache = PositionCache()
-        with capture.attention_swapped(tiny.model), capture.running(cache):
+        with decoder.attention_swapped(tiny.model), hooks.running(cache):
             expected = tiny.model(**inputs, past_key_values=cache).logits
         for passes in (
             [STS(keep=1.0, refine=1.0)],

@@ -18,10 +18,11 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
-from vlmrewrite.cli import app
-from vlmrewrite.inspection import image_tokens
-from vlmrewrite.loading import question, read_processor
-from vlmrewrite.recipe import known_passes, shipped_recipes
+from vlmrewrite.cli.app import app
+from vlmrewrite.cli.config import image_tokens
+from vlmrewrite.cli.loading import question, read_processor
+from vlmrewrite.recipe import shipped_recipes
+from vlmrewrite.registry import known_passes
 from vlmrewrite.testing.models import FAMILIES, IMAGE
 
 

@@ -7,7 +7,7 @@ import torch
 from saved_llava import saved_llava
 from typer.testing import CliRunner
 
-from vlmrewrite.cli import app
+from vlmrewrite.cli.app import app
 
 
 def refused(*arguments: object) -> list[str]:

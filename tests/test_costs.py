@@ -8,11 +8,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Phi3Config
 
 import vlmrewrite as vr
-from vlmrewrite.budget import frozen_pass
 from vlmrewrite.passes import STS, Random, Stride
-from vlmrewrite.plan import LayerPlan
+from vlmrewrite.plan.interface import frozen_pass
+from vlmrewrite.plan.tokens import All, Image, Text
+from vlmrewrite.plan.vocabulary import LayerPlan
 from vlmrewrite.testing.models import Row, _decoder, _llava
-from vlmrewrite.tokens import All, Image, Text
 
 ROWS = [Row(2, 2, 3), Row(2, 2, 3)]
 
@@ -70,7 +70,7 @@ PASSES = {
 def test_flops_are_those_that_run(llava, phi, name, passes):
     tiny = {"llava": llava, "phi": phi}[name]
     program = vr.rewrite(vr.trace(tiny.model, tiny.inputs(ROWS)), passes)
-    total = sum(c.flops for c in program.costs(program.call.census))
+    total = sum(c.flops for c in program.costs(program.call.counts))
     assert counted(program) == total + head(tiny, program.call)
 
 

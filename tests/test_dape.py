@@ -13,16 +13,19 @@ from hypothesis import strategies as st
 import vlmrewrite as vr
 from tests.small import planned as of_passes
 from tests.small import with_grid
-from vlmrewrite import regions
-from vlmrewrite.install import _session, layer_masks
+from vlmrewrite.oracle.hooks import oracle_logits
+from vlmrewrite.oracle.masks import LayerMasks, layer_masks
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Stride
-from vlmrewrite.passes.dape_ops import Detail, Matching, gains
-from vlmrewrite.plan import Plan
+from vlmrewrite.passes.dape import regions
+from vlmrewrite.passes.dape.blocks import Detail, Matching
+from vlmrewrite.passes.dape.matching import gains
+from vlmrewrite.plan.plan import Plan
+from vlmrewrite.plan.policy import Policy
+from vlmrewrite.plan.tokens import Text, Vision
+from vlmrewrite.runtime.install import session_of
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import logits_agreement
 from vlmrewrite.testing.models import Row
-from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
-from vlmrewrite.tokens import Policy, Text, Vision
 
 FEW = settings(max_examples=max(4, settings.default.max_examples // 3))
 HALF = settings(max_examples=max(4, settings.default.max_examples // 2))
@@ -220,7 +223,7 @@ def entry_of(now, before, vision, grids):
 
 def masks_of(model):
     """What each layer did, with the averages made by loops."""
-    program, call, chosen = _session(model).last()
+    program, call, chosen = session_of(model).last()
     out, before = [], torch.zeros_like(call.vision)
     for layer in program.plan.layers:
         run, keys = call.members(layer.run_set, chosen), call.members(layer.keys, chosen)

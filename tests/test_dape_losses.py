@@ -13,11 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from vlmrewrite.blocks import ATTRIBUTE
 from vlmrewrite.passes import DAPE, VISOR, Stride
-from vlmrewrite.passes.dape_losses import contrast, dape_loss, occupancy
-from vlmrewrite.passes.dape_ops import Matching
-from vlmrewrite.regions import aligned
+from vlmrewrite.passes.dape.blocks import Matching
+from vlmrewrite.passes.dape.losses import contrast, dape_loss, occupancy
+from vlmrewrite.passes.dape.matching import aligned
+from vlmrewrite.plan.blocks import ATTRIBUTE
 from vlmrewrite.testing.models import FAMILIES, Row
 
 EXAMPLES = Path(__file__).parent.parent / "examples"

@@ -15,15 +15,18 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import vlmrewrite as vr
 from tests.small import with_grid
-from vlmrewrite.budget import frozen_pass
-from vlmrewrite.install import layer_masks
-from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV, dape, dape_ops
-from vlmrewrite.plan import Edit
-from vlmrewrite.regions import density
-from vlmrewrite.testing import models, oracle, strategies
+from vlmrewrite.oracle import hooks
+from vlmrewrite.oracle.masks import layer_masks
+from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
+from vlmrewrite.passes.dape import blocks, ops, technique
+from vlmrewrite.passes.dape.regions import density
+from vlmrewrite.plan.interface import frozen_pass
+from vlmrewrite.plan.policy import Policy
+from vlmrewrite.plan.tokens import Vision
+from vlmrewrite.plan.vocabulary import Edit
+from vlmrewrite.testing import models, strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import Row
-from vlmrewrite.tokens import Policy, Vision
 
 HALF = settings(max_examples=max(4, settings.default.max_examples // 2))
 BATCH = [Row(2, 1, 3), Row(0, 4, 2), Row(1, 3, 4), Row(3, 2, 1)]
@@ -47,12 +50,12 @@ def learned(gate=0.0, seed=0, near=1e-3):
     """
     wrapped, found, played = torch.ops.vlm.dape_focus, [], []
 
-    class Learned(dape_ops.Detail):
+    class Learned(blocks.Detail):
         def __init__(self, hidden):
             super().__init__(hidden)
             self.gate.data.fill_(gate)
 
-    class Matched(dape_ops.Matching):
+    class Matched(blocks.Matching):
         def __init__(self, hidden):
             super().__init__(hidden)
             for p in (self.text, self.bias, self.scale, self.slope, self.visual):
@@ -62,10 +65,10 @@ def learned(gate=0.0, seed=0, near=1e-3):
         if isinstance(attention, FakeTensor):
             return wrapped(attention, features, owner, member, lengths, share)
         # By its name: to a function mode, as the oracle's, the operator is what stands in its place, this function.
-        chosen = dape_ops.dape_focus(attention, features, owner, member, lengths, share)
-        if oracle._KEYS and not found:  # a kernel does not ask here
+        chosen = ops.dape_focus(attention, features, owner, member, lengths, share)
+        if hooks._KEYS and not found:  # a kernel does not ask here
             return chosen
-        if not oracle._KEYS:
+        if not hooks._KEYS:
             found.append(chosen)
             return chosen
         of_the_run = found[len(played) % len(found)]
@@ -79,8 +82,8 @@ def learned(gate=0.0, seed=0, near=1e-3):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.ops.vlm, "dape_focus", focus)
-        patch.setattr(dape, "Detail", Learned)
-        patch.setattr(dape, "Matching", Matched)
+        patch.setattr(technique, "Detail", Learned)
+        patch.setattr(technique, "Matching", Matched)
         torch.manual_seed(seed)
         yield
 
@@ -224,7 +227,7 @@ def test_a_wrong_edit_is_seen(wrong, at):
     other = [*masks]
     other[at] = replace(masks[at], edits=(replace(edit, op=wrong),))
     real = inputs["attention_mask"].bool()
-    right, false = (oracle.oracle_logits(tiny.model, inputs, m)[real] for m in (masks, other))
+    right, false = (hooks.oracle_logits(tiny.model, inputs, m)[real] for m in (masks, other))
     error = (got[real] - right).abs().max()
     assert (got[real] - false).abs().max() > 100 * error
 
@@ -282,8 +285,8 @@ def test_what_the_oracle_cannot_find():
         model(**inputs)
         masks = layer_masks(model)
     assert seen[0][2].shape == (6 * 36, models.HIDDEN)
-    oracle.oracle_logits(tiny.model, inputs, masks)
+    hooks.oracle_logits(tiny.model, inputs, masks)
     assert torch.equal(seen[0][2], seen[1][2])
     masks[2].edits[0].facts["encoder_features"] = None
     with pytest.raises(NotImplementedError, match="cannot find 'encoder_features' on this model"):
-        oracle.oracle_logits(tiny.model, inputs, masks)
+        hooks.oracle_logits(tiny.model, inputs, masks)

@@ -8,15 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from vlmrewrite.blocks import ATTRIBUTE
-from vlmrewrite.install import routing
+from vlmrewrite.oracle.masks import layer_masks
 from vlmrewrite.passes import DPVR, STS, VISOR, Random, Stride
-from vlmrewrite.passes.visor import Confidence, spend
-from vlmrewrite.plan import Plan
+from vlmrewrite.passes.visor.allocate import spend
+from vlmrewrite.passes.visor.dispatch import Confidence
+from vlmrewrite.plan.blocks import ATTRIBUTE
+from vlmrewrite.plan.plan import Plan
+from vlmrewrite.plan.tokens import Text
+from vlmrewrite.runtime.last_call import routing
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
-from vlmrewrite.tokens import Text
 
 MODELS = {name: make() for name, make in FAMILIES.items()}
 TINY = MODELS["llava"]
@@ -33,7 +35,7 @@ def always(which):
 
 
 def kinds(model):
-    return ["self" if e.run.all() else "cross" if e.keys.all() else "text" for e in vr.install.layer_masks(model)]
+    return ["self" if e.run.all() else "cross" if e.keys.all() else "text" for e in layer_masks(model)]
 
 
 def test_plan():

@@ -9,13 +9,13 @@ from hypothesis import strategies as st
 
 import vlmrewrite as vr
 from tests.small import planned
-from vlmrewrite.blocks import ATTRIBUTE, LayerCopy
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Random, Stride, ViCA
-from vlmrewrite.plan import Plan
+from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy
+from vlmrewrite.plan.plan import Plan
+from vlmrewrite.plan.tokens import Text, Vision
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
-from vlmrewrite.tokens import Text, Vision
 
 MODELS = {name: make() for name, make in FAMILIES.items()}
 TINY = MODELS["llava"]

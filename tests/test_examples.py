@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import vlmrewrite as vr
-from vlmrewrite.blocks import ATTRIBUTE
-from vlmrewrite.install import routing
 from vlmrewrite.passes import DAPE, DPVR, VISOR
+from vlmrewrite.plan.blocks import ATTRIBUTE
+from vlmrewrite.runtime.last_call import routing
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHECKPOINT = EXAMPLES / "digits" / "checkpoint"
@@ -58,7 +58,7 @@ def test_the_bundled_model_is_small_and_unmodified_classes_load_it():
 
 @pytest.mark.parametrize("name", ["llava-1.5-7b", "llava-16x1024"])
 def test_configurations_can_be_read(name):
-    from vlmrewrite.inspection import read_config
+    from vlmrewrite.cli.config import read_config
 
     config, _ = read_config(EXAMPLES / "configs" / f"{name}.json")
     assert config.image_seq_length == 576

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 import vlmrewrite as vr
-from vlmrewrite.budget import tokens_kept
+from vlmrewrite.oracle.hooks import oracle_logits
+from vlmrewrite.oracle.masks import LayerMasks
 from vlmrewrite.passes import STS, Random, Stride
+from vlmrewrite.plan.budget import tokens_kept
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row, Side, TinyVLM
-from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
 
 # The second row is long and keeps little: where a set has one length for all rows, dropped tokens fill it up.
 BATCH = [Row(1, 12, 8), Row(2, 0, 3), Row(0, 7, 2)]
@@ -104,7 +105,7 @@ def test_anatomy(tiny: TinyVLM) -> None:
     assert torch.equal(program.vision_mask()(*program.inputs), inputs["input_ids"] == tiny.image_token_id)
     assert program.call is not None
     assert program.call.vision.shape == (batch, length)
-    assert program.call.census.images == tuple(n for row in _images(tiny, inputs) for n in row)
+    assert program.call.counts.images == tuple(n for row in _images(tiny, inputs) for n in row)
 
 
 LISTINGS = {

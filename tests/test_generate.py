@@ -9,12 +9,12 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import vlmrewrite as vr
-from vlmrewrite.cache import PositionCache
-from vlmrewrite.install import layer_masks
+from vlmrewrite.kvcache.cache import PositionCache
+from vlmrewrite.oracle.hooks import oracle_logits
+from vlmrewrite.oracle.masks import LayerMasks, layer_masks
 from vlmrewrite.passes import DPVR, STS, VISOR, VTW, Random, ShortV, Stride, ViCA
 from vlmrewrite.testing.agreement import extended, forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
-from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
 
 ONE, BATCH = [Row(1, 2, 3)], [Row(2, 1, 2), Row(0, 4, 2), Row(1, 3, 4)]
 SOME = [STS(keep=6, refine=3, at=2)]

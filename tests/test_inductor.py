@@ -14,10 +14,10 @@ from hypothesis import settings
 from torch._dynamo.utils import counters
 
 import vlmrewrite as vr
+from vlmrewrite.capture.model import CAPTURES
 from vlmrewrite.passes import STS, Stride
 from vlmrewrite.testing.agreement import generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
-from vlmrewrite.traced import TRACED
 
 needs_compiler = pytest.mark.skipif(
     not any(map(shutil.which, ("g++", "clang++"))), reason="Inductor needs a C++ compiler"
@@ -51,15 +51,15 @@ def test_generation_agrees_with_eager(tiny, passes):
         assert torch.equal(a.sequences, b.sequences)
         torch.testing.assert_close(torch.stack(a.logits), torch.stack(b.logits), atol=1e-4, rtol=1e-4)
         assert a.past_key_values.kv_lengths() == b.past_key_values.kv_lengths()
-    assert (TRACED[tiny.model].call.graphs, TRACED[tiny.model].text.graphs) == (1, 1)
+    assert (CAPTURES[tiny.model].call.graphs, CAPTURES[tiny.model].text.graphs) == (1, 1)
     assert counters["stats"]["unique_graphs"] == 3  # captured for decoding, and compiled for both
 
 
 @pytest.fixture
 def as_they_are(monkeypatch):
     """The graphs that Inductor would get, run without it: what is captured and how it is wired."""
-    monkeypatch.setattr("vlmrewrite.installed.compiled", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.traced.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.executable.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.runtime.decode.compiled", lambda gm: gm)
 
 
 EACH = FAMILIES if settings.get_current_profile_name() == "long" else ("llava", "qwen2_5_vl", "gemma3")
@@ -112,7 +112,7 @@ def test_what_was_compiled_dies_with_the_model():
         tiny = FAMILIES["llava"](layers=1)
         with vr.applied(tiny.model, [Stride(keep=5)], backend="inductor"):
             tiny.model.generate(**tiny.inputs([Row(1)]), max_new_tokens=2)
-    refs = [weakref.ref(x) for x in (tiny.model, next(tiny.model.parameters()), TRACED[tiny.model])]
+    refs = [weakref.ref(x) for x in (tiny.model, next(tiny.model.parameters()), CAPTURES[tiny.model])]
     del tiny
     gc.collect()
     gc.collect()

@@ -10,10 +10,10 @@ import torch
 from typer.testing import CliRunner
 
 from vlmrewrite.bench import bench_kernels
-from vlmrewrite.bench import kernels as kernelbench
-from vlmrewrite.bench.cases import Case, Setting
-from vlmrewrite.cli import app
-from vlmrewrite.kernels import _installed, interpreted
+from vlmrewrite.bench.kernels import harness as kernelbench
+from vlmrewrite.bench.kernels.cases import Case, Setting
+from vlmrewrite.cli.app import app
+from vlmrewrite.ops.device import _installed, interpreted
 
 CPU = torch.device("cpu")
 
@@ -40,7 +40,7 @@ def test_every_family_against_what_needs_no_compiler(monkeypatch: pytest.MonkeyP
 @pytest.mark.skipif(not interpreted() or not _installed(), reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_kernels_compute_what_their_references_do(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
-    from vlmrewrite.testing.interpreter import trustworthy
+    from vlmrewrite.testing.triton.interpreter import trustworthy
 
     trustworthy()
     monkeypatch.setattr(kernelbench, "_missing", lambda _: None)

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 import vlmrewrite as vr
-from vlmrewrite import tokenwise
-from vlmrewrite.anatomy import value
-from vlmrewrite.legalize import legalize
-from vlmrewrite.lower import lower
+from vlmrewrite.analysis import tokenwise
+from vlmrewrite.analysis.graph import value
+from vlmrewrite.lower.lowering import lower
 from vlmrewrite.passes import STS, Random, Stride
+from vlmrewrite.plan.tokens import All, Text
+from vlmrewrite.rewrite.legalize import legalize
+from vlmrewrite.rewrite.verifier import propagate_fakes
 from vlmrewrite.testing.models import Row
-from vlmrewrite.tokens import All, Text
-from vlmrewrite.wellformed import propagate
 
 VLM = torch.ops.vlm
 
@@ -151,19 +151,19 @@ def test_what_mixes_tokens_is_refused(program):
         with graph.inserting_after(layer.entry):
             node = make()
         try:
-            assert reason in tokenwise.refuse(node, length)
+            assert reason in tokenwise.not_token_wise(node, length)
         finally:
             graph.erase_node(node)
     for node in layer.region - {layer.entry}:
         if node.target not in (VLM.attention.default, VLM.kv_append.default):
-            assert tokenwise.refuse(node, length) is None
+            assert tokenwise.not_token_wise(node, length) is None
 
 
 def test_every_node_holds_as_many_tokens_as_its_set(program):
     rewritten = vr.rewrite(program, [STS(keep=3, refine=2, at=2)])
     rewritten.propagate()
-    census = rewritten.call.census
-    more = replace(census, text=tuple(n + 1 for n in census.text)).size
+    counts = rewritten.call.counts
+    more = replace(counts, text=tuple(n + 1 for n in counts.text)).size
     arguments = rewritten.arguments(program.inputs, program.call)
     with pytest.raises(ValueError, match=r"node .* has shape .*; expected \d+ tokens at axis 1"):
-        propagate(program.anatomy, rewritten.rewritten, arguments, more)
+        propagate_fakes(program.anatomy, rewritten.rewritten, arguments, more)

@@ -11,12 +11,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import vlmrewrite as vr
-from vlmrewrite import capture, session
-from vlmrewrite.cache import PositionCache
-from vlmrewrite.lower import Kernels, lower
+from vlmrewrite.capture import dynamo
+from vlmrewrite.capture.model import CAPTURES
+from vlmrewrite.kvcache.cache import PositionCache
+from vlmrewrite.lower.lowering import lower
+from vlmrewrite.ops import choice
+from vlmrewrite.ops.choice import Kernels
 from vlmrewrite.passes import STS, Stride
+from vlmrewrite.runtime import SESSIONS, session
 from vlmrewrite.testing.models import FAMILIES, Row
-from vlmrewrite.traced import TRACED
 
 SOME = [STS(keep=6, refine=3, at=2)]
 
@@ -32,8 +35,8 @@ def used(recipe, restore: bool) -> list[weakref.ref]:
     model, inputs = tiny.model, tiny.inputs([Row(1)])
     vr.apply(model, recipe)
     cache = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True).past_key_values
-    graph = next(iter(vr.install._SESSIONS[model].installed))[0]
-    seen = [model, next(model.parameters()), TRACED[model], graph, graph.gm, vr.install._SESSIONS[model], cache]
+    graph = next(iter(SESSIONS[model].executables))[0]
+    seen = [model, next(model.parameters()), CAPTURES[model], graph, graph.gm, SESSIONS[model], cache]
     if restore:
         vr.restore(model)
     return [weakref.ref(x) for x in seen]
@@ -42,17 +45,17 @@ def used(recipe, restore: bool) -> list[weakref.ref]:
 @pytest.mark.parametrize(("features", "restore"), [("projected", False), ("encoder", True)])
 def test_captures_die_with_their_model(restore, features):
     collect()
-    before = {name for name in vars(capture) if "compiled_fn" in name}
+    before = {name for name in vars(dynamo) if "compiled_fn" in name}
     refs = used([STS(keep=6, refine=3, at=2, features=features)], restore)
     collect()
     assert [type(r()).__name__ for r in refs if r() is not None] == []
-    assert {name for name in vars(capture) if "compiled_fn" in name} <= before
+    assert {name for name in vars(dynamo) if "compiled_fn" in name} <= before
 
 
 def test_captures_of_text_die_with_their_model(monkeypatch):
     monkeypatch.setattr(session, "resolve", lambda *_: "inductor")
-    monkeypatch.setattr("vlmrewrite.installed.compiled", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.traced.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.executable.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.runtime.decode.compiled", lambda gm: gm)
     refs = used(SOME, True)
     collect()
     assert [type(r()).__name__ for r in refs if r() is not None] == []
@@ -91,9 +94,9 @@ def test_a_failed_call_gives_the_cache_back(llava):
 
 
 def test_auto_means_where_the_model_is_when_it_is_called(llava, monkeypatch):
-    assert session.resolve("auto", torch.device("cuda")) == "inductor"
-    assert session.resolve("auto", torch.device("cpu")) == "eager"
-    assert session.resolve("eager", torch.device("cuda")) == "eager"
+    assert choice.resolve("auto", torch.device("cuda")) == "inductor"
+    assert choice.resolve("auto", torch.device("cpu")) == "eager"
+    assert choice.resolve("eager", torch.device("cuda")) == "eager"
     asked = []
 
     def watched(backend, device):

@@ -10,10 +10,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmrewrite as vr
-from vlmrewrite.inspection import Shape, prompt_inputs
-from vlmrewrite.installed import Installed
-from vlmrewrite.lower import lower
-from vlmrewrite.memory import Layout, LiveBytes, Tail, peak_bytes
+from vlmrewrite.analysis.memory import Layout, LiveBytes, Tail, peak_bytes
+from vlmrewrite.cli.prompt import Shape, prompt_inputs
+from vlmrewrite.lower.executable import Executable
+from vlmrewrite.lower.lowering import lower
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
 
 CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
@@ -55,17 +55,17 @@ def allocated(run):
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", EACH)
 def test_prediction_is_what_the_allocator_reports(monkeypatch, name, rows):
-    model, own, seen = llava(), Installed.run, {}
+    model, own, seen = llava(), Executable.run, {}
     inputs = prompt_inputs(model, Shape(144, text=16, rows=rows), as_list=True)
 
     def run(self, given, call):
-        _ = call.census, call.flat, call.text, call.last  # what the host keeps of a call is no part of its graph
+        _ = call.counts, call.flat, call.text, call.last  # what the host keeps of a call is no part of its graph
         out, seen["after"] = allocated(lambda: own(self, given, call))
         graph = lower(self.program.captured).graph_module
         _, seen["before"] = allocated(lambda: graph(*given))
         return out
 
-    monkeypatch.setattr(Installed, "run", run)
+    monkeypatch.setattr(Executable, "run", run)
     with vr.applied(model, EACH[name]), torch.no_grad():
         model(**inputs, logits_to_keep=1)
         predicted = vr.report(model, memory=True).memory

@@ -10,14 +10,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from vlmrewrite import dialect
-from vlmrewrite.dialect import top_attention
+from vlmrewrite.ops import attention, library, selection
+from vlmrewrite.ops.scoring import top_attention
 from vlmrewrite.passes.random import random_sample
 from vlmrewrite.passes.stride import stride_sample
 from vlmrewrite.passes.sts import EPSILON, sts_sample
+from vlmrewrite.plan.policy import Policy
+from vlmrewrite.plan.tokens import Text, Vision
 from vlmrewrite.testing.models import FAMILIES, Row
 from vlmrewrite.testing.strategies import Sets
-from vlmrewrite.tokens import Policy, Text, Vision
 
 VLM = torch.ops.vlm
 LENGTHS, KEEP = torch.tensor([5, 0, 4]), torch.tensor([2, 0, 4])
@@ -66,13 +67,13 @@ SAMPLES = {
 def test_opcheck(name):
     op = getattr(VLM, name.split()[0]).default
     torch.library.opcheck(op, SAMPLES[name])
-    got, expected = op(*SAMPLES[name]), dialect.REFERENCES[op](*SAMPLES[name])
+    got, expected = op(*SAMPLES[name]), library.REFERENCES[op](*SAMPLES[name])
     for a, b in zip(*((x,) if isinstance(x, torch.Tensor) else x for x in (got, expected)), strict=True):
         assert torch.equal(a, b)
 
 
 def test_every_operator_of_the_core_has_a_sample():
-    core = {op.name() for op, f in dialect.REFERENCES.items() if f.__module__ == dialect.__name__}
+    core = {op.name() for op, f in library.REFERENCES.items() if f.__module__ == selection.__name__}
     assert core <= {f"vlm::{name.split()[0]}" for name in SAMPLES}
 
 
@@ -177,7 +178,7 @@ def test_an_index_holds_the_members_then_padding_then_others(batch, length, data
     member, padding = draw(), draw()
     member &= padding
     n = data.draw(st.integers(max(1, int(member.sum(1).max())), length))
-    index, valid = dialect.token_index(member, padding, n)
+    index, valid = selection.token_index(member, padding, n)
     assert index.shape == valid.shape == (batch, n)
     for row in range(batch):
         found = index[row].tolist()
@@ -197,8 +198,8 @@ def test_visibility_follows_logical_positions(batch, length, past, data):
     bits = torch.tensor(
         data.draw(st.lists(st.booleans(), min_size=batch * (past + length), max_size=batch * (past + length)))
     ).view(batch, -1)
-    seen = dialect.visible(bits, q, k, False)
-    full = dialect.visible(
+    seen = attention.visible(bits, q, k, False)
+    full = attention.visible(
         (torch.ones(length, past + length).tril(past).bool() & bits[:, None, :])[:, None], q, k, False
     )
     assert torch.equal(seen, full)
@@ -214,15 +215,15 @@ def test_visibility_follows_logical_positions(batch, length, past, data):
 def test_plain_attention_is_masked_attention(heads, softcap):
     q, k, v = randn(2, 4, 5, 8), randn(2, heads, 7, 8), randn(2, heads, 7, 8)
     at = torch.arange(7).expand(2, -1)
-    plain = dialect.attention(q, k, v, softcap=softcap)
-    masked = dialect.attention(q, k, v, None, at[:, 2:], at, None, False, softcap)
+    plain = attention.attention(q, k, v, softcap=softcap)
+    masked = attention.attention(q, k, v, None, at[:, 2:], at, None, False, softcap)
     torch.testing.assert_close(plain, masked)
 
 
 def test_a_query_that_sees_nothing_gives_zeros():
     q = k = v = randn(1, 2, 3, 8)
     bits = torch.tensor([[False, False, True]])
-    out = dialect.attention(q, k, v, bits, None, None, None, False)
+    out = attention.attention(q, k, v, bits, None, None, None, False)
     assert not out[:, :2].any()
     assert out[:, 2].any()
 

@@ -12,10 +12,11 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
-from vlmrewrite.testing import oracle
+from vlmrewrite.oracle import hooks
+from vlmrewrite.oracle.hooks import InFloat64, masked, mlp_of, oracle_logits
+from vlmrewrite.oracle.masks import LayerMasks
 from vlmrewrite.testing.agreement import SLACK
 from vlmrewrite.testing.models import FAMILIES, Row
-from vlmrewrite.testing.oracle import InFloat64, LayerMasks, masked, mlp_of, oracle_logits
 
 BATCH = [Row(1, 12, 8), Row(2, 0, 3), Row(0, 7, 2)]
 EPS = torch.finfo(torch.float32).eps
@@ -149,7 +150,7 @@ class Attention(nn.Module):
 def qkv(monkeypatch):
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, 2, 2))
-    monkeypatch.setitem(oracle._KEYS, 0, torch.tensor([[True] * 5, [True, False, True, True, False]]))
+    monkeypatch.setitem(hooks._KEYS, 0, torch.tensor([[True] * 5, [True, False, True, True, False]]))
     return q, k, v, torch.ones(5, 5, dtype=torch.bool).tril()[None, None].expand(2, -1, -1, -1)
 
 
@@ -157,10 +158,10 @@ def qkv(monkeypatch):
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_attention_is_transformers_own(qkv, softcap, scaling):
     q, k, v, mask = qkv
-    seen = mask & oracle._KEYS[0][:, None, None, :]
+    seen = mask & hooks._KEYS[0][:, None, None, :]
     bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     expected, _ = eager_attention_forward(Attention(), q, k, v, bias, scaling=scaling, softcap=softcap)
-    got, _ = oracle._attention(Attention(), q, k, v, mask, scaling=scaling, softcap=softcap, sliding_window=3)
+    got, _ = hooks._attention(Attention(), q, k, v, mask, scaling=scaling, softcap=softcap, sliding_window=3)
     torch.testing.assert_close(got, expected)
 
 
@@ -169,14 +170,14 @@ def test_attention_is_transformers_own(qkv, softcap, scaling):
 )
 def test_what_attention_does_not_take_is_refused(qkv, asked):
     with pytest.raises(NotImplementedError, match=rf"does not take {next(iter(asked))}, Attention passes it"):
-        oracle._attention(Attention(), *qkv, **asked)
+        hooks._attention(Attention(), *qkv, **asked)
 
 
 def test_a_mask_of_another_kind_is_refused(qkv):
     q, k, v, mask = qkv
     for other, found in ((None, "None"), (mask.float(), "torch.float32")):
         with pytest.raises(NotImplementedError, match=f"expects a bool mask, Attention passes {found}"):
-            oracle._attention(Attention(), q, k, v, other)
+            hooks._attention(Attention(), q, k, v, other)
 
 
 # ---- masks

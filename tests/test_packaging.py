@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from vlmrewrite.passes import Stride
-from vlmrewrite.recipe import GROUP, Recipe, find_pass, known_passes
+from vlmrewrite.recipe import Recipe
+from vlmrewrite.registry import GROUP, find_pass, known_passes
 
 ROOT = Path(__file__).parents[1]
 

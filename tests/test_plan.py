@@ -10,11 +10,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small import planned
-from vlmrewrite.call import Call
-from vlmrewrite.census import Census
 from vlmrewrite.passes import STS, Random, Stride
-from vlmrewrite.plan import Plan
-from vlmrewrite.tokens import All, Image, Last, Nothing, Policy, Text, Vision, contains, substitute
+from vlmrewrite.plan.call import Call
+from vlmrewrite.plan.counts import TokenCounts
+from vlmrewrite.plan.plan import Plan
+from vlmrewrite.plan.policy import Policy
+from vlmrewrite.plan.tokens import All, Image, Last, Nothing, Text, Vision, contains, substitute
 
 SOME = Policy("some", print)
 
@@ -194,7 +195,7 @@ def test_a_policy_with_unknown_needs():
         Policy("x", print, ("colour",))
 
 
-CENSUS = Census(length=30, text=(4, 9, 1), images=(8, 5, 3), rows=(0, 0, 2), ordinals=(0, 1, 0), padded=True)
+CENSUS = TokenCounts(length=30, text=(4, 9, 1), images=(8, 5, 3), rows=(0, 0, 2), ordinals=(0, 1, 0), padded=True)
 
 
 def test_census():
@@ -212,8 +213,8 @@ def test_census():
 
 @given(st.integers(1, 600) | st.floats(0.001, 1), st.integers(0, 600))
 def test_a_fraction_keeps_at_least_one(keep, n):
-    census = Census(n + 1, (1,), (n,), (0,), (0,), False)
-    kept = census.per_image(Vision.select(SOME, keep))[0][0]
+    counts = TokenCounts(n + 1, (1,), (n,), (0,), (0,), False)
+    kept = counts.per_image(Vision.select(SOME, keep))[0][0]
     assert kept == min(n, keep if isinstance(keep, int) else max(1, round(keep * n)))
 
 
@@ -250,7 +251,7 @@ def test_algebra_token_by_token(a, b, combine):
 @given(sets())
 def test_counts_are_upper_bounds_and_exact_where_they_say_so(s):
     member = CALL.members(s, CHOSEN) & (PADDING | (s == All))
-    (rows, exact), counted = CALL.census.per_row(s), member.sum(1).tolist()
+    (rows, exact), counted = CALL.counts.per_row(s), member.sum(1).tolist()
     if s == All:
         return
     assert all(n >= m for n, m in zip(rows, counted, strict=True))

@@ -12,13 +12,15 @@ from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 import vlmrewrite as vr
-from vlmrewrite.install import layer_masks
+from vlmrewrite.oracle import hooks
+from vlmrewrite.oracle.masks import layer_masks
 from vlmrewrite.passes import STS, FastV, Random, Stride
-from vlmrewrite.testing import oracle, strategies
+from vlmrewrite.plan.policy import Policy
+from vlmrewrite.plan.tokens import All, Image, Text, Vision
+from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement, logits_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
 from vlmrewrite.testing.strategies import Sets
-from vlmrewrite.tokens import All, Image, Policy, Text, Vision
 
 ONE, BATCH = [Row(2, 1, 3)], [Row(2, 1, 2), Row(0, 4, 2), Row(1, 3, 4)]
 OTHERS = [name for name in FAMILIES if name != "llava"]
@@ -172,15 +174,15 @@ def paid(tiny, inputs, masks, layer):
     seen = {}
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        visible = attention_mask & oracle._KEYS[module.layer_idx][:, None, None, :]
+        visible = attention_mask & hooks._KEYS[module.layer_idx][:, None, None, :]
         bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
         out, weights = eager_attention_forward(module, query, key, value, bias, scaling=scaling)
         seen[module.layer_idx] = weights
         return out, None
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(oracle, "_attention", attention)
-        oracle.oracle_logits(tiny.model, inputs, masks)
+        patch.setattr(hooks, "_attention", attention)
+        hooks.oracle_logits(tiny.model, inputs, masks)
     last = (inputs["attention_mask"] * torch.arange(inputs["input_ids"].shape[1])).argmax(1)
     return seen[layer].mean(1)[torch.arange(len(last)), last]
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 import vlmrewrite as vr
-from vlmrewrite.capture import attention_swapped, decoder_configs
-from vlmrewrite.layerwise import LayerProfile, profile
-from vlmrewrite.observer import attention_mass, observe
+from vlmrewrite.hf.decoder import attention_swapped, decoder_configs
+from vlmrewrite.oracle.hooks import oracle_logits
+from vlmrewrite.oracle.masks import LayerMasks
 from vlmrewrite.passes import Stride
+from vlmrewrite.report.layer_profile import LayerProfile, profile
+from vlmrewrite.report.observe import attention_mass, observe
 from vlmrewrite.testing.agreement import SLACK
 from vlmrewrite.testing.models import FAMILIES, IMAGE, PAD, Row, TinyVLM
-from vlmrewrite.testing.oracle import LayerMasks, oracle_logits
 
 ROWS = [Row(images=2, before=3, after=4), Row(images=0, before=5, after=2), Row(images=1, before=1, after=2)]
 PROFILE = LayerProfile(

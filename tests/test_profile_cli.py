@@ -9,7 +9,7 @@ from PIL import Image
 from saved_llava import saved_llava
 from typer.testing import CliRunner, Result
 
-from vlmrewrite.cli import app
+from vlmrewrite.cli.app import app
 
 DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "checkpoint"
 

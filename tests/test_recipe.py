@@ -8,9 +8,11 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vlmrewrite.budget import Budget, frozen_pass, layer_index, tokens_kept
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Random, Stride
-from vlmrewrite.recipe import Recipe, find_pass, known_passes, shipped_recipes
+from vlmrewrite.plan.budget import Budget, layer_index, tokens_kept
+from vlmrewrite.plan.interface import frozen_pass
+from vlmrewrite.recipe import Recipe, shipped_recipes
+from vlmrewrite.registry import find_pass, known_passes
 
 PRUNING = ["divprune-half", "fastv-half", "random-half", "stride-half", "sts-128", "sts-32", "sts-64", "sts-half"]
 NAMES = [

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrewrite import regions
-from vlmrewrite.regions import SCALES
+from vlmrewrite.passes.dape import matching, regions
+from vlmrewrite.passes.dape.regions import SCALES
 
 
 def rectangle(at, rows, columns, scale):
@@ -192,7 +192,7 @@ def test_match_by_loops(learned):
     torch.manual_seed(0)
     text, areas, level, visual = torch.randn(5, 8), torch.randn(7, 8), torch.arange(7) % 3, torch.rand(7)
     weights = weights_of(8) if learned else []
-    rho, z = regions.match(text, areas, level, visual, weights)
+    rho, z = matching.match(text, areas, level, visual, weights)
     for i in range(5):
         t, row = norm(text[i]), []
         if learned:
@@ -216,8 +216,8 @@ def test_match_by_loops(learned):
 def test_counts_and_sizes_of_what_is_matched_vary_over_tokens():
     torch.manual_seed(1)
     level = torch.arange(40) % 3
-    rho, z = regions.match(torch.randn(30, 16), torch.randn(40, 16), level, torch.rand(40))
-    a = regions.aligned(rho, z, 8)
+    rho, z = matching.match(torch.randn(30, 16), torch.randn(40, 16), level, torch.rand(40))
+    a = matching.aligned(rho, z, 8)
     counts = (a > 0).sum(1)
     assert len(counts.unique()) > 2 and counts.min() >= 1 and counts.max() <= 8
     assert len({tuple(sorted(set(level[row > 0].tolist()))) for row in a}) > 2
@@ -230,12 +230,12 @@ def test_counts_and_sizes_of_what_is_matched_vary_over_tokens():
 
 def test_a_denser_token_has_as_many_regions_or_more():
     z = torch.rand(1, 50).expand(5, -1)
-    counts = (regions.aligned(torch.linspace(0, 1, 5), z, 50) > 0).sum(1)
+    counts = (matching.aligned(torch.linspace(0, 1, 5), z, 50) > 0).sum(1)
     assert (counts.diff() >= 0).all() and counts[0] < counts[-1]
 
 
 def test_a_token_that_matches_all_regions_alike_has_none():
-    assert not regions.aligned(torch.ones(2), torch.full((2, 5), 3.0), 5).any()
+    assert not matching.aligned(torch.ones(2), torch.full((2, 5), 3.0), 5).any()
 
 
 def test_operator():

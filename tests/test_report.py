@@ -49,7 +49,7 @@ def test_flops_are_those_of_the_captured_graph(llava):
     inputs = llava.inputs([Row(1)])
     program = vr.trace(llava.model, inputs)
 
-    total = sum(c.flops for c in program.costs(program.call.census))
+    total = sum(c.flops for c in program.costs(program.call.counts))
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         program.run()
     length, hidden = program.call.length, llava.model.config.text_config.hidden_size

@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vlmrewrite import capture
-from vlmrewrite.anatomy import needed, reachable, same, value
-from vlmrewrite.dialect import select
-from vlmrewrite.tokenwise import refuse, writes
+from vlmrewrite import compat
+from vlmrewrite.analysis.aliasing import writes
+from vlmrewrite.analysis.graph import needed, reachable, same, value
+from vlmrewrite.analysis.tokenwise import not_token_wise
+from vlmrewrite.ops.selection import select
 
 B, T, H = 3, 6, 8
 KEPT = torch.tensor([[0, 2, 3, 5], [1, 2, 4, 5], [0, 1, 2, 3]])  # each row keeps its own tokens
@@ -40,7 +41,7 @@ def captured(f: Any, *inputs: Tensor, static: tuple[int, ...] = (2,)) -> GraphMo
         torch._dynamo.mark_dynamic(x, 1)
         for d in static:
             torch._dynamo.mark_static(x, d)
-    with capture.tracing_options():
+    with compat.tracing_options():
         torch.compile(f, backend=backend, fullgraph=True, dynamic=True)(*inputs)
     return graphs[0]
 
@@ -239,7 +240,7 @@ def test_fine_on_a_subset(f: Any) -> None:
     given = example()[: arity(f)]
     gm = captured(f, *given)
     _, length, inside = stream(gm)
-    assert [(n.name, refuse(n, length)) for n in inside if refuse(n, length) is not None] == []
+    assert [(n.name, not_token_wise(n, length)) for n in inside if not_token_wise(n, length) is not None] == []
     full, part = gm(*fed(gm, given, None)), gm(*fed(gm, given, KEPT))
     outputs = next(iter(reversed(gm.graph.nodes))).args[0]
     assert len(full) == len(part) == len(outputs) > 0
@@ -278,7 +279,7 @@ def chosen(full: Tensor, like: Any, length: Any) -> Tensor:
 def test_mixing_is_refused(f: Any, reason: str) -> None:
     gm = captured(f, *example()[: arity(f)])
     _, length, inside = stream(gm)
-    reasons = [r for r in (refuse(n, length) for n in inside) if r is not None]
+    reasons = [r for r in (not_token_wise(n, length) for n in inside) if r is not None]
     assert any(reason in r for r in reasons), reasons
 
 
@@ -287,12 +288,14 @@ def test_mixing_is_refused(f: Any, reason: str) -> None:
 )
 def test_one_row(f: Any) -> None:
     gm = captured(f, example()[1], static=(0, 2))
-    assert [refuse(n, stream(gm)[1]) is None for n in stream(gm)[2]] == [f(example()[1]).shape[1:] == (2, H // 2)]
+    assert [not_token_wise(n, stream(gm)[1]) is None for n in stream(gm)[2]] == [
+        f(example()[1]).shape[1:] == (2, H // 2)
+    ]
 
 
 def test_groups_of_rows() -> None:
     gm = captured(lambda x: x.view(2, -1, x.shape[1], H).sum(0), torch.randn(4, T, H))
-    assert "takes tokens apart" in str(refuse(stream(gm)[2][0], stream(gm)[1]))
+    assert "takes tokens apart" in str(not_token_wise(stream(gm)[2][0], stream(gm)[1]))
 
 
 def test_sizes_read_in_the_graph() -> None:
@@ -350,7 +353,7 @@ def refusals(gm: GraphModule) -> list[str]:
     """Those that the rewrite comes across."""
     _, length, inside = stream(gm)
     wanted = needed([next(iter(reversed(gm.graph.nodes)))])
-    return [r for n in inside if n in wanted and (r := refuse(n, length)) is not None]
+    return [r for n in inside if n in wanted and (r := not_token_wise(n, length)) is not None]
 
 
 @pytest.mark.parametrize(
@@ -370,7 +373,7 @@ def test_a_write_to_an_input_is_kept() -> None:
     nodes = {n.target: n for n in gm.graph.nodes}
     assert writes(nodes["mul_"])
     assert not writes(nodes["transpose"])
-    assert "in place" in str(refuse(nodes["mul_"], stream(gm)[1]))
+    assert "in place" in str(not_token_wise(nodes["mul_"], stream(gm)[1]))
 
 
 def dead(x: Tensor) -> tuple[Tensor, Tensor]:

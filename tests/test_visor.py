@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 import vlmrewrite as vr
 from tests.small import planned
 from vlmrewrite.passes import STS, VISOR, DivPrune, FastV, Stride, ViCA
-from vlmrewrite.plan import Plan
+from vlmrewrite.plan.plan import Plan
+from vlmrewrite.plan.tokens import Text
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
-from vlmrewrite.tokens import Text
 
 TINY = {name: FAMILIES[name]() for name in ("llava", "qwen2_5_vl")}
 LLAVA = TINY["llava"].model

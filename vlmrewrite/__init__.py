@@ -10,15 +10,17 @@
 Everything else is in the README.
 """
 
+from vlmrewrite import moved
+from vlmrewrite.api import applied, apply, calibrate, report, restore, verify
 from vlmrewrite.checkpoint import load_blocks, save_blocks
-from vlmrewrite.install import Stage, applied, apply, calibrate, kept_tokens, report, restore, verify
 from vlmrewrite.plan import Pass, Plan
-from vlmrewrite.program import Program, rewrite
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report
-from vlmrewrite.traced import trace
+from vlmrewrite.rewrite import Program, rewrite
+from vlmrewrite.runtime import Stage, kept_tokens, trace
 
 __version__ = "0.1.0"
+moved.register()
 __all__ = [
     "Pass",
     "Plan",

@@ -12,8 +12,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from vlmrewrite.blocks import ATTRIBUTE
-from vlmrewrite.install import applied_recipe, apply, restore
+from vlmrewrite.api import applied_recipe, apply, restore
+from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.recipe import Recipe
 
 WEIGHTS, RECIPE = "blocks.safetensors", "recipe.yaml"

@@ -1,91 +1,20 @@
 """Recipes: a list of passes with a name, read from YAML strictly and written back, and where the passes are found."""
 
+from __future__ import annotations
+
 import dataclasses
-import importlib
 import json
 import os
 from collections.abc import Hashable
-from importlib.metadata import EntryPoint, entry_points
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
-from pydantic.dataclasses import is_pydantic_dataclass
 
-from vlmrewrite.complaints import choice, complaints, shown
-
-GROUP = "vlmrewrite.passes"
-"""The entry-point group under which other packages register their passes: `name = "module:Class"`."""
-
-
-def known_passes() -> dict[str, type[Any]]:
-    """Every pass by its recipe key: those of `vlmrewrite.passes`, then those of other packages, sorted by name.
-
-    Raises:
-        ImportError: a registered pass cannot be loaded.
-        TypeError: what is registered is not a class made with `frozen_pass`.
-        ValueError: a name is registered twice, or differs from the `name` of its class.
-    """
-    names = dict.fromkeys([*_shipped_passes(), *sorted(entry_points(group=GROUP).names)])
-    return {name: find_pass(name) for name in names}
-
-
-def find_pass(name: str) -> type[Any]:
-    """The class of the pass with this recipe key. Of other packages, only the one that registers it is imported.
-
-    Raises:
-        ImportError, TypeError: as `known_passes`, for this name.
-        ValueError: as `known_passes`, for this name; or there is no such pass, and the message lists what there is.
-    """
-    shipped = _shipped_passes()
-    registered = entry_points(group=GROUP)
-    points = [point for point in registered if point.name == name]
-    owners = ["vlmrewrite"] * (name in shipped) + sorted(_package(point) for point in points)
-    if len(owners) > 1:
-        raise ValueError(f"expected one package to have a pass {name!r}, got {', '.join(owners)}; uninstall the others")
-    if not owners:
-        names = [*shipped, *sorted(registered.names)]
-        raise ValueError(f"unknown pass {name!r}, {choice(name, names)}")
-    return shipped[name] if name in shipped else _registered_pass(points[0])
-
-
-def _shipped_passes() -> dict[str, type[Any]]:
-    module = importlib.import_module("vlmrewrite.passes")  # here, not above: the core knows no technique
-    return {getattr(module, item).name: getattr(module, item) for item in module.__all__}
-
-
-def _registered_pass(point: EntryPoint) -> type[Any]:
-    what = f"the package {_package(point)} registers the pass {point.name!r} as {point.value!r}"
-    try:
-        found: type[Any] = point.load()
-    except Exception as error:
-        raise ImportError(f"{what}, which cannot be loaded: {type(error).__name__}: {error}") from error
-    if not _is_pass_class(found):
-        raise TypeError(f"{what}: expected a class made with vlmrewrite.budget.frozen_pass, got {found!r}")
-    if found.name != point.name:
-        raise ValueError(f"{what}: expected a class whose `name` is {point.name!r}, got {found.name!r}")
-    return found
-
-
-def _package(point: EntryPoint) -> str:
-    return point.dist.name if point.dist else "(unknown)"
-
-
-def _is_pass_class(cls: Any) -> bool:
-    return is_pydantic_dataclass(cls) and isinstance(getattr(cls, "name", None), str)
-
-
-def _as_passes(value: object) -> tuple[object, ...]:
-    if not isinstance(value, list | tuple):
-        raise ValueError(f"expected a list of passes, got {shown(value)}")
-    for i, item in enumerate(value):
-        if isinstance(item, type) and _is_pass_class(item):
-            raise ValueError(f"expected a pass as item {i}, got the class {item.__name__}; write {item.__name__}(...)")
-        if not _is_pass_class(type(item)):
-            raise ValueError(f"expected a pass (a class made with frozen_pass) as item {i}, got {shown(item)}")
-    return tuple(value)
+from vlmrewrite.errors import explain, one_of, shown
+from vlmrewrite.registry import as_passes, find_pass, is_pass_class
 
 
 class Recipe(BaseModel):
@@ -103,7 +32,7 @@ class Recipe(BaseModel):
 
     name: str = Field(min_length=1)
     description: str = ""
-    passes: Annotated[tuple[Any, ...], BeforeValidator(_as_passes)]
+    passes: Annotated[tuple[Any, ...], BeforeValidator(as_passes)]
     backend: Literal["auto", "eager", "inductor"] = "auto"
     kernels: Literal["auto", "reference", "triton"] = "auto"
 
@@ -121,7 +50,7 @@ class Recipe(BaseModel):
             return recipe
         if isinstance(recipe, str | os.PathLike):
             return cls.load(recipe)
-        if _is_pass_class(type(recipe)):
+        if is_pass_class(type(recipe)):
             return cls(name="custom", passes=(recipe,))
         if not isinstance(recipe, list | tuple):
             expected = "a recipe, its name or path, a pass (a class made with frozen_pass) or a list of passes"
@@ -129,7 +58,7 @@ class Recipe(BaseModel):
         try:
             return cls(name="custom", passes=tuple(recipe))
         except ValidationError as error:
-            raise ValueError("\n".join(complaints(error, "", list(cls.model_fields)))) from None
+            raise ValueError("\n".join(explain(error, "", list(cls.model_fields)))) from None
 
     @classmethod
     def load(cls, name_or_path: str | os.PathLike[str]) -> Self:
@@ -146,7 +75,7 @@ class Recipe(BaseModel):
         if not isinstance(name_or_path, str) or name.endswith((".yaml", ".yml")) or separators & set(name):
             return cls.from_yaml(name_or_path)
         if name not in _shipped_names():
-            raise ValueError(f"unknown recipe {name!r}, {choice(name, _shipped_names())}, or a path ending in .yaml")
+            raise ValueError(f"unknown recipe {name!r}, {one_of(name, _shipped_names())}, or a path ending in .yaml")
         return cls._parse(files("vlmrewrite.recipes").joinpath(f"{name}.yaml").read_bytes(), f"recipes/{name}.yaml")
 
     @classmethod
@@ -204,7 +133,7 @@ class Recipe(BaseModel):
         try:
             recipe = cls.model_validate(data)
         except ValidationError as error:
-            problems += complaints(error, "", list(cls.model_fields))
+            problems += explain(error, "", list(cls.model_fields))
         if problems:
             raise ValueError("\n".join(f"{source}: {problem}" for problem in problems))
         return recipe
@@ -238,7 +167,7 @@ def _read_pass(item: object, where: str, problems: list[str]) -> object:
         # Strict JSON mode lets a YAML list fill a tuple and converts nothing else.
         return TypeAdapter(cls).validate_json(json.dumps(options))
     except ValidationError as error:
-        problems += complaints(error, f"{where}.{name}", [field.name for field in dataclasses.fields(cls)])
+        problems += explain(error, f"{where}.{name}", [field.name for field in dataclasses.fields(cls)])
     except ValueError as error:
         problems.append(f"{where}: {error}")
     return None

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from vlmrewrite.kernels import detail, matching, quadtree, regions
+from vlmrewrite.passes.dape.kernels import detail, matching, quadtree, regions
 
 SIZES = {"llava": (8, 24, 24, 4096), "llava_next": (1, 48, 60, 4096), "qwen": (1, 128, 128, 3584), "odd": (3, 7, 9, 70)}
 

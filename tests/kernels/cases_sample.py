@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from vlmrewrite.kernels.sample import greedy
+from vlmrewrite.kernels.greedy.sample import greedy
 
 SIZES = {
     "llava": ([576], 4096, 96),

@@ -27,7 +27,7 @@ def start(files: list[str], target: str, folder: Path) -> Running:
     folder.mkdir(parents=True)
     output, errors = folder / "output", folder / "errors"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(folder / "cache")}
-    command = [sys.executable, "-m", "vlmrewrite.testing.aot", *files, "--target", target, "--json"]
+    command = [sys.executable, "-m", "vlmrewrite.testing.triton.aot", *files, "--target", target, "--json"]
     with output.open("wb") as out, errors.open("wb") as err:
         process = subprocess.Popen(command, env=env, stdout=out, stderr=err, preexec_fn=lambda: os.nice(10))
     return Running(process, output, errors)

@@ -15,7 +15,7 @@ from tests.kernels.compiling import COMPILING, FILES, start
 if importlib.util.find_spec("triton") is None:
     collect_ignore_glob = ["test_*.py"]
 else:
-    from vlmrewrite.testing.interpreter import trustworthy
+    from vlmrewrite.testing.triton.interpreter import trustworthy
 
     trustworthy()
 
@@ -46,7 +46,7 @@ def pytest_runtestloop(session: pytest.Session) -> Iterator[None]:
     """What is to be compiled is compiled beside the other tests, and looked at after them."""
     if session.config.option.collectonly or not any(map(_compiled, session.items)):
         return (yield)
-    from vlmrewrite.testing.aot import TARGETS
+    from vlmrewrite.testing.triton.aot import TARGETS
 
     folder = Path(tempfile.mkdtemp())
     running = {target: start(FILES, target, folder / target) for target in TARGETS}

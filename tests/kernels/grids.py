@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from hypothesis import strategies as st
 
-from vlmrewrite import dialect, regions
+from vlmrewrite.ops import selection
+from vlmrewrite.passes.dape import regions
 
 
 def spare(member, lengths):
@@ -36,8 +37,8 @@ class Batch:
         vision = torch.zeros(2, max(counts) + text, dtype=torch.bool)
         for row, n in enumerate(counts):
             vision[row, min(2, text) : min(2, text) + n] = True
-        kept = dialect.member(None, vision, self.member)
-        index, valid = dialect.token_index(kept, None, int(kept.sum(1).max()))
+        kept = selection.member(None, vision, self.member)
+        index, valid = selection.token_index(kept, None, int(kept.sum(1).max()))
         self.index, self.valid, self.vision = index.to(device), valid.to(device), vision.to(device)
         self.prompt, self.flat = (~vision).to(device), vision.flatten().nonzero()[:, 0].to(device)
         self.member = self.member.to(device)

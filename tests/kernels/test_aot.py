@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.kernels.compiling import COMPILING, FILES, Running, start
-from vlmrewrite.testing import aot
+from vlmrewrite.testing.triton import aot
 
 BROKEN = """
 import torch, triton, triton.language as tl

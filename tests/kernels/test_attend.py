@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrewrite import attend, capture, dialect
-from vlmrewrite.cache import PositionCache
+from vlmrewrite.capture import hooks
+from vlmrewrite.kvcache.cache import PositionCache
+from vlmrewrite.ops import attention, positional
 
 
 def randn(*shape, seed=0):
@@ -48,9 +49,9 @@ def calls(draw):
 @given(calls(), st.sampled_from([None, 3.0]))
 def test_it_is_attention_of_the_dialect(device, drawn, softcap):
     q, k, v, mask, q_pos, k_pos = (x if x is None else x.to(device) for x in drawn)
-    seen = dialect.visible(mask, q_pos, k_pos, False)
-    expected = dialect.attend(q, k, v, seen, None, softcap, 0.0)
-    got = attend.attend(q, k, v, attend.seen(mask, q_pos, k_pos, False), None, softcap)
+    seen = attention.visible(mask, q_pos, k_pos, False)
+    expected = attention.attend(q, k, v, seen, None, softcap, 0.0)
+    got = positional.kernel_attention(q, k, v, positional.kernel_mask(mask, q_pos, k_pos, False), None, softcap)
     shown = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
     asked = (q_pos >= 0) & shown[:, 0].any(2)
     torch.testing.assert_close(got[asked], expected[asked], atol=2e-5, rtol=2e-5)
@@ -60,7 +61,7 @@ def test_it_is_attention_of_the_dialect(device, drawn, softcap):
 def test_a_full_mask_of_one_query_is_decoded(n, kind, few):
     at = torch.arange(9)[None]
     mask = torch.ones(1, 9) if kind == "bits" else torch.ones(1, 1, 9, 9, dtype=torch.bool)
-    seen = attend.seen(mask, at[:, -n:], at, False)
+    seen = positional.kernel_mask(mask, at[:, -n:], at, False)
     assert (seen.blocks is None) == few
 
 
@@ -68,22 +69,22 @@ def test_what_a_full_mask_hides_is_not_read(device):
     at = torch.arange(300, device=device)[None]
     q, k = randn(1, 4, 1, 16).to(device), randn(1, 2, 300, 16, seed=1).to(device)
     mask = (at > 200)[:, None, None].expand(-1, -1, 300, -1)
-    seen = attend.seen(mask, at[:, -1:], at, False)
-    expected = attend.attend(q, k, k, seen, None, None)
+    seen = positional.kernel_mask(mask, at[:, -1:], at, False)
+    expected = positional.kernel_attention(q, k, k, seen, None, None)
     k[:, :, :200] = float("nan")
-    assert torch.equal(attend.attend(q, k, k, seen, None, None), expected)
+    assert torch.equal(positional.kernel_attention(q, k, k, seen, None, None), expected)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_plain_decoding_is_pytorch_s_unless_it_has_a_softcap(monkeypatch, device, softcap):
-    few, launched = attend.FEW, []
-    monkeypatch.setattr(attend, "FEW", lambda *args: launched.append(args) or few(*args))
+    few, launched = positional.FEW, []
+    monkeypatch.setattr(positional, "FEW", lambda *args: launched.append(args) or few(*args))
     cache, module = PositionCache(), SimpleNamespace(layer_idx=0)
     k, v, q = (randn(1, h, n, 16, seed=i).to(device) for i, (h, n) in enumerate([(2, 5), (2, 5), (4, 1)]))
     with torch.no_grad():
         for part in (slice(0, 4), slice(4, 5)):
-            with capture.running(cache, "triton"):
+            with hooks.running(cache, "triton"):
                 keys, values = cache.update(k[:, :, part], v[:, :, part], 0)
-                got, _ = capture.attention_forward(module, q, keys, values, None, softcap=softcap)
-    torch.testing.assert_close(got, dialect.attend(q, k, v, None, None, softcap, 0.0), atol=1e-5, rtol=1e-5)
+                got, _ = hooks.attention_forward(module, q, keys, values, None, softcap=softcap)
+    torch.testing.assert_close(got, attention.attend(q, k, v, None, None, softcap, 0.0), atol=1e-5, rtol=1e-5)
     assert bool(launched) == (softcap is not None)

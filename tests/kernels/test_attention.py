@@ -10,11 +10,11 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmrewrite import positional
-from vlmrewrite.dialect import attention
 from vlmrewrite.kernels import attention as kernels
-from vlmrewrite.kernels import interpreted
-from vlmrewrite.testing.interpreter import config, guarded
+from vlmrewrite.ops import positional
+from vlmrewrite.ops.attention import attention
+from vlmrewrite.ops.device import interpreted
+from vlmrewrite.testing.triton.interpreter import config, guarded
 
 OP = torch.ops.vlm_triton.positional_attention.default
 DTYPES = [torch.float32, torch.float16, torch.bfloat16]

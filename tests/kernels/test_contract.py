@@ -8,9 +8,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from tests.kernels.grids import Batch
 from vlmrewrite import passes as passes
-from vlmrewrite.operators import KERNELS, REFERENCES
-from vlmrewrite.positional import attention_blocks
-from vlmrewrite.regions import coarsest
+from vlmrewrite.ops.library import KERNELS, REFERENCES
+from vlmrewrite.ops.positional import attention_blocks
+from vlmrewrite.passes.dape.regions import coarsest
 
 
 def _calls(device):

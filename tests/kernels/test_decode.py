@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrewrite import decoding
 from vlmrewrite.kernels import decode as kernels
-from vlmrewrite.testing.interpreter import guarded
+from vlmrewrite.ops import positional
+from vlmrewrite.testing.triton.interpreter import guarded
 
 OP = torch.ops.vlm_triton.decode_attention.default
 U32 = torch.finfo(torch.float32).eps / 2
@@ -59,8 +59,8 @@ def calls(draw):
 def close(got, args, options):
     """Within what rounding explains: of each weight and result in the dtype; of scores and sums in fp32, worst case."""
     q, k, v, queries, keys = (x.double() if x.is_floating_point() else x for x in args)
-    expected = decoding.decode_attention(q, k, v, queries, keys, **options)
-    spread = decoding.decode_attention(q, k, v.abs(), queries, keys, **options)
+    expected = positional.decode_attention(q, k, v, queries, keys, **options)
+    spread = positional.decode_attention(q, k, v.abs(), queries, keys, **options)
     info, (d, m) = torch.finfo(got.dtype), (k.shape[3], k.shape[2])
     unit = 0 if got.dtype == torch.float32 else info.eps / 2
     scale = d**-0.5 if options.get("scale") is None else options["scale"]
@@ -201,7 +201,7 @@ def test_gradients(device):
     at = torch.arange(5, dtype=torch.int32, device=device)[None]
     q, k, v = (randn(1, h, n, 8, seed=n).to(device).requires_grad_() for h, n in ((4, 2), (2, 5), (2, 5)))
     grads = []
-    for f in (OP, decoding.decode_attention):
+    for f in (OP, positional.decode_attention):
         out = f(q, k, v, at[:, 3:], at, window=3)
         grads.append(torch.autograd.grad(out.square().sum(), (q, k, v)))
     for got, expected in zip(*grads, strict=True):

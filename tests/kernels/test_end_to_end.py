@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from vlmrewrite import kernels
-from vlmrewrite.lower import lower
+from vlmrewrite.lower.lowering import lower
+from vlmrewrite.ops import device
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, DivPrune, FastV, Stride
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
@@ -87,7 +87,7 @@ def test_kernels_asked_for_by_name_run_or_raise(monkeypatch):
     if torch.cuda.is_available():
         pytest.skip("the kernels run here")
     monkeypatch.delenv("TRITON_INTERPRET")
-    assert not kernels.interpreted()
+    assert not device.interpreted()
     with pytest.raises(RuntimeError, match="kernels='triton' was asked for, and the model is on cpu"):
         vr.apply(tiny.model, EACH["sts"], kernels="triton")
 

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrewrite import gathering
-from vlmrewrite.dialect import restore
 from vlmrewrite.kernels import gather as kernels
-from vlmrewrite.testing.interpreter import guarded
+from vlmrewrite.ops import selection
+from vlmrewrite.ops.selection import restore
+from vlmrewrite.testing.triton.interpreter import guarded
 
 DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
 OPS = torch.ops.vlm_triton
@@ -68,7 +68,7 @@ def test_gather_is_its_reference(device, drawn):
     xs, dims, index = drawn
     views, checks = zip(*(guarded(x.to(device)) for x in xs), strict=True)
     got = kernels.gather(list(views), dims, guarded(index.to(device))[0])
-    for g, e in zip(got, gathering.gather(xs, dims, index), strict=True):
+    for g, e in zip(got, selection.gather(xs, dims, index), strict=True):
         same(g, e)
     for check in checks:
         check()

@@ -6,8 +6,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmrewrite.kernels import interpreted
-from vlmrewrite.testing.interpreter import config, guarded, interleaved, trustworthy
+from vlmrewrite.ops.device import interpreted
+from vlmrewrite.testing.triton.interleaving import interleaved
+from vlmrewrite.testing.triton.interpreter import config, guarded, trustworthy
 
 pytestmark = pytest.mark.skipif(not interpreted(), reason="needs TRITON_INTERPRET=1")
 

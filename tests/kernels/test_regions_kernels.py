@@ -8,11 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.kernels.grids import Batch, covers, spare
-from vlmrewrite import regions
-from vlmrewrite.kernels import detail, matching, quadtree
-from vlmrewrite.kernels import regions as kernels
-from vlmrewrite.passes import dape_ops as dape
-from vlmrewrite.testing.interpreter import guarded
+from vlmrewrite.passes.dape import ops as dape
+from vlmrewrite.passes.dape import regions
+from vlmrewrite.passes.dape.kernels import detail, matching, quadtree
+from vlmrewrite.passes.dape.kernels import regions as kernels
+from vlmrewrite.testing.triton.interpreter import guarded
 
 OPS = torch.ops.vlm_triton
 FEW = settings(max_examples=max(4, settings.default.max_examples // 3))

@@ -11,14 +11,16 @@ import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vlmrewrite.kernels import interpreted, sample
-from vlmrewrite.kernels.first_pick import ordered
-from vlmrewrite.kernels.lookahead import NEAR
-from vlmrewrite.kernels.sample import greedy
+from vlmrewrite.kernels.greedy import sample
+from vlmrewrite.kernels.greedy.lookahead import NEAR
+from vlmrewrite.kernels.greedy.sample import greedy
+from vlmrewrite.kernels.greedy.start import ordered
+from vlmrewrite.ops.device import interpreted
 from vlmrewrite.passes import sts
 from vlmrewrite.passes.divprune import divprune_sample
 from vlmrewrite.passes.sts import sts_sample
-from vlmrewrite.testing.interpreter import guarded, interleaved
+from vlmrewrite.testing.triton.interleaving import interleaved
+from vlmrewrite.testing.triton.interpreter import guarded
 
 DEVICE = "cpu" if interpreted() else "cuda"
 REFERENCES = {"repulsion": sts_sample, "cosine": divprune_sample}

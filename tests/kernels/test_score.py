@@ -9,9 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from vlmrewrite import dialect
 from vlmrewrite.kernels import score as kernels
-from vlmrewrite.testing.interpreter import guarded
+from vlmrewrite.ops import attention, scoring
+from vlmrewrite.testing.triton.interpreter import guarded
 
 OPS = torch.ops.vlm_triton
 U32 = torch.finfo(torch.float32).eps / 2
@@ -63,7 +63,7 @@ def expected_of(q, k, mask, q_pos, k_pos, scale, softcap, index, valid, flat, le
     scores = q @ k.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = dialect.visible(mask, q_pos, k_pos, False)
+    seen = attention.visible(mask, q_pos, k_pos, False)
     scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen.double()
     weights = scores.softmax(-1).masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0).mean(1)
     full = torch.zeros(index.shape[0], length, dtype=torch.float64)
@@ -96,7 +96,7 @@ def calls(draw):
 
 @given(calls())
 def test_attention_received(device, args):
-    close(dialect.attention_received(**args), args)
+    close(scoring.attention_received(**args), args)
     views, checks = there(args, device)
     close(kernels.attention_received(**views), args)
     for check in checks:
@@ -148,11 +148,11 @@ def test_several_queries_are_the_mean_of_each(device):
 def test_the_reference_for_one_query_is_what_it_was(device):
     args = make(b=2, past=5, mask="bits")
     q, k, valid = args["q"], args["k"].repeat_interleave(2, 1), args["valid"]
-    seen = dialect.visible(args["mask"], args["q_pos"], args["k_pos"], False)
+    seen = attention.visible(args["mask"], args["q_pos"], args["k_pos"], False)
     bias = torch.zeros(2, 1, 1, k.shape[2]).masked_fill(~seen, float("-inf"))
     weights = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1).mean(1)[:, 0, 5:]
     full = torch.zeros(2, args["length"]).scatter(1, args["index"], weights.masked_fill(~valid, 0.0))
-    assert torch.equal(dialect.attention_received(**args), full.flatten()[args["flat"]])
+    assert torch.equal(scoring.attention_received(**args), full.flatten()[args["flat"]])
 
 
 def test_heads_have_no_order_and_a_batch_is_its_rows(device):
@@ -181,7 +181,7 @@ def test_empty(device, change):
     views, _ = there(args, device)
     got = kernels.attention_received(**views)
     assert got.shape == args["flat"].shape and not got.any()
-    assert not dialect.attention_received(**args).any()
+    assert not scoring.attention_received(**args).any()
 
 
 SPECIAL = torch.tensor([0.0, -0.0, 0.5, 1.0, float("nan"), float("inf"), float("-inf"), 1e-40, -1e-40, -2.0])
@@ -205,7 +205,7 @@ def test_top_attention(device, images, dtype, ordinary, step, seed):
     views, checks = zip(*(guarded(x.to(device)) for x in spread), strict=True)
     got = kernels.top_attention(*views, lengths, keep)
     assert got.dtype == torch.bool and got.is_contiguous()
-    assert torch.equal(got.cpu(), dialect.top_attention(weights, member, lengths, keep))
+    assert torch.equal(got.cpu(), scoring.top_attention(weights, member, lengths, keep))
     for check in checks:
         check()
 
@@ -216,7 +216,7 @@ def test_top_attention_of_large_images(device, distinct):
     lengths, keep = torch.tensor([9000, 1, 4096]), torch.tensor([700, 1, 5000])
     weights = torch.randint(-distinct, distinct, (13097,), generator=g) / 7
     member = torch.rand(13097, generator=g) < 0.9
-    expected = dialect.top_attention(weights, member, lengths, keep)
+    expected = scoring.top_attention(weights, member, lengths, keep)
     assert torch.equal(kernels.top_attention(weights.to(device), member.to(device), lengths, keep).cpu(), expected)
     assert torch.equal(expected[9001:], member[9001:])  # what there is to choose is fewer than may be kept
 

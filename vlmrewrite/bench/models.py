@@ -15,11 +15,11 @@ import torch
 import torch._dynamo.config
 from torch import nn
 
+from vlmrewrite.api import applied, report
 from vlmrewrite.capture import LIMIT
-from vlmrewrite.encode import encode_images
-from vlmrewrite.install import applied, report
+from vlmrewrite.hf import encode_images
+from vlmrewrite.ops import Backend, resolve
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.session import Backend, resolve
 
 UNMODIFIED = "unmodified"
 

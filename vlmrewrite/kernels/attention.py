@@ -13,10 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmrewrite.kernels import interpreted
+from vlmrewrite.ops import interpreted
 
 _LOG2E = math.log2(math.e)
-
 
 # (BLOCK_M, BLOCK_N, warps, stages) that keep everything in registers, by whether the GPU has wgmma, whether the numbers
 # are fp32, and the largest head size
@@ -36,8 +35,10 @@ _SHAPES = {
     (False, True, 128): [(32, 32, 8, 2), (16, 32, 4, 2)],
     (False, True, 256): [(16, 16, 8, 2), (16, 16, 4, 2)],
 }
+
 # its addresses take half of the registers; at most 64 queries, as those without a visible key go by their own block
 _UNDER_FULL_MASK = {False: [(64, 32, 8, 2)], True: [(16, 16, 8, 2)]}
+
 _CONFIGS = {
     (m, n, w, s): triton.Config({"BLOCK_M": m, "BLOCK_N": n}, num_warps=w, num_stages=s)
     for m, n, w, s in dict.fromkeys(x for shapes in (*_SHAPES.values(), *_UNDER_FULL_MASK.values()) for x in shapes)
@@ -227,7 +228,7 @@ def positional_attention(
     softcap: float | None = None,
     window: int | None = None,
 ) -> Tensor:
-    """Launch the kernel; takes and returns what :func:`vlmrewrite.positional.positional_attention` does."""
+    """Launch the kernel; takes and returns what :func:`vlmrewrite.ops.positional.positional_attention` does."""
     batch, heads, n, d = q.shape
     dv = v.shape[-1]
     out = q.new_empty(batch, n, heads, dv)

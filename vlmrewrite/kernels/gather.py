@@ -16,12 +16,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmrewrite.dialect import select
+from vlmrewrite.ops import select
 
 TILE, PIECES = 8192, 2048
 """Bytes that one program moves, 4 loads of 16 bytes for each of its 128 threads; and pieces, at most."""
+
 MOST = 6
 """Tensors in one launch."""
+
 FAN = 128
 """Entries of the index that one step of the search looks at."""
 
@@ -85,7 +87,7 @@ def _gather(  # type: ignore[no-untyped-def]
 
 
 def gather(xs: list[Tensor], dims: list[int], index: Tensor) -> list[Tensor]:
-    """Launcher of :func:`vlmrewrite.gathering.gather`; a launch moves up to :data:`MOST` tensors.
+    """Launcher of :func:`vlmrewrite.ops.selection.gather`; a launch moves up to :data:`MOST` tensors.
 
     Raises:
         ValueError: there are not as many dims as tensors, or a batch that fits neither 1 nor the index's.
@@ -218,7 +220,7 @@ def _restore(  # type: ignore[no-untyped-def]
 
 
 def restore(full: Tensor, part: Tensor, index: Tensor, valid: Tensor) -> Tensor:
-    """Launcher of :func:`vlmrewrite.dialect.restore`: every row of the result is read and written once.
+    """Launcher of :func:`vlmrewrite.ops.selection.restore`: every row of the result is read and written once.
 
     Args:
         index: int64 [B, n], ascending in each row, no token twice.

@@ -11,10 +11,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from vlmrewrite.kernels.decode import LOG2E, capped, processors, splits
+from vlmrewrite.kernels.launch import LOG2E, capped, processors, splits
 
 CAUSAL, BITS, FULL, ADDED = (tl.constexpr(i) for i in range(4))
 """Kinds of masks: none, padding bits [B, K], bool [B, 1, Q, K], additive float [B, 1, Q, K]."""
+
 SPLITS = 32
 """Parts of the keys, at most: what the second launch reads of the first for each query."""
 
@@ -23,7 +24,7 @@ SPLITS = 32
 def _hidden(  # type: ignore[no-untyped-def]
     s, key, inside, query, Mask, smq, smk, before, lowest, MASK: tl.constexpr
 ):
-    """Scores [M, N] under a mask as in :func:`vlmrewrite.dialect.visible`; -inf beyond the last key."""
+    """Scores [M, N] under a mask as in :func:`vlmrewrite.ops.attention.visible`; -inf beyond the last key."""
     filled = (key >= 0)[None, :]
     column = tl.maximum(key, 0).to(tl.int64) * smk
     if MASK <= BITS:
@@ -146,7 +147,7 @@ def attention_received(
     flat: Tensor,
     length: int,
 ) -> Tensor:
-    """See :func:`vlmrewrite.dialect.attention_received`."""
+    """See :func:`vlmrewrite.ops.scoring.attention_received`."""
     (batch, q_heads, t, size), (_, heads, m, _), n = q.shape, k.shape, index.shape[1]
     full = torch.zeros(batch, length, dtype=torch.float32, device=q.device)
     if batch == 0 or n == 0 or t == 0:
@@ -234,7 +235,7 @@ def _top(Weights, Member, Images, Out, images, sw, sm, BLOCK: tl.constexpr) -> N
 
 
 def top_attention(weights: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    """See :func:`vlmrewrite.dialect.top_attention`.
+    """See :func:`vlmrewrite.ops.scoring.top_attention`.
 
     Raises:
         TypeError: the weights are fp64.

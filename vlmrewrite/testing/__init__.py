@@ -1,1 +1,1 @@
-"""Tools to test passes with: the oracle, hypothesis strategies, and tiny models of real architectures."""
+"""The testing kit: tiny models, hypothesis strategies, agreement with the oracle; Triton without a GPU."""

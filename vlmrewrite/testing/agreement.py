@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vlmrewrite.install import applied, kept_tokens, layer_masks, planned_lengths
-from vlmrewrite.testing.oracle import InFloat64, LayerMasks, oracle_logits
+from vlmrewrite.api import applied
+from vlmrewrite.oracle import InFloat64, LayerMasks, layer_masks, oracle_logits, planned_lengths
+from vlmrewrite.runtime import kept_tokens
 
 SLACK = 8
 """How many times the oracle's own error in the model's dtype a rewritten model may be away from the oracle in fp64.
@@ -35,7 +36,7 @@ class Agreement:
 
     Attributes:
         error: largest absolute difference of a logit from the oracle in fp64 (see
-            :class:`vlmrewrite.testing.oracle.InFloat64`).
+            :class:`vlmrewrite.oracle.hooks.InFloat64`).
         tolerance: what the oracle itself is off in the model's dtype, times :data:`SLACK`.
         tokens: generated tokens, int64 [B, n]; None for a plain forward.
         kv_lengths: keys each layer holds after generating; None for a plain forward.

@@ -42,8 +42,11 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 Side = Literal["left", "right"]
 
 VOCABULARY = 64
+
 HIDDEN = 32
+
 PAD, START, END, TILE, IMAGE, VIDEO = 0, 2, 3, 4, 5, 6
+
 _SPECIAL = 8  # token ids from here on are text
 
 

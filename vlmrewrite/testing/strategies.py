@@ -15,10 +15,8 @@ import torch
 from hypothesis import strategies as st
 from hypothesis.strategies import DrawFn, SearchStrategy
 
-from vlmrewrite.budget import Budget, Depth, frozen_pass
-from vlmrewrite.plan import Pass, Plan
+from vlmrewrite.plan import All, Budget, Depth, Image, Nothing, Pass, Plan, Policy, Text, TokenSet, Vision, frozen_pass
 from vlmrewrite.testing.models import Row, Side
-from vlmrewrite.tokens import All, Image, Nothing, Policy, Text, TokenSet, Vision
 
 
 def rows(*, images: int = 1) -> SearchStrategy[list[Row]]:

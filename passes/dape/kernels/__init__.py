@@ -1,0 +1,1 @@
+"""DAPE's Triton kernels; imported when one first runs."""

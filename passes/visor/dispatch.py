@@ -1,0 +1,106 @@
+"""Who chooses among VISOR's configurations in each call: the confidence of the first token, or a router."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vlmrewrite.ops import define
+from vlmrewrite.plan import Depth
+
+THRESHOLD = 0.8
+
+
+def visor_router(hidden: Tensor, inner: Tensor, inner_bias: Tensor, outer: Tensor, outer_bias: Tensor) -> Tensor:
+    """Scores of each configuration from the last prompt token's hidden states, by an MLP behind a norm without weights.
+
+    Args:
+        hidden: [B, 1, H].
+        inner: [M, H]. inner_bias: [M]. outer: [C, M]. outer_bias: [C], C configurations.
+
+    Returns:
+        [B, C], dtype of ``hidden``.
+    """
+    x = F.layer_norm(hidden[:, 0], hidden.shape[-1:])
+    return F.linear(F.gelu(F.linear(x, inner, inner_bias)), outer, outer_bias)
+
+
+define(
+    "visor_router(Tensor hidden, Tensor inner, Tensor inner_bias, Tensor outer, Tensor outer_bias) -> Tensor",
+    visor_router,
+)
+
+
+class Router(nn.Module):
+    """Parameters of :func:`visor_router`; untrained, it always chooses the last, most demanding configuration."""
+
+    def __init__(self, hidden: int, configurations: int, width: int = 64) -> None:
+        super().__init__()
+        self.inner = nn.Parameter(torch.randn(width, hidden) * hidden**-0.5)
+        self.inner_bias = nn.Parameter(torch.zeros(width))
+        self.outer = nn.Parameter(torch.zeros(configurations, width))
+        self.outer_bias = nn.Parameter(F.one_hot(torch.tensor(configurations - 1), configurations).float())
+
+
+@dataclass(frozen=True)
+class Confidence:
+    """From the cheapest plan on, the next one while some row's most likely next token is below ``threshold``."""
+
+    at: Depth
+    threshold: float
+    op: ClassVar[None] = None
+    weights: ClassVar[tuple[str, ...]] = ()
+
+    def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
+        """The cheapest."""
+        return 0
+
+    def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> int | None:
+        """The next, unless all rows with an image are confident or it was the last."""
+        sure = logits[images].float().softmax(-1).amax(-1).amin()
+        return tried + 1 if tried + 1 < variants and bool(sure < self.threshold) else None
+
+
+@dataclass(frozen=True)
+class Routed:
+    """The plan that a router's scores, or a function, read off the last prompt token's hidden states.
+
+    Args:
+        at: where they are read.
+        policy: called with the hidden states [B, 1, H]; returns scores [B, C], a plan's number for each row [B], or one
+            number. None: the router's scores.
+        weights: of the router.
+    """
+
+    at: Depth
+    policy: Callable[[Tensor], Any] | None = None
+    weights: tuple[str, ...] = ()
+
+    @property
+    def op(self) -> Callable[..., Any]:
+        """The router, or nothing but the hidden states."""
+        return torch.clone if self.policy is not None else torch.ops.vlm.visor_router.default
+
+    def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
+        """Of the rows with an image, the most demanding one's."""
+        assert value is not None
+        found: Any = value if self.policy is None else self.policy(value)
+        if isinstance(found, Tensor) and found.is_floating_point() and not bool(found.isfinite().all()):
+            raise ValueError(f"{self} scored the plans of the rows {found.tolist()}; expected finite scores")
+        if isinstance(found, Tensor) and found.shape in ((len(images),), (len(images), variants)):
+            found = found.argmax(-1) if found.dim() == 2 else found
+            found = found.to(images.device)[images].max().item()
+        elif isinstance(found, Tensor) and found.numel() == 1:
+            found = found.item()
+        return found  # type: ignore[no-any-return]
+
+    def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> None:
+        """It stays."""
+
+    def __str__(self) -> str:
+        return f"{self.weights[0].partition('.')[0] if self.weights else self.policy}"

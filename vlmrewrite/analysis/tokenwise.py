@@ -1,0 +1,214 @@
+"""Which operations treat every token alike, so that they can run on a subset of the tokens.
+
+The token axis of a tensor is the dimension whose size contains the length symbol: T, or c·T where leading dimensions
+are merged into it, as by ``view(-1, H)``. Rows keep different tokens, so that mixing rows mixes tokens, too. What is
+not in a table here is refused.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from torch.fx import Node
+
+from vlmrewrite.analysis.aliasing import hidden_write, is_number, meaning
+from vlmrewrite.analysis.graph import value
+from vlmrewrite.analysis.op_classes import (
+    ALONG,
+    CASTS,
+    CONSTANTS,
+    EXPANSIONS,
+    LAYOUTS,
+    LINEAR,
+    MATMULS,
+    MEETING,
+    NORMS,
+    POINTWISE,
+    RESHAPES,
+    SIZED,
+    SIZES,
+    STACK,
+)
+
+
+def not_token_wise(node: Node, length: object) -> str | None:
+    """Why the node may mix tokens, or None if each token's output depends on that token of that row alone.
+
+    Args:
+        node: a captured node inside a decoder layer.
+        length: symbolic size of the token axis.
+    """
+    if node.op not in ("call_function", "call_method"):
+        return f"a {node.op} node is not recognised"
+    target = meaning(node)
+    rule = next((rule for kind, rule in _RULES if target in kind), None)
+    reason = hidden_write(node)
+    if reason is not None or rule is None:
+        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
+        return reason or f"{name!r} is not known to treat tokens alike"
+    inputs, out = [x for n in node.all_input_nodes for x in _tensors(n)], _tensors(node)
+    tokens = any("token" in _axes(x, length).values() for x in inputs)
+    if target in SIZES or (is_number(node) and not tokens):
+        return None
+    reason = _broken(inputs, length) or rule(node, length) or _broken(out, length)
+    numbers = [] if target in SIZED else [_symbols(n) & _symbols(length) for n in node.all_input_nodes]
+    if reason is None and any(numbers):
+        return "it computes with the number of tokens"
+    if reason is None and not out:
+        return "the shape of its result is not known"
+    if reason is None and tokens and any("token" not in _axes(x, length).values() for x in out):
+        return None if target in CONSTANTS else "its result has no token axis"
+    return reason
+
+
+def _tensors(node: object) -> list[Tensor]:
+    x = value(node) if isinstance(node, Node) else None
+    return [t for t in (x if isinstance(x, (tuple, list)) else [x]) if isinstance(t, Tensor)]
+
+
+def _expression(number: Any) -> Any:
+    """A number of a shape, or of a node, as an expression."""
+    number = value(number) if isinstance(number, Node) else number
+    return number.node.expr if hasattr(number, "node") else number
+
+
+def _symbols(number: object) -> Any:
+    return getattr(_expression(number), "free_symbols", frozenset())
+
+
+def _axes(x: Tensor, length: object) -> dict[int, str]:
+    """Which dimensions, counted from the right, are "token" and "batch" axes: of any other symbolic size."""
+    kinds = {d - x.dim(): (_symbols(n), _symbols(n) & _symbols(length)) for d, n in enumerate(x.shape)}
+    return {d: "token" if tokens else "batch" for d, (symbols, tokens) in kinds.items() if symbols}
+
+
+def _broken(tensors: list[Tensor], length: object) -> str | None:
+    """Why the tensors do not all hold whole tokens along one axis, and rows along one more."""
+    for x in tensors:
+        axes = _axes(x, length)
+        twice = next((kind for kind in axes.values() if [*axes.values()].count(kind) > 1), None)
+        if twice is not None:
+            return f"two {twice} axes meet, shape {tuple(x.shape)}"
+        times = [_expression(x.shape[d]) / _expression(length) for d, kind in axes.items() if kind == "token"]
+        if any(_symbols(t) & _symbols(length) or not t.is_integer for t in times):
+            return f"it takes tokens apart or leaves some out, shape {tuple(x.shape)}"
+    return None
+
+
+def _aligned(node: Node, length: object, only: slice = slice(None)) -> str | None:
+    """The axes of inputs and results must have the same places, counted from the right, and sizes."""
+    for x in (x for n in node.all_input_nodes[only] for x in _tensors(n)):
+        for d, kind in _axes(x, length).items():
+            for y in _tensors(node):
+                if d < -y.dim() or _expression(x.shape[d]) != _expression(y.shape[d]):
+                    return f"the {kind} axes of its inputs and its result are not the same"
+    return None
+
+
+def _reshaped(node: Node, length: object) -> str | None:
+    """Tokens and rows stay whole and in order."""
+    for x, y in zip(_tensors(node.all_input_nodes[0]), _tensors(node), strict=False):
+        if "token" in _axes(y, length).values() and _strides(x, length) != _strides(y, length):
+            return f"it takes tokens apart or reorders them, shape {tuple(x.shape)} to {tuple(y.shape)}"
+    return None
+
+
+def _strides(x: Tensor, length: object) -> tuple[object, ...]:
+    """The number of elements, of each token and of each row; and the number of rows, which c·T holds as well."""
+    after = {kind: _expression(math.prod(x.shape[x.dim() + d + 1 :])) for d, kind in _axes(x, length).items()}
+    sizes = {kind: _expression(x.shape[d]) for d, kind in _axes(x, length).items()}
+    if "token" in sizes and "batch" not in sizes and _symbols(rows := sizes["token"] / _expression(length)):
+        sizes["batch"], after["batch"] = rows, after["token"] * _expression(length)
+    return _expression(x.numel()), after, sizes.get("batch")
+
+
+def _along(node: Node, length: object) -> str | None:
+    target, other = meaning(node), _argument(node, 1, "other")
+    if getattr(target, "__name__", target) in ("max", "min") and _tensors(other):
+        return _aligned(node, length)
+    place, default = ALONG[target]
+    given: Any = _argument(node, 0, "input", "tensor", "tensors")
+    dim: Any = _argument(node, place, "dim", "axis", "dims", default=default)
+    dims = dim if isinstance(dim, (tuple, list)) else (dim,)
+    for x in (x for n in (given if isinstance(given, (tuple, list)) else [given]) for x in _tensors(n)):
+        for d, kind in _axes(x, length).items():
+            if not dims or any(type(i) is not int for i in dims):
+                return "it works on all dimensions at once"
+            if any(i % x.dim() == d % x.dim() for i in dims):
+                return f"it works along the {kind} axis, which is not known to treat tokens alike"
+    if target in MEETING and len({tuple(_axes(x, length)) for n in node.all_input_nodes for x in _tensors(n)}) > 1:
+        return "the axes of its inputs are not the same"
+    return _aligned(node, length) if target in MEETING else None
+
+
+def _normed(node: Node, length: object) -> str | None:
+    shape = _argument(node, 1, "normalized_shape")
+    if not isinstance(shape, (tuple, list)):
+        return "its normalized shape is not known"
+    for x in _tensors(node.all_input_nodes[0]):
+        for d, kind in _axes(x, length).items():
+            if d >= -len(shape):
+                return f"it normalises over the {kind} axis"
+    return _aligned(node, length)
+
+
+def _multiplied(node: Node, length: object) -> str | None:
+    """``linear(x, W)``, x @ W and W @ x, and a product for each token of two matrices of its own."""
+    operands = _tensors(_argument(node, 0, "input")) + _tensors(_argument(node, 1, "weight", "other", "mat2"))
+    if len(operands) != 2:
+        return "its operands are not known"
+    left, right = (_axes(x, length) for x in operands)
+    tokens = [d for axes in (left, right) for d, kind in axes.items() if kind == "token"]
+    if meaning(node) in LINEAR and right:
+        return f"its weight has a {next(iter(right.values()))} axis"
+    if len(tokens) > 1 and max(tokens) > -3:
+        return "it multiplies two activations"
+    if -1 in left or -2 in right:
+        return f"it sums over the {left.get(-1) or right.get(-2)} axis"
+    return _aligned(node, length) if operands[1].dim() > 1 else None
+
+
+def _indexed(node: Node, length: object) -> str | None:
+    x, index = value(node.all_input_nodes[0]), node.args[1]
+    if not isinstance(x, Tensor):
+        return None  # one of several results
+    index = index if isinstance(index, tuple) else (index,)
+    if any(_tensors(i) or isinstance(i, (bool, list, tuple, Tensor)) for i in index):
+        return "it is indexed by another tensor"
+    dim = 0
+    for i in index:
+        if i is Ellipsis:
+            dim += x.dim() - sum(j is not None and j is not Ellipsis for j in index)
+        elif i is not None:
+            parts = (i.start, i.stop, i.step) if isinstance(i, slice) else (i, i, i)
+            size = x.shape[dim]
+            if _symbols(size):
+                whole = parts[1] is None or _expression(parts[1]) == _expression(size)
+                if not whole or parts[0] not in (None, 0) or parts[2] not in (None, 1):
+                    return f"it takes a part of the {_axes(x, length)[dim - x.dim()]} axis"
+            elif any(_symbols(n) & _symbols(length) for n in parts):
+                return "it computes with the number of tokens"
+            dim += 1
+    return None
+
+
+def _argument(node: Node, place: int, *names: str, default: object = None) -> object:
+    if len(node.args) > place:
+        return node.args[place]
+    return next((node.kwargs[n] for n in names if n in node.kwargs), default)
+
+
+_RULES: list[tuple[Any, Callable[[Node, object], str | None]]] = [
+    (POINTWISE | EXPANSIONS, _aligned),
+    (CASTS, lambda node, length: _aligned(node, length, slice(1))),
+    (RESHAPES, _reshaped),
+    (LAYOUTS | CONSTANTS | SIZES | STACK, lambda node, length: None),
+    (ALONG, _along),
+    (NORMS, _normed),
+    (LINEAR | MATMULS, _multiplied),
+    ({operator.getitem}, _indexed),
+]

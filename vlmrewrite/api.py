@@ -1,0 +1,191 @@
+"""The public calls: apply a recipe to a model in place, look at what it does, take it back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmrewrite.hf import check_support
+from vlmrewrite.ops import Backend, Kernels, choose
+from vlmrewrite.oracle import layer_masks, oracle_logits
+from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
+from vlmrewrite.recipe import Recipe
+from vlmrewrite.report import Report, report_on
+from vlmrewrite.runtime import SESSIONS, Session, install_session, remove_session, session_of
+
+
+def apply(
+    model: nn.Module,
+    recipe: str | Path | Recipe | Pass | Sequence[Pass],
+    *,
+    backend: Backend = "auto",
+    kernels: Kernels = "auto",
+    strict: bool = False,
+) -> nn.Module:
+    """Rewrite a Hugging Face vision-language model in place.
+
+    The model keeps its class, its ``generate()`` and the shapes of its outputs. Images are encoded as before; from the
+    first call with an image on, the decoder runs as the recipe's passes say.
+
+    Args:
+        model: an unmodified model with ``get_image_features`` and a causal text decoder.
+        recipe: name of a shipped recipe, path of a YAML file, :class:`Recipe`, or passes in order.
+        backend: ``"eager"`` runs the rewritten graph as it is, ``"inductor"`` compiles it, ``"auto"`` compiles on a
+            GPU, unless the recipe says which; it looks at where the model is when it is called.
+        kernels: ``"reference"``, ``"triton"``, or ``"auto"``: what the recipe says, else the best there is.
+        strict: raise when a pass is refused, instead of reporting it.
+
+    Returns:
+        the same model.
+
+    Raises:
+        ValueError: the recipe or the model cannot be used, or a recipe is applied already. The model is unchanged.
+        TypeError: ``model`` is not a Hugging Face model.
+        RuntimeError: kernels asked for by name cannot run here.
+    """
+    if isinstance(model, nn.Module) and model in SESSIONS:
+        raise ValueError(
+            f"recipe {SESSIONS[model].recipe.name!r} is applied to this {type(model).__name__} already; call"
+            " vlmrewrite.restore(model) first"
+        )
+    chosen = Recipe.of(recipe)
+    depth = check_support(model)
+    selected = _backend(chosen.backend if backend == "auto" else backend)
+    picked: Kernels = chosen.kernels if kernels == "auto" else kernels
+    choose(picked, next(model.parameters()).device)
+    chosen = calibrate(model, chosen)
+    try:
+        plan, _ = run_passes(Plan(depth, frozenset(FEATURES)), chosen.passes)
+    except Exception as e:
+        e.add_note(f"for a decoder of {depth} layers")
+        raise
+    session = Session(model, chosen, selected, picked, strict, plan, build(model, plan.blocks))
+    try:
+        install_session(model, session)
+    except BaseException:
+        remove_session(model, session)
+        raise
+    SESSIONS[model] = session
+    return model
+
+
+def calibrate(model: nn.Module, recipe: str | Path | Recipe | Pass | Sequence[Pass], inputs: Any = None) -> Recipe:
+    """A recipe whose passes have measured what they choose by: layers in place of budgets and of ``"auto"``.
+
+    Args:
+        model: an unmodified model.
+        recipe: as for :func:`apply`.
+        inputs: what the model's forward takes, with images, or a list of these; for passes without calibration inputs
+            of their own.
+
+    Returns:
+        the same recipe, if no pass measures; else one that can be saved and applied without measuring again.
+
+    Raises:
+        ValueError: a pass has nothing to measure on, or what it has holds no image.
+    """
+    given = Recipe.of(recipe)
+    passes = [p.calibrated(model, inputs) if hasattr(p, "calibrated") else p for p in given.passes]
+    return given if passes == list(given.passes) else given.model_copy(update={"passes": tuple(passes)})
+
+
+def _backend(backend: str) -> Backend:
+    if backend not in ("auto", "eager", "inductor"):
+        raise ValueError(f"backend={backend!r}; expected 'auto', 'eager' or 'inductor'")
+    return backend  # type: ignore[return-value]
+
+
+def restore(model: nn.Module) -> nn.Module:
+    """Give back exactly the old model.
+
+    Raises:
+        ValueError: no recipe is applied to it.
+    """
+    remove_session(model, session_of(model))
+    del SESSIONS[model]
+    return model
+
+
+def applied_recipe(model: nn.Module) -> Recipe:
+    """The recipe that is applied, calibrated passes with the layers they chose.
+
+    Raises:
+        ValueError: none is.
+    """
+    return session_of(model).recipe
+
+
+@contextlib.contextmanager
+def applied(model: nn.Module, recipe: Any, **options: Any) -> Iterator[nn.Module]:
+    """``apply``, and ``restore`` at the end of the block, whatever happens in it."""
+    apply(model, recipe, **options)
+    try:
+        yield model
+    finally:
+        if model in SESSIONS:
+            restore(model)
+
+
+def report(model: nn.Module, *, memory: bool = False) -> Report:
+    """What was done to a model: passes matched and refused, costs per layer before and after, times.
+
+    Args:
+        model: a rewritten model.
+        memory: also predict the peak memory of the last call with an image, by running its graph on fake tensors:
+            about a second for 32 layers.
+
+    Raises:
+        ValueError: no recipe is applied to it; or memory is asked for and there was no call with an image yet.
+    """
+    return report_on(model, session_of(model), memory)
+
+
+@torch.no_grad()
+def verify(model: nn.Module, inputs: dict[str, Any], recipe: Any = None, **options: Any) -> float:
+    """Run the oracle against the rewritten model.
+
+    Args:
+        model: an unmodified model; without ``recipe``, one that a recipe is applied to: its trained blocks are judged
+            as they are, and the recipe stays applied.
+        inputs: what the model's forward takes, with an image.
+        recipe, options: as for :func:`apply`.
+
+    Returns:
+        the largest absolute difference of a logit at any token that is not padding.
+
+    Raises:
+        ValueError: there is no recipe, or the inputs hold no image.
+        NotImplementedError: the model's attention, or what an edit needs, is nothing that the oracle knows.
+    """
+    if recipe is not None:
+        with applied(model, recipe, **options):
+            return verify(model, inputs)
+    session = session_of(model)
+    before, session.latest = session.latest, None
+    try:
+        got = model(**inputs).logits
+        masks = layer_masks(model)
+    finally:
+        session.latest = session.latest or before
+    with _as_it_was(model):
+        expected = oracle_logits(model, inputs, masks)[:, -got.shape[1] :]
+    padding = inputs.get("attention_mask")
+    error = (got - expected).abs().amax(-1)
+    if isinstance(padding, Tensor) and padding.dim() == 2:
+        error = error.masked_fill(~padding[:, -got.shape[1] :].bool(), 0.0)
+    return float(error.max())
+
+
+@contextlib.contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """While the block runs, a rewritten model's forward is its class's own."""
+    ours = model.__dict__.pop("forward")
+    try:
+        yield
+    finally:
+        model.__dict__["forward"] = ours

@@ -1,0 +1,5 @@
+"""Kernels against their references and the best library alternatives, side by side."""
+
+from vlmrewrite.bench.kernels.harness import bench_kernels
+
+__all__ = ["bench_kernels"]

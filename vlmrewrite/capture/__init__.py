@@ -1,0 +1,10 @@
+"""Capture: a model's own forward behind Dynamo's front end, one graph for each way of calling it.
+
+In: a model and a call's arguments. Out: an FX graph with one ``vlm::attention`` node for each decoder layer.
+"""
+
+from vlmrewrite.capture.dynamo import LIMIT
+from vlmrewrite.capture.hooks import register, running
+from vlmrewrite.capture.model import CAPTURES, Graph, captures_of
+
+__all__ = ["CAPTURES", "LIMIT", "Graph", "captures_of", "register", "running"]

@@ -1,0 +1,126 @@
+"""Dynamo's front end around a model's own forward: each way of calling it becomes one graph."""
+
+from __future__ import annotations
+
+import inspect
+import time
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch._dynamo.config
+import torch.fx
+from torch import Tensor
+from torch._C._dynamo.eval_frame import reset_code
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlmrewrite.compat import patched, tracing_options
+from vlmrewrite.kvcache import PositionCache
+
+LIMIT = 24
+"""Graphs of one model before giving up: with or without gradient, padding, a past, one row or more, one logit or all
+make different graphs, so that Dynamo's default of 8 is soon used up."""
+
+_OURS = ("past_key_values", "use_cache", "mm_encoder_outputs", "return_dict")
+
+
+class CapturedForward:
+    """A model's forward behind Dynamo: ``on_graph(gm)`` gets each new graph and returns the callable to run for it.
+
+    Args:
+        forward: the model's own.
+        entry: :func:`with_images` or :func:`without_images`, called with ``forward`` and what a call is given.
+        on_graph: held weakly if it is a method, as Dynamo never forgets a backend, nor what the backend holds.
+    """
+
+    def __init__(
+        self, forward: Callable[..., Any], entry: Callable[..., Any], on_graph: Callable[..., Callable[..., Any]]
+    ) -> None:
+        self.graphs = 0
+        self.seconds = 0.0
+        me, told = weakref.ref(self), weakref.WeakMethod(on_graph) if inspect.ismethod(on_graph) else lambda: on_graph
+
+        def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            call, tell = me(), told()
+            assert call is not None and tell is not None
+            call.graphs += 1
+            call.seconds += time.perf_counter() - call._begun
+            return tell(gm)
+
+        # A code object of its own: Dynamo counts recompiles per code object, and models must not share the limit.
+        own = types.FunctionType(entry.__code__.replace(), entry.__globals__, f"vlmrewrite_{entry.__name__}")
+        self._compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True)
+        # What Dynamo made of a code object keeps it alive, by way of the module's globals.
+        weakref.finalize(self, reset_code, own.__code__).atexit = False
+        self._code = own.__code__
+        self._forward = forward
+        self._begun = 0.0
+        # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
+        self._absent = {
+            name: None
+            for name, p in inspect.signature(forward).parameters.items()
+            if p.default is None and name not in _OURS
+        }
+
+    @property
+    def limit(self) -> int:
+        """How many graphs there may be; torch._dynamo.config.recompile_limit raises it."""
+        return max(LIMIT, int(torch._dynamo.config.recompile_limit))
+
+    def __call__(self, model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any], *more: Any) -> Any:
+        """Run (and trace if new) the forward; ``more`` is what the entry takes beside the forward's own arguments."""
+        with tracing_options(), patched(torch._dynamo.config, recompile_limit=self.limit):
+            self._begun = time.perf_counter()
+            try:
+                return self._compiled(self._forward, model, cache, self._absent | kwargs, *more)
+            except _NotCompiled:
+                reset_code(self._code)  # or Dynamo would never look at it again
+                raise
+            except torch._dynamo.exc.FailOnRecompileLimitHit as e:
+                raise RuntimeError(
+                    f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
+                    " torch._dynamo.config.recompile_limit above it. The unrewritten model is not run in its place."
+                ) from e
+            except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as e:
+                raise RuntimeError(
+                    f"the forward of {type(model).__name__} could not be captured as one graph: {str(e)[:2000]}"
+                ) from e
+
+
+def with_images(
+    forward: Callable[..., Any],
+    model: torch.nn.Module,
+    cache: PositionCache,
+    kwargs: dict[str, Any],
+    features: Tensor,
+    as_list: bool,
+) -> Any:
+    """A forward whose images are encoded: features [F, C], or [I, N, C] if not ``as_list``."""
+    _insist()
+    image = BaseModelOutputWithPooling(pooler_output=[features] if as_list else features)  # type: ignore[arg-type]
+    return forward(
+        model, past_key_values=cache, use_cache=True, mm_encoder_outputs={"image": image}, return_dict=True, **kwargs
+    )
+
+
+def without_images(
+    forward: Callable[..., Any], model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any]
+) -> Any:
+    """A forward of text: a decode step, or a prompt without an image."""
+    _insist()
+    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+
+
+class _NotCompiled(RuntimeError):
+    """Dynamo ran an entry as it is."""
+
+
+def _insist() -> None:
+    if not torch.compiler.is_compiling():
+        raise _NotCompiled(
+            "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
+            " active (FlopCounterMode is one), torch.compiler.set_stance('force_eager'), or TORCH_COMPILE_DISABLE=1"
+        )

@@ -1,0 +1,129 @@
+"""The two functions that transformers calls for attention and masks, registered under one name.
+
+While tracing, they leave one ``vlm::attention`` node per decoder layer; run eagerly, they compute the same attention
+from the positions that the cache carries. Decoding needs nothing else: the cache already holds what each layer may see.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
+
+from vlmrewrite import ops
+from vlmrewrite.hf import IMPLEMENTATION
+from vlmrewrite.kvcache import PositionCache
+from vlmrewrite.ops import Kernels, unfit
+
+_UNSUPPORTED = ("s_aux", "position_bias", "output_attentions")
+
+_running = threading.local()
+
+
+def attention_forward(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """Attention function for transformers' ``AttentionInterface``: q [B, H, t, D], k and v [B, Hk, m, D]."""
+    for name in _UNSUPPORTED:
+        if kwargs.get(name) is not None and kwargs[name] is not False:
+            raise NotImplementedError(f"vlmrewrite's attention does not take {name}={kwargs[name]!r}")
+    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+        raise NotImplementedError(
+            f"{type(module).__name__} asks for bidirectional attention; expected a causal decoder"
+        )
+    if torch.compiler.is_compiling():
+        plain = attention_mask is None
+        out = torch.ops.vlm.attention.default(
+            query, key, value, attention_mask, None, None, scaling, plain, softcap, float(dropout)
+        )
+        return out, None
+    cache: PositionCache | None = getattr(_running, "cache", None)
+    layer = None if cache is None else cache.layer_of(key)
+    if cache is None or layer is None:
+        if query.shape[2] != key.shape[2]:
+            raise RuntimeError(
+                f"{key.shape[2]} keys for {query.shape[2]} queries that did not come from vlmrewrite's cache: this"
+                " model transforms its keys after the cache, which is not supported"
+            )
+        plain = attention_mask is None
+        return ops.attention(query, key, value, attention_mask, None, None, scaling, plain, softcap, dropout), None
+    kernels: Kernels | None = _running.kernels
+    if kernels is not None and unfit(query, value, dropout, kernels, f"layer {module.layer_idx}") is None:
+        look = ops.kernel_mask if softcap is None else ops.kernel_mask_softcapped
+        what = cache.seen_by(layer, query, attention_mask, look)
+        return ops.kernel_attention(query, key, value, what, scaling, softcap), None
+    seen = cache.seen_by(layer, query, attention_mask, ops.visible)
+    return ops.attend(query, key, value, seen, scaling, softcap, dropout), None
+
+
+def mask_forward(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable[..., Any] = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor | None:
+    """Mask function for transformers' ``AttentionMaskInterface``.
+
+    Returns:
+        for a plain causal mask, the padding bits [B, kv_length] (None if there is no padding); for every other
+        pattern, bool [B, 1, q_length, kv_length] in logical positions.
+    """
+    if mask_function is causal_mask_function:
+        looked_at = getattr(_running, "cache", None) is not None
+        if attention_mask is None or looked_at or torch.compiler.is_compiling():
+            return attention_mask
+        return None if bool(attention_mask.all()) else attention_mask
+    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
+    return sdpa_mask(
+        batch_size=batch_size,
+        q_length=q_length,
+        kv_length=kv_length,
+        q_offset=q_offset,
+        kv_offset=kv_offset,
+        mask_function=mask_function,
+        attention_mask=attention_mask,
+        **kwargs,
+    )
+
+
+def register() -> None:
+    """Make the implementation known to transformers; idempotent."""
+    AttentionInterface.register(IMPLEMENTATION, attention_forward)
+    AttentionMaskInterface.register(IMPLEMENTATION, mask_forward)
+
+
+@contextlib.contextmanager
+def running(cache: PositionCache | None, kernels: Kernels | None = None) -> Iterator[None]:
+    """While an uncaptured forward runs with ``cache``.
+
+    Args:
+        kernels: ``"triton"`` or ``"auto"``: its attention runs as kernels, where it can; otherwise as plain PyTorch.
+    """
+    before = getattr(_running, "cache", None), getattr(_running, "kernels", None)
+    if cache is not None:
+        cache.begin()
+    _running.cache, _running.kernels = cache, kernels
+    try:
+        yield
+    finally:
+        _running.cache, _running.kernels = before
+        if cache is not None:
+            cache.end()

@@ -1,0 +1,9 @@
+"""The command line: what there is, what a recipe would do to a model, what it does, and what that costs."""
+
+from vlmrewrite.cli import apply as apply
+from vlmrewrite.cli import bench as bench
+from vlmrewrite.cli import inspect as inspect
+from vlmrewrite.cli import listing as listing
+from vlmrewrite.cli.app import app
+
+__all__ = ["app"]

@@ -1,0 +1,167 @@
+"""`vlmrewrite bench`: models with and without recipes, or kernels, measured side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from vlmrewrite.cli.app import app
+from vlmrewrite.cli.options import Device, Dtype, ImageTokens, at_least, progress_bar, recipe_named, unset
+from vlmrewrite.cli.terminal import print_table
+
+
+@app.command()
+def bench(
+    model: Annotated[
+        Path | None, typer.Argument(metavar="MODEL", help="Model folder, or a config JSON file without weights.")
+    ] = None,
+    recipe: Annotated[list[str] | None, typer.Option(help="What to measure; may be given several times.")] = None,
+    text: Annotated[int | None, typer.Option(help="Text tokens in each row of a made-up prompt [64].")] = None,
+    images: Annotated[int | None, typer.Option(help="Images in each row [1].")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the batch [1].")] = None,
+    image_tokens: ImageTokens = None,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file, in place of a made-up prompt.")] = None,
+    prompt: Annotated[str | None, typer.Option(help="Question about the image files.")] = None,
+    repeat: Annotated[int, typer.Option(help="Counted rounds, after one that is not counted.")] = 7,
+    new_tokens: Annotated[int, typer.Option(help="Tokens decoded in each round.")] = 16,
+    backend: Annotated[Literal["eager", "inductor"], typer.Option(help="What runs all of them.")] = "eager",
+    random_weights: Annotated[bool, typer.Option("--random-weights", help="Do without the model's weights.")] = False,
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    out: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
+    kernels: Annotated[
+        bool, typer.Option("--kernels", help="In place of a model, measure the kernels and what they compete with.")
+    ] = False,
+    kernel: Annotated[list[str] | None, typer.Option(help="Family of kernels; may be given several times.")] = None,
+    sizes: Annotated[
+        list[str] | None, typer.Option(help="Model to take the kernels' sizes from, or tiny; likewise.")
+    ] = None,
+    against: Annotated[list[str] | None, typer.Option(help="reference, inductor or library; likewise.")] = None,
+) -> None:
+    """Measure a model without and with recipes, taking turns: prefill, decoding, peak memory and K/V bytes.
+
+    Or, with --kernels, each kernel and what it competes with.
+    """
+    if out is not None and not out.parent.is_dir():
+        raise ValueError(f"--json: expected a file in a folder that exists, got {str(out)!r}")
+    if kernels:
+        if model is not None:
+            raise ValueError("expected MODEL or --kernels, not both")
+        unset({"recipe": recipe, "image": image, "prompt": prompt, "text": text, "images": images}, "--kernels without")
+        _bench_kernels(device, dtype, rows, repeat, out, {"families": kernel, "sizes": sizes, "against": against})
+        return
+    unset({"kernel": kernel, "sizes": sizes, "against": against}, "--kernels with")
+    if model is None or not recipe:
+        raise ValueError("expected MODEL and --recipe, or --kernels")
+    chosen = [recipe_named(name) for name in recipe]
+    names = ["unmodified", *(r.name for r in chosen)]
+    if len(set(names)) < len(names):
+        raise ValueError(f"--recipe: expected recipes with names of their own, got {', '.join(names[1:])}")
+    at_least("--repeat", repeat, 1)
+    at_least("--new-tokens", new_tokens, 2)
+    given = {"text": text, "images": images, "rows": rows, "image_tokens": image_tokens}
+    made_up = {name: n for name, n in given.items() if n is not None}
+    if bool(image) != (prompt is not None) or (image and made_up):
+        raise ValueError("expected both --image and --prompt, or any of --text, --images, --rows, --image-tokens")
+    from vlmrewrite.bench import bench as measure
+    from vlmrewrite.cli import loading
+    from vlmrewrite.cli.config import config_file, read_config
+    from vlmrewrite.cli.prompt import made_up_shape, traced_prompt
+
+    where, (config, written) = loading.device_of(device), read_config(model)
+    kind = loading.dtype_of(dtype, config, where)
+    shape = None if image else made_up_shape(config, written, made_up.pop("image_tokens", None), made_up)[0]
+    inputs: Any = None
+    if image and prompt is not None:
+        inputs = loading.question(loading.read_processor(model), prompt, loading.read_images(image))
+        inputs = dict(inputs.to(where, dtype=kind))
+    if random_weights:
+        loaded = loading.with_random_weights(config, config_file(model), kind, where)
+    else:
+        loaded = loading.with_weights(model, kind, where)
+    if shape is not None:
+        _, inputs = traced_prompt(loaded, shape)
+    with progress_bar() as progress:
+        task = progress.add_task("", total=(repeat + 1) * len(names))
+        done = iter(range((repeat + 1) * len(names)))
+        result = measure(
+            loaded,
+            inputs,
+            chosen,
+            backend=backend,
+            repeat=repeat,
+            new_tokens=new_tokens,
+            progress=lambda text: progress.update(task, description=text, completed=next(done)),
+        )
+        progress.update(task, description="done", completed=(repeat + 1) * len(names))
+    result = {"model": str(model), "prompt": str(shape) if shape is not None else prompt} | result
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    print(", ".join(f"{k} {result[k]}" for k in ("device", "threads", "torch", "dtype", "backend", "prompt", "repeat")))
+    print_table(
+        ["recipe", "prefill ms", "decode tokens/s", "peak\nMiB", "K/V MiB", "FLOPs", "of FLOP\nratio"],
+        [_measured(row) for row in result["rows"]],
+    )
+
+
+def _bench_kernels(
+    device: str, dtype: str, rows: int | None, repeat: int, out: Path | None, chosen: dict[str, Any]
+) -> None:
+    from vlmrewrite.bench import bench_kernels
+    from vlmrewrite.cli import loading
+
+    where = loading.device_of(device)
+    kind = None if dtype == "auto" else loading.dtype_of(dtype, None, where)
+    if rows is not None:
+        chosen["batches"] = [rows]
+    with progress_bar() as progress:
+        task = progress.add_task("", total=None)
+        result = bench_kernels(
+            where,
+            kind,
+            repeat=repeat,
+            progress=lambda text: progress.update(task, description=text),
+            **{name: value for name, value in chosen.items() if value is not None},
+        )
+        progress.update(task, description="done")
+    if out is not None:
+        out.write_text(json.dumps(result, indent=2) + "\n")
+    print(", ".join(f"{k} {result[k]}" for k in ("device", "threads", "torch", "triton", "dtype", "repeat")))
+    if result["no_triton"] is not None:
+        print(f"no Triton kernels: {result['no_triton']}")
+    copy, matmul = result["ceiling"]["copy"], result["ceiling"]["matmul"]
+    print(f"ceiling: copy {copy / 1e9:.4g} GB/s, matmul {matmul / 1e12:.4g} TFLOP/s")
+    headings = ["kernel", "tokens", "rows", "ms", "others take\n× as long", "of\nceiling", "left out"]
+    print_table(headings, [_measured_kernel(row) for row in result["rows"]])
+
+
+def _measured_kernel(row: dict[str, Any]) -> list[str]:
+    """A row of the table of kernels."""
+    base = row.get("base")
+    reached = row.get("of_copy", row.get("of_matmul"))
+    return [
+        f"{row['kernel']}: {row['case']}",
+        str(row["tokens"]),
+        str(row["batch"]),
+        "" if base is None else f"{row['milliseconds'][base]:.4g} ({base})",
+        "\n".join(f"{name} {ratio:.2f}" for name, ratio in row.get("ratios", {}).items()),
+        "" if reached is None else f"{reached:.0%}",
+        "\n".join(f"{name}: {why}" for name, why in row["skipped"].items()),
+    ]
+
+
+def _measured(row: dict[str, Any]) -> list[str]:
+    """A row of the table of measurements."""
+    ratio, reached = row.get("flop_ratio"), row.get("prefill_speedup_of_flop_ratio")
+    return [
+        row["name"],
+        f"{row['prefill_median'] * 1e3:.4g} (×{row['prefill_speedup']:.2f})",
+        f"{row['decode_tokens_per_second']:.4g} (×{row['decode_speedup']:.2f})",
+        "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.4g}",
+        f"{row['kv_bytes'] / 2**20:.4g} (÷{row['kv_ratio']:.2f})",
+        "" if ratio is None else f"÷{ratio:.2f}",
+        "" if reached is None else f"{reached:.0%}",
+    ]

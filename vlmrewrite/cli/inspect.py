@@ -1,0 +1,113 @@
+"""`vlmrewrite inspect`: a model's layers and what a recipe would do to them, or a measured profile."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from vlmrewrite.cli.app import app
+from vlmrewrite.cli.options import AsJson, ImageTokens, Model, progress_bar, recipe_named, unset
+from vlmrewrite.cli.terminal import print_json, print_table
+
+
+@app.command()
+def inspect(
+    model: Model,
+    recipe: Annotated[str | None, typer.Option(help="What to plan: a shipped recipe's name or a YAML file.")] = None,
+    text: Annotated[int | None, typer.Option(help="Text tokens in each row of a made-up prompt [64].")] = None,
+    images: Annotated[int | None, typer.Option(help="Images in each row [1].")] = None,
+    rows: Annotated[int | None, typer.Option(help="Rows of the batch [1].")] = None,
+    image_tokens: ImageTokens = None,
+    dtype: Annotated[
+        Literal["float32", "bfloat16", "float16"] | None,
+        typer.Option(help="Of weights and K/V [bfloat16; with --profile float32 on a CPU, else the config's]."),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Measure what vision tokens do in each layer, with weights and images.")
+    ] = False,
+    image: Annotated[list[Path] | None, typer.Option(help="Image file to profile; may be given several times.")] = None,
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="Question about all images, or one for each, in their order.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option(help="Draw the profile into this file.")] = None,
+    device: Annotated[
+        Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to profile [auto: the GPU if there is one].")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show a model's layers and what a recipe would do to them, without weights: tokens, FLOPs and K/V bytes.
+
+    With --profile: measure on images, layer by layer, the attention that text pays to them, cosines between hidden
+    states before and after, and the change of the next token's distribution (KL) when vision is frozen or hidden there.
+    """
+    made_up = {"text": text, "images": images, "rows": rows, "image_tokens": image_tokens}
+    if profile:
+        unset({"recipe": recipe} | made_up, "--profile without")
+        _profile(model, image or [], prompt or [], plot, device or "auto", dtype or "auto", as_json)
+        return
+    unset({"image": image, "prompt": prompt, "plot": plot, "device": device}, "--profile with")
+    chosen = None if recipe is None else recipe_named(recipe)
+    dtype = dtype or "bfloat16"
+    import torch
+
+    from vlmrewrite.cli import catalogue
+    from vlmrewrite.cli.config import config_file, read_config, skeleton
+    from vlmrewrite.cli.prompt import made_up_shape, traced_prompt
+    from vlmrewrite.report import summary
+    from vlmrewrite.rewrite import rewrite
+
+    config, written = read_config(model)
+    counts = {name: n for name, n in made_up.items() if n is not None}
+    shape, source = made_up_shape(config, written, counts.pop("image_tokens", None), counts)
+    built = skeleton(config, getattr(torch, dtype), config_file(model))
+    program, _ = traced_prompt(built, shape)
+    planned = program if chosen is None else rewrite(program, chosen.passes)
+    count, found = sum(p.numel() for p in built.parameters()), summary(planned)
+    if as_json:
+        about = {"model": str(model), "class": type(built).__name__, "parameters": count, "dtype": dtype}
+        about |= {"prompt": dataclasses.asdict(shape), "image_tokens_from": source}
+        print_json(about | {"recipe": None if chosen is None else catalogue.recipe_data(chosen)} | found)
+        return
+    print(f"{type(built).__name__}, {count:,} parameters; {shape.image_tokens} tokens an image ({source})\n\n{program}")
+    if chosen is None:
+        return
+    print(f"\nrecipe {chosen.name}")
+    for p in found["passes"]:
+        print(f"  {p['configuration']}: {'matched' if p['matched'] else 'REFUSED: ' + p['reason']}")
+    print(f"\n{planned}\n")
+    table = []
+    for label, key, unit in (("tokens a layer", "tokens", 1), ("GFLOP", "flops", 1e9), ("K/V MiB", "kv_bytes", 2**20)):
+        before, after = (found["totals"][when][key] / unit for when in ("before", "after"))
+        table.append([label, f"{before:.4g}", f"{after:.4g}", f"÷ {before / after:.2f}"])
+    print_table(["prefill", "unmodified", chosen.name, "ratio"], table)
+
+
+def _profile(
+    model: Path, images: list[Path], prompts: list[str], plot: Path | None, device: str, dtype: str, as_json: bool
+) -> None:
+    """Measure and print a model's profile."""
+    if not images or not prompts:
+        raise ValueError("--profile: expected --image and --prompt")
+    from vlmrewrite.cli.profile import profile_folder
+    from vlmrewrite.report import check_plot
+
+    if plot is not None:
+        check_plot(plot)
+    with progress_bar() as progress:
+        task = progress.add_task("load")
+
+        def show(text: str, done: int, total: int) -> None:
+            progress.update(task, description=text, completed=done, total=total)
+
+        found, about = profile_folder(model, images, prompts, device, dtype, show)
+    if plot is not None:
+        found.plot(plot)
+    if as_json:
+        print_json(about | found.to_dict())
+        return
+    print(f"{about['class']}, {about['dtype']} on {about['device']}\n\n{found}")
+    if plot is not None:
+        print(f"plot: {plot}")

@@ -1,0 +1,132 @@
+"""Models and processors from local folders, and a question about images as model inputs."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.utils import logging
+
+from vlmrewrite.errors import blamed_on
+
+
+def device_of(name: str) -> torch.device:
+    """The device that is meant: ``"auto"`` is a GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: torch sees no GPU here; expected cpu or auto")
+    return torch.device(name)
+
+
+def dtype_of(name: str, config: Any, device: torch.device) -> torch.dtype:
+    """The dtype that is meant: ``"auto"`` is float32 on a CPU, elsewhere what the configuration names."""
+    if name != "auto":
+        found: torch.dtype = getattr(torch, name)
+        return found
+    if device.type == "cpu" or not isinstance(config.dtype, torch.dtype):
+        return torch.float32
+    return config.dtype
+
+
+def with_weights(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """The model that a folder holds, in eval mode.
+
+    Raises:
+        ValueError: the folder holds no weights, or they cannot be loaded.
+    """
+    if not any(path.suffix in (".safetensors", ".bin") for path in folder.glob("*")):
+        raise ValueError(f"{folder}: expected a folder with weights (*.safetensors or *.bin), found none")
+    with blamed_on(folder, "its weights"), _silence():
+        model: Any = AutoModelForImageTextToText.from_pretrained(folder, dtype=dtype, local_files_only=True)
+    return model.to(device).eval()
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """No progress bar of transformers."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def with_random_weights(config: Any, file: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """A freshly initialised model in eval mode, the same in every run.
+
+    Raises:
+        ValueError: the model cannot be built from the configuration, which was read from ``file``.
+    """
+    with torch.random.fork_rng(), blamed_on(file, "the configuration"), device:
+        torch.manual_seed(0)
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+
+
+def read_processor(folder: Path) -> Any:
+    """The processor that a folder holds.
+
+    Raises:
+        ValueError: there is none, or it cannot be loaded.
+    """
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder that holds a processor, got a file")
+    with blamed_on(folder, "the processor"):
+        processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+    if not callable(getattr(processor, "image_processor", None)):
+        raise ValueError(f"{folder}: expected a processor of texts and images, got a {type(processor).__name__}")
+    return processor
+
+
+def read_images(paths: Sequence[Path]) -> list[Any]:
+    """Images in RGB.
+
+    Raises:
+        ValueError: a file is missing or is no image.
+    """
+    from PIL import Image  # only commands that read images need it
+
+    images = []
+    for path in paths:
+        try:
+            images.append(Image.open(path).convert("RGB"))
+        except OSError as e:
+            raise ValueError(f"{path}: expected an image file: {e.strerror or e}") from None
+    return images
+
+
+def question(processor: Any, prompt: str, images: Sequence[Any]) -> Any:
+    """A prompt about images as the model takes it: through the chat template, if the processor has one.
+
+    Without a template, image tokens that the prompt lacks are put in front of it.
+
+    Raises:
+        ValueError: the prompt holds image tokens for another number of images, or it cannot be known what they are.
+    """
+    if getattr(processor, "chat_template", None):
+        content = [{"type": "image", "image": image} for image in images] + [{"type": "text", "text": prompt}]
+        return processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+    token = getattr(processor, "image_token", None)
+    if not isinstance(token, str):
+        raise ValueError(f"{type(processor).__name__} has neither a chat template nor an image_token")
+    found = prompt.count(token)
+    if found not in (0, len(images)):
+        raise ValueError(f"--prompt: expected {len(images)} times {token!r}, or none, got {found}")
+    text = prompt if found else " ".join([*[token] * len(images), prompt])
+    return processor(images=list(images), text=text, return_tensors="pt")

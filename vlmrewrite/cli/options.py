@@ -1,0 +1,59 @@
+"""Options that several commands share, and their checks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from vlmrewrite.cli.terminal import Errors
+
+if TYPE_CHECKING:
+    from vlmrewrite.recipe import Recipe
+
+
+Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a config JSON file without weights.")]
+
+ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with a model's weights and processor.")]
+
+ImageTokens = Annotated[int | None, typer.Option(help="Tokens of each made-up image, if not as the config says.")]
+
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto is the GPU if there is one.")]
+
+Dtype = Annotated[
+    Literal["auto", "float32", "bfloat16", "float16"], typer.Option(help="auto is float32 on a CPU, else the config's.")
+]
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, console=Console(stderr=True))
+
+
+def unset(options: dict[str, Any], expected: str) -> None:
+    """Raise ValueError if any of the options was given."""
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None and value != []]
+    if given:
+        raise ValueError(f"expected {expected} {', '.join(given)}")
+
+
+def recipe_named(name: str) -> Recipe:
+    """The recipe that an option names; what is wrong with it is one error a line."""
+    from vlmrewrite.recipe import Recipe
+
+    try:
+        return Recipe.load(name)
+    except ValueError as e:
+        raise Errors(str(e)) from e
+
+
+def at_least(option: str, value: int, least: int) -> None:
+    """Raise ValueError for an option below its least value."""
+    if value < least:
+        raise ValueError(f"{option}: expected at least {least}, got {value}")

@@ -1,0 +1,126 @@
+"""Made-up prompts: random text and features of a given shape, as a model's forward takes them."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.modeling_outputs import BaseModelOutputWithPooling
+
+from vlmrewrite.cli.config import image_tokens as tokens_of_image
+from vlmrewrite.plan import Call
+from vlmrewrite.rewrite import Program
+from vlmrewrite.runtime import trace
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A made-up prompt: ``rows`` rows, each of ``text`` text tokens and ``images`` images of ``image_tokens`` tokens.
+
+    A text token stands before each image, the other ones behind the last.
+    """
+
+    image_tokens: int
+    text: int = 64
+    images: int = 1
+    rows: int = 1
+
+    def __post_init__(self) -> None:
+        for name in ("images", "rows", "image_tokens"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(self, name)}")
+        if self.text <= self.images:
+            raise ValueError(f"--text: expected more text tokens than images ({self.images}), got {self.text}")
+
+    def __str__(self) -> str:
+        return f"{self.rows} x ({self.text} text tokens, {self.images} x {self.image_tokens} vision tokens)"
+
+    def vision(self) -> Tensor:
+        """The vision tokens, bool [rows, T], on the CPU."""
+        one = torch.tensor([False] + [True] * self.image_tokens)
+        row = torch.cat([one.repeat(self.images), torch.zeros(self.text - self.images, dtype=torch.bool)])
+        return row.repeat(self.rows, 1)
+
+
+def made_up_shape(
+    config: Any, written: dict[str, Any], image_tokens: int | None, counts: dict[str, int]
+) -> tuple[Shape, str]:
+    """The made-up prompt, and where its number of tokens an image comes from."""
+    tokens, source = (image_tokens, "as given") if image_tokens is not None else tokens_of_image(config, written)
+    return Shape(tokens, **counts), source
+
+
+def prompt_inputs(model: Any, shape: Shape, *, as_list: bool, seed: int = 0) -> dict[str, Any]:
+    """What the model's forward takes for a made-up prompt whose images are encoded already: random text and features.
+
+    Args:
+        model: on any device.
+        shape: of the prompt.
+        as_list: whether the features are one tensor [N, C] per image, or one tensor [I, N, C].
+        seed: of the random numbers.
+    """
+    device, dtype = model.device, model.dtype
+    generator = torch.Generator().manual_seed(seed)
+    vision, text = shape.vision(), model.config.get_text_config(decoder=True)
+    ids = torch.randint(text.vocab_size, vision.shape, generator=generator)
+    special = _special_ids(model.config) | _special_ids(text)
+    ids[torch.isin(ids, torch.tensor(sorted(special)))] = min(set(range(len(special) + 1)) - special)
+    ids[vision] = model.config.image_token_id
+    size = (shape.rows * shape.images, shape.image_tokens, text.hidden_size)
+    if device.type == "meta":
+        features = torch.empty(size, dtype=dtype, device=device)
+    else:
+        features = torch.randn(size, generator=generator).to(device, dtype)
+    image = BaseModelOutputWithPooling(pooler_output=list(features) if as_list else features)  # type: ignore[arg-type]
+    inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
+    for name in ("token_type_ids", "mm_token_type_ids"):
+        if name in inspect.signature(type(model).forward).parameters:
+            inputs[name] = vision.long().to(device)
+    if hasattr(model.base_model, "compute_3d_position_ids"):  # multimodal rope: time, height and width
+        columns = torch.arange(ids.shape[1], device=device)
+        inputs["position_ids"] = columns.expand(3, shape.rows, -1).contiguous()
+    return inputs | {"mm_encoder_outputs": {"image": image}}
+
+
+def _special_ids(config: Any) -> set[int]:
+    names = [name for name in config.to_dict() if name.endswith(("_token_id", "_token_index"))]
+    values = [getattr(config, name, None) for name in names]
+    return {v for value in values for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
+
+
+def traced_prompt(model: Any, shape: Shape) -> tuple[Program, dict[str, Any]]:
+    """Capture a model's forward for a made-up prompt; the vision tower and the decoder are not run.
+
+    Returns:
+        the program, with its call known even if the model is on the meta device; and the prompt, whose features have
+        the form that the model takes.
+
+    Raises:
+        ValueError: the model is not one that can be rewritten.
+        RuntimeError: its forward could not be captured.
+    """
+    refusals: dict[str, str] = {}
+    for as_list, form in ((True, "one tensor for each image"), (False, "one tensor")):
+        inputs = prompt_inputs(model, shape, as_list=as_list)
+        try:
+            program = trace(model, inputs)
+        except RuntimeError as e:
+            refusals.setdefault(_cause(e), form)
+            continue
+        call = Call(shape.vision(), None, [shape.image_tokens] * (shape.rows * shape.images))
+        return replace(program, call=call), inputs
+    reasons = " -- and ".join(f"with its image features as {form}: {cause}" for cause, form in refusals.items())
+    raise RuntimeError(f"no made-up prompt of {type(model).__name__} could be captured {reasons}")
+
+
+def _cause(error: RuntimeError) -> str:
+    """What Dynamo says first, its details, and the innermost source line, of the many lines in its message."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    details = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug context: ")]
+    places = re.findall(r'File "(?:[^"]*/)?([^"/]+)", line (\d+)', str(error))
+    at = [f"({places[-1][0]}, line {places[-1][1]})"] if places else []
+    return " ".join([*lines[:1], *details[:1], *at])

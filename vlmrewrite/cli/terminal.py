@@ -1,0 +1,65 @@
+"""What the command line prints: tables, JSON, and every refusal as a line that starts with ``error:``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+from typer.core import TyperGroup
+
+_REFUSALS = (ValueError, TypeError, OSError, ImportError, NotImplementedError, RuntimeError)
+
+_USAGE: Any = typer.BadParameter.__mro__[1]  # UsageError, which typer does not export
+
+_LONGEST = 1000  # characters of an error line
+
+
+class Errors(ValueError):
+    """Several things that are wrong, one a line."""
+
+
+class Commands(TyperGroup):
+    """Commands that end a refusal with the exit code 2 and, on stderr, the reason without a traceback."""
+
+    def main(self, *args: Any, **extra: Any) -> Any:
+        """Run a command and, unless ``standalone_mode=False`` is given, end the process."""
+        ends, extra["standalone_mode"] = extra.get("standalone_mode", True), False
+        if not ends:
+            return super().main(*args, **extra)
+        try:
+            sys.exit(super().main(*args, **extra) or 0)
+        except typer.Abort:
+            sys.exit(130)
+        except Errors as e:
+            lines = str(e).splitlines()
+        except _USAGE as e:
+            lines = [e.format_message()]
+        except _REFUSALS as e:
+            notes = [note.partition("\n")[0].removesuffix(", on the plan:") for note in getattr(e, "__notes__", ())]
+            lines = [" ".join([str(e) or type(e).__name__, *(f"({note})" for note in notes[:1])])]
+        for line in lines:
+            flat = " ".join(line.split())
+            print("error:", flat if len(flat) <= _LONGEST else flat[: _LONGEST - 3] + "...", file=sys.stderr)
+        sys.exit(2)
+
+
+def print_json(data: object) -> None:
+    """Plain values, indented."""
+    print(json.dumps(data, indent=2))
+
+
+def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+    """Cells as they are; long ones are folded, but for those of the first column."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_edge=False, collapse_padding=True)
+    for i, heading in enumerate(headings):
+        table.add_column(heading, overflow="fold", no_wrap=i == 0)
+    for row in rows:
+        table.add_row(*(Text(cell) for cell in row))
+    Console().print(table)

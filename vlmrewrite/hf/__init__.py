@@ -1,0 +1,29 @@
+"""What we know of transformers: which models can be rewritten, what their arguments mean, how their images are encoded.
+
+In: a Hugging Face model and the arguments of its ``forward``. Out: plain facts (features, grids, layer names, configs)
+for the stages behind. Nothing here knows of plans or graphs.
+"""
+
+from vlmrewrite.hf.decoder import IMPLEMENTATION, attention_swapped, decoder_configs, decoder_layers, parameter_inputs
+from vlmrewrite.hf.grid import grids
+from vlmrewrite.hf.inputs import refuse_packed, tidy, wants_cache, without_full_mask
+from vlmrewrite.hf.support import check_support
+from vlmrewrite.hf.vision import Encoded, EncoderFeatures, encode_images, encoded_images
+
+__all__ = [
+    "IMPLEMENTATION",
+    "Encoded",
+    "EncoderFeatures",
+    "attention_swapped",
+    "check_support",
+    "decoder_configs",
+    "decoder_layers",
+    "encode_images",
+    "encoded_images",
+    "grids",
+    "parameter_inputs",
+    "refuse_packed",
+    "tidy",
+    "wants_cache",
+    "without_full_mask",
+]

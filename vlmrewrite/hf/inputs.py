@@ -1,0 +1,75 @@
+"""A forward's arguments, by name and tidied, and which of them are refused."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from vlmrewrite.hf.vision import encode_images
+
+
+@functools.lru_cache(maxsize=64)
+def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
+
+
+def tidy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by name, images encoded.
+
+    Raises:
+        NotImplementedError: attentions or hidden states are asked for, or there is a video.
+    """
+    kwargs = dict(zip(_argument_names(type(model).forward), args, strict=False)) | kwargs
+    for name in ("output_attentions", "output_hidden_states"):
+        if kwargs.get(name):
+            raise NotImplementedError(
+                f"{name}=True is not available while a recipe is applied; restore the model first"
+            )
+        kwargs.pop(name, None)
+    return encode_images(model, kwargs)
+
+
+def without_full_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments, with None in place of a mask without padding.
+
+    Not for calls without a cache: there, transformers takes a missing mask as leave to look for packed sequences.
+    """
+    mask = kwargs.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.is_meta and bool(mask.all()):
+        return kwargs | {"attention_mask": None}
+    return kwargs
+
+
+def refuse_packed(kwargs: dict[str, Any]) -> None:
+    """Refuse packed sequences: transformers would mask each from the others, and a rewritten graph does not.
+
+    The condition is that of :func:`transformers.masking_utils.find_packed_sequence_indices`, which counts without a
+    cache and without a mask: positions of a row that do not go up by one. Multimodal rope positions ([3, B, T], and
+    all but the first of [4, B, T]) are not looked at.
+
+    Raises:
+        ValueError: the call, which is one without a cache, has such positions.
+    """
+    at = kwargs.get("position_ids")
+    if kwargs.get("attention_mask") is not None or not isinstance(at, Tensor) or at.is_meta:
+        return
+    at = at[0] if at.dim() == 3 and at.shape[0] == 4 else at
+    if at.dim() != 2 or bool((at.diff(dim=-1) == 1).all()):
+        return
+    row, column = (at.diff(dim=-1) != 1).nonzero()[0].tolist()
+    raise ValueError(
+        f"position_ids go from {int(at[row, column])} to {int(at[row, column + 1])} at token {column + 1} of row {row},"
+        " in a call with images, without a cache and without an attention_mask: transformers takes that for packed"
+        " sequences, which are not rewritten; pass one sequence a row, or an attention_mask if these tokens are one"
+        " sequence"
+    )
+
+
+def wants_cache(model: nn.Module, use_cache: bool | None) -> bool:
+    """Whether a call keeps a cache: as asked, or as the text config says."""
+    default = getattr(model.config.get_text_config(), "use_cache", True)  # type: ignore[union-attr, operator]
+    return bool(default if use_cache is None else use_cache)

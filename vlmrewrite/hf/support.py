@@ -1,0 +1,73 @@
+"""Which models can be rewritten at all; every refusal says what was found and what was expected."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.fx
+from transformers import PreTrainedModel
+
+_ATTENTION = ("eager", "sdpa")
+
+
+def check_support(model: Any) -> int:
+    """Check that a model can be rewritten, without changing it.
+
+    Returns:
+        the number of decoder layers that its config names.
+
+    Raises:
+        TypeError: it is not a Hugging Face model.
+        ValueError: it is compiled or exported, has no image tokens, no causal text decoder, or an attention
+            implementation other than eager or sdpa.
+    """
+    _check_kind(model)
+    config = model.config
+    if not hasattr(model.base_model, "get_image_features"):
+        what = "a text-only model"
+        if hasattr(config, "vision_config"):
+            what = "a model whose images are not tokens of its text stream"
+        raise ValueError(
+            f"{type(model).__name__} has no get_image_features: it is {what}; expected a vision-language model that"
+            " encodes images to tokens"
+        )
+    if getattr(config, "image_token_id", None) is None:
+        raise ValueError(
+            f"the config of {type(model).__name__} has no image_token_id (image_token_index): expected a model whose"
+            " images stand as tokens in the text"
+        )
+    if not hasattr(model, "generate"):
+        raise ValueError(f"{type(model).__name__} has no generate(): expected the model with its language-model head")
+    if getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{type(model).__name__} is an encoder-decoder: there are no vision tokens in its decoder's stream"
+        )
+    text = config.get_text_config(decoder=True)
+    used = text._attn_implementation
+    if used not in _ATTENTION:
+        raise ValueError(f"attention implementation {used!r} is not supported; expected one of {', '.join(_ATTENTION)}")
+    depth = getattr(text, "num_hidden_layers", None)
+    if not isinstance(depth, int) or depth < 1:
+        raise ValueError(f"the text config has num_hidden_layers={depth!r}; expected at least one decoder layer")
+    return depth
+
+
+def _check_kind(model: Any) -> None:
+    if isinstance(model, (torch.export.ExportedProgram, torch.fx.GraphModule)):
+        raise ValueError(
+            f"{type(model).__name__} is an exported model; expected the Hugging Face model it was made from"
+        )
+    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+        raise ValueError(
+            "the model is compiled with torch.compile already; expected the model itself (recipes compile with"
+            " backend='inductor')"
+        )
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
+    for name in ("forward", "generate"):
+        if name in model.__dict__:
+            raise ValueError(
+                f"{type(model).__name__}.{name} was exchanged on this instance (by hooks or another tool); expected an"
+                " unmodified model"
+            )

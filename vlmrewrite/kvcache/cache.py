@@ -1,0 +1,162 @@
+"""The position-carrying KV cache, as transformers takes one."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache
+
+from vlmrewrite.kvcache.buffer import Buffer
+from vlmrewrite.kvcache.layer import PositionLayer, Shared, T
+
+
+class PositionCache(Cache):
+    """A transformers cache of :class:`PositionLayer`; grows as the model updates it."""
+
+    def __init__(self) -> None:
+        super().__init__(layer_class_to_replicate=PositionLayer)
+        self._shared: Shared = {}
+        self._masks: dict[tuple[int, int, Callable[..., Any]], tuple[Any, Any]] = {}
+        self._by_keys: dict[int, PositionLayer] = {}
+        self._in_use = False
+
+    @classmethod
+    def take_over(cls, cache: Cache) -> PositionCache:
+        """Turn an empty cache into one of this class, in place, so that its owner goes on with the same object."""
+        cache.__class__ = cls
+        taken = cast(PositionCache, cache)
+        taken.__dict__.clear()
+        taken.__init__()  # type: ignore[misc]
+        return taken
+
+    @classmethod
+    @contextlib.contextmanager
+    def taking_over(cls, cache: Cache) -> Iterator[PositionCache]:
+        """:meth:`take_over`, undone if the block fails."""
+        kind, state = type(cache), dict(cache.__dict__)
+        try:
+            yield cls.take_over(cache)
+        except BaseException:
+            cache.__class__ = kind
+            cache.__dict__.clear()
+            cache.__dict__.update(state)
+            raise
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to layer ``layer_idx``; see :meth:`PositionLayer.update`.
+
+        Raises:
+            RuntimeError: the model that is running is not rewritten.
+        """
+        while len(self.layers) <= layer_idx:
+            self.layers.append(PositionLayer())
+        layer: Any = self.layers[layer_idx]
+        if torch.compiler.is_compiling():
+            both: tuple[Tensor, Tensor] = layer.update(key_states, value_states)
+            return both
+        if not self._in_use:
+            raise RuntimeError(
+                "this cache was filled by a rewritten model and holds other tokens in each layer; the model that runs"
+                " now is not rewritten: start with an empty cache"
+            )
+        keys, values = layer.update(key_states, value_states, shared=self._shared)
+        self._by_keys[id(keys)] = layer
+        return keys, values
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Forget the last ``-tokens_to_remove`` logical tokens; see :meth:`PositionLayer.crop`."""
+        self._each("crop", tokens_to_remove)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Rows of the next step come from rows ``beam_idx`` [B]."""
+        self._each("reorder_cache", beam_idx)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Repeat every row ``repeats`` times."""
+        self._each("batch_repeat_interleave", repeats)
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep only the rows ``indices``."""
+        self._each("batch_select_indices", indices)
+
+    def _each(self, method: str, argument: Any) -> None:
+        shared: Shared = {}
+        for layer in self.layers:
+            getattr(layer, method)(argument, shared)
+
+    def begin(self) -> None:
+        """Called before each uncaptured forward: forget what was shared among the layers of the last one."""
+        self._in_use = True
+        self._shared.clear()
+        self._masks.clear()
+        self._by_keys.clear()
+
+    def end(self) -> None:
+        """Called after each uncaptured forward."""
+        self._in_use = False
+
+    def seen_by(self, layer: PositionLayer, q: Tensor, mask: Tensor | None, visible: Callable[..., T]) -> T:
+        """What queries q [B, H, t, D] see of a layer's keys, worked out once for layers that hold the same tokens.
+
+        Args:
+            layer: whose keys.
+            q: the queries.
+            mask: as for :func:`vlmrewrite.ops.attention.visible`.
+            visible: that function, or another of the same arguments.
+        """
+        key = (id(layer.positions), id(mask), visible)
+        if key not in self._masks:
+            t, positions = q.shape[2], layer.positions
+            assert positions is not None
+            plain = mask is None and not layer.holes and (t == 1 or positions.shape[1] == t)
+            q_pos = torch.arange(layer.seen - t, layer.seen, device=q.device)[None].expand(q.shape[0], -1)
+            self._masks[key] = ((positions, mask), visible(mask, q_pos, positions, plain))
+        seen: T = self._masks[key][1]
+        return seen
+
+    def layer_of(self, keys: Tensor) -> PositionLayer | None:
+        """The layer whose last update returned this very tensor."""
+        return self._by_keys.get(id(keys))
+
+    def kv_lengths(self) -> list[int]:
+        """Number of keys each layer holds."""
+        layers: list[Any] = self.layers
+        return [0 if layer.keys is None else layer.keys.shape[2] for layer in layers]
+
+    def holes(self) -> bool:
+        """Whether any layer may have empty slots."""
+        layers: list[Any] = self.layers
+        return any(layer.holes for layer in layers)
+
+    def contiguous(self) -> None:
+        """Lay keys and values out in one way only: what is compiled for one layout is compiled again for another."""
+        layers: list[Any] = self.layers
+        for layer in layers:
+            layer.release()
+
+    def reserve(self, more: int) -> bool:
+        """Lay keys and values out with room for ``more`` tokens, in every layer or else, and then False, in none."""
+        layers: list[Any] = self.layers
+        if torch.is_grad_enabled() or not layers or any(layer.keys is None for layer in layers):
+            return False
+        for layer in layers:
+            layer.reserve(more)
+        return True
+
+    def kv_bytes(self) -> int:
+        """Bytes of the keys and values held, without the spare room."""
+        layers: list[Any] = self.layers
+        held: list[Tensor] = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
+        return sum(x.numel() * x.element_size() for x in held)
+
+    def allocated_bytes(self) -> int:
+        """Bytes of memory of keys and values, with the spare room."""
+        layers: list[Any] = self.layers
+        buffers: list[Buffer | None] = [layer.own() for layer in layers]
+        return self.kv_bytes() + sum(buffer.spare_bytes() for buffer in buffers if buffer is not None)

@@ -1,0 +1,183 @@
+"""One layer's keys and values, with the logical position of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import CacheLayerMixin
+
+from vlmrewrite.kvcache.buffer import Buffer, alike
+
+T = TypeVar("T")
+
+Shared = dict[int, tuple[Tensor | None, Any]]
+"""By the id of a tensor of positions: that tensor, and what was made of it for all layers that hold it."""
+
+
+def _once(shared: Shared, positions: Tensor | None, make: Callable[[], T]) -> T:
+    if id(positions) not in shared:
+        shared[id(positions)] = positions, make()
+    made: T = shared[id(positions)][1]
+    return made
+
+
+class PositionLayer(CacheLayerMixin):
+    """One layer's keys [B, Hk, m, D], values [B, Hk, m, Dv] and logical positions int64 [B, m].
+
+    ``seen`` is the *logical* length, the tokens that went by, whatever the layer kept of them. A position of -1 is an
+    empty slot; ``holes`` says that there may be some. ``shared``, where a method takes it, is filled by the first layer
+    of several that hold the same tensor of positions, so that they go on to hold the same one.
+    """
+
+    buffer: Buffer | None = None
+
+    is_sliding = False
+    is_croppable = True
+    supports_early_init = False
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.positions: Tensor | None = None
+        self.seen = 0
+        self.holes = False
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        """Nothing to allocate: the first update brings the tensors."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append k [B, Hk, t, D] and v [B, Hk, t, Dv] of the next t tokens and return all keys and values."""
+        t = key_states.shape[2]
+        if torch.compiler.is_compiling():
+            pos = self._next(key_states)
+            self.keys, self.values, self.positions = torch.ops.vlm.kv_append.default(
+                self.keys, self.values, self.positions, key_states, value_states, pos
+            )
+        else:
+            shared: Shared = kwargs.get("shared", {})
+            self.positions = _once(shared, self.positions, lambda: self._grown(key_states))
+            self._append(key_states, value_states)
+        self.is_initialized = True
+        self.seen += t
+        assert self.keys is not None and self.values is not None
+        return self.keys, self.values
+
+    def _next(self, key_states: Tensor) -> Tensor:
+        at = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
+        return at.repeat(key_states.shape[0], 1)  # not a view, which Dynamo would compile for anew
+
+    def _grown(self, key_states: Tensor) -> Tensor:
+        pos = self._next(key_states)
+        return pos if self.positions is None else torch.cat([self.positions, pos], 1)
+
+    def _append(self, k: Tensor, v: Tensor) -> None:
+        if self.keys is None or self.values is None:
+            self.keys, self.values = k, v
+        elif torch.is_grad_enabled() or not (alike(self.keys, k) and alike(self.values, v)):
+            self.buffer = None
+            self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        else:
+            self.keys, self.values = self.reserve(k.shape[2]).append(k, v)
+
+    def own(self) -> Buffer | None:
+        """The buffer that this layer's keys and values lie in."""
+        buffer = self.buffer
+        return (
+            buffer if buffer is not None and self.keys is buffer.shown[0] and self.values is buffer.shown[1] else None
+        )
+
+    def reserve(self, more: int) -> Buffer:
+        """A buffer with room for ``more`` tokens after those held, made if there is none.
+
+        Not where gradients are recorded.
+        """
+        assert self.keys is not None and self.values is not None
+        buffer = self.own()
+        if buffer is None or not buffer.takes(more):
+            self.buffer = buffer = Buffer(self.keys, self.values, more)
+            self.keys, self.values = buffer.shown
+        return buffer
+
+    def release(self) -> None:
+        """Lay keys and values out in one way only, without spare room."""
+        self.buffer = None
+        if self.keys is not None and self.values is not None:
+            self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Logical key length and offset for a mask of the next ``query_length`` tokens."""
+        return self.seen + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Logical length in tokens."""
+        return self.seen
+
+    def get_max_length(self) -> int:
+        """-1: no maximum."""
+        return -1
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.keys = self.values = self.positions = self.buffer = None
+        self.is_initialized, self.seen, self.holes = False, 0, False
+
+    def crop(self, tokens_to_remove: int, shared: Shared | None = None) -> None:
+        """Forget the last ``-tokens_to_remove`` *logical* tokens, whether or not this layer kept them.
+
+        Raises:
+            ValueError: for a positive number (transformers' convention).
+        """
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop expects a number of tokens to remove as a negative integer, got {tokens_to_remove}")
+        if tokens_to_remove == 0 or self.keys is None or self.values is None or self.positions is None:
+            return
+        self.seen = max(0, self.seen + tokens_to_remove)
+        self.positions, holes = _once({} if shared is None else shared, self.positions, self._cropped)
+        self.holes = self.holes or holes
+        n, buffer = self.positions.shape[1], self.own()
+        self.keys, self.values = (self.keys[:, :, :n], self.values[:, :, :n]) if buffer is None else buffer.show(n)
+
+    def _cropped(self) -> tuple[Tensor, bool]:
+        assert self.positions is not None
+        left = self.positions.masked_fill(self.positions >= self.seen, -1)
+        left = left[:, : _used(left)].clone(memory_format=torch.contiguous_format)
+        return left, bool((left < 0).any())
+
+    def reorder_cache(self, beam_idx: Tensor, shared: Shared | None = None) -> None:
+        """Rows of the next step come from rows ``beam_idx`` [B]."""
+        self._rows(lambda rows: beam_idx.to(rows.device), shared)
+
+    def batch_repeat_interleave(self, repeats: int, shared: Shared | None = None) -> None:
+        """Repeat every row ``repeats`` times."""
+        self._rows(lambda rows: rows.repeat_interleave(repeats), shared)
+
+    def batch_select_indices(self, indices: Tensor, shared: Shared | None = None) -> None:
+        """Keep only the rows ``indices``."""
+        self._rows(lambda rows: rows[indices], shared)
+
+    def _rows(self, choose: Callable[[Tensor], Tensor], shared: Shared | None) -> None:
+        """Copy some rows, once: to where the next tokens can follow, unless gradients are recorded."""
+        if self.keys is None or self.values is None or self.positions is None:
+            return
+        positions = self.positions
+
+        def chosen() -> tuple[Tensor, Tensor]:
+            rows = choose(torch.arange(len(positions), device=positions.device))
+            return rows, positions.index_select(0, rows)
+
+        rows, self.positions = _once({} if shared is None else shared, positions, chosen)
+        rows = rows.to(self.keys.device)
+        if torch.is_grad_enabled():
+            self.buffer = None
+            self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
+        else:
+            self.buffer = Buffer(self.keys, self.values, 1, rows)
+            self.keys, self.values = self.buffer.shown
+
+
+def _used(positions: Tensor) -> int:
+    """Columns up to the last one that any row uses."""
+    used = (positions >= 0).any(0).nonzero()
+    return int(used[-1]) + 1 if len(used) else 0

@@ -1,0 +1,10 @@
+"""Lowering: each operator of a rewritten graph becomes its reference or a kernel, and the graph is made ready to run.
+
+In: a rewritten program. Out: an :class:`Executable`.
+"""
+
+from vlmrewrite.lower.decode_step import DecodeStep, positioned
+from vlmrewrite.lower.executable import Executable, RunResult
+from vlmrewrite.lower.lowering import compiled, lower
+
+__all__ = ["DecodeStep", "Executable", "RunResult", "compiled", "lower", "positioned"]

@@ -1,0 +1,52 @@
+"""The semantic operators ``torch.ops.vlm.*``: each with its PyTorch reference, and for some a Triton kernel.
+
+In: tensors. Out: tensors. Which implementation a node gets is chosen in :mod:`vlmrewrite.lower`, by the rules here.
+"""
+
+from vlmrewrite.ops.attention import ATTENTION, KV_APPEND, attend, attention, kv_append, visible
+from vlmrewrite.ops.choice import Backend, Choice, Kernels, choose, resolve, unfit
+from vlmrewrite.ops.device import interpreted, kernels_missing
+from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, define
+from vlmrewrite.ops.positional import (
+    attention_blocks,
+    kernel_attention,
+    kernel_mask,
+    kernel_mask_everywhere,
+    kernel_mask_softcapped,
+    seen_by_position,
+    unhidden,
+)
+from vlmrewrite.ops.scoring import greedy_flops, like_member, per_image
+from vlmrewrite.ops.selection import select
+
+__all__ = [
+    "ATTENTION",
+    "KERNELS",
+    "KV_APPEND",
+    "OPAQUE",
+    "REFERENCES",
+    "Backend",
+    "Choice",
+    "Kernels",
+    "attend",
+    "attention",
+    "attention_blocks",
+    "choose",
+    "define",
+    "greedy_flops",
+    "interpreted",
+    "kernel_attention",
+    "kernel_mask",
+    "kernel_mask_everywhere",
+    "kernel_mask_softcapped",
+    "kernels_missing",
+    "kv_append",
+    "like_member",
+    "per_image",
+    "resolve",
+    "seen_by_position",
+    "select",
+    "unfit",
+    "unhidden",
+    "visible",
+]

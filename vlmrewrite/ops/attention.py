@@ -1,0 +1,183 @@
+"""Attention by logical position, and the cache's append: what one decoder layer computes."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vlmrewrite.ops.library import REFERENCES, define
+
+
+def visible(mask: Tensor | None, q_pos: Tensor | None, k_pos: Tensor | None, plain: bool) -> Tensor | None:
+    """Which key each query sees, by logical position.
+
+    A key is visible if its position is not after the query's and its padding bit is set; with a 4-D mask, the mask
+    alone decides. A negative key position is an empty slot and never visible.
+
+    Args:
+        mask: None, padding bits [B, K] (bool, K logical key positions), or a full mask [B, 1, Q, K] (bool, or additive
+            float) whose last query is the last key position.
+        q_pos: logical positions of the queries, int64 [B, n].
+        k_pos: logical positions of the keys, int64 [B, m].
+        plain: queries and keys are the same tokens in order and no mask applies: plain causal attention.
+
+    Returns:
+        None if ``plain``, else bool (or additive float) [B, 1, n, m].
+    """
+    if plain:
+        return None
+    assert q_pos is not None and k_pos is not None
+    filled = (k_pos >= 0)[:, None, None, :]
+    if mask is None:
+        return (k_pos[:, None, None, :] <= q_pos[:, None, :, None]) & filled
+    at = k_pos.clamp(min=0)
+    if mask.dim() == 2:
+        bits = mask.expand(k_pos.shape[0], -1).gather(1, at)[:, None, None, :]
+        return (k_pos[:, None, None, :] <= q_pos[:, None, :, None]) & bits & filled
+    rows = (q_pos - (mask.shape[-1] - mask.shape[-2])).clamp(min=0)
+    batch = torch.arange(k_pos.shape[0], device=k_pos.device)[:, None, None]
+    full = mask.expand(k_pos.shape[0], -1, -1, -1)[:, 0]
+    out = full[batch, rows[:, :, None], at[:, None, :]][:, None]
+    return out & filled if out.dtype == torch.bool else out.masked_fill(~filled, torch.finfo(out.dtype).min)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None, softcap: float | None, dropout: float
+) -> Tensor:
+    """Attention under a mask made by :func:`visible`; without one, causal with the last query at the last key.
+
+    Args:
+        q: [B, H, n, D]. k: [B, Hk, m, D]. v: [B, Hk, m, Dv].
+        seen: what :func:`visible` returned.
+
+    Returns:
+        [B, n, H, Dv], contiguous, dtype of ``q``.
+    """
+    if softcap is not None:
+        return _attend_softcapped(q, k, v, seen, scale, softcap, dropout)
+    n, m, causal = q.shape[2], k.shape[2], False
+    if seen is None and n > 1:  # a branch, since a symbolic comparison is no bool that the kernel below would take
+        if n == m:
+            causal = True
+        else:
+            seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None]
+    gqa = q.shape[1] != k.shape[1]
+    if gqa and seen is not None:
+        k, v, gqa = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), False
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """Keys or values [B, Hk, m, D] for each of ``heads`` query heads: [B, heads, m, D]."""
+    return x.repeat_interleave(heads // x.shape[1], dim=1)
+
+
+def _attend_softcapped(
+    q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None, softcap: float, dropout: float
+) -> Tensor:
+    scores = q @ repeat_heads(k, q.shape[1]).transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = torch.tanh(scores / softcap) * softcap
+    if seen is None:
+        seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
+    bias = seen if seen.dtype != torch.bool else torch.zeros_like(scores).masked_fill(~seen, float("-inf"))
+    weights = (scores + bias).softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(q.dtype)
+    return (F.dropout(weights, dropout) @ repeat_heads(v, q.shape[1])).transpose(1, 2).contiguous()
+
+
+def everywhere(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+    """Positions of q [B, H, n, D] and k [B, Hk, m, D] where nothing says otherwise: the last n of 0 .. m-1, and all."""
+    at = torch.arange(k.shape[2], device=k.device)[None].expand(k.shape[0], -1)
+    return at[:, k.shape[2] - q.shape[2] :], at
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    q_pos: Tensor | None = None,
+    k_pos: Tensor | None = None,
+    scale: float | None = None,
+    plain: bool = True,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """One decoder layer's attention, with causality by logical position. See :func:`visible` and :func:`attend`.
+
+    Returns:
+        [B, n, H, Dv], contiguous.
+    """
+    if not plain and (q_pos is None or k_pos is None):
+        last, every = everywhere(q, k)
+        q_pos = last if q_pos is None else q_pos
+        k_pos = every if k_pos is None else k_pos
+    return attend(q, k, v, visible(mask, q_pos, k_pos, plain), scale, softcap, dropout)
+
+
+def kv_append(
+    keys: Tensor | None, values: Tensor | None, positions: Tensor | None, k: Tensor, v: Tensor, pos: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Grow one layer's cache: keys [B, Hk, m, D], values [B, Hk, m, Dv] and logical positions int64 [B, m] together.
+
+    The first three are None for an empty cache; a position of -1 marks an empty slot.
+    """
+    if keys is None or values is None or positions is None:
+        return k, v, pos
+    return torch.cat([keys, k], 2), torch.cat([values, v], 2), torch.cat([positions, pos], 1)
+
+
+def attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) -> Tensor:
+    """The output of any attention of q [B, H, n, D], k and v [B, Hk, m, Dv]: [B, n, H, Dv]."""
+    return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
+
+
+def _kv_append_op(
+    keys: Tensor | None, values: Tensor | None, positions: Tensor | None, k: Tensor, v: Tensor, pos: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if keys is None:
+        return k.clone(), v.clone(), pos.clone()  # an operator's output must not be its input
+    return kv_append(keys, values, positions, k, v, pos)
+
+
+def _kv_append_fake(
+    keys: Tensor | None, values: Tensor | None, positions: Tensor | None, k: Tensor, v: Tensor, pos: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    past = 0 if keys is None else keys.shape[2]
+    n = past + k.shape[2]
+    return (
+        k.new_empty(k.shape[0], k.shape[1], n, k.shape[3]),
+        v.new_empty(v.shape[0], v.shape[1], n, v.shape[3]),
+        pos.new_empty(pos.shape[0], n),
+    )
+
+
+def attention_flops(
+    q_shape: list[int], k_shape: list[int], v_shape: list[int], *_: object, out_shape: object = None, **__: object
+) -> int:
+    """FLOPs of any attention whose first arguments are q, k and v: two products over all pairs."""
+    b, h, n, d = q_shape
+    return 2 * b * h * n * k_shape[2] * (d + v_shape[-1])
+
+
+define(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask=None, Tensor? q_pos=None, Tensor? k_pos=None,"
+    " float? scale=None, bool plain=True, float? softcap=None, float dropout=0.0) -> Tensor",
+    attention,
+    attention_fake,
+    flops=attention_flops,
+)
+
+define(
+    "kv_append(Tensor? keys, Tensor? values, Tensor? positions, Tensor k, Tensor v, Tensor pos)"
+    " -> (Tensor, Tensor, Tensor)",
+    _kv_append_op,
+    _kv_append_fake,
+)
+
+ATTENTION, KV_APPEND = torch.ops.vlm.attention.default, torch.ops.vlm.kv_append.default
+
+REFERENCES[KV_APPEND] = kv_append

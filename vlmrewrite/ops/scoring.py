@@ -1,0 +1,151 @@
+"""What policies choose by: attention received, the best of each image, and the check of what they chose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vlmrewrite.ops.attention import repeat_heads, visible
+from vlmrewrite.ops.library import REFERENCES, define
+
+
+def attention_received(
+    q: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    q_pos: Tensor,
+    k_pos: Tensor,
+    scale: float | None,
+    softcap: float | None,
+    index: Tensor,
+    valid: Tensor,
+    flat: Tensor,
+    length: int,
+) -> Tensor:
+    """Attention weight that each vision token receives, mean over heads and query tokens (STS, stage 2).
+
+    The softmax runs in fp32 over all visible keys, cached ones included. A query token that sees nothing gives 0.
+
+    Args:
+        q: the query tokens of each row [B, H, t, D]. k: [B, Hk, m, D], the last n of them the current tokens.
+        q_pos: their logical positions, int64 [B, t]; those at -1 are left out of the mean. k_pos: int64 [B, m].
+        index, valid: the current tokens' set, [B, n].
+        flat: ``row * length + column`` of each vision token, int64 [F].
+        length: T.
+
+    Returns:
+        fp32 [F].
+    """
+    scores = q.float() @ repeat_heads(k, q.shape[1]).float().transpose(2, 3)
+    scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    seen = visible(mask, q_pos, k_pos, False)
+    assert seen is not None
+    bias = seen if seen.dtype != torch.bool else torch.zeros_like(scores).masked_fill(~seen, float("-inf"))
+    scores = scores + bias
+    nothing = (scores == float("-inf")).all(-1, keepdim=True)
+    weights = scores.softmax(-1).masked_fill(nothing, 0.0).mean(1)[..., k.shape[2] - index.shape[1] :]
+    asked = (q_pos >= 0)[..., None]
+    weights = weights.masked_fill(~asked, 0.0).sum(1) / asked.sum(1).clamp(min=1)
+    full = weights.new_zeros(index.shape[0], length).scatter(1, index, weights.masked_fill(~valid, 0.0))
+    return full.flatten()[flat]
+
+
+def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[Tensor, int, int], Tensor]) -> Tensor:
+    """The loop of a policy that looks at each image for itself.
+
+    Args:
+        member, lengths, keep: what the policy was given, see :class:`vlmrewrite.plan.policy.Policy`.
+        choose: called as ``choose(left, k, i)`` for image ``i`` with the tokens that are left of it, int64 [m],
+            ascending indices into F, and how many to choose, 1 <= k <= m; returns positions in ``left``, int64 [k].
+
+    Returns:
+        the chosen tokens, bool [F].
+    """
+    chosen, start = torch.zeros_like(member), 0
+    for i, (n, k) in enumerate(zip(lengths.tolist(), keep.tolist(), strict=True)):
+        left = start + member[start : start + n].nonzero()[:, 0]
+        k = min(k, len(left))
+        if k:
+            chosen[left[choose(left, k, i)]] = True
+        start += n
+    return chosen
+
+
+def like_member(_: Tensor, member: Tensor, *__: object) -> Tensor:
+    """What a policy returns that goes by one tensor: bool [F]."""
+    return torch.empty_like(member)
+
+
+def greedy_flops(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, **_: object) -> int:
+    """FLOPs of a policy that measures the distance of all of an image's tokens to each that it chooses, 3 a channel."""
+    pairs = zip(lengths.tolist(), keep.tolist(), strict=True)
+    total: int = 3 * features.shape[1] * sum(n * min(n, k) for n, k in pairs)
+    return total
+
+
+def top_attention(weights: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
+    """The ``keep`` tokens of each image with the largest weight; ties go to the first token.
+
+    Args:
+        weights: float [F]; NaN is larger than any number, as in ``torch.sort``.
+        member, lengths, keep: see :class:`vlmrewrite.plan.policy.Policy`.
+
+    Returns:
+        the chosen tokens, bool [F].
+    """
+    return per_image(member, lengths, keep, lambda left, k, _: weights[left].argsort(descending=True, stable=True)[:k])
+
+
+def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name: str) -> Tensor:
+    """What a policy chose, if that is what it was asked for.
+
+    Args:
+        chosen: bool [F]. member, lengths, keep: what the policy was given, see :class:`vlmrewrite.plan.policy.Policy`.
+        name: of the policy.
+
+    Raises:
+        ValueError: it is not bool [F], holds tokens that were not there to choose, or more than ``keep`` of an image.
+    """
+    if chosen.dtype != torch.bool or chosen.shape != member.shape:
+        raise ValueError(
+            f"policy {name!r} returned {str(chosen.dtype).removeprefix('torch.')} {tuple(chosen.shape)}; expected bool"
+            f" {tuple(member.shape)}"
+        )
+    here, there = torch.stack([chosen, member]).cpu()  # at once: the device waits for the host but one time
+    image = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
+    counts = torch.zeros(len(lengths), dtype=torch.int64, device="cpu").index_add(0, image, here.long())
+    if bool((counts > keep).any()) or bool((here & ~there).any()):
+        raise ValueError(
+            f"policy {name!r} chose {counts.tolist()} tokens of the images; expected at most {keep.tolist()}, and only"
+            " tokens that are left"
+        )
+    return chosen
+
+
+define(
+    "checked(Tensor chosen, Tensor member, Tensor lengths, Tensor keep, str name) -> Tensor",
+    lambda *args: checked(*args).clone(),
+    lambda chosen, *_: torch.empty_like(chosen),
+)
+
+REFERENCES[torch.ops.vlm.checked.default] = checked
+
+define(
+    "attention_received(Tensor q, Tensor k, Tensor? mask, Tensor q_pos, Tensor k_pos, float? scale,"
+    " float? softcap, Tensor index, Tensor valid, Tensor flat, SymInt length) -> Tensor",
+    attention_received,
+    kernel="vlmrewrite.kernels.score:attention_received",
+    kernel_fake=lambda q, *args: q.new_empty(args[8].shape[0], dtype=torch.float32),
+    flops=lambda q, k, *_, **__: 2 * math.prod(q) * k[2],
+)
+
+define(
+    "top_attention(Tensor weights, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
+    top_attention,
+    like_member,
+    kernel="vlmrewrite.kernels.score:top_attention",
+)

@@ -1,0 +1,9 @@
+"""The oracle: the meaning of a plan, as the unmodified model under masks. It shares no code with the rewrite.
+
+In: an unmodified model, inputs and masks. Out: the logits that a rewritten model must agree with.
+"""
+
+from vlmrewrite.oracle.hooks import InFloat64, oracle_logits
+from vlmrewrite.oracle.masks import LayerMasks, layer_masks, planned_lengths
+
+__all__ = ["InFloat64", "LayerMasks", "layer_masks", "oracle_logits", "planned_lengths"]

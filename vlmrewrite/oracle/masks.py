@@ -1,0 +1,129 @@
+"""What each layer of a plan runs on and sees, as masks over the full sequence."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmrewrite.plan import TokenSet
+from vlmrewrite.runtime import session_of
+
+
+def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
+    """What each layer did in the last call with an image, for the oracle; tokens that came later belong to every set.
+
+    Args:
+        total: length of the logical sequence; default: that of the call.
+
+    Raises:
+        ValueError: no recipe is applied, or there was no such call yet.
+    """
+    program, call, chosen = session_of(model).last()
+    more = (total or call.length) - call.length
+
+    def mask(s: TokenSet, later: bool = True) -> Tensor:
+        return torch.nn.functional.pad(call.members(s, chosen), (0, more), value=later)
+
+    def branches(layer: int) -> Iterator[BranchMask]:
+        for b in program.plan.branches:
+            if b.leave == layer:
+                block = None if b.block is None else copy.deepcopy(program.blocks[b.block])
+                yield BranchMask(mask(b.tokens, later=False), b.rejoin, block)
+
+    facts: dict[str, Tensor | None] = {"lengths": call.lengths, "ordinal": call.ordinals}
+    facts |= {"grid": call.grid, "encoder_features": call.encoder_features}
+
+    def edits(layer: int) -> Iterator[EditMask]:
+        for e in program.plan.edits:
+            if e.at == layer:
+                weights = tuple(program.blocks.get_parameter(name).detach().clone() for name in e.weights)
+                tokens, last = call.members(e.tokens, chosen), call.last[:, 0]
+                yield EditMask(tokens, e.op, e.needs, call.text, call.vision, last, facts, weights, e.options)
+
+    return [
+        LayerMasks(
+            run=mask(e.run_set),
+            keys=mask(e.keys),
+            mlp=None if e.mlp_set is None else mask(e.mlp_set),
+            edits=tuple(edits(e.index)),
+            branches=tuple(branches(e.index)),
+        )
+        for e in program.plan.layers
+    ]
+
+
+def planned_lengths(model: nn.Module) -> list[int]:
+    """Keys that each layer should have added to the cache in the last call with an image, by the plan alone."""
+    program, call, _ = session_of(model).last()
+    return [call.counts.size(entry.keys) for entry in program.plan.layers]
+
+
+@dataclass(frozen=True)
+class BranchMask:
+    """Tokens that leave the stream before a layer and come back later.
+
+    Attributes:
+        tokens: which, bool [B, T].
+        rejoin: the layer before which they are back, this one or later; the depth: behind the last.
+        block: a module of the layer's class that they go through, seeing one another only, called as the layer is; it
+            has the stream's dtype. None: they come back as they left.
+    """
+
+    tokens: Tensor
+    rejoin: int
+    block: nn.Module | None = None
+
+
+@dataclass(frozen=True)
+class LayerMasks:
+    """What one layer does, in the logical sequence.
+
+    Attributes:
+        run: tokens that the layer's output is written back for, bool [B, T]; the others go on as they entered.
+        keys: tokens whose keys and values its queries may see, bool [B, T].
+        mlp: tokens whose MLP half is computed, bool [B, T]; the others keep what the stream holds after the attention
+            half. None: all.
+        entry: what happens to the stream [B, T, H] before the layer; it must work in the stream's dtype, float64
+            included. What it returns is what bypassing tokens carry on. None: nothing.
+        edits: operators on the stream before the layer, behind ``entry``, in order.
+        branches: tokens that leave the stream before the layer, behind the edits.
+    """
+
+    run: Tensor
+    keys: Tensor
+    mlp: Tensor | None = None
+    entry: Callable[[Tensor], Tensor] | None = None
+    edits: tuple[EditMask, ...] = ()
+    branches: tuple[BranchMask, ...] = ()
+
+
+@dataclass(frozen=True)
+class EditMask:
+    """An operator on the hidden states of some tokens at a layer's entry, in the first n columns of the sequence.
+
+    Attributes:
+        tokens: whose hidden states it replaces, bool [B, n].
+        op: see :class:`vlmrewrite.plan.vocabulary.Edit`; an operator of the dialect stands for its reference.
+        needs: the inputs it wants, see :class:`vlmrewrite.plan.policy.Policy`.
+        text: the text tokens, bool [B, n].
+        vision: the vision tokens, bool [B, n].
+        last: column of each row's last prompt token, int64 [B].
+        facts: ``lengths``, ``ordinal``, ``grid`` and ``encoder_features``, as far as they are known.
+        weights: parameters, cast to the stream's dtype.
+        options: further arguments.
+    """
+
+    tokens: Tensor
+    op: Callable[..., Any]
+    needs: tuple[str, ...]
+    text: Tensor
+    vision: Tensor
+    last: Tensor
+    facts: Mapping[str, Tensor | None] = field(default_factory=dict)
+    weights: tuple[Tensor, ...] = ()
+    options: tuple[Any, ...] = ()

@@ -1,0 +1,81 @@
+"""The vocabulary: what a pass can say about which tokens each decoder layer works on, and the counts of a call.
+
+In: the depth of a decoder, passes, and for each call its vision mask. Out: a :class:`Plan` and a :class:`Call`.
+Nothing here knows of graphs.
+"""
+
+from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy, Weights, build
+from vlmrewrite.plan.budget import Budget, Depth, Layers, check_depth, chosen_layers, layer_index
+from vlmrewrite.plan.call import Call, Extra
+from vlmrewrite.plan.counts import TokenCounts, describe
+from vlmrewrite.plan.interface import Pass, frozen_pass
+from vlmrewrite.plan.pipeline import Outcome, run_passes
+from vlmrewrite.plan.plan import Plan
+from vlmrewrite.plan.policy import Policy
+from vlmrewrite.plan.tokens import (
+    All,
+    Difference,
+    Image,
+    Intersection,
+    Last,
+    Nothing,
+    Selection,
+    Text,
+    TokenSet,
+    Union,
+    Vision,
+    contains,
+    difference,
+    intersection,
+    substitute,
+    text_part,
+    union,
+    vision_part,
+)
+from vlmrewrite.plan.vocabulary import FEATURES, Branch, Chooser, Edit, LayerPlan
+
+__all__ = [
+    "ATTRIBUTE",
+    "FEATURES",
+    "All",
+    "Branch",
+    "Budget",
+    "Call",
+    "Chooser",
+    "Depth",
+    "Difference",
+    "Edit",
+    "Extra",
+    "Image",
+    "Intersection",
+    "Last",
+    "LayerCopy",
+    "LayerPlan",
+    "Layers",
+    "Nothing",
+    "Outcome",
+    "Pass",
+    "Plan",
+    "Policy",
+    "Selection",
+    "Text",
+    "TokenCounts",
+    "TokenSet",
+    "Union",
+    "Vision",
+    "Weights",
+    "build",
+    "check_depth",
+    "chosen_layers",
+    "contains",
+    "describe",
+    "difference",
+    "frozen_pass",
+    "intersection",
+    "layer_index",
+    "run_passes",
+    "substitute",
+    "text_part",
+    "union",
+    "vision_part",
+]

@@ -1,0 +1,317 @@
+"""The plan: per decoder layer, which tokens it runs on and which it attends to. Passes change it, legalize rewrites.
+
+The vocabulary: ``run_on``, ``attend_to`` and ``mlp_on`` of a layer, ``narrow`` (a selection and its use from a layer
+on), ``edit`` (an operator on the stream at one layer's entry), ``branch`` (tokens that leave the stream, go through a
+block and rejoin) and ``block`` (trained parameters that an edit, a policy or a branch reads).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import reduce
+from itertools import groupby
+
+from vlmrewrite.plan.blocks import Block, LayerCopy
+from vlmrewrite.plan.budget import Budget, Depth, layer_index
+from vlmrewrite.plan.policy import Policy
+from vlmrewrite.plan.tokens import (
+    Difference,
+    Nothing,
+    Pair,
+    Selection,
+    TokenSet,
+    Union,
+    contains,
+    difference,
+    intersection,
+    selections,
+    substitute,
+    text_part,
+    union,
+    vision_part,
+)
+from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan
+
+
+@dataclass
+class Plan:
+    """What every decoder layer does; made from the anatomy of a captured model, changed by passes.
+
+    Args:
+        depth: number of decoder layers.
+        features: which of :data:`FEATURES` a policy can ask for.
+        refusals: for those that are missing, the reason.
+    """
+
+    depth: int
+    features: frozenset[str] = frozenset({"features"})
+    refusals: dict[str, str] = field(default_factory=dict)
+    layers: list[LayerPlan] = field(init=False)
+    edits: list[Edit] = field(init=False, default_factory=list)
+    branches: list[Branch] = field(init=False, default_factory=list)
+    blocks: dict[str, Block] = field(init=False, default_factory=dict)
+    label: str = field(init=False, default="block")
+    said: list[str] = field(init=False, default_factory=list)
+    chooser: Chooser | None = field(init=False, default=None)
+    variants: tuple[Plan, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        self.layers = [LayerPlan(i) for i in range(self.depth)]
+
+    def copy(self) -> Plan:
+        """A plan that can be changed without changing this one."""
+        new = copy.copy(self)
+        new.layers = [copy.copy(entry) for entry in self.layers]
+        new.edits, new.branches, new.said = list(self.edits), list(self.branches), list(self.said)
+        new.blocks, new.variants = dict(self.blocks), tuple(v.copy() for v in self.variants)
+        return new
+
+    def layer(self, at: Depth) -> LayerPlan:
+        """The layer at an index (int) or a fraction of the depth (float).
+
+        Raises:
+            ValueError: there is no such layer.
+        """
+        return self.layers[layer_index(at, self.depth)]
+
+    def vision(self, at: Depth = 0) -> TokenSet:
+        """The vision tokens that layer ``at`` or a later one, or a branch that leaves there, still needs.
+
+        What a later one will select is not known yet at layer ``at``: it counts as what is selected from.
+        """
+        first = layer_index(at, self.depth)
+        sets = [s for entry in self.layers[first:] for s in (entry.run_set, entry.keys)]
+        sets += [b.tokens for b in self.branches if b.leave >= first]
+        return _as_of(reduce(union, map(vision_part, sets)), first)
+
+    def exhausted(self, at: Depth = 0) -> str | None:
+        """The reason to refuse a pass that wants vision tokens from layer ``at`` on where none are left, or None."""
+        if self.vision(at) != Nothing:
+            return None
+        return f"an earlier pass leaves no vision tokens from layer {layer_index(at, self.depth)} on"
+
+    def narrow(self, policy: Policy, keep: Budget, at: Depth = 0) -> TokenSet:
+        """From layer ``at`` on, go on with ``keep`` vision tokens of each image, chosen by ``policy`` of what is left.
+
+        Layers keep their kind: one that runs on text alone still does, one that attends to more than it runs on too.
+        Selections that an earlier pass made at deeper layers then choose from these.
+
+        Returns:
+            the vision tokens that are left, the same set as before if ``keep`` is 1.0.
+
+        Raises:
+            ValueError: there is no such layer, or no vision tokens are left there (see :meth:`exhausted`).
+        """
+        layer = layer_index(at, self.depth)
+        left = self.vision(layer)
+        if left == Nothing:
+            raise ValueError(f"nothing to select from: {self.exhausted(layer)}")
+        if isinstance(keep, float) and keep == 1.0:
+            return left
+        chosen = left.select(policy, keep, at=layer)
+        for entry in self.layers[layer:]:
+            keys, mlp = entry.attend_set, entry.mlp_set
+            entry.run_on(_narrowed(entry.run_set, left, chosen))
+            if keys is not None:
+                entry.attend_to(_narrowed(keys, left, chosen))
+            if mlp is not None:
+                entry.mlp_on(_narrowed(mlp, left, chosen))
+        for i, edit in enumerate(self.edits):
+            if edit.at >= layer:
+                self.edits[i] = replace(edit, tokens=_narrowed(edit.tokens, left, chosen))
+        for i, branch in enumerate(self.branches):
+            if branch.leave >= layer:
+                self.branches[i] = replace(branch, tokens=_narrowed(branch.tokens, left, chosen))
+        return chosen
+
+    def edit(self, edit: Edit) -> None:
+        """Replace the hidden states of some tokens at a layer's entry; see :class:`Edit`.
+
+        Raises:
+            ValueError: there is no such layer, or it names a block that is not there.
+        """
+        layer_index(edit.at, self.depth)
+        for name in edit.weights:
+            if name.partition(".")[0] not in self.blocks:
+                raise ValueError(f"edit {edit.name!r} reads {name!r}; expected one of the blocks {list(self.blocks)}")
+        self.edits.append(edit)
+
+    def block(self, block: Block, part: str = "") -> str:
+        """Give the plan trained parameters of its own.
+
+        Returns:
+            the block's name, for :class:`Edit`, :class:`.policy.Policy` and :meth:`branch`: the pass's name,
+            numbered if the recipe has several, and ``part``.
+        """
+        name = f"{self.label}_{part}" if part else self.label
+        if name in self.blocks:
+            raise ValueError(f"there is a block {name!r} already; give each of a pass's blocks a part name of its own")
+        self.blocks[name] = block
+        return name
+
+    def dispatch(self, chooser: Chooser, plans: Sequence[Plan]) -> None:
+        """Choose among whole plans at run time; what later passes say, they say to each of them.
+
+        Args:
+            chooser: who chooses, and at the entry of which layer.
+            plans: the plans, cheapest first, made from copies of this one; alike before the chooser's layer.
+
+        Raises:
+            ValueError: there are fewer than two, they differ before that layer, or one dispatches itself.
+        """
+        at = layer_index(chooser.at, self.depth)
+        if len(plans) < 2 or self.variants or any(p.variants for p in plans):
+            raise ValueError(f"dispatch expects two plans or more that do not dispatch themselves, got {len(plans)}")
+        for p in plans:
+            if p.until(at) != plans[0].until(at):
+                raise ValueError(
+                    f"the plans of a dispatch at layer {at} differ before that layer:\n{plans[0]}\nand\n{p}"
+                )
+        self.chooser, self.variants = chooser, tuple(plans)
+        for p in plans:
+            self.blocks |= p.blocks
+        for p in plans:
+            p.chooser, p.blocks = chooser, dict(self.blocks)
+
+    def until(self, layer: int) -> tuple[object, ...]:
+        """What it says about the layers before one."""
+        edits = tuple(e for e in self.edits if e.at < layer)
+        branches = tuple(b for b in self.branches if b.leave < layer)
+        return tuple(entry.sets() for entry in self.layers[:layer]), edits, branches
+
+    def branched(self, leave: Depth, rejoin: int) -> str | None:
+        """The reason to refuse a branch that would cross another one, or None."""
+        first = layer_index(leave, self.depth)
+        for other in self.branches:
+            if first < other.rejoin and other.leave < rejoin:
+                return (
+                    f"a branch from layer {first} to {rejoin} would cross the one from {other.leave} to {other.rejoin}"
+                )
+        return None
+
+    def branch(self, tokens: TokenSet, leave: Depth, rejoin: int, block: LayerCopy | None = None) -> Branch:
+        """Take vision tokens out of layers ``leave`` .. ``rejoin`` - 1 and through a block of their own; see Branch.
+
+        Args:
+            tokens: a set of vision tokens.
+            leave: the first layer without them.
+            rejoin: the layer at whose entry they are back, ``leave`` or later; the plan's depth: behind the last.
+            block: the block, or None for none.
+
+        Raises:
+            ValueError: the set holds text, the layers are not in order, or another branch is open there.
+        """
+        first = layer_index(leave, self.depth)
+        if text_part(tokens) != Nothing or tokens == Nothing:
+            raise ValueError(f"branch expects a set of vision tokens, got {tokens}")
+        if not first <= rejoin <= self.depth:
+            raise ValueError(f"a branch that leaves at layer {first} rejoins at {first} .. {self.depth}, got {rejoin}")
+        if crossed := self.branched(first, rejoin):
+            raise ValueError(crossed)
+        name = None if block is None else self.block(block)
+        made = Branch(tokens, first, rejoin, name, first if block is None else block.layer)
+        for entry in self.layers[first:rejoin]:
+            keys = entry.attend_set
+            entry.run_on(difference(entry.run_set, tokens))
+            if keys is not None:
+                entry.attend_to(difference(keys, tokens))
+        self.branches.append(made)
+        return made
+
+    def sets(self) -> list[TokenSet]:
+        """The distinct sets that layers, edits and branches name, in order of use."""
+        found = [s for entry in self.layers for s in entry.sets()]
+        found += [e.tokens for e in self.edits] + [b.tokens for b in self.branches]
+        return list(dict.fromkeys(found))
+
+    def selections(self) -> list[Selection]:
+        """All selections in order of the layer they happen at, sources first."""
+        found = dict.fromkeys(s for entry in self.sets() for s in selections(entry))
+        return sorted(found, key=lambda s: (s.at, len(selections(s))))
+
+    def needs(self) -> set[str]:
+        """What its policies and edits ask for."""
+        own = {n for s in self.selections() for n in s.policy.needs} | {n for e in self.edits for n in e.needs}
+        return own.union(*(v.needs() for v in self.variants))
+
+    def labels(self) -> dict[Selection, str]:
+        """A short name for each selection: its policy's name, numbered if needed."""
+        counts: dict[str, int] = {}
+        out: dict[Selection, str] = {}
+        for s in self.selections():
+            counts[s.policy.name] = counts.get(s.policy.name, 0) + 1
+            out[s] = s.policy.name if counts[s.policy.name] == 1 else f"{s.policy.name}{counts[s.policy.name]}"
+        return out
+
+    def render(self, s: TokenSet) -> str:
+        """The set's expression with selections by their short names."""
+        text = str(s)
+        for selection, label in reversed(self.labels().items()):
+            text = text.replace(str(selection), label)
+        return text
+
+    def _source(self, s: Selection) -> str:
+        text = self.render(s.source)
+        return f"({text})" if isinstance(s.source, Pair) else text
+
+    def check(self) -> None:
+        """Raise ValueError for a plan that has no meaning."""
+        for variant in self.variants:
+            variant.check()
+        for entry in self.layers:
+            for tokens in entry.sets():
+                _in_time(f"layer {entry.index}", tokens, entry.index)
+        for edit in self.edits:
+            _in_time(f"edit {edit.name!r} at layer {edit.at}", edit.tokens, edit.at)
+        for branch in self.branches:
+            _in_time(f"the branch from layer {branch.leave}", branch.tokens, branch.leave)
+
+    def __str__(self) -> str:
+        if self.variants:
+            assert self.chooser is not None
+            head = f"dispatch by {self.chooser} at layer {layer_index(self.chooser.at, self.depth)} among"
+            return "\n".join([head, *(f"variant {i}:\n{v}" for i, v in enumerate(self.variants))])
+        labels = self.labels()
+        lines = [
+            f"{label} = {self._source(s)}.select({s.policy.name}, keep={s.keep}) at layer {s.at}"
+            for s, label in labels.items()
+        ]
+        for e in self.edits:
+            lines.append(f"{e.name} edits {self.render(e.tokens)} at layer {e.at}")
+        for b in self.branches:
+            block = "nothing" if b.block is None else f"{b.block}, {self.blocks[b.block]}"
+            lines.append(f"branch {self.render(b.tokens)} from layer {b.leave} to {b.rejoin} through {block}")
+        for (run, keys, mlp), group in groupby(self.layers, key=LayerPlan.sets):
+            span = [e.index for e in group]
+            where = f"layer {span[0]}" if len(span) == 1 else f"layers {span[0]}-{span[-1]}"
+            line = f"{where:<14} run_on {self.render(run)}"
+            line += "" if run == keys else f", attend_to {self.render(keys)}"
+            lines.append(line + ("" if run == mlp else f", mlp_on {self.render(mlp)}"))
+        return "\n".join(lines)
+
+
+def _in_time(what: str, tokens: TokenSet, layer: int) -> None:
+    for s in selections(tokens):
+        if s.at > layer:
+            raise ValueError(f"{what} uses {s}, which is chosen later, at layer {s.at}")
+        _in_time(str(s), s.source, s.at)
+
+
+def _as_of(s: TokenSet, layer: int) -> TokenSet:
+    """A vision set with selections that are made deeper than ``layer`` replaced by what they select from."""
+    if isinstance(s, Selection):
+        return _as_of(s.source, layer) if s.at > layer else s
+    if isinstance(s, Difference):  # what is taken away later has not been taken away yet
+        taken = s.right if _as_of(s.right, layer) == s.right else Nothing
+        return difference(_as_of(s.left, layer), taken)
+    if isinstance(s, Pair):
+        combine = union if isinstance(s, Union) else intersection
+        return combine(_as_of(s.left, layer), _as_of(s.right, layer))
+    return s
+
+
+def _narrowed(s: TokenSet, left: TokenSet, chosen: TokenSet) -> TokenSet:
+    vision = substitute(vision_part(s), left, chosen)
+    return union(text_part(s), vision if contains(chosen, vision) else intersection(vision, chosen))

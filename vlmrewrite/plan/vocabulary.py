@@ -1,0 +1,169 @@
+"""The words of a plan: what is said of one layer, of an edit, of a branch and of a choice among plans."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from vlmrewrite.plan.budget import Depth
+from vlmrewrite.plan.policy import check_needs
+from vlmrewrite.plan.tokens import All, Text, TokenSet, intersection, text_part
+
+
+class Chooser(Protocol):
+    """Who chooses among the plans of a dispatch, once per call with an image.
+
+    Attributes:
+        at: the layer at whose entry the plans part.
+        op: called as ``op(hidden, *weights)`` with the last prompt token's hidden states at that point [B, 1, H], or
+            None if nothing is read there.
+        weights: parameters that ``op`` wants, as ``block.parameter``.
+    """
+
+    @property
+    def at(self) -> Depth:
+        """The layer."""
+        ...
+
+    @property
+    def op(self) -> Callable[..., Any] | None:
+        """What reads the stream there."""
+        ...
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """Its parameters."""
+        ...
+
+    def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
+        """Which variant to run.
+
+        Args:
+            value: what ``op`` returned.
+            images: rows that have an image, bool [B].
+            variants: how many there are.
+        """
+        ...
+
+    def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> int | None:
+        """Which variant to run instead of the one that was tried, or None to keep its result.
+
+        Args:
+            tried: the variant that was run last.
+            logits: of each row's last prompt token, [B, V].
+            images, variants: as for :meth:`first`.
+        """
+        ...
+
+
+@dataclass
+class LayerPlan:
+    """What one decoder layer does.
+
+    Attributes:
+        index: the layer, from 0.
+        run_set: tokens whose queries, MLP and residual update are computed. The others bypass the layer.
+        attend_set: tokens whose keys and values the queries see and the cache keeps; None: those it runs on.
+        mlp_set: of the tokens it runs on, those that go through its second half, the MLP; None: all of them.
+    """
+
+    index: int
+    run_set: TokenSet = All
+    attend_set: TokenSet | None = None
+    mlp_set: TokenSet | None = None
+
+    @property
+    def keys(self) -> TokenSet:
+        """Tokens whose keys and values this layer computes."""
+        return self.run_set if self.attend_set is None else self.attend_set
+
+    def run_on(self, tokens: TokenSet) -> LayerPlan:
+        """Compute this layer for ``tokens`` only.
+
+        Raises:
+            ValueError: the set does not hold all text tokens.
+        """
+        if text_part(tokens) != Text:
+            raise ValueError(f"layer {self.index}: run_on expects a set with all text tokens, got {tokens}")
+        self.run_set = tokens
+        self.mlp_set = None if self.mlp_set is None else self._in_run_set(self.mlp_set)
+        return self
+
+    def attend_to(self, tokens: TokenSet) -> LayerPlan:
+        """Let this layer's queries see the keys of ``tokens`` only; they need not be tokens that it runs on.
+
+        Raises:
+            ValueError: the set does not hold all text tokens.
+        """
+        if text_part(tokens) != Text:
+            raise ValueError(f"layer {self.index}: attend_to expects a set with all text tokens, got {tokens}")
+        self.attend_set = None if tokens == self.run_set else tokens
+        return self
+
+    def mlp_on(self, tokens: TokenSet) -> LayerPlan:
+        """Compute the half of the layer behind the attention's residual add for ``tokens`` only, of those it runs on.
+
+        Raises:
+            ValueError: the set does not hold all text tokens.
+        """
+        if text_part(tokens) != Text:
+            raise ValueError(f"layer {self.index}: mlp_on expects a set with all text tokens, got {tokens}")
+        self.mlp_set = self._in_run_set(tokens)
+        return self
+
+    def _in_run_set(self, tokens: TokenSet) -> TokenSet | None:
+        found = intersection(tokens, self.run_set)
+        return None if found == self.run_set else found
+
+    def sets(self) -> tuple[TokenSet, ...]:
+        """What it runs on, attends to, and takes through the MLP."""
+        return self.run_set, self.keys, self.run_set if self.mlp_set is None else self.mlp_set
+
+
+@dataclass(frozen=True)
+class Edit:
+    """An operator on the stream at the entry of layer ``at``, behind the selections that happen there.
+
+    Args:
+        name: what listings call it.
+        tokens: the tokens whose hidden states it replaces.
+        op: called as ``op(hidden, index, valid, *inputs, *weights, *options)`` with hidden [B, n, H] and the set's
+            index int64 and valid bool, [B, n]; returns the new hidden states [B, n, H].
+        at: the layer.
+        needs: inputs it wants, as for :class:`vlmrewrite.plan.policy.Policy`.
+        weights: parameters it wants, as ``block.parameter``.
+        options: further arguments.
+    """
+
+    name: str
+    tokens: TokenSet
+    op: Callable[..., Any]
+    at: int
+    needs: tuple[str, ...] = ()
+    weights: tuple[str, ...] = ()
+    options: tuple[Any, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_needs(f"edit {self.name!r}", self.needs)
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Tokens that leave the stream at the entry of layer ``leave`` and are back at the entry of layer ``rejoin``.
+
+    In between they go once through what layer ``layer`` does, with the parameters of ``block`` in place of the
+    layer's own, and see one another only; without a block they come back as they left.
+    """
+
+    tokens: TokenSet
+    leave: int
+    rejoin: int
+    block: str | None = None
+    layer: int = 0
+
+
+FEATURES = ("features", "encoder_features", "grid")
+"""Facts about the images that not every model can give."""

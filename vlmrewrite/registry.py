@@ -1,0 +1,88 @@
+"""Where passes are found: those that come with vlmrewrite, and those that other packages register."""
+
+from __future__ import annotations
+
+import importlib
+from importlib.metadata import EntryPoint, entry_points
+from typing import Any
+
+from pydantic.dataclasses import is_pydantic_dataclass
+
+from vlmrewrite.errors import one_of, shown
+
+GROUP = "vlmrewrite.passes"
+"""The entry-point group under which other packages register their passes: `name = "module:Class"`."""
+
+
+def known_passes() -> dict[str, type[Any]]:
+    """Every pass by its recipe key: those of `vlmrewrite.passes`, then those of other packages, sorted by name.
+
+    Raises:
+        ImportError: a registered pass cannot be loaded.
+        TypeError: what is registered is not a class made with `frozen_pass`.
+        ValueError: a name is registered twice, or differs from the `name` of its class.
+    """
+    names = dict.fromkeys([*_shipped_passes(), *sorted(entry_points(group=GROUP).names)])
+    return {name: find_pass(name) for name in names}
+
+
+def find_pass(name: str) -> type[Any]:
+    """The class of the pass with this recipe key. Of other packages, only the one that registers it is imported.
+
+    Raises:
+        ImportError, TypeError: as `known_passes`, for this name.
+        ValueError: as `known_passes`, for this name; or there is no such pass, and the message lists what there is.
+    """
+    shipped = _shipped_passes()
+    registered = entry_points(group=GROUP)
+    points = [point for point in registered if point.name == name]
+    owners = ["vlmrewrite"] * (name in shipped) + sorted(_package(point) for point in points)
+    if len(owners) > 1:
+        raise ValueError(f"expected one package to have a pass {name!r}, got {', '.join(owners)}; uninstall the others")
+    if not owners:
+        names = [*shipped, *sorted(registered.names)]
+        raise ValueError(f"unknown pass {name!r}, {one_of(name, names)}")
+    return shipped[name] if name in shipped else _registered_pass(points[0])
+
+
+def _shipped_passes() -> dict[str, type[Any]]:
+    module = importlib.import_module("vlmrewrite.passes")  # here, not above: the core knows no technique
+    return {getattr(module, item).name: getattr(module, item) for item in module.__all__}
+
+
+def _registered_pass(point: EntryPoint) -> type[Any]:
+    what = f"the package {_package(point)} registers the pass {point.name!r} as {point.value!r}"
+    try:
+        found: type[Any] = point.load()
+    except Exception as error:
+        raise ImportError(f"{what}, which cannot be loaded: {type(error).__name__}: {error}") from error
+    if not is_pass_class(found):
+        raise TypeError(f"{what}: expected a class made with vlmrewrite.plan.frozen_pass, got {found!r}")
+    if found.name != point.name:
+        raise ValueError(f"{what}: expected a class whose `name` is {point.name!r}, got {found.name!r}")
+    return found
+
+
+def _package(point: EntryPoint) -> str:
+    return point.dist.name if point.dist else "(unknown)"
+
+
+def is_pass_class(cls: Any) -> bool:
+    """Whether a class is made with :func:`vlmrewrite.plan.frozen_pass`."""
+    return is_pydantic_dataclass(cls) and isinstance(getattr(cls, "name", None), str)
+
+
+def as_passes(value: object) -> tuple[object, ...]:
+    """A recipe's passes, checked; for pydantic.
+
+    Raises:
+        ValueError: it is no list, or something in it is not a pass.
+    """
+    if not isinstance(value, list | tuple):
+        raise ValueError(f"expected a list of passes, got {shown(value)}")
+    for i, item in enumerate(value):
+        if isinstance(item, type) and is_pass_class(item):
+            raise ValueError(f"expected a pass as item {i}, got the class {item.__name__}; write {item.__name__}(...)")
+        if not is_pass_class(type(item)):
+            raise ValueError(f"expected a pass (a class made with frozen_pass) as item {i}, got {shown(item)}")
+    return tuple(value)

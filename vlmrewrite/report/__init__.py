@@ -1,0 +1,11 @@
+"""What was done and what it costs: reports, costs before and after, and the profile of a model's layers.
+
+In: a rewritten program or a model. Out: records that print as tables and turn into plain dicts.
+"""
+
+from vlmrewrite.report.layer_profile import LayerProfile, calibration, profile
+from vlmrewrite.report.plot import check_plot
+from vlmrewrite.report.report import Report, make_report, report_on
+from vlmrewrite.report.summary import summary
+
+__all__ = ["LayerProfile", "Report", "calibration", "check_plot", "make_report", "profile", "report_on", "summary"]

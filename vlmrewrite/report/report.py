@@ -1,0 +1,257 @@
+"""Reports: what was matched and refused, and what each layer costs before and after."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import nn
+
+from vlmrewrite.analysis import LayerCost, peak_bytes
+from vlmrewrite.capture import CAPTURES
+from vlmrewrite.lower import lower
+from vlmrewrite.plan import Call, Pass, Plan, describe, layer_index
+from vlmrewrite.rewrite import Program
+from vlmrewrite.runtime import Session
+from vlmrewrite.text import byte_size, span, table
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a recipe did to a model. ``str`` for a terminal, ``to_dict`` for JSON, HTML in a notebook.
+
+    Costs are those of the last call with an image: matmul FLOPs of the decoder layers' prefill and bytes of K/V added
+    to the cache, all rows together. Before the first such call they are missing. On a kept cache, those before are with
+    all earlier tokens in it. Scoring vision tokens by attention is counted; what a policy's or an edit's operator does
+    inside (distances between features, say) is not.
+
+    ``memory``, if it was asked for: the bytes that the decoder's graph of that call holds at most, K/V and logits
+    included, weights and what it was given not. Without a compiler's fusion, and without the workspace of libraries.
+    """
+
+    recipe: str
+    backend: str
+    plan: str | None
+    passes: tuple[dict[str, Any], ...]
+    layers: tuple[dict[str, Any], ...] = ()
+    totals: dict[str, Any] = field(default_factory=dict)
+    call: dict[str, Any] | None = None
+    kernels: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    graphs: dict[str, int] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    memory: dict[str, int] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, numbers and strings."""
+        return {
+            "recipe": self.recipe,
+            "backend": self.backend,
+            "plan": self.plan,
+            "passes": list(self.passes),
+            "layers": list(self.layers),
+            "totals": self.totals,
+            "call": self.call,
+            "kernels": self.kernels,
+            "graphs": self.graphs,
+            "seconds": self.seconds,
+            "notes": list(self.notes),
+            "memory": self.memory,
+        }
+
+    def __str__(self) -> str:
+        lines = [f"recipe {self.recipe}, backend {self.backend}"]
+        for p in self.passes:
+            state = (
+                "not tried yet" if p["matched"] is None else "matched" if p["matched"] else f"REFUSED: {p['reason']}"
+            )
+            lines.append(f"  {p['configuration']}: {state}")
+        if self.plan:
+            lines += ["plan:", *(f"  {line}" for line in self.plan.splitlines())]
+        if self.layers:
+            lines += [
+                "costs of the last call with an image" + (f" ({self.call['summary']})" if self.call else "") + ":"
+            ]
+            lines += [f"  {line}" for line in self._layer_table()]
+            lines.append(f"  totals: {self._totals()}")
+        if self.memory:
+            before, after = self.memory["before"], self.memory["after"]
+            lines.append(f"  peak memory: {byte_size(after)} of {byte_size(before)}, ÷ {before / max(1, after):.2f}")
+        if self.kernels:
+            for (kernel, why), names in self._by_kernel().items():
+                lines.append(f"kernels: {kernel} for {', '.join(names)} ({why})")
+        if self.graphs:
+            lines.append(f"graphs captured: {self.graphs['captured']} of at most {self.graphs['limit']}")
+        if self.seconds:
+            lines.append("seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items()))
+        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+
+    def _layer_table(self) -> list[str]:
+        rows = [["layers", "run on", "tokens", "keys", "GFLOP", "of", "K/V", "of"]]
+        keys = ("run_on", "tokens", "keys", "flops", "flops_before", "kv_bytes", "kv_bytes_before")
+        for _, group in groupby(self.layers, key=lambda x: tuple(x[k] for k in keys)):
+            same = list(group)
+            x = same[0]
+            rows.append([span([s["layer"] for s in same]), x["run_on"], str(x["tokens"]), str(x["keys"]),
+                         f"{x['flops'] / 1e9:.4g}", f"{x['flops_before'] / 1e9:.4g}", byte_size(x["kv_bytes"]),
+                         byte_size(x["kv_bytes_before"])])  # fmt: skip
+        return table(rows)
+
+    def _by_kernel(self) -> dict[tuple[str, str], list[str]]:
+        out: dict[tuple[str, str], list[str]] = {}
+        for name, made in self.kernels.items():
+            for choice in made:
+                out.setdefault((choice["kernel"], choice["why"]), []).append(f"{name} x{choice['nodes']}")
+        return out
+
+    def _totals(self) -> str:
+        before, after = self.totals["before"], self.totals["after"]
+        flops = before["flops"] / max(1, after["flops"])
+        kv = before["kv_bytes"] / max(1, after["kv_bytes"])
+        return f"FLOPs ÷ {flops:.2f}, K/V bytes ÷ {kv:.2f}"
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            "<tr>"
+            + "".join(f"<td>{html.escape(str(x[k]))}</td>" for k in ("layer", "run_on", "tokens", "keys"))
+            + "</tr>"
+            for x in self.layers
+        )
+        head = "<tr><th>layer</th><th>run on</th><th>tokens</th><th>keys</th></tr>"
+        body = f"<table>{head}{rows}</table>" if rows else ""
+        return f"<pre>{html.escape(str(self))}</pre>{body}"
+
+
+def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
+    """What a recipe at work on a model did so far; see :func:`vlmrewrite.report`."""
+    one, latest = CAPTURES.get(model), session.latest
+    return make_report(
+        session.recipe.name,
+        session.backend if latest is None else latest.executable.backend,
+        session.passes,
+        program=None if latest is None else latest.result.program,
+        call=None if latest is None else latest.call,
+        held=() if latest is None else latest.given.held,
+        given_up=() if latest is None else latest.result.given_up,
+        kernels={} if latest is None else latest.executable.choices,
+        graphs={} if one is None else {"captured": one.call.graphs, "limit": one.call.limit},
+        seconds={} if one is None else {"capture": one.call.seconds},
+        plain_calls=session.plain_calls,
+        compiled_calls=session.compiled_calls,
+        memory=_memory(session) if memory else {},
+    )
+
+
+def _memory(session: Session) -> dict[str, int]:
+    """Peak bytes of the last call with an image, before and after."""
+    session.last()
+    latest = session.latest
+    assert latest is not None
+    device = latest.call.vision.device
+    before = lower(latest.executable.program.captured, session.kernels, device).graph_module
+    with torch.autocast(device.type, latest.autocast, enabled=latest.autocast is not None):
+        after = latest.executable.peak_bytes(latest.result, latest.inputs, latest.call)
+        return {"before": peak_bytes(before, latest.inputs), "after": after}
+
+
+def make_report(
+    recipe: str,
+    backend: str,
+    passes: Sequence[Pass],
+    *,
+    program: Program | None,
+    call: Call | None,
+    kernels: dict[str, list[dict[str, Any]]],
+    graphs: dict[str, int],
+    seconds: dict[str, float],
+    plain_calls: int,
+    held: Sequence[int] = (),
+    given_up: Sequence[Program] = (),
+    compiled_calls: int = 0,
+    memory: dict[str, int] | None = None,
+) -> Report:
+    """The report of a recipe at work.
+
+    Args:
+        recipe, backend, passes: what was applied; the backend is the one that was chosen for the last call.
+        program, call, held: of the last call with an image, if any; ``held`` as for
+            :func:`vlmrewrite.analysis.costs.costs`.
+        given_up: variants of a dispatch that ran in that call before the one that was kept.
+        kernels: what each kind of operator became.
+        graphs, seconds: of capturing.
+        plain_calls: calls without an image; ``compiled_calls`` of them went through Inductor.
+        memory: peak bytes before and after, if known.
+    """
+    notes = []
+    if plain_calls:
+        how = f"; Inductor compiled {compiled_calls} of them" if compiled_calls else ""
+        notes.append(f"{plain_calls} calls without an image (text-only prompts and decode steps) ran unrewritten{how}")
+    if program is None or call is None:
+        untried: tuple[dict[str, Any], ...] = tuple(
+            {"name": p.name, "configuration": repr(p), "matched": None, "reason": None} for p in passes
+        )
+        return Report(recipe, backend, None, untried, graphs=graphs, notes=tuple(notes))
+    after = program.costs(call.counts, call.past, held)
+    before = _unplanned(program).costs(call.counts, call.past)
+    outcomes = tuple(
+        {"name": o.name, "configuration": o.configuration, "matched": o.reason is None, "reason": o.reason}
+        for o in program.outcomes
+    )
+    layers = tuple(
+        {
+            "layer": a.index,
+            "run_on": program.plan.render(program.plan.layers[a.index].run_set),
+            "attend_to": program.plan.render(program.plan.layers[a.index].keys),
+            "tokens": a.run,
+            "keys": a.keys,
+            "tokens_before": b.run,
+            "keys_before": b.keys,
+            "flops": a.flops,
+            "flops_before": b.flops,
+            "kv_bytes": a.kv_bytes,
+            "kv_bytes_before": b.kv_bytes,
+        }
+        for a, b in zip(after, before, strict=True)
+    )
+    totals = {name: _sum(rows) for name, rows in (("before", before), ("after", after))}
+    if given_up:
+        wasted = sum(_tail_flops(p, call, held) for p in given_up)
+        totals["after"]["flops"] += wasted
+        notes.append(
+            f"{len(given_up)} cheaper plan{'s' * (len(given_up) > 1)} ran in the last call and did not do: totals hold"
+            f" their {wasted / 1e9:.4g} GFLOP"
+        )
+    if totals["after"]["flops"] >= totals["before"]["flops"]:
+        notes.append("this recipe saves no FLOPs on the last call")
+    summary = {
+        "summary": describe(call.counts),
+        "rows": len(call.counts.text),
+        "length": call.length,
+        "images": list(call.counts.images),
+        "past": call.past,
+    }
+    seconds = {**seconds, **program.seconds}
+    plan = str(program.plan)
+    return Report(
+        recipe, backend, plan, outcomes, layers, totals, summary, kernels, graphs, seconds, tuple(notes), memory or {}
+    )
+
+
+def _tail_flops(program: Program, call: Call, held: Sequence[int]) -> int:
+    """FLOPs of a variant of a dispatch behind the point where the variants part."""
+    plan = program.plan
+    assert plan.chooser is not None
+    rows = program.costs(call.counts, call.past, held)
+    return sum(row.flops for row in rows[layer_index(plan.chooser.at, plan.depth) :])
+
+
+def _unplanned(program: Program) -> Program:
+    return replace(program, plan=Plan(program.plan.depth))
+
+
+def _sum(rows: list[LayerCost]) -> dict[str, int]:
+    return {"flops": sum(r.flops for r in rows), "kv_bytes": sum(r.kv_bytes for r in rows)}

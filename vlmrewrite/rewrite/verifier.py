@@ -1,0 +1,83 @@
+"""Verification of a rewritten graph: it is well formed, and no full-length value leaks into a token set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.fx
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import Node
+
+from vlmrewrite.analysis import Anatomy, axis, fake, same, value, where
+from vlmrewrite.plan import All, TokenSet
+from vlmrewrite.rewrite.legalize import Rewritten
+
+_CROSSING = {
+    torch.ops.vlm.attention.default,
+    torch.ops.vlm.select.default,
+    torch.ops.vlm.restore.default,
+}
+
+
+def check_sets(anatomy: Anatomy, rewritten: Rewritten) -> None:
+    """Lint the graph and type every instantiated node: its inputs belong to the same token set, or to none.
+
+    Raises:
+        ValueError: a node mixes token sets; the message names it. That is a bug in the rewrite, not in a plan.
+    """
+    rewritten.graph_module.graph.lint()
+    present = set(rewritten.graph_module.graph.nodes)
+    for node, tokens in rewritten.typed.items():
+        if node not in present or tokens == All or node.target in _CROSSING or "edit" in node.meta:
+            continue
+        for source in node.all_input_nodes:
+            other = rewritten.typed.get(source)
+            if other is not None and other != tokens:
+                raise ValueError(f"{where(node)} runs on {tokens} but reads {source.name}, which is on {other}")
+            x = value(source)
+            if other is None and isinstance(x, Tensor) and any(same(n, anatomy.length) for n in x.shape):
+                raise ValueError(f"{where(node)} runs on {tokens} but reads {source.name} of full length")
+            if other is None and isinstance(x, torch.SymInt) and same(x, anatomy.length):
+                raise ValueError(f"{where(node)} runs on {tokens} but uses the full length {source.name}")
+
+
+def propagate_fakes(
+    anatomy: Anatomy, rewritten: Rewritten, arguments: Sequence[Any], size: Callable[[TokenSet], int]
+) -> None:
+    """Run the graph on fake tensors: every node takes its inputs, and holds as many tokens as its set.
+
+    Args:
+        anatomy: of the captured graph.
+        rewritten: the rewritten one.
+        arguments: its inputs in a call.
+        size: length of a set's index in that call.
+
+    Raises:
+        ValueError: a node does not; the message names it. That is a bug in the rewrite, not in a plan.
+    """
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        if any(isinstance(x, Tensor) and x.is_meta for x in arguments):  # then what the host adds is not there either
+            arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
+        _Propagation(anatomy, rewritten, size).run(*(fake(x, mode) for x in arguments))
+
+
+class _Propagation(torch.fx.Interpreter):
+    def __init__(self, anatomy: Anatomy, rewritten: Rewritten, size: Callable[[TokenSet], int]) -> None:
+        super().__init__(rewritten.graph_module)
+        self.length, self.typed, self.size = anatomy.length, rewritten.typed, size
+
+    def run_node(self, n: Node) -> Any:
+        try:
+            out = super().run_node(n)
+        except Exception as e:
+            raise ValueError(f"{where(n)} does not take its inputs in the rewritten graph: {e}") from e
+        tokens = self.typed.get(n)
+        at = None if tokens is None or not isinstance(out, Tensor) else axis(n, self.length)
+        if tokens is not None and at is not None and out.shape[at] != self.size(tokens):
+            raise ValueError(
+                f"{where(n)} has shape {tuple(out.shape)}; expected {self.size(tokens)} tokens at axis {at}"
+            )
+        return out

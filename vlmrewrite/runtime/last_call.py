@@ -1,0 +1,81 @@
+"""What the last call with an image did."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from vlmrewrite.plan import Call, Selection, TokenSet, Vision, intersection
+from vlmrewrite.rewrite import Program
+from vlmrewrite.runtime.install import session_of
+
+
+def routing(model: nn.Module) -> Tensor:
+    """What the chooser of a dispatch read in the last call with an image, with its gradient history: a router's scores.
+
+    Raises:
+        ValueError: no recipe is applied, there was no such call yet, or nothing is read in the graph.
+    """
+    session = session_of(model)
+    session.last()
+    if session.latest is None or session.latest.result.value is None:
+        raise ValueError(f"recipe {session.recipe.name!r} chooses nothing by a value in the graph")
+    return session.latest.result.value
+
+
+def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]:
+    """What ran in the last call with an image, the call, and what each selection chose in it, bool [F].
+
+    Raises:
+        ValueError: no recipe is applied, or there was no such call yet.
+    """
+    return session_of(model).last()
+
+
+@contextlib.contextmanager
+def prompt_ends(model: nn.Module, column: Tensor) -> Iterator[None]:
+    """While the block runs, the prompts of calls with images end there, as they do in ``generate()``.
+
+    For training: the answers in ``input_ids`` are none of the prompt, by whose last token tokens and plans are chosen.
+
+    Args:
+        model: a rewritten model.
+        column: of each row's last prompt token, int64 [B].
+
+    Raises:
+        ValueError: no recipe is applied.
+    """
+    session = session_of(model)
+    before, session.prompt_end = session.prompt_end, column
+    try:
+        yield
+    finally:
+        session.prompt_end = before
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Vision tokens that a run of layers works on: ``vision`` bool [B, T], in the logical sequence."""
+
+    name: str
+    layers: tuple[int, ...]
+    vision: Tensor
+
+
+def kept_tokens(model: nn.Module) -> list[Stage]:
+    """Which vision tokens each layer ran on in the last call with an image.
+
+    Raises:
+        ValueError: no recipe is applied, or there was no such call yet.
+    """
+    program, call, chosen = session_of(model).last()
+    stages: dict[TokenSet, list[int]] = {}
+    for entry in program.plan.layers:
+        stages.setdefault(entry.run_set, []).append(entry.index)
+    return [
+        Stage(program.plan.render(s), tuple(layers), call.members(intersection(Vision, s), chosen))
+        for s, layers in stages.items()
+    ]

@@ -1,0 +1,85 @@
+"""Programs of captured graphs, and capture without installing anything."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmrewrite import capture, hf
+from vlmrewrite.capture import Graph, captures_of
+from vlmrewrite.hf import check_support, encoded_images, grids, refuse_packed, tidy, without_full_mask
+from vlmrewrite.kvcache import PositionCache
+from vlmrewrite.plan import Call
+from vlmrewrite.rewrite import Program, program_of
+
+
+def graph_program(graph: Graph) -> Program:
+    """The program of a captured graph without passes; analysed once."""
+    if "program" not in graph.derived:
+        graph.derived["program"] = replace(program_of(graph.gm), parameters=graph.parameters or {})
+    found: Program = graph.derived["program"]
+    return found
+
+
+def vision_mask(graph: Graph, inputs: Sequence[Any]) -> Tensor:
+    """The vision-token mask of a call, bool [B, T], from the graph's inputs."""
+    if "vision" not in graph.derived:
+        graph.derived["vision"] = graph_program(graph).vision_mask()
+    mask: Tensor = graph.derived["vision"](*inputs)
+    return mask
+
+
+class _Stop(Exception):
+    """Raised in place of running a graph that is only to be captured."""
+
+
+def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
+    """Capture a model's forward for some inputs; nothing is installed, and the decoder is not run.
+
+    Args:
+        model: an unmodified model, on any device (the meta device too).
+        inputs: what the model's forward takes, with an image.
+
+    Raises:
+        ValueError: the inputs hold no image, or the graph could not be recognised.
+        RuntimeError: the forward could not be captured as one graph.
+    """
+    check_support(model)
+    capture.register()
+    found: list[tuple[Graph, Sequence[Any]]] = []
+
+    def runner(graph: Graph, flat: Sequence[Any]) -> Any:
+        found.append((graph, tuple(flat)))
+        raise _Stop
+
+    with hf.attention_swapped(model), torch.no_grad():
+        kwargs = tidy(model, (), dict(inputs))
+        encoded = kwargs.pop("mm_encoder_outputs", None) or {}
+        output, thw = encoded.get("image"), encoded.get("image_grid_thw", kwargs.get("image_grid_thw"))
+        if output is None:
+            raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
+        if kwargs.get("use_cache") is False:
+            refuse_packed(kwargs)
+        kwargs = without_full_mask(kwargs)
+        for name in ("past_key_values", "use_cache", "return_dict"):
+            kwargs.pop(name, None)
+        images = encoded_images(output)
+        with contextlib.suppress(_Stop):
+            captures_of(model).run(runner, model, PositionCache(), images, kwargs)
+    graph, flat = found[0]
+    mask = kwargs.get("attention_mask")
+    vision = vision_mask(graph, flat)
+    padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
+    call = None if vision.is_meta else Call(vision, padding, images.lengths)
+    missing = {"encoder_features": "a traced program does not hold them"}
+    grid = grids(model.config, images.lengths if call is None else call.counts.images, None if vision.is_meta else thw)
+    if isinstance(grid, str):
+        missing["grid"] = grid
+    elif call is not None:
+        call.grid = grid
+    return replace(graph_program(graph).lacking(missing), call=call, inputs=tuple(flat), model=model)

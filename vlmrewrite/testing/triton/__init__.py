@@ -1,0 +1,1 @@
+"""Triton kernels without a GPU: the interpreter made trustworthy, and compilation ahead of time."""
