@@ -6,6 +6,7 @@ Each is a frozen dataclass whose fields are its options and whose class attribut
 if __name__ != "vlmrewrite.passes":
     raise ImportError(f"expected this package to be imported as 'vlmrewrite.passes', got {__name__!r}")
 
+from vlmrewrite import moved
 from vlmrewrite.passes.dape import DAPE
 from vlmrewrite.passes.divprune import DivPrune
 from vlmrewrite.passes.dpvr import DPVR
@@ -19,3 +20,5 @@ from vlmrewrite.passes.visor import VISOR
 from vlmrewrite.passes.vtw import VTW
 
 __all__ = ["DAPE", "DPVR", "STS", "VISOR", "VTW", "DivPrune", "FastV", "Random", "ShortV", "Stride", "ViCA"]
+
+moved.register("passes")

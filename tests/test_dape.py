@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 import vlmrewrite as vr
 from tests.small import planned as of_passes
 from tests.small import with_grid
+from vlmrewrite.oracle import LayerMasks, layer_masks
 from vlmrewrite.oracle.hooks import oracle_logits
-from vlmrewrite.oracle.masks import LayerMasks, layer_masks
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Stride
 from vlmrewrite.passes.dape import regions
 from vlmrewrite.passes.dape.blocks import Detail, Matching

@@ -15,8 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 import vlmrewrite as vr
 from tests.small import with_grid
-from vlmrewrite.oracle import hooks
-from vlmrewrite.oracle.masks import layer_masks
+from vlmrewrite.oracle import hooks, layer_masks
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
 from vlmrewrite.passes.dape import blocks, ops, technique
 from vlmrewrite.passes.dape.regions import density
@@ -66,9 +65,9 @@ def learned(gate=0.0, seed=0, near=1e-3):
             return wrapped(attention, features, owner, member, lengths, share)
         # By its name: to a function mode, as the oracle's, the operator is what stands in its place, this function.
         chosen = ops.dape_focus(attention, features, owner, member, lengths, share)
-        if hooks._KEYS and not found:  # a kernel does not ask here
+        if hooks._STATE.get(None) and not found:  # a kernel does not ask here
             return chosen
-        if not hooks._KEYS:
+        if not hooks._STATE.get(None):
             found.append(chosen)
             return chosen
         of_the_run = found[len(played) % len(found)]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from vlmrewrite.oracle.masks import layer_masks
+from vlmrewrite.oracle import layer_masks
 from vlmrewrite.passes import DPVR, STS, VISOR, Random, Stride
 from vlmrewrite.passes.visor.allocate import spend
 from vlmrewrite.passes.visor.dispatch import Confidence

@@ -10,8 +10,8 @@ from transformers import DynamicCache, StaticCache
 
 import vlmrewrite as vr
 from vlmrewrite.kvcache.cache import PositionCache
+from vlmrewrite.oracle import LayerMasks, layer_masks
 from vlmrewrite.oracle.hooks import oracle_logits
-from vlmrewrite.oracle.masks import LayerMasks, layer_masks
 from vlmrewrite.passes import DPVR, STS, VISOR, VTW, Random, ShortV, Stride, ViCA
 from vlmrewrite.testing.agreement import extended, forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row

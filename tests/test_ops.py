@@ -10,7 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from vlmrewrite.ops import attention, library, selection
+from vlmrewrite import ops
+from vlmrewrite.ops import library
 from vlmrewrite.ops.scoring import top_attention
 from vlmrewrite.passes.random import random_sample
 from vlmrewrite.passes.stride import stride_sample
@@ -42,6 +43,7 @@ SAMPLES = {
     "kv_append to some": (*[randn(2, 2, 5, 8)] * 2, AT5.clone(), *[randn(2, 2, 3, 8)] * 2, INDEX),
     "token_index": (torch.tensor([[True, False, True], [True, True, True]]), None, 3),
     "select": (randn(1, 5, 8), INDEX),
+    "gather": ([randn(2, 5, 8), AT5.clone()], [1, 1], INDEX),
     "restore": (randn(2, 5, 8), randn(2, 3, 8), INDEX, VALID),
     "relative_index": (AT5.clone(), INDEX),
     "positions": (INDEX, VALID, 4),
@@ -72,8 +74,11 @@ def test_opcheck(name):
         assert torch.equal(a, b)
 
 
+CORE = {f"vlmrewrite.ops.{name}" for name in ("attention", "scoring", "selection")}
+
+
 def test_every_operator_of_the_core_has_a_sample():
-    core = {op.name() for op, f in library.REFERENCES.items() if f.__module__ == selection.__name__}
+    core = {op.name() for op, f in library.REFERENCES.items() if f.__module__ in CORE}
     assert core <= {f"vlm::{name.split()[0]}" for name in SAMPLES}
 
 
@@ -178,7 +183,7 @@ def test_an_index_holds_the_members_then_padding_then_others(batch, length, data
     member, padding = draw(), draw()
     member &= padding
     n = data.draw(st.integers(max(1, int(member.sum(1).max())), length))
-    index, valid = selection.token_index(member, padding, n)
+    index, valid = ops.token_index(member, padding, n)
     assert index.shape == valid.shape == (batch, n)
     for row in range(batch):
         found = index[row].tolist()
@@ -198,10 +203,8 @@ def test_visibility_follows_logical_positions(batch, length, past, data):
     bits = torch.tensor(
         data.draw(st.lists(st.booleans(), min_size=batch * (past + length), max_size=batch * (past + length)))
     ).view(batch, -1)
-    seen = attention.visible(bits, q, k, False)
-    full = attention.visible(
-        (torch.ones(length, past + length).tril(past).bool() & bits[:, None, :])[:, None], q, k, False
-    )
+    seen = ops.visible(bits, q, k, False)
+    full = ops.visible((torch.ones(length, past + length).tril(past).bool() & bits[:, None, :])[:, None], q, k, False)
     assert torch.equal(seen, full)
     for b in range(batch):
         for i in range(length):
@@ -215,15 +218,15 @@ def test_visibility_follows_logical_positions(batch, length, past, data):
 def test_plain_attention_is_masked_attention(heads, softcap):
     q, k, v = randn(2, 4, 5, 8), randn(2, heads, 7, 8), randn(2, heads, 7, 8)
     at = torch.arange(7).expand(2, -1)
-    plain = attention.attention(q, k, v, softcap=softcap)
-    masked = attention.attention(q, k, v, None, at[:, 2:], at, None, False, softcap)
+    plain = ops.attention(q, k, v, softcap=softcap)
+    masked = ops.attention(q, k, v, None, at[:, 2:], at, None, False, softcap)
     torch.testing.assert_close(plain, masked)
 
 
 def test_a_query_that_sees_nothing_gives_zeros():
     q = k = v = randn(1, 2, 3, 8)
     bits = torch.tensor([[False, False, True]])
-    out = attention.attention(q, k, v, bits, None, None, None, False)
+    out = ops.attention(q, k, v, bits, None, None, None, False)
     assert not out[:, :2].any()
     assert out[:, 2].any()
 

@@ -147,18 +147,20 @@ class Attention(nn.Module):
 
 
 @pytest.fixture
-def qkv(monkeypatch):
+def qkv():
     generator = torch.Generator().manual_seed(0)
     q, k, v = (torch.randn(2, h, 5, 8, generator=generator) for h in (4, 2, 2))
-    monkeypatch.setitem(hooks._KEYS, 0, torch.tensor([[True] * 5, [True, False, True, True, False]]))
-    return q, k, v, torch.ones(5, 5, dtype=torch.bool).tril()[None, None].expand(2, -1, -1, -1)
+    keys = {0: torch.tensor([[True] * 5, [True, False, True, True, False]])}
+    token = hooks._STATE.set(hooks._State(keys))
+    yield q, k, v, torch.ones(5, 5, dtype=torch.bool).tril()[None, None].expand(2, -1, -1, -1)
+    hooks._STATE.reset(token)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("scaling", [None, 0.7])
 def test_attention_is_transformers_own(qkv, softcap, scaling):
     q, k, v, mask = qkv
-    seen = mask & hooks._KEYS[0][:, None, None, :]
+    seen = mask & hooks._STATE.get().keys[0][:, None, None, :]
     bias = torch.zeros(seen.shape).masked_fill(~seen, torch.finfo(torch.float32).min)
     expected, _ = eager_attention_forward(Attention(), q, k, v, bias, scaling=scaling, softcap=softcap)
     got, _ = hooks._attention(Attention(), q, k, v, mask, scaling=scaling, softcap=softcap, sliding_window=3)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from vlmrewrite.cli import app
 from vlmrewrite.passes import Stride
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.registry import GROUP, find_pass, known_passes
@@ -18,8 +19,9 @@ ROOT = Path(__file__).parents[1]
 
 def test_pyproject_names_every_package() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
-    inits = [*ROOT.glob("vlmrewrite/__init__.py"), *ROOT.glob("vlmrewrite/*/__init__.py")]
-    found = {".".join(path.parent.relative_to(ROOT).parts) for path in inits}
+    own = {".".join(path.parent.relative_to(ROOT).parts) for path in ROOT.glob("vlmrewrite/**/__init__.py")}
+    linked = {f"vlmrewrite.{'.'.join(p.parent.relative_to(ROOT).parts)}" for p in ROOT.glob("passes/**/__init__.py")}
+    found = own | linked | {"vlmrewrite.recipes"}
     assert set(setuptools["packages"]) == found
     for name, folder in setuptools["package-dir"].items():
         link = ROOT.joinpath(*name.split("."))
@@ -40,7 +42,7 @@ def test_passes_refuses_to_be_imported_by_another_name() -> None:
 THIRD_PARTY = '''
 from typing import ClassVar
 
-from vlmrewrite.budget import Budget, frozen_pass
+from vlmrewrite.plan import Budget, frozen_pass
 
 
 @frozen_pass
@@ -156,7 +158,7 @@ def test_a_name_that_two_packages_have(tmp_path: Path, monkeypatch: pytest.Monke
         ("nowhere_at_all:Broken", ImportError, r"which cannot be loaded: ModuleNotFoundError: .*nowhere_at_all"),
         ("broken_pass_module:Absent", ImportError, r"which cannot be loaded: AttributeError: .*Absent"),
         ("raising_pass_module:Broken", ImportError, r"which cannot be loaded: ZeroDivisionError"),
-        ("broken_pass_module:number", TypeError, r"expected a class made with vlmrewrite\.budget\.frozen_pass, got 3"),
+        ("broken_pass_module:number", TypeError, r"expected a class made with vlmrewrite\.plan\.frozen_pass, got 3"),
         ("broken_pass_module:Undecorated", TypeError, r"expected a class made with .*, got <class .*Undecorated"),
         ("vlmrewrite.passes:Stride", ValueError, r"expected a class whose `name` is 'broken', got 'stride'"),
     ],
@@ -174,6 +176,22 @@ def test_a_registration_that_is_broken(
     assert Recipe.load("stride-half").passes == (Stride(keep=0.5),)
     with pytest.raises(ValueError, match=r"unknown pass 'brokn', .*broken.* \(did you mean 'broken'\?\)"):
         find_pass("brokn")
+
+
+@pytest.mark.parametrize("body", ["import sys; sys.exit(3)", "raise KeyboardInterrupt", "raise RuntimeError('boom')"])
+def test_what_another_package_does_at_import_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], body: str
+) -> None:
+    (tmp_path / "leaving_pass_module.py").write_text(f"{body}\n")
+    register(tmp_path, monkeypatch, "leaver", "leave", "leaving_pass_module:Leave")
+    with pytest.raises(ImportError, match=r"the package leaver registers the pass 'leave' .* cannot be loaded"):
+        find_pass("leave")
+    assert Recipe.load("stride-half").passes == (Stride(keep=0.5),)
+    app(["passes"], standalone_mode=False)
+    out, err = capsys.readouterr()
+    assert "stride" in out
+    assert err.startswith("warning: the package leaver registers the pass 'leave' as 'leaving_pass_module:Leave'")
+    assert len(err.splitlines()) == 1
 
 
 def test_importing_needs_no_triton_and_no_pass() -> None:

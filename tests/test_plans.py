@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 import vlmrewrite as vr
-from vlmrewrite.oracle import hooks
-from vlmrewrite.oracle.masks import layer_masks
+from vlmrewrite.oracle import hooks, layer_masks
 from vlmrewrite.passes import STS, FastV, Random, Stride
 from vlmrewrite.plan.policy import Policy
 from vlmrewrite.plan.tokens import All, Image, Text, Vision
@@ -174,7 +173,7 @@ def paid(tiny, inputs, masks, layer):
     seen = {}
 
     def attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-        visible = attention_mask & hooks._KEYS[module.layer_idx][:, None, None, :]
+        visible = attention_mask & hooks._STATE.get().keys[module.layer_idx][:, None, None, :]
         bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
         out, weights = eager_attention_forward(module, query, key, value, bias, scaling=scaling)
         seen[module.layer_idx] = weights

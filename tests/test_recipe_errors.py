@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from vlmrewrite.passes import VISOR, ShortV
 from vlmrewrite.recipe import Recipe
 
 KEYS = "name, description, passes, backend, kernels"
@@ -127,3 +128,46 @@ def test_all_that_is_wrong_is_said_at_once(tmp_path: Path) -> None:
     text = "passes:\n- sts: {keep: 0, refine: 2.0}\n- stride\nbackend: gpu\n"
     keys = [line.split(":")[0] for line in refused(tmp_path, text).splitlines()]
     assert keys == ["passes[0].sts.keep", "passes[0].sts.refine", "passes[1].stride.keep", "name", "backend"]
+
+
+BOMBS = {
+    "option": "name: x\npasses:\n  - stride:\n      keep: &a [1, 1]\n      at: [*a, *a]\n",
+    "name": "z: &a [x, x]\nname: *a\npasses: []\n",
+    "passes": "name: x\npasses:\n  - &a [x, x]\n  - [*a, *a]\n",
+    "merge": "z: &a {a: 1}\nname: x\ny:\n  <<: [*a, *a]\npasses: []\n",
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_aliases_are_refused(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "bomb.yaml"
+    file.write_text(BOMBS[kind])
+    with pytest.raises(
+        ValueError, match=r"bomb\.yaml, line \d+, column \d+: .*expected the value itself, got the alias \*a"
+    ):
+        Recipe.from_yaml(file)
+
+
+def test_a_file_of_nested_aliases_takes_no_time(tmp_path: Path) -> None:
+    file = tmp_path / "bomb.yaml"
+    levels = "".join(f"z{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30))
+    file.write_text(f"z0: &a0 [x, x]\n{levels}name: x\npasses: []\n")  # 9 ** 29 items
+    with pytest.raises(ValueError, match=r"got the alias \*a0"):
+        Recipe.from_yaml(file)
+
+
+def test_a_large_file_is_refused_unread(tmp_path: Path) -> None:
+    file = tmp_path / "large.yaml"
+    file.write_text("name: x\npasses: []\n" + "#" * 1_000_000)
+    with pytest.raises(
+        ValueError, match=r"large\.yaml: expected a recipe file of at most 1,000,000 bytes, got 1,000,019"
+    ):
+        Recipe.from_yaml(file)
+
+
+def test_what_is_written_has_no_aliases(tmp_path: Path) -> None:
+    layers = (0, 1)
+    recipe = Recipe(name="twice", passes=(VISOR(self_layers=layers), ShortV(layers=layers)))
+    recipe.to_yaml(tmp_path / "twice.yaml")
+    assert "*" not in (tmp_path / "twice.yaml").read_text()
+    assert Recipe.from_yaml(tmp_path / "twice.yaml") == recipe

@@ -1,44 +1,112 @@
-"""Private interfaces of torch and transformers that are used, each behind one function."""
+"""Private interfaces of torch and transformers that are used, each behind one function with a test of its own."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch._dynamo
 import torch._dynamo.config
-import torch.fx
+import torch._dynamo.convert_frame
 import torch.fx.experimental._config
 from torch import Tensor
 
 
-def unshared(buffer: Tensor) -> bool:
-    """Whether only the buffer itself, what it shows, and the storage asked here refer to the memory."""
-    return bool(torch._C._storage_Use_Count(buffer.untyped_storage()._cdata) <= 3)
+def memory_is_shared(x: Tensor, owners: int) -> bool:
+    """Whether more than ``owners`` tensors refer to the memory of ``x``."""
+    storage = x.untyped_storage()  # one reference more
+    return int(torch._C._storage_Use_Count(storage._cdata)) > owners + 1
 
 
-@contextlib.contextmanager
-def tracing_options() -> Iterator[None]:
-    """Dynamo options of a capture: every axis a symbol of its own, Python floats as constants.
+def inside_torch_compile() -> bool:
+    """Whether the caller runs, traced or not, in code that is behind ``torch.compile``."""
+    from torch._C._dynamo.eval_frame import get_eval_frame_callback
 
-    What transformers checks of tensors (``torch_compilable_check``) is left out: the host has compared the number of
-    tokens and features, and torch 2.11 cannot trace it.
+    return torch.compiler.is_dynamo_compiling() or callable(get_eval_frame_callback())
+
+
+def forget_code(code: Any) -> None:
+    """Drop what Dynamo compiled for a code object."""
+    from torch._C._dynamo.eval_frame import reset_code
+
+    reset_code(code)
+
+
+def captured(
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    recompile_limit: Callable[[], int],
+    traced: Callable[[float], None],
+) -> Callable[..., Any]:
+    """``torch.compile(function, backend=backend, fullgraph=True, dynamic=True)`` with a capture's options.
+
+    The options are set while Dynamo traces and not otherwise, under its own lock, so that no other capture in the
+    process sees them. A call for which there is a graph takes no lock and changes nothing.
+
+    Args:
+        recompile_limit: how many graphs there may be.
+        traced: told the seconds of each trace.
     """
-    with (
-        _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", "1"),
-        patched(torch.fx.experimental._config, use_duck_shape=False),
-        patched(torch._dynamo.config, specialize_float=True),
-        _symbols_in_messages(),
-    ):
-        yield
+    context = torch._dynamo.optimize(backend, nopython=True, dynamic=True)
+    inner: Any = context.callback  # type: ignore[union-attr]
+    context.callback = _Tracer(inner, recompile_limit, traced)  # type: ignore[union-attr]
+    made: Callable[..., Any] = context(function)
+    return made
+
+
+class _Tracer:
+    """What Dynamo calls where no graph fits."""
+
+    def __init__(self, inner: Any, recompile_limit: Callable[[], int], traced: Callable[[float], None]) -> None:
+        self.__dict__.update(vars(inner))
+        self._torchdynamo_orig_backend = self._inner = inner
+        self._recompile_limit, self._traced = recompile_limit, traced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        import time
+
+        begun = time.perf_counter()
+        try:
+            with tracing_options(recompile_limit=self._recompile_limit()):
+                return self._inner(*args, **kwargs)
+        finally:
+            self._traced(time.perf_counter() - begun)
+
+
+_tracing = threading.local()
 
 
 @contextlib.contextmanager
-def patched(config: Any, **options: Any) -> Iterator[None]:
-    """What ``config.patch`` does, which makes a class at each call, and every decode step is one."""
+def tracing_options(**dynamo: Any) -> Iterator[None]:
+    """Dynamo options of a capture, under Dynamo's lock: every axis a symbol of its own, Python floats as constants.
+
+    Hooks on modules are guarded: a graph is captured again where they have changed. What transformers checks of tensors
+    (``torch_compilable_check``) is left out: the host has compared the number of tokens and features, and torch 2.11
+    cannot trace it.
+    """
+    with torch._dynamo.convert_frame.compile_lock:
+        if getattr(_tracing, "depth", 0):  # of the same thread, whose options these are
+            yield
+            return
+        _tracing.depth = 1
+        try:
+            with (
+                _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", "1"),
+                _patched(torch.fx.experimental._config, use_duck_shape=False),
+                _patched(torch._dynamo.config, specialize_float=True, skip_nnmodule_hook_guards=False, **dynamo),
+                _symbols_in_messages(),
+            ):
+                yield
+        finally:
+            _tracing.depth = 0
+
+
+@contextlib.contextmanager
+def _patched(config: Any, **options: Any) -> Iterator[None]:
     before = {name: getattr(config, name) for name in options}
     try:
         for name, value in options.items():

@@ -15,7 +15,7 @@ MOVED = {
     "call": ("plan.call",),
     "choice": ("ops.choice",),
     "dialect": ("ops.attention", "ops.selection", "ops.scoring", "ops.library"),
-    "install": ("api", "runtime.last_call", "oracle.masks"),
+    "install": ("api", "runtime.last_call", "oracle.verify"),
     "layerwise": ("report.layer_profile",),
     "observer": ("report.observe",),
     "operators": ("ops.library",),
@@ -50,7 +50,7 @@ class _Moved(ModuleType):
         raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
 
 
-def register() -> None:
-    """Let the old names be imported."""
-    for old in MOVED:
+def register(under: str = "") -> None:
+    """Let the old names of the core be imported, or those under a package that brings its own."""
+    for old in (name for name in MOVED if name.startswith("passes.") == (under == "passes")):
         sys.modules.setdefault(f"vlmrewrite.{old}", _Moved(f"vlmrewrite.{old}", "Moved; see `vlmrewrite.moved`."))

@@ -15,6 +15,10 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter,
 
 from vlmrewrite.errors import explain, one_of, shown
 from vlmrewrite.registry import as_passes, find_pass, is_pass_class
+from vlmrewrite.registry import known_passes as known_passes
+
+LARGEST = 1_000_000
+"""Bytes of a recipe file."""
 
 
 class Recipe(BaseModel):
@@ -91,6 +95,8 @@ class Recipe(BaseModel):
         file = Path(path)
         if not file.is_file():
             raise FileNotFoundError(f"expected a recipe file, got {os.fspath(path)!r}, which is not a file")
+        if (size := file.stat().st_size) > LARGEST:
+            raise ValueError(f"{os.fspath(path)}: expected a recipe file of at most {LARGEST:,} bytes, got {size:,}")
         return cls._parse(file.read_bytes(), os.fspath(path))
 
     def to_yaml(self, path: str | os.PathLike[str]) -> None:
@@ -107,9 +113,10 @@ class Recipe(BaseModel):
             passes.append({item.name: options} if options else item.name)
         data = {**self.model_dump(exclude={"passes", "backend", "kernels"}), "passes": passes}
         data |= {"backend": self.backend, "kernels": self.kernels}
-        text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+        how: dict[str, Any] = {"sort_keys": False, "default_flow_style": None, "width": 120}
+        text = yaml.dump(data, Dumper=_PlainDumper, allow_unicode=True, **how)
         if yaml.load(text, Loader=_StrictLoader) != data:  # line separators of Unicode, which PyYAML does not escape
-            text = yaml.safe_dump(data, sort_keys=False, default_flow_style=None, width=120)
+            text = yaml.dump(data, Dumper=_PlainDumper, **how)
         Path(path).write_text(text, encoding="utf-8")
 
     @classmethod
@@ -173,8 +180,23 @@ def _read_pass(item: object, where: str, problems: list[str]) -> object:
     return None
 
 
+class _PlainDumper(yaml.SafeDumper):
+    """YAML without aliases: what stands twice is written twice."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 class _StrictLoader(yaml.SafeLoader):
-    """YAML whose values are those of JSON, and in which no key stands twice."""
+    """YAML whose values are those of JSON, in which no key stands twice, and nothing stands for something else."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            alias = self.peek_event()  # type: ignore[no-untyped-call]
+            raise yaml.MarkedYAMLError(
+                problem=f"expected the value itself, got the alias *{alias.anchor}", problem_mark=alias.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]

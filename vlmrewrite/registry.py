@@ -22,8 +22,22 @@ def known_passes() -> dict[str, type[Any]]:
         TypeError: what is registered is not a class made with `frozen_pass`.
         ValueError: a name is registered twice, or differs from the `name` of its class.
     """
-    names = dict.fromkeys([*_shipped_passes(), *sorted(entry_points(group=GROUP).names)])
-    return {name: find_pass(name) for name in names}
+    return {name: find_pass(name) for name in _names()}
+
+
+def usable_passes() -> tuple[dict[str, type[Any]], dict[str, str]]:
+    """The passes that can be used, by their recipe keys, and for the others what is wrong with them."""
+    found, wrong = {}, {}
+    for name in _names():
+        try:
+            found[name] = find_pass(name)
+        except (ImportError, TypeError, ValueError) as error:
+            wrong[name] = str(error)
+    return found, wrong
+
+
+def _names() -> list[str]:
+    return list(dict.fromkeys([*_shipped_passes(), *sorted(entry_points(group=GROUP).names)]))
 
 
 def find_pass(name: str) -> type[Any]:
@@ -54,7 +68,7 @@ def _registered_pass(point: EntryPoint) -> type[Any]:
     what = f"the package {_package(point)} registers the pass {point.name!r} as {point.value!r}"
     try:
         found: type[Any] = point.load()
-    except Exception as error:
+    except BaseException as error:  # what another package does when it is imported must not end the process
         raise ImportError(f"{what}, which cannot be loaded: {type(error).__name__}: {error}") from error
     if not is_pass_class(found):
         raise TypeError(f"{what}: expected a class made with vlmrewrite.plan.frozen_pass, got {found!r}")

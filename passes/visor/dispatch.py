@@ -62,7 +62,7 @@ class Confidence:
 
     def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> int | None:
         """The next, unless all rows with an image are confident or it was the last."""
-        sure = logits[images].float().softmax(-1).amax(-1).amin()
+        sure = logits[images].float().softmax(-1).amax(-1).nan_to_num(1.0).amin()  # NaN says nothing of other rows
         return tried + 1 if tried + 1 < variants and bool(sure < self.threshold) else None
 
 

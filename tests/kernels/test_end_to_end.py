@@ -92,6 +92,15 @@ def test_kernels_asked_for_by_name_run_or_raise(monkeypatch):
         vr.apply(tiny.model, EACH["sts"], kernels="triton")
 
 
+def test_a_kernel_that_cannot_run_where_its_tensors_are_raises(monkeypatch):
+    if torch.cuda.is_available():
+        pytest.skip("the kernels run here")
+    monkeypatch.delenv("TRITON_INTERPRET")
+    x, index = torch.randn(2, 5, 8), torch.tensor([[0, 2], [1, 4]])
+    with pytest.raises(RuntimeError, match=r"vlm_triton::gather cannot run on cpu: .*expected a graph lowered for it"):
+        torch.ops.vlm_triton.gather([x], [1], index)
+
+
 def test_what_the_attention_kernel_does_not_take_is_an_error_by_name():
     tiny = FAMILIES["llava"]()
     tiny.model.double()

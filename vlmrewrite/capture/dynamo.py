@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import time
 import types
 import weakref
 from collections.abc import Callable
@@ -11,13 +10,11 @@ from typing import Any
 
 import torch
 import torch._dynamo
-import torch._dynamo.config
 import torch.fx
 from torch import Tensor
-from torch._C._dynamo.eval_frame import reset_code
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmrewrite.compat import patched, tracing_options
+from vlmrewrite.compat import captured, forget_code
 from vlmrewrite.kvcache import PositionCache
 
 LIMIT = 24
@@ -47,17 +44,19 @@ class CapturedForward:
             call, tell = me(), told()
             assert call is not None and tell is not None
             call.graphs += 1
-            call.seconds += time.perf_counter() - call._begun
             return tell(gm)
+
+        def traced(seconds: float) -> None:
+            if (call := me()) is not None:
+                call.seconds += seconds
 
         # A code object of its own: Dynamo counts recompiles per code object, and models must not share the limit.
         own = types.FunctionType(entry.__code__.replace(), entry.__globals__, f"vlmrewrite_{entry.__name__}")
-        self._compiled = torch.compile(own, backend=backend, fullgraph=True, dynamic=True)
+        self._compiled = captured(own, backend, _limit, traced)
         # What Dynamo made of a code object keeps it alive, by way of the module's globals.
-        weakref.finalize(self, reset_code, own.__code__).atexit = False
+        weakref.finalize(self, forget_code, own.__code__).atexit = False
         self._code = own.__code__
         self._forward = forward
-        self._begun = 0.0
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
         self._absent = {
             name: None
@@ -68,26 +67,42 @@ class CapturedForward:
     @property
     def limit(self) -> int:
         """How many graphs there may be; torch._dynamo.config.recompile_limit raises it."""
-        return max(LIMIT, int(torch._dynamo.config.recompile_limit))
+        return _limit()
 
     def __call__(self, model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any], *more: Any) -> Any:
         """Run (and trace if new) the forward; ``more`` is what the entry takes beside the forward's own arguments."""
-        with tracing_options(), patched(torch._dynamo.config, recompile_limit=self.limit):
-            self._begun = time.perf_counter()
-            try:
-                return self._compiled(self._forward, model, cache, self._absent | kwargs, *more)
-            except _NotCompiled:
-                reset_code(self._code)  # or Dynamo would never look at it again
-                raise
-            except torch._dynamo.exc.FailOnRecompileLimitHit as e:
-                raise RuntimeError(
-                    f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
-                    " torch._dynamo.config.recompile_limit above it. The unrewritten model is not run in its place."
-                ) from e
-            except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as e:
-                raise RuntimeError(
-                    f"the forward of {type(model).__name__} could not be captured as one graph: {str(e)[:2000]}"
-                ) from e
+        try:
+            return self._compiled(self._forward, model, cache, self._absent | kwargs, *more)
+        except _NotCompiled:
+            forget_code(self._code)  # or Dynamo would never look at it again
+            raise
+        except torch._dynamo.exc.FailOnRecompileLimitHit as e:
+            raise RuntimeError(
+                f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
+                " torch._dynamo.config.recompile_limit above it. The unrewritten model is not run in its place."
+            ) from e
+        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as e:
+            raise RuntimeError(
+                f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(model)}:"
+                f" {str(e)[:2000]}"
+            ) from e
+
+
+def _limit() -> int:
+    return max(LIMIT, int(torch._dynamo.config.recompile_limit))
+
+
+def _hooked(model: torch.nn.Module) -> str:
+    """Where hooks stand, which are captured with the forward, for an error message."""
+    found = []
+    for name, module in model.named_modules():
+        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+            found.append(name or "the model")
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f" (there are hooks on {', '.join(found[:3])}{more}: expected hooks that Dynamo can trace, or none)"
 
 
 def with_images(
@@ -119,7 +134,7 @@ class _NotCompiled(RuntimeError):
 
 
 def _insist() -> None:
-    if not torch.compiler.is_compiling():
+    if not torch.compiler.is_dynamo_compiling():
         raise _NotCompiled(
             "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
             " active (FlopCounterMode is one), torch.compiler.set_stance('force_eager'), or TORCH_COMPILE_DISABLE=1"

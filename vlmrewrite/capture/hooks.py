@@ -45,7 +45,7 @@ def attention_forward(
         raise NotImplementedError(
             f"{type(module).__name__} asks for bidirectional attention; expected a causal decoder"
         )
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_dynamo_compiling():
         plain = attention_mask is None
         out = torch.ops.vlm.attention.default(
             query, key, value, attention_mask, None, None, scaling, plain, softcap, float(dropout)
@@ -87,10 +87,10 @@ def mask_forward(
         pattern, bool [B, 1, q_length, kv_length] in logical positions.
     """
     if mask_function is causal_mask_function:
-        looked_at = getattr(_running, "cache", None) is not None
-        if attention_mask is None or looked_at or torch.compiler.is_compiling():
+        if attention_mask is None or torch.compiler.is_dynamo_compiling():  # first, or Dynamo would guard on the thread
             return attention_mask
-        return None if bool(attention_mask.all()) else attention_mask
+        looked_at = getattr(_running, "cache", None) is not None
+        return attention_mask if looked_at or not bool(attention_mask.all()) else None
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
     return sdpa_mask(
         batch_size=batch_size,

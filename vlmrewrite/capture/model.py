@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from contextvars import ContextVar
+from typing import Any, TypeVar
 
 import torch
 import torch.fx
@@ -15,6 +17,7 @@ from vlmrewrite.capture.dynamo import CapturedForward, with_images, without_imag
 from vlmrewrite.hf import Encoded, parameter_inputs
 from vlmrewrite.kvcache import PositionCache
 
+T = TypeVar("T")
 Runner = Callable[["Graph", Sequence[Any]], Any]
 
 
@@ -25,12 +28,29 @@ class Graph:
         gm: the graph.
         parameters: for each of its inputs that is a decoder layer's parameter, the layer and the name within it.
         derived: what later stages made of it, by their own keys; it dies with the graph.
+        lock: held while something is derived.
     """
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         self.gm = gm
         self.parameters: dict[str, tuple[int, str]] | None = None
         self.derived: dict[object, Any] = {}
+        self.lock = threading.RLock()
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What was derived under a key; made at the first request for it, by one thread."""
+        if key not in self.derived:
+            with self.lock:
+                if key not in self.derived:
+                    self.derived[key] = make()
+        made: T = self.derived[key]
+        return made
+
+
+_RUNNER: ContextVar[Runner] = ContextVar("vlmrewrite_runner")
+"""What does the work of each graph in the call that is running."""
+
+_LOCK = threading.Lock()
 
 
 class Captures:
@@ -43,28 +63,19 @@ class Captures:
         self.forward = forward
         self.call = CapturedForward(forward, with_images, self._new_graph)
         self.text = CapturedForward(forward, without_images, self._new_graph)
-        self.runner: Runner | None = None
         self._graphs: list[Graph] = []
 
     def _new_graph(self, gm: torch.fx.GraphModule) -> Callable[..., Any]:
         graph = Graph(gm)
         self._graphs.append(graph)
-        me, this = weakref.ref(self), weakref.ref(graph)
+        this = weakref.ref(graph)
 
         def run(*inputs: Any) -> Any:
-            owner, graph = me(), this()
-            assert owner is not None and graph is not None and owner.runner is not None
-            return owner.runner(graph, inputs)
+            graph = this()
+            assert graph is not None
+            return _RUNNER.get()(graph, inputs)
 
         return run
-
-    @contextlib.contextmanager
-    def _running(self, runner: Runner) -> Iterator[None]:
-        before, self.runner = self.runner, runner
-        try:
-            yield
-        finally:
-            self.runner = before
 
     def run(
         self, runner: Runner, model: nn.Module, cache: PositionCache, images: Encoded, kwargs: dict[str, Any]
@@ -77,13 +88,22 @@ class Captures:
             return runner(graph, inputs)
 
         cache.contiguous()
-        with self._running(named):
+        with _running(named):
             return self.call(model, cache, kwargs, images.features, images.as_list)
 
     def run_text(self, runner: Runner, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any]) -> Any:
         """Run the captured forward without images: a decode step, or a prompt of text."""
-        with self._running(runner):
+        with _running(runner):
             return self.text(model, cache, kwargs)
+
+
+@contextlib.contextmanager
+def _running(runner: Runner) -> Iterator[None]:
+    token = _RUNNER.set(runner)
+    try:
+        yield
+    finally:
+        _RUNNER.reset(token)
 
 
 CAPTURES: weakref.WeakKeyDictionary[nn.Module, Captures] = weakref.WeakKeyDictionary()
@@ -92,6 +112,11 @@ CAPTURES: weakref.WeakKeyDictionary[nn.Module, Captures] = weakref.WeakKeyDictio
 def captures_of(model: nn.Module) -> Captures:
     """The model's captures; new if its class's forward has been exchanged since."""
     forward = type(model).forward
-    if model not in CAPTURES or CAPTURES[model].forward is not forward:
-        CAPTURES[model] = Captures(forward)
-    return CAPTURES[model]
+    found = CAPTURES.get(model)
+    if found is not None and found.forward is forward:
+        return found
+    with _LOCK:
+        found = CAPTURES.get(model)
+        if found is None or found.forward is not forward:
+            found = CAPTURES[model] = Captures(forward)
+        return found

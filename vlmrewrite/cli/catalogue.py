@@ -10,7 +10,7 @@ from typing import Any
 
 from vlmrewrite.plan import Budget, Depth
 from vlmrewrite.recipe import Recipe, shipped_recipes
-from vlmrewrite.registry import known_passes
+from vlmrewrite.registry import usable_passes
 
 
 def recipes() -> list[dict[str, Any]]:
@@ -24,22 +24,22 @@ def recipe_data(recipe: Recipe) -> dict[str, Any]:
     return recipe.model_dump(exclude={"passes"}) | {"passes": items}
 
 
-def passes() -> list[dict[str, Any]]:
-    """Every pass that a recipe can hold, those of other packages too: name, description, package and options.
+def passes() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """Every pass that a recipe can hold, and for those that other packages register in vain what is wrong with them.
 
-    Raises:
-        ImportError, TypeError, ValueError: a package's pass cannot be loaded, see
-            :func:`vlmrewrite.registry.known_passes`.
+    Of each: name, description, package and options.
     """
-    return [
+    usable, wrong = usable_passes()
+    found = [
         {
             "name": name,
             "description": (inspect.getdoc(kind) or "").partition("\n")[0].replace("``", ""),
             "package": kind.__module__.partition(".")[0],
             "options": _options(kind),
         }
-        for name, kind in known_passes().items()
+        for name, kind in usable.items()
     ]
+    return found, wrong
 
 
 def _options(kind: type[Any]) -> list[dict[str, Any]]:

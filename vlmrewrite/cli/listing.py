@@ -6,7 +6,7 @@ from typing import Any
 
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.options import AsJson
-from vlmrewrite.cli.terminal import print_json, print_table
+from vlmrewrite.cli.terminal import print_json, print_table, print_warning
 
 
 @app.command()
@@ -30,7 +30,9 @@ def passes(as_json: AsJson = False) -> None:
     """List the passes that a recipe can hold, with their options; other packages can bring passes too."""
     from vlmrewrite.cli import catalogue
 
-    found = catalogue.passes()
+    found, wrong = catalogue.passes()
+    for reason in wrong.values():
+        print_warning(reason)
     if as_json:
         print_json(found)
         return

@@ -45,9 +45,13 @@ class Commands(TyperGroup):
             notes = [note.partition("\n")[0].removesuffix(", on the plan:") for note in getattr(e, "__notes__", ())]
             lines = [" ".join([str(e) or type(e).__name__, *(f"({note})" for note in notes[:1])])]
         for line in lines:
-            flat = " ".join(line.split())
-            print("error:", flat if len(flat) <= _LONGEST else flat[: _LONGEST - 3] + "...", file=sys.stderr)
+            print("error:", _one_line(line), file=sys.stderr)
         sys.exit(2)
+
+
+def print_warning(text: str) -> None:
+    """On stderr, in one line."""
+    print("warning:", _one_line(text), file=sys.stderr)
 
 
 def print_json(data: object) -> None:
@@ -63,3 +67,8 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
+
+
+def _one_line(text: str) -> str:
+    flat = " ".join(text.split())
+    return flat if len(flat) <= _LONGEST else flat[: _LONGEST - 3] + "..."

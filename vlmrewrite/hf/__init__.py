@@ -4,7 +4,14 @@ In: a Hugging Face model and the arguments of its ``forward``. Out: plain facts 
 for the stages behind. Nothing here knows of plans or graphs.
 """
 
-from vlmrewrite.hf.decoder import IMPLEMENTATION, attention_swapped, decoder_configs, decoder_layers, parameter_inputs
+from vlmrewrite.hf.decoder import (
+    IMPLEMENTATION,
+    attention_swapped,
+    decoder_configs,
+    decoder_layers,
+    parameter_inputs,
+    swap_attention,
+)
 from vlmrewrite.hf.grid import grids
 from vlmrewrite.hf.inputs import refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.hf.support import check_support
@@ -23,6 +30,7 @@ __all__ = [
     "grids",
     "parameter_inputs",
     "refuse_packed",
+    "swap_attention",
     "tidy",
     "wants_cache",
     "without_full_mask",

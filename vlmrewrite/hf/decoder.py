@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+import copy
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,8 +43,10 @@ def parameter_inputs(
 
 IMPLEMENTATION = "vlmrewrite"
 
+_COPIES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], tuple[Any, Any]]] = weakref.WeakKeyDictionary()
 
-def decoder_configs(model: torch.nn.Module) -> list[Any]:
+
+def decoder_configs(model: nn.Module) -> list[Any]:
     """The distinct config objects that the text decoder's modules read their attention implementation from."""
     decoder = model.get_decoder()  # type: ignore[operator]
     found = {id(m.config): m.config for m in decoder.modules() if hasattr(m, "config")}
@@ -51,13 +55,59 @@ def decoder_configs(model: torch.nn.Module) -> list[Any]:
 
 
 @contextlib.contextmanager
-def attention_swapped(model: torch.nn.Module, name: str = IMPLEMENTATION) -> Iterator[None]:
-    """Temporarily use another attention implementation in the text decoder only."""
-    before = [(c, c._attn_implementation_internal) for c in decoder_configs(model)]
+def attention_swapped(model: nn.Module, name: str = IMPLEMENTATION, blocks: Iterable[nn.Module] = ()) -> Iterator[None]:
+    """:func:`swap_attention`, undone at the end of the block."""
+    undo = swap_attention(model, name, blocks)
     try:
-        for config, _ in before:
-            config._attn_implementation_internal = name
         yield
     finally:
-        for config, value in before:
-            config._attn_implementation_internal = value
+        undo()
+
+
+def swap_attention(
+    model: nn.Module, name: str = IMPLEMENTATION, blocks: Iterable[nn.Module] = ()
+) -> Callable[[], None]:
+    """Use another attention implementation in the text decoder of this model, and of no other.
+
+    Its modules, and those around it that make its masks, get copies of their configs: a config object may be another
+    model's too. The model's own ``config`` stays as it is. The same copies are given each time, so that graphs that
+    were captured with them stay valid.
+
+    Args:
+        blocks: modules beside the model's that shall use it too.
+
+    Returns:
+        what undoes it; it holds no reference to the model.
+    """
+    roots = [model, *blocks]
+    modules = [m for root in roots for m in root.modules() if m is not model and "config" in vars(m)]
+    read = decoder_configs(model) + [m.config for block in roots[1:] for m in block.modules() if "config" in vars(m)]
+    copies = {id(c): _private(model, name, c) for c in {id(c): c for c in read}.values()}
+    for copied in copies.values():
+        copied._attn_implementation_internal = name
+    around = {id(m.config): m.config for m in modules if id(m.config) not in copies}
+    for key, config in around.items():
+        parts = {attribute: copies[id(c)] for attribute, c in vars(config).items() if id(c) in copies}
+        if parts:
+            copies[key] = _private(model, name, config)
+            vars(copies[key]).update(parts)
+    before = [(m, m.config) for m in modules if id(m.config) in copies]
+    for module, config in before:
+        vars(module)["config"] = copies[id(config)]
+
+    def undo() -> None:
+        for module, config in before:
+            vars(module)["config"] = config
+
+    return undo
+
+
+def _private(model: nn.Module, name: str, config: Any) -> Any:
+    known = _COPIES.setdefault(model, {})
+    original, copied = known.get((name, id(config)), (None, None))
+    if original is not config:
+        copied = copy.copy(config)
+        known[name, id(config)] = config, copied
+    vars(copied).clear()
+    vars(copied).update(vars(config))
+    return copied

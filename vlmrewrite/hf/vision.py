@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, cast
@@ -85,16 +86,21 @@ def encoded_images(output: Any) -> Encoded:
 
 
 class EncoderFeatures:
-    """What the projector took, kept from the last encoding, token by token.
+    """What the projector took, kept from the last encoding of each thread, token by token.
 
     The projector is the child of the model's base that ``get_image_features`` runs last; its input counts only if it
     holds one vector for every vision token that comes out.
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._pairs: list[tuple[Tensor, Tensor]] = []
-        self.missing: str | None = "no image was encoded yet"
+        self._thread = threading.local()
         self._model = model
+
+    @property
+    def missing(self) -> str | None:
+        """Why they are not known, or None."""
+        reason: str | None = getattr(self._thread, "missing", "no image was encoded yet")
+        return reason
 
     def wrap(self, encoder: Callable[..., Any]) -> Callable[..., Any]:
         """``get_image_features`` that also remembers."""
@@ -127,26 +133,33 @@ class EncoderFeatures:
                 h.remove()
 
     def _remember(self, calls: list[tuple[str, Tensor]], encoded: Encoded) -> None:
-        self._pairs = []
+        self._thread.pairs = []
         if not calls:
-            self.missing = "the vision tower's output does not go through a projector of its own"
+            self._thread.missing = "the vision tower's output does not go through a projector of its own"
             return
         name, x = calls[-1]
         tokens, total = x.shape[:-1].numel(), sum(encoded.lengths)
         if x.dim() < 2 or tokens != total:
-            self.missing = f"{name} takes {tokens} vectors of shape {tuple(x.shape)} for {total} vision tokens"
+            self._thread.missing = f"{name} takes {tokens} vectors of shape {tuple(x.shape)} for {total} vision tokens"
             return
-        self.missing = None
+        self._thread.missing = None
         whole = encoded.features.reshape(total, -1).split(encoded.lengths)
-        self._pairs = list(zip(whole, x.reshape(total, -1).split(encoded.lengths), strict=True))
+        self._thread.pairs = list(zip(whole, x.reshape(total, -1).split(encoded.lengths), strict=True))
 
     def of(self, encoded: Encoded) -> Tensor | None:
         """The encoder features [F, C'] of these projected features, whatever order or repetition they come in."""
         flat = encoded.features.reshape(sum(encoded.lengths), -1).split(encoded.lengths)
         found = []
         for piece in flat:
-            match = next((e for p, e in self._pairs if p.shape == piece.shape and torch.equal(p, piece)), None)
+            match = next((e for p, e in self._thread.pairs if _identical(p, piece)), None)
             if match is None:
                 return None
             found.append(match)
         return torch.cat(found)
+
+
+def _identical(x: Tensor, y: Tensor) -> bool:
+    """Whether two tensors are the same bit by bit, NaN included."""
+    if x.shape != y.shape or x.dtype != y.dtype:
+        return False
+    return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))

@@ -4,7 +4,7 @@ In: keys and values as a model's attention makes them. Out: all keys, values and
 """
 
 from vlmrewrite.kvcache.buffer import Buffer
-from vlmrewrite.kvcache.cache import PositionCache
+from vlmrewrite.kvcache.cache import PositionCache, adopted
 from vlmrewrite.kvcache.layer import PositionLayer
 
-__all__ = ["Buffer", "PositionCache", "PositionLayer"]
+__all__ = ["Buffer", "PositionCache", "PositionLayer", "adopted"]

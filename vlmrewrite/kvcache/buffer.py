@@ -11,7 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vlmrewrite.compat import unshared
+from vlmrewrite.compat import memory_is_shared
 
 SHARE, LEAST = 8, 64
 """Buffer is made for an eighth more tokens than there are, and for at least 64 more."""
@@ -57,7 +57,7 @@ class Buffer:
         compiler would compile for it anew.)
         """
         n = self.shown[0].shape[2]
-        if n < self.written and all(unshared(x) for x in (self.keys, self.values)):
+        if n < self.written and not any(memory_is_shared(x, 2) for x in (self.keys, self.values)):
             self.written = n
         return n >= self.written and n + more < self.keys.shape[2]
 

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache
+from transformers.cache_utils import Cache, DynamicCache
 
 from vlmrewrite.kvcache.buffer import Buffer
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T
@@ -57,7 +57,7 @@ class PositionCache(Cache):
         while len(self.layers) <= layer_idx:
             self.layers.append(PositionLayer())
         layer: Any = self.layers[layer_idx]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             both: tuple[Tensor, Tensor] = layer.update(key_states, value_states)
             return both
         if not self._in_use:
@@ -160,3 +160,28 @@ class PositionCache(Cache):
         layers: list[Any] = self.layers
         buffers: list[Buffer | None] = [layer.own() for layer in layers]
         return self.kv_bytes() + sum(buffer.spare_bytes() for buffer in buffers if buffer is not None)
+
+
+def adopted(given: Any) -> contextlib.AbstractContextManager[PositionCache]:
+    """The cache of a call: the one given, turned into a :class:`PositionCache`, or a new one.
+
+    Raises:
+        TypeError: it is no transformers cache.
+        NotImplementedError: it is one of a kind that cannot hold another number of tokens in each layer.
+        ValueError: it holds tokens that went through the unmodified model.
+    """
+    if given is None or isinstance(given, PositionCache):
+        return contextlib.nullcontext(PositionCache() if given is None else given)
+    if not isinstance(given, Cache):
+        raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
+    if type(given) is not DynamicCache or given.offloading:
+        raise NotImplementedError(
+            f"{type(given).__name__} cannot hold another number of tokens in each layer; expected a DynamicCache"
+            " without offloading (is cache_implementation set in the generation config?)"
+        )
+    if given.get_seq_length() > 0:
+        raise ValueError(
+            f"past_key_values holds {given.get_seq_length()} tokens that went through the unmodified model;"
+            " start again with an empty cache"
+        )
+    return PositionCache.taking_over(given)

@@ -50,7 +50,7 @@ class PositionLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k [B, Hk, t, D] and v [B, Hk, t, Dv] of the next t tokens and return all keys and values."""
         t = key_states.shape[2]
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             pos = self._next(key_states)
             self.keys, self.values, self.positions = torch.ops.vlm.kv_append.default(
                 self.keys, self.values, self.positions, key_states, value_states, pos

@@ -17,7 +17,7 @@ from vlmrewrite.ops.positional import (
     unhidden,
 )
 from vlmrewrite.ops.scoring import greedy_flops, like_member, per_image
-from vlmrewrite.ops.selection import select
+from vlmrewrite.ops.selection import select, token_index
 
 __all__ = [
     "ATTENTION",
@@ -46,6 +46,7 @@ __all__ = [
     "resolve",
     "seen_by_position",
     "select",
+    "token_index",
     "unfit",
     "unhidden",
     "visible",

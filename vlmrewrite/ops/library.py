@@ -79,8 +79,8 @@ def _define_kernel(
 
     def run(*args: Any, **kwargs: Any) -> Any:
         device = next(x.device for x in args if isinstance(x, Tensor))
-        if kernels_missing(device) is not None:
-            return reference(*args, **kwargs)
+        if (reason := kernels_missing(device)) is not None:
+            raise RuntimeError(f"vlm_triton::{name} cannot run on {device}: {reason}; expected a graph lowered for it")
         launch = launcher(kernel)
         if device.type != "cuda" or device.index == torch.cuda.current_device():
             return launch(*args, **kwargs)

@@ -4,6 +4,7 @@ In: an unmodified model, inputs and masks. Out: the logits that a rewritten mode
 """
 
 from vlmrewrite.oracle.hooks import InFloat64, oracle_logits
-from vlmrewrite.oracle.masks import LayerMasks, layer_masks, planned_lengths
+from vlmrewrite.oracle.masks import LayerMasks
+from vlmrewrite.oracle.verify import layer_masks, planned_lengths, verify_applied
 
-__all__ = ["InFloat64", "LayerMasks", "layer_masks", "oracle_logits", "planned_lengths"]
+__all__ = ["InFloat64", "LayerMasks", "layer_masks", "oracle_logits", "planned_lengths", "verify_applied"]

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
+from vlmrewrite.hf import attention_swapped
 from vlmrewrite.oracle.edits import edited
 from vlmrewrite.oracle.masks import BranchMask, EditMask, LayerMasks
 
@@ -39,9 +42,15 @@ class InFloat64(TorchFunctionMode):
         return func(*wider, **{k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()})
 
 
-_KEYS: dict[int, Tensor] = {}
+@dataclass
+class _State:
+    """Of one run: each layer's keys, bool [B, T], and what the last attention module paid, [B, H, T, T]."""
 
-_PAID: list[Tensor] = []  # what attention modules paid, [B, H, T, T], where an edit asks for it
+    keys: dict[int, Tensor] = field(default_factory=dict)
+    paid: Tensor | None = None
+
+
+_STATE: ContextVar[_State] = ContextVar("vlmrewrite_oracle")
 
 _IN_THE_MASK = {"sliding_window", "is_causal"}
 
@@ -77,9 +86,9 @@ def _attention(
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    seen = attention_mask & _KEYS[module.layer_idx][:, None, None, :]  # type: ignore[index]
+    seen = attention_mask & _STATE.get().keys[module.layer_idx][:, None, None, :]  # type: ignore[index]
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0.0)
-    _PAID[:] = [weights]
+    _STATE.get().paid = weights
     return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous(), None
 
 
@@ -105,9 +114,7 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     blocks = [b.block for entry in layers for b in entry.branches if b.block is not None]
-    modules = [m for root in (decoder, *blocks) for m in root.modules()]
-    configs = {id(m.config): m.config for m in modules if hasattr(m, "config")}.values()
-    before = [(c, c._attn_implementation_internal) for c in configs]
+    state = _State()
     handles = []
     away: dict[int, Tensor] = {}
     merged: list[Tensor | None] = []
@@ -117,7 +124,7 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
         back = [b for earlier in layers[:i] for b in earlier.branches if b.rejoin == i]
         handles += [module.register_forward_pre_hook(_enter(_rejoin(b, away)), with_kwargs=True) for b in back]
         attention = next(m for m in module.modules() if hasattr(m, "layer_idx"))
-        _KEYS[attention.layer_idx] = entry.keys
+        state.keys[attention.layer_idx] = entry.keys
         if entry.entry is not None:
             handles.append(module.register_forward_pre_hook(_enter(entry.entry), with_kwargs=True))
         for e in entry.edits:
@@ -131,17 +138,14 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
         handles.append(module.register_forward_hook(_write_back(entry.run), with_kwargs=True))
     for b in (b for entry in layers for b in entry.branches if b.rejoin == len(layers)):
         handles.append(decoder.layers[-1].register_forward_hook(_behind(_rejoin(b, away))))
+    token = _STATE.set(state)
     try:
-        for config, _ in before:
-            config._attn_implementation_internal = NAME
-        yield
+        with attention_swapped(model, NAME, blocks):
+            yield
     finally:
+        _STATE.reset(token)
         for handle in handles:
             handle.remove()
-        for config, name in before:
-            config._attn_implementation_internal = name
-        _KEYS.clear()
-        _PAID.clear()
 
 
 def mlp_of(layer: nn.Module) -> nn.Module:
@@ -185,10 +189,12 @@ def _edit(edit: EditMask, merged: list[Tensor | None]) -> Any:
         def paid(keys: Tensor) -> Tensor:
             """Run the layer on the whole stream, its attention masked to ``keys``, for the weights alone."""
             index: Any = next(m for m in layer.modules() if hasattr(m, "layer_idx")).layer_idx
-            before, _KEYS[index] = _KEYS[index], keys
+            state = _STATE.get()
+            before, state.keys[index] = state.keys[index], keys
             layer.forward(*args, **kwargs)
-            _KEYS[index] = before
-            return _PAID.pop()
+            state.keys[index] = before
+            assert state.paid is not None
+            return state.paid
 
         new = edited(edit, stream, merged[0], paid)
         return _enter(lambda _: new)(layer, args, kwargs)
@@ -205,9 +211,10 @@ def _leave(branch: BranchMask, away: dict[int, Tensor]) -> Any:
             away[id(branch)] = entered
             return
         index: Any = next(m for m in layer.modules() if hasattr(m, "layer_idx")).layer_idx
-        before, _KEYS[index] = _KEYS[index], branch.tokens
+        keys = _STATE.get().keys
+        before, keys[index] = keys[index], branch.tokens
         out = branch.block(*args, **kwargs)
-        _KEYS[index] = before
+        keys[index] = before
         away[id(branch)] = out[0] if isinstance(out, tuple) else out
 
     return hook

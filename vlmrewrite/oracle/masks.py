@@ -2,65 +2,11 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-
-from vlmrewrite.plan import TokenSet
-from vlmrewrite.runtime import session_of
-
-
-def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
-    """What each layer did in the last call with an image, for the oracle; tokens that came later belong to every set.
-
-    Args:
-        total: length of the logical sequence; default: that of the call.
-
-    Raises:
-        ValueError: no recipe is applied, or there was no such call yet.
-    """
-    program, call, chosen = session_of(model).last()
-    more = (total or call.length) - call.length
-
-    def mask(s: TokenSet, later: bool = True) -> Tensor:
-        return torch.nn.functional.pad(call.members(s, chosen), (0, more), value=later)
-
-    def branches(layer: int) -> Iterator[BranchMask]:
-        for b in program.plan.branches:
-            if b.leave == layer:
-                block = None if b.block is None else copy.deepcopy(program.blocks[b.block])
-                yield BranchMask(mask(b.tokens, later=False), b.rejoin, block)
-
-    facts: dict[str, Tensor | None] = {"lengths": call.lengths, "ordinal": call.ordinals}
-    facts |= {"grid": call.grid, "encoder_features": call.encoder_features}
-
-    def edits(layer: int) -> Iterator[EditMask]:
-        for e in program.plan.edits:
-            if e.at == layer:
-                weights = tuple(program.blocks.get_parameter(name).detach().clone() for name in e.weights)
-                tokens, last = call.members(e.tokens, chosen), call.last[:, 0]
-                yield EditMask(tokens, e.op, e.needs, call.text, call.vision, last, facts, weights, e.options)
-
-    return [
-        LayerMasks(
-            run=mask(e.run_set),
-            keys=mask(e.keys),
-            mlp=None if e.mlp_set is None else mask(e.mlp_set),
-            edits=tuple(edits(e.index)),
-            branches=tuple(branches(e.index)),
-        )
-        for e in program.plan.layers
-    ]
-
-
-def planned_lengths(model: nn.Module) -> list[int]:
-    """Keys that each layer should have added to the cache in the last call with an image, by the plan alone."""
-    program, call, _ = session_of(model).last()
-    return [call.counts.size(entry.keys) for entry in program.plan.layers]
 
 
 @dataclass(frozen=True)

@@ -128,7 +128,7 @@ class Report:
 
 def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
     """What a recipe at work on a model did so far; see :func:`vlmrewrite.report`."""
-    one, latest = CAPTURES.get(model), session.latest
+    one, latest = CAPTURES.get(model), session.latest.get()
     return make_report(
         session.recipe.name,
         session.backend if latest is None else latest.executable.backend,
@@ -140,17 +140,15 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         kernels={} if latest is None else latest.executable.choices,
         graphs={} if one is None else {"captured": one.call.graphs, "limit": one.call.limit},
         seconds={} if one is None else {"capture": one.call.seconds},
-        plain_calls=session.plain_calls,
-        compiled_calls=session.compiled_calls,
+        plain_calls=session.text_calls.total(),
+        compiled_calls=session.compiled_calls.total(),
         memory=_memory(session) if memory else {},
     )
 
 
 def _memory(session: Session) -> dict[str, int]:
     """Peak bytes of the last call with an image, before and after."""
-    session.last()
-    latest = session.latest
-    assert latest is not None
+    latest = session.last()
     device = latest.call.vision.device
     before = lower(latest.executable.program.captured, session.kernels, device).graph_module
     with torch.autocast(device.type, latest.autocast, enabled=latest.autocast is not None):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
@@ -21,12 +21,12 @@ def run_text(model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], ker
     reserved = cache.reserve(given.shape[1])
 
     def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-        key = "decode", plain, kernels, device, reserved
-        if key not in graph.derived:
-            made = DecodeStep.of(positioned(graph.gm, plain), reserved)
-            graph.derived[key] = made, compiled(lower(made.graph_module, kernels, device).graph_module)
-        made, run = graph.derived[key]
-        return made.run(run, cache, inputs, given.shape[1])
+        def make() -> tuple[DecodeStep, Callable[..., Any]]:
+            step = DecodeStep.of(positioned(graph.gm, plain), reserved)
+            return step, compiled(lower(step.graph_module, kernels, device).graph_module)
+
+        step, run = graph.once(("decode", plain, kernels, device, reserved), make)
+        return step.run(run, cache, inputs, given.shape[1])
 
     if not reserved:
         cache.contiguous()

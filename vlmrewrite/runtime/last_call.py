@@ -1,4 +1,4 @@
-"""What the last call with an image did."""
+"""What the last call with an image did; in a process with several threads, the last one of the thread that asks."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from vlmrewrite.plan import Call, Selection, TokenSet, Vision, intersection
 from vlmrewrite.rewrite import Program
+from vlmrewrite.runtime.facts import Prompt, prompt_of
 from vlmrewrite.runtime.install import session_of
 
 
@@ -20,10 +21,10 @@ def routing(model: nn.Module) -> Tensor:
         ValueError: no recipe is applied, there was no such call yet, or nothing is read in the graph.
     """
     session = session_of(model)
-    session.last()
-    if session.latest is None or session.latest.result.value is None:
+    value = session.last().result.value
+    if value is None:
         raise ValueError(f"recipe {session.recipe.name!r} chooses nothing by a value in the graph")
-    return session.latest.result.value
+    return value
 
 
 def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]:
@@ -32,7 +33,8 @@ def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]
     Raises:
         ValueError: no recipe is applied, or there was no such call yet.
     """
-    return session_of(model).last()
+    ran = session_of(model).last()
+    return ran.program, ran.call, ran.chosen
 
 
 @contextlib.contextmanager
@@ -48,12 +50,8 @@ def prompt_ends(model: nn.Module, column: Tensor) -> Iterator[None]:
     Raises:
         ValueError: no recipe is applied.
     """
-    session = session_of(model)
-    before, session.prompt_end = session.prompt_end, column
-    try:
+    with prompt_of((session_of(model), "forward"), Prompt(column)):
         yield
-    finally:
-        session.prompt_end = before
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     Raises:
         ValueError: no recipe is applied, or there was no such call yet.
     """
-    program, call, chosen = session_of(model).last()
+    program, call, chosen = last_call(model)
     stages: dict[TokenSet, list[int]] = {}
     for entry in program.plan.layers:
         stages.setdefault(entry.run_set, []).append(entry.index)

@@ -20,17 +20,12 @@ from vlmrewrite.rewrite import Program, program_of
 
 def graph_program(graph: Graph) -> Program:
     """The program of a captured graph without passes; analysed once."""
-    if "program" not in graph.derived:
-        graph.derived["program"] = replace(program_of(graph.gm), parameters=graph.parameters or {})
-    found: Program = graph.derived["program"]
-    return found
+    return graph.once("program", lambda: replace(program_of(graph.gm), parameters=graph.parameters or {}))
 
 
 def vision_mask(graph: Graph, inputs: Sequence[Any]) -> Tensor:
     """The vision-token mask of a call, bool [B, T], from the graph's inputs."""
-    if "vision" not in graph.derived:
-        graph.derived["vision"] = graph_program(graph).vision_mask()
-    mask: Tensor = graph.derived["vision"](*inputs)
+    mask: Tensor = graph.once("vision", lambda: graph_program(graph).vision_mask())(*inputs)
     return mask
 
 

@@ -1,0 +1,161 @@
+"""Hooks that users put on a rewritten model's modules run, whenever they were put there."""
+
+from __future__ import annotations
+
+import io
+import pickle
+
+import pytest
+import torch
+
+import vlmrewrite as vr
+from vlmrewrite.passes import STS, Stride
+from vlmrewrite.testing.models import FAMILIES, Row
+
+ALL = [Stride(keep=1000, at=1)]
+
+
+def agree(got, expected, inputs):
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return FAMILIES["llava"](layers=3)
+
+
+@pytest.fixture
+def inputs(tiny):
+    return tiny.inputs([Row(1, 2, 3), Row(1, 5, 6)])
+
+
+def more(_, __, out):
+    return (out[0] + 3.0, *out[1:]) if isinstance(out, tuple) else out + 3.0
+
+
+def scaled(_, args, kwargs):
+    return (args[0] * 1.5, *args[1:]), kwargs
+
+
+def plain_scaled(_, args):
+    return (args[0] * 1.5, *args[1:])
+
+
+HOOKS = {
+    "layer": ("model.language_model.layers.1", "register_forward_hook", more, {}),
+    "layer, before": ("model.language_model.layers.1", "register_forward_pre_hook", scaled, {"with_kwargs": True}),
+    "attention": ("model.language_model.layers.2.self_attn.o_proj", "register_forward_hook", more, {}),
+    "mlp": ("model.language_model.layers.0.mlp", "register_forward_pre_hook", plain_scaled, {}),
+    "embedding": ("model.language_model.embed_tokens", "register_forward_hook", more, {}),
+    "norm": ("model.language_model.norm", "register_forward_hook", more, {}),
+    "tower": ("model.vision_tower", "register_forward_pre_hook", lambda *_: None, {}),
+    "projector": ("model.multi_modal_projector", "register_forward_hook", more, {}),
+}
+
+
+def put(model, kind):
+    name, how, hook, options = HOOKS[kind]
+    return getattr(model.get_submodule(name), how)(hook, **options)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", HOOKS)
+def test_a_hook_put_on_after_the_first_call_runs_until_it_is_removed(tiny, inputs, kind):
+    model = tiny.model
+    plain = model(**inputs).logits
+    handle = put(model, kind)
+    hooked = model(**inputs).logits
+    handle.remove()
+    with vr.applied(model, ALL):
+        agree(model(**inputs).logits, plain, inputs)
+        for _ in range(2):
+            handle = put(model, kind)
+            agree(model(**inputs).logits, hooked, inputs)
+            handle.remove()
+            agree(model(**inputs).logits, plain, inputs)
+
+
+@torch.no_grad()
+def test_a_hook_that_was_there_first(tiny, inputs):
+    model = tiny.model
+    plain = model(**inputs).logits
+    with vr.applied(model, ALL):
+        handle = put(model, "layer")
+        hooked = model(**inputs).logits
+        handle.remove()
+        agree(model(**inputs).logits, plain, inputs)
+    assert (hooked - plain).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_hook_sees_every_call_in_prefill_and_decode(tiny, inputs):
+    model, fired = tiny.model, []
+    with vr.applied(model, [STS(keep=6, refine=3, at=2)]):
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        layer = model.model.language_model.layers[2]
+        handle = layer.register_forward_hook(lambda *_: fired.append(1))
+        try:
+            for n in (3, 6):
+                model.generate(**inputs, max_new_tokens=3, do_sample=False)
+                assert len(fired) == n
+        finally:
+            handle.remove()
+        model.generate(**inputs, max_new_tokens=3, do_sample=False)
+        assert len(fired) == 6
+
+
+@torch.no_grad()
+def test_a_hook_that_cannot_be_captured_is_named_in_the_error(tiny, inputs):
+    model = tiny.model
+
+    def looks(_, __, out):
+        x = out[0] if isinstance(out, tuple) else out
+        return out if x.sum().item() > 0 else None
+
+    with vr.applied(model, ALL):
+        handle = model.model.language_model.layers[1].register_forward_hook(looks)
+        try:
+            with pytest.raises(RuntimeError, match=r"hooks on model\.language_model\.layers\.1: expected hooks that"):
+                model(**inputs)
+        finally:
+            handle.remove()
+        model(**inputs)
+
+
+# ---- what a rewritten model refuses, and says
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_torch_compile_of_a_rewritten_model_says_what_to_do(tiny, inputs, fullgraph):
+    with vr.applied(tiny.model, ALL):
+        expected = tiny.model(**inputs).logits
+        compiled = torch.compile(tiny.model, backend="eager", fullgraph=fullgraph)
+        with pytest.raises(RuntimeError, match=r"apply\(\.\.\., backend='inductor'\).*vlmrewrite\.restore\(model\)"):
+            compiled(**inputs)
+        torch.testing.assert_close(tiny.model(**inputs).logits, expected)
+    torch._dynamo.reset_code_caches()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        (lambda model: model.set_attn_implementation("eager"), r"its implementation cannot be set.*restore\(model\)"),
+        (pickle.dumps, r"cannot be pickled.*restore\(model\)"),
+        (lambda model: torch.save(model, io.BytesIO()), r"cannot be pickled.*restore\(model\)"),
+    ],
+    ids=["set_attn_implementation", "pickle", "torch.save"],
+)
+def test_what_cannot_be_done_while_a_recipe_is_applied(tiny, inputs, what, message):
+    with vr.applied(tiny.model, ALL):
+        expected = tiny.model(**inputs).logits
+        with pytest.raises(ValueError, match=message):
+            what(tiny.model)
+        torch.testing.assert_close(tiny.model(**inputs).logits, expected)
+    tiny.model.set_attn_implementation("eager")
+    agree(tiny.model(**inputs).logits, expected, inputs)
+    tiny.model.set_attn_implementation("sdpa")
+    with vr.applied(tiny.model, ALL):
+        agree(tiny.model(**inputs).logits, expected, inputs)
