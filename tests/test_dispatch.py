@@ -124,7 +124,7 @@ def test_what_plans_share_runs_once():
         [VISOR(policy=always(0), chain=[{"self_layers": [0, 1]}, {"self_layers": [0, 1, 2]}])],
     )
     attention = torch.ops.vlm.attention.default
-    count = [sum(n.target is attention for n in gm.graph.nodes) for gm in (program.parted.head, *program.parted.tails)]
+    count = [sum(n.target is attention for n in gm.graph.nodes) for gm in program.graphs]
     assert count == [2, 2, 2]
     assert program.run()[0][program.anatomy.logits].shape[0] == 1
 

@@ -13,10 +13,11 @@ Everything else is in the README.
 from vlmrewrite import moved
 from vlmrewrite.api import applied, apply, calibrate, report, restore, verify
 from vlmrewrite.checkpoint import load_blocks, save_blocks
+from vlmrewrite.compiler import rewrite
 from vlmrewrite.plan import Pass, Plan
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report
-from vlmrewrite.rewrite import Program, rewrite
+from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Stage, kept_tokens, trace
 
 __version__ = "0.1.0"

@@ -1,17 +1,96 @@
-"""The compiler, from a captured graph to something that runs, in the order in which it happens."""
+"""The compiler, in the order in which it happens: capture, anatomy, plan, legalize, verify, lower.
+
+A model's forward is captured in :mod:`vlmrewrite.capture`, when it is called; everything behind that is here.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Literal
 
 import torch
+import torch.fx
 from torch import nn
 
-from vlmrewrite.lower import Executable
+from vlmrewrite.analysis import analyse
+from vlmrewrite.lower import Executable, compiled, lower, told
 from vlmrewrite.ops import Kernels
-from vlmrewrite.plan import Pass
-from vlmrewrite.rewrite import Program, rewrite
+from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
+from vlmrewrite.rewrite import Program, check_sets, dispatch, legalize
+
+
+def program_of(gm: torch.fx.GraphModule, parameters: Mapping[str, tuple[int, str]] | None = None) -> Program:
+    """The program of a captured graph, without passes.
+
+    Args:
+        gm: the graph.
+        parameters: for each of its inputs that is a decoder layer's parameter, the layer and the name within it.
+
+    Raises:
+        ValueError: a part of the graph could not be recognised; the message names it.
+    """
+    start = time.perf_counter()
+    anatomy = analyse(gm)
+    seconds = {"anatomy": time.perf_counter() - start}
+    plan = Plan(len(anatomy.layers), frozenset(FEATURES))
+    return Program(gm, anatomy, plan, gm, seconds=seconds, parameters=dict(parameters or {}))
+
+
+def rewrite(
+    program: Program,
+    passes: Sequence[Pass] | Pass,
+    *,
+    strict: bool = False,
+    blocks: nn.ModuleDict | None = None,
+    propagate: bool = True,
+) -> Program:
+    """Apply passes, in order, to a program; the old program is untouched.
+
+    Args:
+        program: from :func:`vlmrewrite.trace`, or a rewritten one.
+        passes: what to do.
+        strict: raise when a pass is refused.
+        blocks: modules of the blocks that the passes ask for, by name; without them they are made new.
+        propagate: if the program holds the call that it was captured from, run the new graph on fake tensors and check
+            that every node holds as many tokens as its set.
+
+    Raises:
+        ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
+        TypeError: something in ``passes`` is not a pass.
+    """
+    times = [time.perf_counter()]
+    plan, outcomes = run_passes(program.plan, [passes] if isinstance(passes, Pass) else list(passes), strict=strict)
+    times.append(time.perf_counter())
+    try:
+        modules = _modules(program, plan, blocks)
+        variants = [
+            legalize(program.captured, program.anatomy, variant, modules, program.parameters)
+            for variant in plan.variants or (plan,)
+        ]
+        times.append(time.perf_counter())
+        for variant in variants:
+            check_sets(program.anatomy, variant)
+        made = replace(
+            program,
+            graph_module=variants[0].graph_module,
+            plan=plan,
+            rewritten=variants[0],
+            dispatch=dispatch(plan, variants) if plan.variants else None,
+            outcomes=(*program.outcomes, *outcomes),
+            blocks=modules,
+        )
+        if propagate:
+            made.propagate()
+    except Exception as e:
+        e.add_note(f"while rewriting to the plan:\n{plan}")
+        raise
+    times.append(time.perf_counter())
+    steps = zip(("passes", "legalize", "verify"), pairwise(times), strict=True)
+    return replace(made, seconds=program.seconds | {name: after - before for name, (before, after) in steps})
 
 
 def compile(
@@ -24,7 +103,7 @@ def compile(
     backend: Literal["eager", "inductor"],
     device: torch.device,
 ) -> Executable:
-    """Compile a captured graph.
+    """Make a captured program ready to run under some passes.
 
     Args:
         program: of the captured graph.
@@ -38,4 +117,19 @@ def compile(
         RuntimeError: kernels asked for by name cannot run there.
     """
     rewritten = rewrite(program, passes, strict=strict, blocks=blocks)
-    return Executable.of(rewritten, kernels, backend, device)
+    lowered = [lower(gm, kernels, device) for gm in rewritten.graphs]
+    graphs = tuple(low.graph_module for low in lowered)
+    parts = graphs if backend == "eager" else tuple(map(compiled, graphs))
+    return Executable(rewritten, backend, told(sum((low.counts for low in lowered), Counter())), graphs, parts)
+
+
+def _modules(program: Program, plan: Plan, given: nn.ModuleDict | None) -> nn.ModuleDict:
+    """The modules of a plan's blocks: those that are there, and new ones."""
+    have = dict((program.blocks if given is None else given).items())
+    lacking = {name: block for name, block in plan.blocks.items() if name not in have}
+    if lacking and program.model is None:
+        raise ValueError(f"no modules were given for the blocks {', '.join(lacking)}, and no model to make them for")
+    if lacking:
+        assert program.model is not None
+        have |= dict(build(program.model, lacking).items())
+    return nn.ModuleDict({name: have[name] for name in plan.blocks})

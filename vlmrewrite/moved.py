@@ -21,7 +21,7 @@ MOVED = {
     "operators": ("ops.library",),
     "passes.dape_losses": ("passes.dape.losses",),
     "passes.dape_ops": ("passes.dape.ops", "passes.dape.blocks"),
-    "program": ("rewrite.program", "plan.pipeline"),
+    "program": ("compiler", "rewrite.program", "plan.pipeline"),
     "regions": ("passes.dape.regions", "passes.dape.matching"),
     "testing.aot": ("testing.triton.aot",),
     "testing.edited": ("oracle.edits", "oracle.masks"),

@@ -38,7 +38,6 @@ from vlmrewrite.plan import (
     difference,
     frozen_pass,
     layer_index,
-    substitute,
     union,
     vision_part,
 )
@@ -135,13 +134,5 @@ class DAPE:
             return tokens
         policy = Policy("split", ops.SPLIT, ("attention_outside", "features", "grid"))
         added = difference(Vision, tokens).select(policy, more, at=layer)
-        wider = union(tokens, added)
-        for entry in plan.layers[layer:]:
-            keys, mlp = entry.attend_set, entry.mlp_set
-            entry.run_on(substitute(entry.run_set, tokens, wider))
-            if keys is not None:
-                entry.attend_to(substitute(keys, tokens, wider))
-            if mlp is not None:
-                entry.mlp_on(substitute(mlp, tokens, wider))
         plan.edit(Edit("pool", added, POOL, layer, POOL_NEEDS))
-        return wider
+        return plan.widen(tokens, added, layer)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from torch.fx import Node
 
 from vlmrewrite.analysis.anatomy import Anatomy, Layer
-from vlmrewrite.plan import Last, Plan, Text, TokenCounts, TokenSet, union
+from vlmrewrite.plan import Last, Plan, TokenCounts, TokenSet
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def costs(
         maps[mlp] |= {n: f for n, f in layer.behind.items() if n in half}
         maps[keys] |= layer.keys | layer.values
         flops = layer.attention_flops(counts.size(run), counts.size(keys) + before)
-        for scored in _scored(plan, layer.index):
+        for scored in plan.scored(layer.index):
             maps[Last] |= layer.queries
             maps[scored] |= layer.keys
             flops += layer.scoring_flops(counts.size(scored) + before)
@@ -65,13 +65,6 @@ def costs(
         added = counts.size(keys)
         out.append(LayerCost(layer.index, counts.size(run), added, batch * flops, batch * added * layer.kv_bytes))
     return out
-
-
-def _scored(plan: Plan, at: int) -> list[TokenSet]:
-    """The sets among whose keys a layer scores vision tokens at its entry, once for each time it does."""
-    found = [s.source for s in plan.selections() if s.at == at and "attention" in s.policy.needs]
-    found += [e.tokens for e in plan.edits if e.at == at and "attention" in e.needs]
-    return [union(Text, s) for s in found]
 
 
 def _block_flops(layer: Layer, tokens: int) -> int:

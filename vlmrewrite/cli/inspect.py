@@ -56,8 +56,8 @@ def inspect(
     from vlmrewrite.cli import catalogue
     from vlmrewrite.cli.config import config_file, read_config, skeleton
     from vlmrewrite.cli.prompt import made_up_shape, traced_prompt
+    from vlmrewrite.compiler import rewrite
     from vlmrewrite.report import summary
-    from vlmrewrite.rewrite import rewrite
 
     config, written = read_config(model)
     counts = {name: n for name, n in made_up.items() if n is not None}

@@ -4,7 +4,7 @@ In: a rewritten program. Out: an :class:`Executable`.
 """
 
 from vlmrewrite.lower.decode_step import DecodeStep, positioned
-from vlmrewrite.lower.executable import Executable, RunResult
-from vlmrewrite.lower.lowering import compiled, lower
+from vlmrewrite.lower.executable import Executable
+from vlmrewrite.lower.lowering import compiled, lower, told
 
-__all__ = ["DecodeStep", "Executable", "RunResult", "compiled", "lower", "positioned"]
+__all__ = ["DecodeStep", "Executable", "compiled", "lower", "positioned", "told"]

@@ -9,12 +9,14 @@ that get detail) is made anew: where what it goes by is equal but for rounding, 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from vlmrewrite.ops import REFERENCES
 from vlmrewrite.oracle.masks import EditMask
+from vlmrewrite.plan import NEEDS
 
 
 def edited(edit: EditMask, stream: Tensor, merged: Tensor | None, paid: Callable[[Tensor], Tensor]) -> Tensor:
@@ -37,7 +39,8 @@ def edited(edit: EditMask, stream: Tensor, merged: Tensor | None, paid: Callable
     if not index.shape[1]:
         return stream
     x = stream[:, :columns]
-    inputs = [_need(edit, need, x, stream.shape[1], merged, paid) for need in edit.needs]
+    given = _Inputs(edit, x, stream.shape[1], merged, paid)
+    inputs = [NEEDS[need].make(given) for need in edit.needs]
     weights = [w.to(x.dtype) for w in edit.weights]
     hidden = torch.stack([row[at] for row, at in zip(x, index, strict=True)])
     new = REFERENCES.get(edit.op, edit.op)(hidden, index, valid, *inputs, *weights, *edit.options)
@@ -56,27 +59,45 @@ def _indexed(tokens: Tensor) -> tuple[Tensor, Tensor]:
     return index.to(tokens.device), valid.to(tokens.device)
 
 
-def _need(
-    edit: EditMask, need: str, x: Tensor, length: int, merged: Tensor | None, paid: Callable[[Tensor], Tensor]
-) -> Tensor:
-    columns = torch.arange(x.shape[1], device=x.device)
-    if need == "stream":
-        return x
-    if need == "text":
-        return edit.text
-    if need == "prompt":
-        return edit.text & (columns <= edit.last[:, None])
-    if need == "flat":
-        return torch.tensor([r * x.shape[1] + c for r, c in edit.vision.nonzero().tolist()], device=x.device)
-    if need == "features" and merged is not None:
-        return merged[:, : x.shape[1]][edit.vision]
-    if need in ("attention", "attention_outside"):
-        seen = edit.tokens if need == "attention" else edit.vision & ~edit.tokens
-        keys = torch.zeros(len(x), length, dtype=torch.bool, device=x.device)
-        keys[:, : x.shape[1]] = edit.text | seen
-        weights = torch.stack([row[:, at] for row, at in zip(paid(keys), edit.last.tolist(), strict=True)])
-        return weights.mean(1)[:, : x.shape[1]][edit.vision] * seen[edit.vision]
-    found = edit.facts.get(need)
-    if found is None:
-        raise NotImplementedError(f"the oracle cannot find {need!r} on this model, which {edit.op} needs")
-    return found.to(x.dtype) if found.is_floating_point() else found
+@dataclass(frozen=True)
+class _Inputs:
+    """What the edit asks for; see :class:`vlmrewrite.plan.Inputs`."""
+
+    edit: EditMask
+    x: Tensor
+    length: int
+    merged: Tensor | None
+    paid: Callable[[Tensor], Tensor]
+
+    def fact(self, name: str) -> Tensor:
+        if name == "text":
+            return self.edit.text
+        if name == "flat":
+            rows = self.edit.vision.nonzero().tolist()
+            return torch.tensor([r * self.x.shape[1] + c for r, c in rows], device=self.x.device)
+        found = self.edit.facts.get(name)
+        if found is None:
+            raise self._unknown(name)
+        return found.to(self.x.dtype) if found.is_floating_point() else found
+
+    def features(self) -> Tensor:
+        if self.merged is None:
+            raise self._unknown("features")
+        return self.merged[:, : self.x.shape[1]][self.edit.vision]
+
+    def stream(self) -> Tensor:
+        return self.x
+
+    def prompt(self) -> Tensor:
+        return self.edit.text & (torch.arange(self.x.shape[1], device=self.x.device) <= self.edit.last[:, None])
+
+    def attention(self, outside: bool) -> Tensor:
+        edit, columns = self.edit, self.x.shape[1]
+        seen = edit.vision & ~edit.tokens if outside else edit.tokens
+        keys = torch.zeros(len(self.x), self.length, dtype=torch.bool, device=self.x.device)
+        keys[:, :columns] = edit.text | seen
+        weights = torch.stack([row[:, at] for row, at in zip(self.paid(keys), edit.last.tolist(), strict=True)])
+        return weights.mean(1)[:, :columns][edit.vision] * seen[edit.vision]
+
+    def _unknown(self, name: str) -> NotImplementedError:
+        return NotImplementedError(f"the oracle cannot find {name!r} on this model, which {self.edit.op} needs")

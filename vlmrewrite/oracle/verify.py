@@ -37,7 +37,7 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
                 block = None if b.block is None else copy.deepcopy(program.blocks[b.block])
                 yield BranchMask(mask(b.tokens, later=False), b.rejoin, block)
 
-    facts: dict[str, Tensor | None] = {"lengths": call.lengths, "ordinal": call.ordinals}
+    facts: dict[str, Tensor | None] = {"lengths": call.lengths, "ordinal": call.ordinal}
     facts |= {"grid": call.grid, "encoder_features": call.encoder_features}
 
     def edits(layer: int) -> Iterator[EditMask]:

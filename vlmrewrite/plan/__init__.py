@@ -9,6 +9,8 @@ from vlmrewrite.plan.budget import Budget, Depth, Layers, check_depth, chosen_la
 from vlmrewrite.plan.call import Call, Extra
 from vlmrewrite.plan.counts import TokenCounts, describe
 from vlmrewrite.plan.interface import Pass, frozen_pass
+from vlmrewrite.plan.listing import events
+from vlmrewrite.plan.needs import FEATURES, NEEDS, Inputs
 from vlmrewrite.plan.pipeline import Outcome, run_passes
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.policy import Policy
@@ -19,6 +21,7 @@ from vlmrewrite.plan.tokens import (
     Intersection,
     Last,
     Nothing,
+    Pair,
     Selection,
     Text,
     TokenSet,
@@ -32,11 +35,12 @@ from vlmrewrite.plan.tokens import (
     union,
     vision_part,
 )
-from vlmrewrite.plan.vocabulary import FEATURES, Branch, Chooser, Edit, LayerPlan
+from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan
 
 __all__ = [
     "ATTRIBUTE",
     "FEATURES",
+    "NEEDS",
     "All",
     "Branch",
     "Budget",
@@ -47,6 +51,7 @@ __all__ = [
     "Edit",
     "Extra",
     "Image",
+    "Inputs",
     "Intersection",
     "Last",
     "LayerCopy",
@@ -54,6 +59,7 @@ __all__ = [
     "Layers",
     "Nothing",
     "Outcome",
+    "Pair",
     "Pass",
     "Plan",
     "Policy",
@@ -70,6 +76,7 @@ __all__ = [
     "contains",
     "describe",
     "difference",
+    "events",
     "frozen_pass",
     "intersection",
     "layer_index",

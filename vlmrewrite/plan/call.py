@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,19 +14,7 @@ from torch import Tensor
 
 from vlmrewrite.plan.budget import tokens_kept
 from vlmrewrite.plan.counts import TokenCounts
-from vlmrewrite.plan.tokens import (
-    All,
-    Difference,
-    Image,
-    Intersection,
-    Last,
-    Nothing,
-    Selection,
-    Text,
-    TokenSet,
-    Union,
-    Vision,
-)
+from vlmrewrite.plan.tokens import All, Image, Last, Selection, Text, TokenSet, Vision, fold
 
 
 def _on_host(numbers: Sequence[int]) -> Tensor:
@@ -109,14 +98,14 @@ class Call:
         return _on_host(self.counts.images)
 
     @cached_property
-    def ordinals(self) -> Tensor:
+    def ordinal(self) -> Tensor:
         """Number of each image within its row, int64 [I], on the CPU."""
         return _on_host(self.counts.ordinals)
 
     @cached_property
     def image_of_token(self) -> Tensor:
         """Number within its row of each vision token's image, int64 [F]."""
-        return self.ordinals.repeat_interleave(self.lengths).to(self.vision.device)
+        return self.ordinal.repeat_interleave(self.lengths).to(self.vision.device)
 
     @cached_property
     def vision_tokens(self) -> Tensor:
@@ -154,19 +143,18 @@ class Call:
 
     def members(self, s: TokenSet, chosen: Mapping[Selection, Tensor]) -> Tensor:
         """A token set as bool [B, T], given what each selection in it chose (bool [F])."""
-        if s == All:
-            return self.everywhere_valid
-        if s in (Text, Vision, Nothing):
-            return {Text: self.text, Vision: self.vision}.get(s, torch.zeros_like(self.vision))
-        if s == Last:
-            return torch.zeros_like(self.vision).scatter(1, self.last, self.last_valid)
-        if isinstance(s, Selection):
-            return torch.zeros_like(self.vision).masked_scatter(self.vision, chosen[s])
-        if isinstance(s, Image):
-            return torch.zeros_like(self.vision).masked_scatter(self.vision, self.image_of_token == s.index)
-        assert isinstance(s, (Union, Intersection, Difference))
-        a, b = self.members(s.left, chosen), self.members(s.right, chosen)
-        return a | b if isinstance(s, Union) else a & b if isinstance(s, Intersection) else a & ~b
+
+        def leaf(x: TokenSet) -> Tensor:
+            if isinstance(x, (Selection, Image)):
+                which = chosen[x] if isinstance(x, Selection) else self.image_of_token == x.index
+                return torch.zeros_like(self.vision).masked_scatter(self.vision, which)
+            if x == Last:
+                return torch.zeros_like(self.vision).scatter(1, self.last, self.last_valid)
+            known = {All: self.everywhere_valid, Text: self.text, Vision: self.vision}
+            return known.get(x, torch.zeros_like(self.vision))
+
+        members: Tensor = fold(s, leaf, operator.or_, operator.and_, lambda a, b: a & ~b)
+        return members
 
     def fill(self, extra: Extra) -> Any:
         """The value of one additional graph input."""

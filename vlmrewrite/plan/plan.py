@@ -11,10 +11,11 @@ import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import reduce
-from itertools import groupby
 
 from vlmrewrite.plan.blocks import Block, LayerCopy
 from vlmrewrite.plan.budget import Budget, Depth, layer_index
+from vlmrewrite.plan.listing import labels, listing
+from vlmrewrite.plan.needs import NEEDS
 from vlmrewrite.plan.policy import Policy
 from vlmrewrite.plan.tokens import (
     Difference,
@@ -112,12 +113,7 @@ class Plan:
             return left
         chosen = left.select(policy, keep, at=layer)
         for entry in self.layers[layer:]:
-            keys, mlp = entry.attend_set, entry.mlp_set
-            entry.run_on(_narrowed(entry.run_set, left, chosen))
-            if keys is not None:
-                entry.attend_to(_narrowed(keys, left, chosen))
-            if mlp is not None:
-                entry.mlp_on(_narrowed(mlp, left, chosen))
+            entry.change(lambda s: _narrowed(s, left, chosen))
         for i, edit in enumerate(self.edits):
             if edit.at >= layer:
                 self.edits[i] = replace(edit, tokens=_narrowed(edit.tokens, left, chosen))
@@ -125,6 +121,13 @@ class Plan:
             if branch.leave >= layer:
                 self.branches[i] = replace(branch, tokens=_narrowed(branch.tokens, left, chosen))
         return chosen
+
+    def widen(self, tokens: TokenSet, added: TokenSet, at: int) -> TokenSet:
+        """From layer ``at`` on, go on with ``added`` wherever ``tokens`` are meant; returns both together."""
+        wider = union(tokens, added)
+        for entry in self.layers[at:]:
+            entry.change(lambda s: substitute(s, tokens, wider))
+        return wider
 
     def edit(self, edit: Edit) -> None:
         """Replace the hidden states of some tokens at a layer's entry; see :class:`Edit`.
@@ -213,10 +216,7 @@ class Plan:
         name = None if block is None else self.block(block)
         made = Branch(tokens, first, rejoin, name, first if block is None else block.layer)
         for entry in self.layers[first:rejoin]:
-            keys = entry.attend_set
-            entry.run_on(difference(entry.run_set, tokens))
-            if keys is not None:
-                entry.attend_to(difference(keys, tokens))
+            entry.change(lambda s: difference(s, tokens))
         self.branches.append(made)
         return made
 
@@ -231,30 +231,36 @@ class Plan:
         found = dict.fromkeys(s for entry in self.sets() for s in selections(entry))
         return sorted(found, key=lambda s: (s.at, len(selections(s))))
 
+    @property
+    def parts_at(self) -> int | None:
+        """The layer at whose entry the plans of a dispatch part, or None without one."""
+        return None if self.chooser is None else layer_index(self.chooser.at, self.depth)
+
+    @property
+    def judges_logits(self) -> bool:
+        """Whether a dispatch chooses by logits, and not by something in the graph."""
+        return self.chooser is not None and self.chooser.op is None
+
+    @property
+    def reads_last(self) -> bool:
+        """Whether something in the graph is read at the last prompt token."""
+        chooses = self.chooser is not None and self.chooser.op is not None
+        return chooses or any(NEEDS[need].scores is not None for need in self.needs())
+
+    def scored(self, at: int) -> list[TokenSet]:
+        """The keys that the last prompt token is scored against at a layer's entry, once for each time it is."""
+        found = [(s.source, s.policy.needs) for s in self.selections() if s.at == at]
+        found += [(e.tokens, e.needs) for e in self.edits if e.at == at]
+        return [score(tokens) for tokens, needs in found for n in needs if (score := NEEDS[n].scores) is not None]
+
     def needs(self) -> set[str]:
         """What its policies and edits ask for."""
         own = {n for s in self.selections() for n in s.policy.needs} | {n for e in self.edits for n in e.needs}
         return own.union(*(v.needs() for v in self.variants))
 
-    def labels(self) -> dict[Selection, str]:
-        """A short name for each selection: its policy's name, numbered if needed."""
-        counts: dict[str, int] = {}
-        out: dict[Selection, str] = {}
-        for s in self.selections():
-            counts[s.policy.name] = counts.get(s.policy.name, 0) + 1
-            out[s] = s.policy.name if counts[s.policy.name] == 1 else f"{s.policy.name}{counts[s.policy.name]}"
-        return out
-
     def render(self, s: TokenSet) -> str:
         """The set's expression with selections by their short names."""
-        text = str(s)
-        for selection, label in reversed(self.labels().items()):
-            text = text.replace(str(selection), label)
-        return text
-
-    def _source(self, s: Selection) -> str:
-        text = self.render(s.source)
-        return f"({text})" if isinstance(s.source, Pair) else text
+        return s.expression(labels(self))
 
     def check(self) -> None:
         """Raise ValueError for a plan that has no meaning."""
@@ -269,27 +275,7 @@ class Plan:
             _in_time(f"the branch from layer {branch.leave}", branch.tokens, branch.leave)
 
     def __str__(self) -> str:
-        if self.variants:
-            assert self.chooser is not None
-            head = f"dispatch by {self.chooser} at layer {layer_index(self.chooser.at, self.depth)} among"
-            return "\n".join([head, *(f"variant {i}:\n{v}" for i, v in enumerate(self.variants))])
-        labels = self.labels()
-        lines = [
-            f"{label} = {self._source(s)}.select({s.policy.name}, keep={s.keep}) at layer {s.at}"
-            for s, label in labels.items()
-        ]
-        for e in self.edits:
-            lines.append(f"{e.name} edits {self.render(e.tokens)} at layer {e.at}")
-        for b in self.branches:
-            block = "nothing" if b.block is None else f"{b.block}, {self.blocks[b.block]}"
-            lines.append(f"branch {self.render(b.tokens)} from layer {b.leave} to {b.rejoin} through {block}")
-        for (run, keys, mlp), group in groupby(self.layers, key=LayerPlan.sets):
-            span = [e.index for e in group]
-            where = f"layer {span[0]}" if len(span) == 1 else f"layers {span[0]}-{span[-1]}"
-            line = f"{where:<14} run_on {self.render(run)}"
-            line += "" if run == keys else f", attend_to {self.render(keys)}"
-            lines.append(line + ("" if run == mlp else f", mlp_on {self.render(mlp)}"))
-        return "\n".join(lines)
+        return listing(self)
 
 
 def _in_time(what: str, tokens: TokenSet, layer: int) -> None:

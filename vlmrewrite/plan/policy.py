@@ -1,4 +1,4 @@
-"""How a selection chooses, and what it may ask for."""
+"""How a selection chooses."""
 
 from __future__ import annotations
 
@@ -6,27 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-NEEDS = {
-    "features": "projected vision features, [F, C]",
-    "encoder_features": "what the projector took, [F, C']",
-    "attention": "weight received from the last prompt token at that layer, fp32 [F]",
-    "attention_outside": "the same, paid to the vision tokens that are not in the source or the edited set, fp32 [F]",
-    "ordinal": "number of each image within its row, int64 [I], on the CPU",
-    "grid": "rows and columns of each image's tokens, int64 [I, 2], on the CPU",
-    "stream": "hidden states at that layer's entry, [B, T, H]",
-    "text": "the text tokens, bool [B, T]",
-    "prompt": "the text tokens up to the last prompt token, bool [B, T]",
-    "flat": "row * T + column of each vision token, int64 [F]",
-    "lengths": "tokens of each image, int64 [I], on the CPU",
-}
-"""What a policy or an edit can ask for."""
-
-
-def check_needs(who: str, needs: tuple[str, ...]) -> None:
-    """Raise ValueError for a need that is not in :data:`NEEDS`."""
-    for need in needs:
-        if need not in NEEDS:
-            raise ValueError(f"{who} needs {need!r}; expected one of {', '.join(NEEDS)}")
+from vlmrewrite.plan.needs import check_needs
 
 
 @dataclass(frozen=True)

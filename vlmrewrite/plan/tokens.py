@@ -6,11 +6,19 @@ which operators keep apart. At run time it is a boolean membership and a sorted 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from operator import add
+from typing import TYPE_CHECKING, ClassVar, TypeVar
 
 from vlmrewrite.plan.budget import Budget
-from vlmrewrite.plan.policy import Policy
+
+if TYPE_CHECKING:
+    from vlmrewrite.plan.policy import Policy
+
+
+T = TypeVar("T")
+Op = Callable[[T, T], T]
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,10 @@ class TokenSet:
 
     def __sub__(self, other: TokenSet) -> TokenSet:
         return difference(self, other)
+
+    def expression(self, names: Mapping[Selection, str]) -> str:
+        """The set as text, selections by the names given or, without one, spelled out."""
+        return str(self)
 
     def select(self, policy: Policy, keep: Budget, *, at: int = 0) -> Selection:
         """Choose ``keep`` tokens per image (int), or a fraction of each image's tokens (float), at layer ``at``.
@@ -96,9 +108,15 @@ class Selection(TokenSet):
     keep: Budget
     at: int
 
-    def __str__(self) -> str:
+    def expression(self, names: Mapping[Selection, str]) -> str:
+        """Its name, or how it is chosen."""
+        if self in names:
+            return names[self]
         options = "".join(f", {x}" for x in self.policy.options)
-        return f"{_inner(self.source)}.{self.policy.name}({self.keep}, at={self.at}{options})"
+        return f"{_inner(self.source, names)}.{self.policy.name}({self.keep}, at={self.at}{options})"
+
+    def __str__(self) -> str:
+        return self.expression({})
 
 
 @dataclass(frozen=True)
@@ -109,9 +127,14 @@ class Pair(TokenSet):
     right: TokenSet
     symbol: ClassVar[str] = "?"
 
-    def __str__(self) -> str:
-        flat = (str(s) if self.symbol == "|" and isinstance(s, Union) else _inner(s) for s in (self.left, self.right))
+    def expression(self, names: Mapping[Selection, str]) -> str:
+        """Both parts around the symbol."""
+        both = (self.left, self.right)
+        flat = (s.expression(names) if self.symbol == "|" and isinstance(s, Union) else _inner(s, names) for s in both)
         return f" {self.symbol} ".join(flat)
+
+    def __str__(self) -> str:
+        return self.expression({})
 
 
 class Union(Pair):
@@ -135,8 +158,17 @@ class Difference(Pair):
 All, Text, Vision, Last, Nothing = _All(), _Text(), _Vision(), _Last(), _Nothing()
 
 
-def _inner(s: TokenSet) -> str:
-    return f"({s})" if isinstance(s, Pair) else str(s)
+def _inner(s: TokenSet, names: Mapping[Selection, str]) -> str:
+    text = s.expression(names)
+    return f"({text})" if isinstance(s, Pair) else text
+
+
+def fold(s: TokenSet, leaf: Callable[[TokenSet], T], either: Op[T], both: Op[T], without: Op[T]) -> T:
+    """Interpret a set: ``leaf`` of what is no pair, put together by what ``|``, ``&`` and ``-`` mean."""
+    if not isinstance(s, Pair):
+        return leaf(s)
+    meaning = either if isinstance(s, Union) else both if isinstance(s, Intersection) else without
+    return meaning(*(fold(part, leaf, either, both, without) for part in (s.left, s.right)))
 
 
 _TEXTS = (Nothing, Last, Text)
@@ -269,20 +301,14 @@ def substitute(s: TokenSet, old: TokenSet, new: TokenSet) -> TokenSet:
         return new
     if s == All and old == Vision:
         return union(Text, new)
-    if isinstance(s, Selection):
-        if any(x.at >= s.at for x in selections(new)):
-            return s
+    if isinstance(s, Selection) and not any(x.at >= s.at for x in selections(new)):
         return Selection(substitute(s.source, old, new), s.policy, s.keep, s.at)
     if isinstance(s, Pair):
-        combine = {Union: union, Intersection: intersection, Difference: difference}[type(s)]
-        return combine(substitute(s.left, old, new), substitute(s.right, old, new))
+        left, right = substitute(s.left, old, new), substitute(s.right, old, new)
+        return left | right if isinstance(s, Union) else left & right if isinstance(s, Intersection) else left - right
     return s
 
 
 def selections(s: TokenSet) -> list[Selection]:
     """All selections in the expression, sources before what is selected from them."""
-    if isinstance(s, Selection):
-        return [*selections(s.source), s]
-    if isinstance(s, Pair):
-        return selections(s.left) + selections(s.right)
-    return []
+    return fold(s, lambda x: [*selections(x.source), x] if isinstance(x, Selection) else [], add, add, add)

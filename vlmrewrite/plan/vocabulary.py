@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from vlmrewrite.plan.budget import Depth
-from vlmrewrite.plan.policy import check_needs
+from vlmrewrite.plan.needs import check_needs
 from vlmrewrite.plan.tokens import All, Text, TokenSet, intersection, text_part
 
 
@@ -114,6 +114,14 @@ class LayerPlan:
         self.mlp_set = self._in_run_set(tokens)
         return self
 
+    def change(self, change: Callable[[TokenSet], TokenSet]) -> LayerPlan:
+        """Change what it runs on, and what it attends to and takes through the MLP where that is something else."""
+        keys, mlp = self.attend_set, self.mlp_set
+        self.run_on(change(self.run_set))
+        if keys is not None:
+            self.attend_to(change(keys))
+        return self if mlp is None else self.mlp_on(change(mlp))
+
     def _in_run_set(self, tokens: TokenSet) -> TokenSet | None:
         found = intersection(tokens, self.run_set)
         return None if found == self.run_set else found
@@ -163,7 +171,3 @@ class Branch:
     rejoin: int
     block: str | None = None
     layer: int = 0
-
-
-FEATURES = ("features", "encoder_features", "grid")
-"""Facts about the images that not every model can give."""

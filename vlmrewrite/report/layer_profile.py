@@ -24,11 +24,12 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
+from vlmrewrite.compiler import rewrite
 from vlmrewrite.hf import check_support, encode_images
 from vlmrewrite.plan import All, Call, Plan, Text, TokenSet
 from vlmrewrite.report.observe import observe
 from vlmrewrite.report.plot import check_plot
-from vlmrewrite.rewrite import Program, rewrite
+from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import trace
 from vlmrewrite.text import table
 

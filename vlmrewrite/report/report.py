@@ -11,12 +11,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmrewrite.analysis import LayerCost, peak_bytes
+from vlmrewrite.analysis import LayerCost, Tail, peak_bytes
 from vlmrewrite.capture import CAPTURES
 from vlmrewrite.lower import lower
-from vlmrewrite.plan import Call, Pass, Plan, describe, layer_index
+from vlmrewrite.plan import Call, Pass, Plan, describe
 from vlmrewrite.rewrite import Program
-from vlmrewrite.runtime import Session
+from vlmrewrite.runtime import LastCall, Session
 from vlmrewrite.text import byte_size, span, table
 
 
@@ -133,10 +133,10 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         session.recipe.name,
         session.backend if latest is None else latest.executable.backend,
         session.passes,
-        program=None if latest is None else latest.result.program,
+        program=None if latest is None else latest.program,
         call=None if latest is None else latest.call,
         held=() if latest is None else latest.given.held,
-        given_up=() if latest is None else latest.result.given_up,
+        given_up=() if latest is None else _given_up(latest),
         kernels={} if latest is None else latest.executable.choices,
         graphs={} if one is None else {"captured": one.call.graphs, "limit": one.call.limit},
         seconds={} if one is None else {"capture": one.call.seconds},
@@ -151,9 +151,20 @@ def _memory(session: Session) -> dict[str, int]:
     latest = session.last()
     device = latest.call.vision.device
     before = lower(latest.executable.program.captured, session.kernels, device).graph_module
+    program, (first, *more) = latest.executable.program, latest.executable.graphs
+    arguments, tails = program.arguments(latest.inputs, latest.call), list[Tail]()
+    if (parted := program.dispatch) is not None:
+        arguments = [*latest.inputs, *map(latest.call.fill, parted.extras)]
+        given = (parted.tail_arguments(i, latest.inputs, latest.call) for i in latest.result.ran)
+        tails = [Tail(more[i], g, parted.takes[i]) for i, g in zip(latest.result.ran, given, strict=True)]
     with torch.autocast(device.type, latest.autocast, enabled=latest.autocast is not None):
-        after = latest.executable.peak_bytes(latest.result, latest.inputs, latest.call)
-        return {"before": peak_bytes(before, latest.inputs), "after": after}
+        return {"before": peak_bytes(before, latest.inputs), "after": peak_bytes(first, arguments, tails)}
+
+
+def _given_up(latest: LastCall) -> list[Program]:
+    """Of a dispatch, what ran before the plan that was kept."""
+    whole = latest.executable.program
+    return [replace(whole, plan=whole.dispatch.plans[i]) for i in latest.result.ran[:-1] if whole.dispatch is not None]
 
 
 def make_report(
@@ -241,10 +252,8 @@ def make_report(
 
 def _tail_flops(program: Program, call: Call, held: Sequence[int]) -> int:
     """FLOPs of a variant of a dispatch behind the point where the variants part."""
-    plan = program.plan
-    assert plan.chooser is not None
     rows = program.costs(call.counts, call.past, held)
-    return sum(row.flops for row in rows[layer_index(plan.chooser.at, plan.depth) :])
+    return sum(row.flops for row in rows[program.plan.parts_at :])
 
 
 def _unplanned(program: Program) -> Program:

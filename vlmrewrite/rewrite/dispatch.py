@@ -7,35 +7,82 @@ The rewritten graphs of all variants are cut where their plans part. Nodes that 
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch.fx
+from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from vlmrewrite.analysis import needed, writes
-from vlmrewrite.plan import Extra
+from vlmrewrite.errors import shown
+from vlmrewrite.plan import Call, Chooser, Extra, Plan
 from vlmrewrite.rewrite.legalize import Rewritten, with_blocks
 
 
 @dataclass(frozen=True)
-class Parted:
-    """A family of graphs, cut.
+class Dispatch:
+    """Whole plans to choose among in each call, their graphs cut where they part.
 
     Attributes:
+        chooser: who chooses.
+        plans: the plans, cheapest first.
+        rewritten: the whole graph of each.
         head: the captured inputs and ``extras`` to a tuple of values: the choice's value first.
         extras: the head's additional inputs.
-        tails: for each variant, the captured inputs, its own extras and its ``takes`` of the head's values to what the
+        tails: for each plan, the captured inputs, its own extras and its ``takes`` of the head's values to what the
             whole graph returns.
         takes: for each tail, which of the head's values it takes.
     """
 
+    chooser: Chooser
+    plans: tuple[Plan, ...]
+    rewritten: tuple[Rewritten, ...]
     head: torch.fx.GraphModule
     extras: tuple[Extra, ...]
     tails: tuple[torch.fx.GraphModule, ...]
     takes: tuple[tuple[int, ...], ...]
+
+    def run(
+        self, parts: Sequence[Callable[..., Any]], inputs: Sequence[Any], call: Call, logits_at: int
+    ) -> tuple[tuple[int, ...], Any, Tensor | None]:
+        """Run what the plans share, ask the chooser, and run one tail after another until it is content.
+
+        Args:
+            parts: the head and the tails, lowered or not.
+            inputs: the captured graph's flat inputs. call: what describes them.
+            logits_at: which of the captured outputs holds the logits.
+
+        Returns:
+            the numbers of the plans that ran, last the one whose result is kept; what its graph returned; and what the
+            chooser read in the graph.
+        """
+        chooser, n = self.chooser, len(self.plans)
+        shared = parts[0](*inputs, *map(call.fill, self.extras))
+        value = None if chooser.op is None else shared[0]
+        ran = [self._in_range(chooser.first(value, call.with_images, n))]
+        while True:
+            tried = ran[-1]
+            out = parts[1 + tried](*self.tail_arguments(tried, inputs, call), *(shared[k] for k in self.takes[tried]))
+            logits = out[0][logits_at]
+            column = (call.last - (call.length - logits.shape[1])).clamp(min=0)  # they may be of the last tokens only
+            last = logits.take_along_dim(column[..., None], 1)[:, 0]
+            another = chooser.then(tried, last, call.with_images, n)
+            if another is None:
+                return tuple(ran), out, value
+            del out, logits  # their memory is the next one's
+            ran.append(self._in_range(another))
+
+    def tail_arguments(self, i: int, inputs: Sequence[Any], call: Call) -> list[Any]:
+        """What a tail takes, but for the head's values."""
+        return [*inputs, *map(call.fill, self.rewritten[i].extras)]
+
+    def _in_range(self, i: object) -> int:
+        if type(i) is not int or not 0 <= i < len(self.plans):
+            raise ValueError(f"{self.chooser} chose variant {shown(i)}; expected an int in 0 .. {len(self.plans) - 1}")
+        return i
 
 
 class _Numbers:
@@ -77,8 +124,9 @@ def _frozen(x: Any) -> object:
     return type(x).__name__, x
 
 
-def part(variants: Sequence[Rewritten]) -> Parted:
-    """Cut the graphs of several variants where their ``frontier`` is; the graphs themselves are not changed."""
+def dispatch(plan: Plan, variants: Sequence[Rewritten]) -> Dispatch:
+    """Cut the rewritten graphs of a plan's variants where their ``frontier`` is; the graphs are not changed."""
+    assert plan.chooser is not None
     numbers = _Numbers()
     numbered = [numbers.of(r) for r in variants]
     first = variants[0]
@@ -98,7 +146,8 @@ def part(variants: Sequence[Rewritten]) -> Parted:
     order = list(crossing)
     head = _head(first, numbered[0], order)
     cut = [_tail(r, of, common, order) for r, of in zip(variants, numbered, strict=True)]
-    return Parted(head, first.extras, tuple(gm for gm, _ in cut), tuple(takes for _, takes in cut))
+    tails, takes = zip(*cut, strict=True)
+    return Dispatch(plan.chooser, plan.variants, tuple(variants), head, first.extras, tails, takes)
 
 
 def _head(r: Rewritten, of: dict[Node, int], order: list[int]) -> torch.fx.GraphModule:

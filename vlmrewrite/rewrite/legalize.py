@@ -8,38 +8,21 @@ order: branches rejoin, selections are made, edits are done, branches leave.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor, nn
+from torch import nn
 from torch.fx import Node
 
-from vlmrewrite import analysis
-from vlmrewrite.analysis import Anatomy, Layer, value, where
-from vlmrewrite.plan import (
-    All,
-    Branch,
-    Chooser,
-    Edit,
-    Extra,
-    Last,
-    LayerPlan,
-    Plan,
-    Selection,
-    Text,
-    TokenSet,
-    Vision,
-    difference,
-    layer_index,
-    union,
-)
-from vlmrewrite.rewrite.stream import Stream, StreamEmitter
-
-BLOCKS = "vlm_blocks"
-"""Where a rewritten graph finds the plan's blocks."""
+from vlmrewrite.analysis import Anatomy, Layer, where, writes
+from vlmrewrite.plan import NEEDS, All, Branch, Edit, Extra, Last, LayerPlan, Plan, Selection, TokenSet
+from vlmrewrite.rewrite.inputs import GraphInputs
+from vlmrewrite.rewrite.layer import LayerNodes
+from vlmrewrite.rewrite.sets import BLOCKS, Emitter, Sets
+from vlmrewrite.rewrite.stream import Stream
 
 vlm = torch.ops.vlm
 
@@ -81,7 +64,28 @@ def legalize(
         ValueError: a node inside a layer cannot be computed on a subset of the tokens; the message names it.
     """
     plan.check()
-    return _Legalizer(gm, anatomy, plan, blocks or nn.ModuleDict(), parameters or {}).run()
+    work = _Rewrite(gm, anatomy, parameters or {})
+    selections, frontier = plan.selections(), tuple[Node, ...]()
+    for layer, entry in zip(anatomy.layers, plan.layers, strict=True):
+        at = layer.index
+        work.nodes.enter(layer)
+        if plan.chooser is not None and at == plan.parts_at:
+            frontier = work.part(plan)
+        for branch in (b for b in plan.branches if b.leave < at == b.rejoin):
+            work.rejoin(branch)
+        for s in (s for s in selections if s.at == at):
+            work.choose(s)
+        for edit in (e for e in plan.edits if e.at == at):
+            work.edit(edit)
+        for branch in (b for b in plan.branches if b.leave == at):
+            work.leave(branch)
+        work.rewrite(layer, entry)
+        if layer is anatomy.layers[-1]:
+            for branch in (b for b in plan.branches if b.rejoin == at + 1):
+                work.rejoin(branch)
+        work.expose(layer)
+    work.finish(selections, frontier, blocks or nn.ModuleDict())
+    return Rewritten(work.gm, tuple(work.emit.extras), tuple(selections), work.typed, frontier)
 
 
 def with_blocks(gm: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
@@ -93,239 +97,147 @@ def with_blocks(gm: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.Gra
     return made
 
 
-class _Legalizer(StreamEmitter):
-    def __init__(
-        self,
-        gm: torch.fx.GraphModule,
-        anatomy: Anatomy,
-        plan: Plan,
-        blocks: nn.ModuleDict,
-        parameters: Mapping[str, tuple[int, str]],
-    ) -> None:
-        super().__init__(gm, anatomy)
-        self.plan, self.blocks, self.parameters = plan, blocks, parameters
-        self.regions = {self.env[n] for layer in anatomy.layers for n in layer.region}
-        self.originals = set(self.graph.nodes)
-        self.past = anatomy.layers[0].append is not None and anatomy.layers[0].append.args[0] is not None
-        self.away: dict[Branch, Node] = {}
-        self.frontier: tuple[Node, ...] = ()
+class _Rewrite:
+    """The copy of a captured graph that is rewritten: one method for each thing that can happen to it."""
 
-    def run(self) -> Rewritten:
-        selections = self.plan.selections()
-        for layer, entry in zip(self.old.layers, self.plan.layers, strict=True):
-            self.enter(layer)
-            if self.plan.chooser is not None and layer.index == layer_index(self.plan.chooser.at, self.plan.depth):
-                self.frontier = self._part(self.plan.chooser)
-            for branch in self.plan.branches:
-                if branch.leave < layer.index:
-                    self._rejoin(branch, layer.index)
-            for s in (s for s in selections if s.at == layer.index):
-                self._choose(s)
-            for edit in (e for e in self.plan.edits if e.at == layer.index):
-                self._edit(edit)
-            for branch in (b for b in self.plan.branches if b.leave == layer.index):
-                self.away[branch] = self._through(branch)
-                self._rejoin(branch, layer.index)
-            self._rewrite(layer, entry)
-            self._expose(layer)
-        self._finish(selections)
-        return Rewritten(self.gm, tuple(self.extras), tuple(selections), self.typed, self.frontier)
+    def __init__(self, gm: torch.fx.GraphModule, anatomy: Anatomy, parameters: Mapping[str, tuple[int, str]]) -> None:
+        graph, env = torch.fx.Graph(), dict[Node, Node]()
+        self.output = graph.output(graph.graph_copy(gm.graph, env))
+        self.gm, self.anatomy = torch.fx.GraphModule(gm, graph), anatomy
+        self.typed: dict[Node, TokenSet] = {}
+        self.emit = Emitter(graph, env[anatomy.exit].next)
+        self.sets = Sets(self.emit, env[anatomy.vision])
+        self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets, self.typed)
+        self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream, self.typed)
+        self._parameters = {env[n]: parameters[n.name] for n in env if n.op == "placeholder" and n.name in parameters}
+        self._regions = {env[n] for layer in anatomy.layers for n in layer.region}
+        self._originals = set(graph.nodes)
+        self._away: dict[Branch, Node] = {}
 
     # ---- at a layer's entry
 
-    def _choose(self, s: Selection) -> None:
-        supply = self._supply(s.source)
-        inputs = [supply[need]() for need in s.policy.needs]
-        given = self.which(s.source), self.extra("lengths"), self.extra("keep", s)
-        chosen = self.call(s.policy.op, *inputs, *given, *map(self._weight, s.policy.weights), *s.policy.options)
-        self.chosen[s] = self.call(vlm.checked.default, chosen, *given, s.policy.name)
+    def part(self, plan: Plan) -> tuple[Node, ...]:
+        """What a dispatch's chooser reads, and the stream as it is, with what is away from it."""
+        assert plan.chooser is not None
+        away = (self._away[b] for b in plan.branches if b in self._away and b.rejoin >= self.nodes.layer.index)
+        here = (*self.stream.nodes(), *away)
+        if plan.chooser.op is None:
+            return here
+        return self.emit.call(plan.chooser.op, self.stream.view(Last), *self._weights(plan.chooser)), *here
 
-    def _edit(self, edit: Edit) -> None:
-        supply, s = self._supply(edit.tokens), self.set(edit.tokens)
-        inputs = [supply[need]() for need in edit.needs]
-        x = self.view(edit.tokens)
-        new = self.call(edit.op, x, s.index, s.valid, *inputs, *map(self._weight, edit.weights), *edit.options)
+    def choose(self, s: Selection) -> None:
+        """Let a selection's policy choose."""
+        given = self.sets.which(s.source), self.emit.extra("lengths"), self.emit.extra("keep", s)
+        inputs = self._inputs(s.policy.needs, s.source)
+        chosen = self.emit.call(s.policy.op, *inputs, *given, *self._weights(s.policy), *s.policy.options)
+        self.sets.chosen[s] = self.emit.call(vlm.checked.default, chosen, *given, s.policy.name)
+
+    def edit(self, edit: Edit) -> None:
+        """Replace the hidden states of an edit's tokens."""
+        inputs, s = self._inputs(edit.needs, edit.tokens), self.sets[edit.tokens]
+        x = self.stream.view(edit.tokens)
+        new = self.emit.call(edit.op, x, s.index, s.valid, *inputs, *self._weights(edit), *edit.options)
         new.meta["edit"] = edit.name
-        self.write(edit.tokens, new)
+        self.stream.write(edit.tokens, new)
 
-    def _supply(self, tokens: TokenSet) -> dict[str, Callable[[], Node]]:
-        """The inputs that a policy or an edit can ask for."""
-        return {
-            "features": self._features,
-            "encoder_features": lambda: self.extra("encoder_features"),
-            "ordinal": lambda: self.extra("ordinals"),
-            "attention": lambda: self._attention(union(Text, tokens)),
-            "attention_outside": lambda: self._attention(union(Text, difference(Vision, tokens))),
-            "stream": self.joined,
-            "text": lambda: self.extra("text"),
-            "prompt": self._prompt,
-            "flat": lambda: self.extra("flat"),
-            "lengths": lambda: self.extra("lengths"),
-            "grid": lambda: self.extra("grid"),
-        }
+    def _inputs(self, needs: tuple[str, ...], tokens: TokenSet) -> list[Node]:
+        given = GraphInputs(tokens, self.anatomy, self.nodes, self.emit, self.sets)
+        return [NEEDS[need].make(given) for need in needs]
 
-    def _weight(self, name: str) -> Node:
-        """A block's parameter."""
-        with self.graph.inserting_before(self.anchor):
-            return self.graph.create_node("get_attr", f"{BLOCKS}.{name}")
-
-    def _features(self) -> Node:
-        node = self.env[self.old.merged_features]
-        x = value(self.old.merged_features)
-        assert isinstance(x, Tensor)
-        return node if x.dim() == 2 else self.call(torch.flatten, node, 0, x.dim() - 2)
-
-    def _prompt(self) -> Node:
-        before = self.call(operator.le, self.extra("everywhere"), self.extra("last"))
-        return self.call(operator.and_, self.extra("text"), before)
-
-    def _attention(self, current: TokenSet) -> Node:
-        """What the last prompt token pays to each vision token in this layer, scored outside of it."""
-        layer, append, now = self.layer, self.layer.append, self.set(current)
-        q = self.value(self.old_arg(layer.attention, 0), Last)
-        k = self.value(self.old_arg(append, 3) if append is not None else self.old_arg(layer.attention, 1), current)
-        positions = now.positions
-        if self.past:
-            assert append is not None
-            k = self.call(torch.cat, [self.old_arg(append, 0), k], 2)
-            positions = self.call(torch.cat, [self.old_arg(append, 2), positions], 1)
-        mask, scale, softcap = self.maybe(layer.attention.args[3]), layer.attention.args[6], layer.attention.args[8]
-        return self.call(
-            vlm.attention_received.default, q, k, mask, self.set(Last).positions, positions, scale, softcap,
-            now.index, now.valid, self.extra("flat"), self.extra("length"),
-        )  # fmt: skip
-
-    def _part(self, chooser: Chooser) -> tuple[Node, ...]:
-        """What the chooser reads, and the stream as it is."""
-        stream = self.stream
-        here = (stream.full,) if stream.part is None else (stream.full, stream.part[1])
-        away = tuple(self.away[b] for b in self.plan.branches if b in self.away and b.rejoin >= self.layer.index)
-        if chooser.op is None:
-            return (*here, *away)
-        read = self.call(chooser.op, self.view(Last), *map(self._weight, chooser.weights))
-        return (read, *here, *away)
+    def _weights(self, of: Any) -> list[Node]:
+        return [self.emit.weight(name) for name in of.weights]
 
     # ---- branches
 
-    def _through(self, branch: Branch) -> Node:
-        """The branch's tokens behind its block: what its layer does, with the block's parameters, among themselves."""
-        x = self.view(branch.tokens)
-        if branch.block is None:
-            return x
-        around = self.layer, self.stream
-        layer = self.old.layers[branch.layer]
-        self.swap(self._parameters(branch, layer))
-        self.stream = Stream(x, changed=True)
-        self.enter(layer)
-        self.stream.views[branch.tokens] = x
-        k, v = (self.value(self._new_key(layer, i), branch.tokens) for i in (0, 1))
-        self._attend(layer, branch.tokens, branch.tokens, k, v, self.set(branch.tokens).positions)
-        done = self.value(self.env[layer.exit], branch.tokens)
-        self.swap({})
-        self.layer, self.stream = around
-        views = self.stream.views
-        self.enter(self.layer)
-        self.stream.views = views
-        return done
+    def leave(self, branch: Branch) -> None:
+        """Take a branch's tokens through its block: what its layer does, with its parameters, among themselves."""
+        x, tokens, layer = self.stream.view(branch.tokens), branch.tokens, self.anatomy.layers[branch.layer]
+        if branch.block is not None:
+            own = {n: name for n, (of, name) in self._parameters.items() if of == layer.index}
+            if not own:
+                raise ValueError(
+                    f"no parameter of layer {layer.index} was found among the graph's inputs, so that block"
+                    f" {branch.block!r} cannot take their place"
+                )
+            swapped = {n: self.emit.weight(f"{branch.block}.{name}") for n, name in own.items()}
+            with self.nodes.aside(layer, swapped, tokens, x):
+                k, v = (self.nodes.new_key(i, tokens) for i in range(2))
+                self._attend(tokens, tokens, k, v, self.sets[tokens].positions)
+                x = self.nodes.value(self.nodes.env[layer.exit], tokens)
+        self._away[branch] = x
+        if branch.rejoin == branch.leave:
+            self.rejoin(branch)
 
-    def _parameters(self, branch: Branch, layer: Layer) -> dict[Node, Node]:
-        found = {}
-        for node in self.old_inputs():
-            of, name = self.parameters.get(node.name, (-1, ""))
-            if of == layer.index:
-                found[self.env[node]] = self._weight(f"{branch.block}.{name}")
-        if not found:
-            raise ValueError(
-                f"no parameter of layer {layer.index} was found among the graph's inputs, so that block"
-                f" {branch.block!r} cannot take their place"
-            )
-        return found
-
-    def old_inputs(self) -> list[Node]:
-        """The captured graph's inputs."""
-        return [n for n in self.env if n.op == "placeholder"]
-
-    def _rejoin(self, branch: Branch, at: int) -> None:
-        if branch.rejoin == at:
-            s = self.set(branch.tokens)
-            new = self.call(vlm.restore.default, self.joined(), self.away[branch], s.index, s.valid)
-            self.typed[new] = All
-            self.stream.become(new)
+    def rejoin(self, branch: Branch) -> None:
+        """Put a branch's tokens back into the stream."""
+        self.stream.write(All, self.stream.restored(self.stream.joined(), self._away[branch], branch.tokens))
 
     # ---- a layer
 
-    def _new_key(self, layer: Layer, i: int) -> Node:
-        """The layer's own new keys (0) or values (1), before the cache."""
-        append = layer.append
-        return self.old_arg(append, 3 + i) if append is not None else self.old_arg(layer.attention, 1 + i)
-
-    def _rewrite(self, layer: Layer, entry: LayerPlan) -> None:
+    def rewrite(self, layer: Layer, entry: LayerPlan) -> None:
+        """Compute a layer for the tokens that it runs on."""
         run, keys, mlp = entry.sets()
-        stream, exit = self.stream, self.env[layer.exit]
-        if run == keys == mlp == All and not stream.changed and not self.past:
-            stream.full = exit
+        nodes, exit = self.nodes, self.nodes.env[layer.exit]
+        if run == keys == mlp == All and not self.stream.changed and not nodes.past:
+            self.stream.full = exit
             return
-        k, v = (self.value(self._new_key(layer, i), keys) for i in (0, 1))
-        k_pos = self.set(keys).positions
-        append = layer.append
-        if append is not None:
-            old = [self.maybe(append.args[i]) for i in range(3)]
-            grown = self.call(vlm.kv_append.default, *old, k, v, k_pos)
-            k, v, k_pos = (self.call(operator.getitem, grown, i) for i in range(3))
-            for user in list(self.env[append].users):
-                if user.target is operator.getitem:
-                    user.replace_all_uses_with((k, v, k_pos)[int(user.args[1])], delete_user_cb=self._is_output)  # type: ignore[arg-type]
-        stream.changed = True
-        self._attend(layer, run, keys, k, v, k_pos)
+        k, v = (nodes.new_key(i, keys) for i in range(2))
+        k_pos = self.sets[keys].positions
+        if layer.append is not None:
+            k, v, k_pos = self._append(layer.append, k, v, k_pos)
+        self.stream.changed = True
+        self._attend(run, keys, k, v, k_pos)
         if run == mlp:
-            self.write(run, self.value(exit, run))
+            self.stream.write(run, nodes.value(exit, run))
             return
         if layer.middle is None:
             raise ValueError(
                 f"layer {layer.index} has no residual add between its attention and its MLP, at {where(layer.exit)}:"
                 f" its MLP cannot run on {mlp} while its attention runs on {run}"
             )
-        self.write(run, self.value(self.env[layer.middle], run))
-        self.enter(layer, layer.second_half(), layer.middle)
-        self.write(mlp, self.value(exit, mlp))
+        self.stream.write(run, nodes.value(nodes.env[layer.middle], run))
+        nodes.enter(layer, layer.second_half(), layer.middle)
+        self.stream.write(mlp, nodes.value(exit, mlp))
 
-    def _attend(self, layer: Layer, run: TokenSet, keys: TokenSet, k: Node, v: Node, k_pos: Node) -> None:
+    def _append(self, append: Node, k: Node, v: Node, k_pos: Node) -> list[Node]:
+        """A layer's grown cache, also for who else read it."""
+        old = [self.nodes.maybe(append.args[i]) for i in range(3)]
+        grown = self.emit.call(vlm.kv_append.default, *old, k, v, k_pos)
+        parts = [self.emit.call(operator.getitem, grown, i) for i in range(3)]
+        for user in list(self.nodes.env[append].users):
+            if user.target is operator.getitem:
+                part = parts[int(user.args[1])]  # type: ignore[arg-type]
+                user.replace_all_uses_with(part, delete_user_cb=lambda reader: reader is self.output)
+        return parts
+
+    def _attend(self, run: TokenSet, keys: TokenSet, k: Node, v: Node, k_pos: Node) -> None:
         """The layer's attention node for the queries of one set and the keys of another."""
-        old = layer.attention
-        mask = self.maybe(old.args[3])
-        alone = not self.past or bool(self.swapped)
-        plain: Any = self.extra("dense", run) if alone and mask is None and run == keys else False
-        q = self.value(self.old_arg(old, 0), run)
-        rest = [self.maybe(a) for a in old.args[6:]]
-        q_pos = self.set(run).positions
-        new = self.call(vlm.attention.default, q, k, v, mask, q_pos, k_pos, rest[0], plain, *rest[2:])
-        self.instead(self.env[old], run, new)
+        nodes, old = self.nodes, self.nodes.layer.attention
+        mask, scale, *rest = nodes.maybe(old.args[3]), old.args[6], *map(nodes.maybe, old.args[8:])
+        plain: Any = nodes.alone and mask is None and run == keys and self.emit.extra("dense", run)
+        q, q_pos = nodes.value(nodes.argument(old, 0), run), self.sets[run].positions
+        new = self.emit.call(vlm.attention.default, q, k, v, mask, q_pos, k_pos, nodes.maybe(scale), plain, *rest)
+        nodes.instead(nodes.env[old], run, new)
 
-    def _is_output(self, user: Node) -> bool:
-        return user is self.output
-
-    def _expose(self, layer: Layer) -> None:
+    def expose(self, layer: Layer) -> None:
         """Give readers of the stream outside the layers (the final norm, requested hidden states) the joined one."""
-        last = layer.index == len(self.old.layers) - 1
-        for branch in self.plan.branches if last else ():
-            self._rejoin(branch, layer.index + 1)
         if not self.stream.changed:
             return
-        exit = self.env[layer.exit]
-        outside = [u for u in exit.users if u not in self.regions and u in self.originals]
+        exit, last = self.nodes.env[layer.exit], layer is self.anatomy.layers[-1]
+        outside = [u for u in exit.users if u not in self._regions and u in self._originals]
         readers = [u for u in outside if last or u is self.output]
         if readers:
-            joined = self.joined()
-            exit.replace_all_uses_with(joined, delete_user_cb=lambda u: u in readers)
+            exit.replace_all_uses_with(self.stream.joined(), delete_user_cb=lambda u: u in readers)
 
-    def _finish(self, selections: list[Selection]) -> None:
-        with self.graph.inserting_before(self.output):
-            self.output.args = ((self.output.args[0], tuple(self.chosen[s] for s in selections)),)
-        for node in list(self.graph.nodes):
-            if node.target is torch.ops.aten._assert_scalar.default:
-                self.graph.erase_node(node)  # the host has compared the number of tokens and features
-        if len(self.blocks):
-            setattr(self.gm, BLOCKS, self.blocks)
-        self.graph.eliminate_dead_code(is_impure_node=lambda n: n in self.frontier or analysis.writes(n))
-        self.graph.lint()
+    def finish(self, selections: list[Selection], frontier: tuple[Node, ...], blocks: nn.ModuleDict) -> None:
+        """Return what the selections chose too, and drop what nobody reads."""
+        graph = self.gm.graph
+        with graph.inserting_before(self.output):
+            self.output.args = ((self.output.args[0], tuple(self.sets.chosen[s] for s in selections)),)
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+            graph.erase_node(node)  # the host has compared the number of tokens and features
+        if len(blocks):
+            setattr(self.gm, BLOCKS, blocks)
+        graph.eliminate_dead_code(is_impure_node=lambda n: n in frontier or writes(n))
+        graph.lint()
         self.gm.recompile()

@@ -6,7 +6,7 @@ from itertools import groupby
 from typing import TYPE_CHECKING
 
 from vlmrewrite.analysis import Layer, LayerCost
-from vlmrewrite.plan import describe
+from vlmrewrite.plan import describe, events
 from vlmrewrite.text import byte_size, span, table
 
 if TYPE_CHECKING:
@@ -21,8 +21,7 @@ def listing(program: Program) -> str:
         return f"{head}\n{program.plan}\n" + "\n".join(_shape(layer) for layer in _distinct(a.layers))
     counts = program.call.counts
     lines = [f"{head}; {describe(counts)}"]
-    plan = str(program.plan).splitlines()
-    lines += [line for line in plan if not line.startswith("layer")]
+    lines += events(program.plan)
     per_layer = program.costs(counts, program.call.past)
     rows = [["layers", "run on", "attend to", "tokens", "keys", "q", "k, v", "GFLOP", "K/V"]]
     for layers, cost in _grouped(program, per_layer):

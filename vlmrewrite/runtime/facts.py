@@ -6,16 +6,16 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from vlmrewrite.hf import Encoded
-from vlmrewrite.lower import Executable, RunResult
-from vlmrewrite.plan import Call, Selection
-from vlmrewrite.rewrite import Program
+from vlmrewrite.lower import Executable
+from vlmrewrite.plan import Call
+from vlmrewrite.rewrite import Program, RunResult
 
 ARGUMENT = "vlmrewrite_prompt"
 """The keyword under which a generation hands its :class:`Prompt` to its own forwards."""
@@ -107,14 +107,11 @@ class LastCall:
 
     @property
     def program(self) -> Program:
-        """Whose plan was followed."""
-        return self.result.program
-
-    @property
-    def chosen(self) -> dict[Selection, Tensor]:
-        """What each selection of the plan chose, bool [F]."""
-        assert self.program.rewritten is not None
-        return dict(zip(self.program.rewritten.selections, self.result.chosen, strict=True))
+        """What ran; of a dispatch, the program of the plan that was chosen."""
+        whole, ran = self.executable.program, self.result.ran
+        if whole.dispatch is None:
+            return whole
+        return replace(whole, plan=self.result.plan, rewritten=whole.dispatch.rewritten[ran[-1]], dispatch=None)
 
 
 class Latest:

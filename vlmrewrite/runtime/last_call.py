@@ -34,7 +34,7 @@ def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]
         ValueError: no recipe is applied, or there was no such call yet.
     """
     ran = session_of(model).last()
-    return ran.program, ran.call, ran.chosen
+    return ran.program, ran.call, ran.result.chosen
 
 
 @contextlib.contextmanager

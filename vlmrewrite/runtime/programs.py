@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from vlmrewrite import capture, hf
 from vlmrewrite.capture import Graph, captures_of
+from vlmrewrite.compiler import program_of
 from vlmrewrite.hf import check_support, encoded_images, grids, refuse_packed, tidy, without_full_mask
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.plan import Call
-from vlmrewrite.rewrite import Program, program_of
+from vlmrewrite.rewrite import Program
 
 
 def graph_program(graph: Graph) -> Program:
     """The program of a captured graph without passes; analysed once."""
-    return graph.once("program", lambda: replace(program_of(graph.gm), parameters=graph.parameters or {}))
+    return graph.once("program", lambda: program_of(graph.gm, graph.parameters))
 
 
 def vision_mask(graph: Graph, inputs: Sequence[Any]) -> Tensor:

@@ -53,9 +53,7 @@ class Session:
         self.undo = ExitStack()
         self.encoder = EncoderFeatures(cast(nn.Module, weakref.proxy(model)))
         self.wants = plan.needs()
-        self.judges_logits = plan.chooser is not None and plan.chooser.op is None
-        reads = plan.chooser is not None and plan.chooser.op is not None
-        self.reads_last = reads or bool(self.wants & {"attention", "attention_outside"})
+        self.judges_logits, self.reads_last = plan.judges_logits, plan.reads_last
         self.config: Any = model.config
         self._lock = threading.RLock()
         self._warned: set[str] = set()
@@ -129,7 +127,7 @@ class Session:
         if isinstance(keep, int) and keep != kwargs["logits_to_keep"]:
             out["logits"] = out.logits[:, -keep:]
         ran, layers = self.last(), cast(Any, cache.layers)
-        for layer, entry in zip(layers, ran.program.plan.layers, strict=False):
+        for layer, entry in zip(layers, ran.result.plan.layers, strict=False):
             layer.holes = layer.holes or (entry.keys != All and not ran.call.counts.dense(entry.keys))
         return out
 

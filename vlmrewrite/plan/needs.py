@@ -1,0 +1,102 @@
+"""What a policy or an edit may ask for, each declared once.
+
+The rewrite makes it in the graph, the oracle in the eager model, by an :class:`Inputs` of its own: they share no code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from vlmrewrite.plan.tokens import Text, TokenSet, Vision, difference, union
+
+
+class Inputs(Protocol):
+    """What can be made at a layer's entry, for a policy's source or an edit's tokens."""
+
+    def fact(self, name: str) -> Any:
+        """A fact of the call, by the name of a field of :class:`vlmrewrite.plan.Call`."""
+        ...
+
+    def features(self) -> Any:
+        """The projected vision features, [F, C]."""
+        ...
+
+    def attention(self, outside: bool) -> Any:
+        """What the last prompt token pays to each vision token there, fp32 [F]; it sees what :attr:`Need.scores` says.
+
+        Args:
+            outside: of the vision tokens those that are not in the source or the edited set, in place of these.
+        """
+        ...
+
+    def stream(self) -> Any:
+        """The hidden states, [B, T, H]."""
+        ...
+
+    def prompt(self) -> Any:
+        """The text tokens up to the last prompt token, bool [B, T]."""
+        ...
+
+
+@dataclass(frozen=True)
+class Need:
+    """One thing that can be asked for.
+
+    Attributes:
+        name: as policies and edits write it.
+        what: in words, with shape and dtype.
+        make: makes it.
+        scores: the keys that the last prompt token is scored against, for a source or edited tokens, which the layer's
+            costs count; None: nothing is read at that token.
+        optional: not every model can give it.
+    """
+
+    name: str
+    what: str
+    make: Callable[[Inputs], Any]
+    scores: Callable[[TokenSet], TokenSet] | None = None
+    optional: bool = False
+
+
+def _fact(name: str, what: str, optional: bool = False) -> Need:
+    return Need(name, what, lambda x: x.fact(name), optional=optional)
+
+
+_ALL = (
+    Need("features", "projected vision features, [F, C]", lambda x: x.features(), optional=True),
+    _fact("encoder_features", "what the projector took, [F, C']", optional=True),
+    Need(
+        "attention",
+        "weight received from the last prompt token at that layer, fp32 [F]",
+        lambda x: x.attention(outside=False),
+        scores=lambda s: union(Text, s),
+    ),
+    Need(
+        "attention_outside",
+        "the same, paid to the vision tokens that are not in the source or the edited set, fp32 [F]",
+        lambda x: x.attention(outside=True),
+        scores=lambda s: union(Text, difference(Vision, s)),
+    ),
+    _fact("ordinal", "number of each image within its row, int64 [I], on the CPU"),
+    _fact("grid", "rows and columns of each image's tokens, int64 [I, 2], on the CPU", optional=True),
+    Need("stream", "hidden states at that layer's entry, [B, T, H]", lambda x: x.stream()),
+    _fact("text", "the text tokens, bool [B, T]"),
+    Need("prompt", "the text tokens up to the last prompt token, bool [B, T]", lambda x: x.prompt()),
+    _fact("flat", "row * T + column of each vision token, int64 [F]"),
+    _fact("lengths", "tokens of each image, int64 [I], on the CPU"),
+)
+
+NEEDS = {need.name: need for need in _ALL}
+"""Every :class:`Need`, by name."""
+
+FEATURES = tuple(need.name for need in _ALL if need.optional)
+"""Facts about the images that not every model can give."""
+
+
+def check_needs(who: str, needs: tuple[str, ...]) -> None:
+    """Raise ValueError for a need that is not in :data:`NEEDS`."""
+    for need in needs:
+        if need not in NEEDS:
+            raise ValueError(f"{who} needs {need!r}; expected one of {', '.join(NEEDS)}")
