@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import Phi3Config
 
 import vlmrewrite as vr
-from vlmrewrite.passes import STS, Random, Stride
+from vlmrewrite.passes import DAPE, STS, Random, Stride
 from vlmrewrite.plan.interface import frozen_pass
 from vlmrewrite.plan.tokens import All, Image, Text
 from vlmrewrite.plan.vocabulary import LayerPlan
@@ -45,7 +45,8 @@ def counted(program, *args, **kwargs) -> int:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         program.run(*args, **kwargs)
     ops = counter.get_flop_counts()["Global"]
-    return sum(n for op, n in ops.items() if op != torch.ops.vlm.sts_sample)  # what a policy does inside is not counted
+    inside = "vlm.sts_sample", "vlm.dape"  # what the operator of a policy or an edit does inside is not counted
+    return sum(n for op, n in ops.items() if not str(op).startswith(inside))
 
 
 def head(tiny, call) -> int:
@@ -59,6 +60,8 @@ PASSES = {
     "scored": [STS(keep=6, refine=3, at=2)],
     "scored at once": [STS(keep=6, refine=3, at=0)],
     "scored twice": [STS(keep=6, refine=3, at=1), STS(keep=5, refine=2, at=1)],
+    "scored outside": [DAPE(budget=0.5)],
+    "scored outside, after a selection": [DAPE(budget=0.5, detail=(0.0, 0.5, 0.5)), STS(keep=6, refine=3, at=2)],
     "other keys": [Written("run_on image", "run_on text,attend_to image"), Random(keep=0.5)],
     "all keys": [Written("run_on text,attend_to all", "run_on image,attend_to text")],
     "other MLP": [Written("mlp_on text", "run_on image,mlp_on text"), Stride(keep=4, at=1)],
