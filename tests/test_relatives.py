@@ -17,10 +17,10 @@ import vlmrewrite as vr
 from tests.small import planned as of_passes
 from vlmrewrite.passes import STS, VISOR, VTW, DivPrune, FastV, Random, ShortV, Stride, ViCA, divprune
 from vlmrewrite.passes.divprune import divprune_sample
+from vlmrewrite.plan import FEATURES
 from vlmrewrite.plan.budget import chosen_layers
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import All, Text, contains
-from vlmrewrite.plan.vocabulary import FEATURES
 from vlmrewrite.recipe import Recipe, shipped_recipes
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import generation_agreement
