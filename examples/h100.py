@@ -27,7 +27,7 @@ from vlmrewrite.bench import bench, bench_kernels
 from vlmrewrite.bench.models import memory_peak, memory_reset
 from vlmrewrite.cli.config import read_config
 from vlmrewrite.cli.loading import with_random_weights
-from vlmrewrite.cli.prompt import Shape, traced_prompt
+from vlmrewrite.cli.prompt import Shape, captured_prompt
 from vlmrewrite.passes import STS
 from vlmrewrite.plan.budget import tokens_kept
 from vlmrewrite.recipe import Recipe
@@ -147,7 +147,7 @@ def measure(name: str, options: argparse.Namespace, device: torch.device) -> Ite
     for batch in options.batch:
         shape = Shape(tokens, text=TEXT, rows=batch)
         print(f"{name}: {shape}", file=sys.stderr)
-        _, inputs = traced_prompt(model, shape)
+        _, inputs = captured_prompt(model, shape)
         said = {recipe.name: predicted(model, inputs, recipe) for recipe in chosen}
         result = bench(
             model, inputs, chosen, backend=options.backend, repeat=options.repeat, new_tokens=options.new_tokens

@@ -17,7 +17,7 @@ import torch.fx
 from torch import nn
 
 from vlmrewrite.analysis import analyse
-from vlmrewrite.lower import Executable, compiled, lower, told
+from vlmrewrite.lower import Executable, by_kind, compiled, lower
 from vlmrewrite.ops import Kernels
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
 from vlmrewrite.rewrite import Program, check_sets, dispatch, legalize
@@ -120,7 +120,7 @@ def compile(
     lowered = [lower(gm, kernels, device) for gm in rewritten.graphs]
     graphs = tuple(low.graph_module for low in lowered)
     parts = graphs if backend == "eager" else tuple(map(compiled, graphs))
-    return Executable(rewritten, backend, told(sum((low.counts for low in lowered), Counter())), graphs, parts)
+    return Executable(rewritten, backend, by_kind(sum((low.counts for low in lowered), Counter())), graphs, parts)
 
 
 def _modules(program: Program, plan: Plan, given: nn.ModuleDict | None) -> nn.ModuleDict:

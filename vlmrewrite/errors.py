@@ -11,6 +11,14 @@ from typing import Any
 from pydantic import ValidationError
 
 
+class CaptureError(RuntimeError):
+    """A model's forward could not be captured as one graph; ``reason`` is why, in one line."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 def explain(error: ValidationError, where: str, fields: Sequence[str]) -> list[str]:
     """One line for each thing that is wrong, such as `STS.keep: expected an int >= 1 ..., got 0`.
 

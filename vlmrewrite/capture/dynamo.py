@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import types
 import weakref
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmrewrite.compat import captured, forget_code
+from vlmrewrite.errors import CaptureError
 from vlmrewrite.kvcache import PositionCache
 
 LIMIT = 24
@@ -82,10 +84,17 @@ class CapturedForward:
                 " torch._dynamo.config.recompile_limit above it. The unrewritten model is not run in its place."
             ) from e
         except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as e:
-            raise RuntimeError(
-                f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(model)}:"
-                f" {str(e)[:2000]}"
-            ) from e
+            what = f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(model)}"
+            raise CaptureError(f"{what}: {str(e)[:2000]}", f"{what}: {_reason(str(e))}") from e
+
+
+def _reason(text: str) -> str:
+    """What Dynamo says first, its details, and the innermost source line, of the many lines in its message."""
+    lines = [line.strip() for line in text.splitlines()]
+    details = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug context: ")]
+    places = re.findall(r'File "(?:[^"]*/)?([^"/]+)", line (\d+)', text)
+    at = [f"({places[-1][0]}, line {places[-1][1]})"] if places else []
+    return " ".join([*lines[:1], *details[:1], *at])
 
 
 def _limit() -> int:

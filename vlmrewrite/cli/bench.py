@@ -69,7 +69,7 @@ def bench(
     from vlmrewrite.bench import bench as measure
     from vlmrewrite.cli import loading
     from vlmrewrite.cli.config import config_file, read_config
-    from vlmrewrite.cli.prompt import made_up_shape, traced_prompt
+    from vlmrewrite.cli.prompt import captured_prompt, made_up_shape
 
     where, (config, written) = loading.device_of(device), read_config(model)
     kind = loading.dtype_of(dtype, config, where)
@@ -83,7 +83,7 @@ def bench(
     else:
         loaded = loading.with_weights(model, kind, where)
     if shape is not None:
-        _, inputs = traced_prompt(loaded, shape)
+        _, inputs = captured_prompt(loaded, shape)
     with progress_bar() as progress:
         task = progress.add_task("", total=(repeat + 1) * len(names))
         done = iter(range((repeat + 1) * len(names)))

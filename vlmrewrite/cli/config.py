@@ -2,7 +2,7 @@
 
 config, written = read_config(file)                  # llava-1.5-7b/config.json
 model = skeleton(config, torch.bfloat16, file)       # on the meta device: shapes, no memory
-program, inputs = traced_prompt(model, Shape(image_tokens=576, text=64))
+program, inputs = captured_prompt(model, Shape(image_tokens=576, text=64))
 print(program)
 """
 

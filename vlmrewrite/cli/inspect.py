@@ -55,7 +55,7 @@ def inspect(
 
     from vlmrewrite.cli import catalogue
     from vlmrewrite.cli.config import config_file, read_config, skeleton
-    from vlmrewrite.cli.prompt import made_up_shape, traced_prompt
+    from vlmrewrite.cli.prompt import captured_prompt, made_up_shape
     from vlmrewrite.compiler import rewrite
     from vlmrewrite.report import summary
 
@@ -63,7 +63,7 @@ def inspect(
     counts = {name: n for name, n in made_up.items() if n is not None}
     shape, source = made_up_shape(config, written, counts.pop("image_tokens", None), counts)
     built = skeleton(config, getattr(torch, dtype), config_file(model))
-    program, _ = traced_prompt(built, shape)
+    program, _ = captured_prompt(built, shape)
     planned = program if chosen is None else rewrite(program, chosen.passes)
     count, found = sum(p.numel() for p in built.parameters()), summary(planned)
     if as_json:

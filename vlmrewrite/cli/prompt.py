@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmrewrite.cli.config import image_tokens as tokens_of_image
+from vlmrewrite.errors import CaptureError
 from vlmrewrite.plan import Call
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import trace
@@ -92,7 +92,7 @@ def _special_ids(config: Any) -> set[int]:
     return {v for value in values for v in (value if isinstance(value, list) else [value]) if isinstance(v, int)}
 
 
-def traced_prompt(model: Any, shape: Shape) -> tuple[Program, dict[str, Any]]:
+def captured_prompt(model: Any, shape: Shape) -> tuple[Program, dict[str, Any]]:
     """Capture a model's forward for a made-up prompt; the vision tower and the decoder are not run.
 
     Returns:
@@ -101,26 +101,17 @@ def traced_prompt(model: Any, shape: Shape) -> tuple[Program, dict[str, Any]]:
 
     Raises:
         ValueError: the model is not one that can be rewritten.
-        RuntimeError: its forward could not be captured.
+        CaptureError: its forward could not be captured.
     """
     refusals: dict[str, str] = {}
     for as_list, form in ((True, "one tensor for each image"), (False, "one tensor")):
         inputs = prompt_inputs(model, shape, as_list=as_list)
         try:
             program = trace(model, inputs)
-        except RuntimeError as e:
-            refusals.setdefault(_cause(e), form)
+        except CaptureError as e:
+            refusals.setdefault(e.reason, form)
             continue
         call = Call(shape.vision(), None, [shape.image_tokens] * (shape.rows * shape.images))
         return replace(program, call=call), inputs
     reasons = " -- and ".join(f"with its image features as {form}: {cause}" for cause, form in refusals.items())
-    raise RuntimeError(f"no made-up prompt of {type(model).__name__} could be captured {reasons}")
-
-
-def _cause(error: RuntimeError) -> str:
-    """What Dynamo says first, its details, and the innermost source line, of the many lines in its message."""
-    lines = [line.strip() for line in str(error).splitlines()]
-    details = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug context: ")]
-    places = re.findall(r'File "(?:[^"]*/)?([^"/]+)", line (\d+)', str(error))
-    at = [f"({places[-1][0]}, line {places[-1][1]})"] if places else []
-    return " ".join([*lines[:1], *details[:1], *at])
+    raise CaptureError(f"no made-up prompt of {type(model).__name__} could be captured {reasons}", reasons)

@@ -5,6 +5,6 @@ In: a rewritten program. Out: an :class:`Executable`.
 
 from vlmrewrite.lower.decode_step import DecodeStep, positioned
 from vlmrewrite.lower.executable import Executable
-from vlmrewrite.lower.lowering import compiled, lower, told
+from vlmrewrite.lower.lowering import by_kind, compiled, lower
 
-__all__ = ["DecodeStep", "Executable", "compiled", "lower", "positioned", "told"]
+__all__ = ["DecodeStep", "Executable", "by_kind", "compiled", "lower", "positioned"]

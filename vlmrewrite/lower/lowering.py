@@ -41,11 +41,11 @@ class Lowered:
 
     @property
     def choices(self) -> dict[str, list[dict[str, Any]]]:
-        """See :func:`told`."""
-        return told(self.counts)
+        """See :func:`by_kind`."""
+        return by_kind(self.counts)
 
 
-def told(counts: Counter[tuple[str, Choice]]) -> dict[str, list[dict[str, Any]]]:
+def by_kind(counts: Counter[tuple[str, Choice]]) -> dict[str, list[dict[str, Any]]]:
     """For each kind of operator, one entry of ``nodes``, ``kernel`` and ``why`` for each choice made."""
     choices: dict[str, list[dict[str, Any]]] = {}
     for (name, made), n in sorted(counts.items(), key=lambda x: (x[0][0], x[0][1].kernel, x[0][1].why)):

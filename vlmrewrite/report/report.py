@@ -11,10 +11,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from vlmrewrite.analysis import LayerCost, Tail, peak_bytes
+from vlmrewrite.analysis import Tail, peak_bytes
 from vlmrewrite.capture import CAPTURES
 from vlmrewrite.lower import lower
-from vlmrewrite.plan import Call, Pass, Plan, describe
+from vlmrewrite.plan import Call, Pass, describe
+from vlmrewrite.report.summary import compared, verdicts
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import LastCall, Session
 from vlmrewrite.text import byte_size, span, table
@@ -204,29 +205,7 @@ def make_report(
             {"name": p.name, "configuration": repr(p), "matched": None, "reason": None} for p in passes
         )
         return Report(recipe, backend, None, untried, graphs=graphs, notes=tuple(notes))
-    after = program.costs(call.counts, call.past, held)
-    before = _unplanned(program).costs(call.counts, call.past)
-    outcomes = tuple(
-        {"name": o.name, "configuration": o.configuration, "matched": o.reason is None, "reason": o.reason}
-        for o in program.outcomes
-    )
-    layers = tuple(
-        {
-            "layer": a.index,
-            "run_on": program.plan.render(program.plan.layers[a.index].run_set),
-            "attend_to": program.plan.render(program.plan.layers[a.index].keys),
-            "tokens": a.run,
-            "keys": a.keys,
-            "tokens_before": b.run,
-            "keys_before": b.keys,
-            "flops": a.flops,
-            "flops_before": b.flops,
-            "kv_bytes": a.kv_bytes,
-            "kv_bytes_before": b.kv_bytes,
-        }
-        for a, b in zip(after, before, strict=True)
-    )
-    totals = {name: _sum(rows) for name, rows in (("before", before), ("after", after))}
+    layers, totals = compared(program, call.counts, call.past, held)
     if given_up:
         wasted = sum(_tail_flops(p, call, held) for p in given_up)
         totals["after"]["flops"] += wasted
@@ -246,7 +225,18 @@ def make_report(
     seconds = {**seconds, **program.seconds}
     plan = str(program.plan)
     return Report(
-        recipe, backend, plan, outcomes, layers, totals, summary, kernels, graphs, seconds, tuple(notes), memory or {}
+        recipe,
+        backend,
+        plan,
+        tuple(verdicts(program.outcomes)),
+        tuple(layers),
+        totals,
+        summary,
+        kernels,
+        graphs,
+        seconds,
+        tuple(notes),
+        memory or {},
     )
 
 
@@ -254,11 +244,3 @@ def _tail_flops(program: Program, call: Call, held: Sequence[int]) -> int:
     """FLOPs of a variant of a dispatch behind the point where the variants part."""
     rows = program.costs(call.counts, call.past, held)
     return sum(row.flops for row in rows[program.plan.parts_at :])
-
-
-def _unplanned(program: Program) -> Program:
-    return replace(program, plan=Plan(program.plan.depth))
-
-
-def _sum(rows: list[LayerCost]) -> dict[str, int]:
-    return {"flops": sum(r.flops for r in rows), "kv_bytes": sum(r.kv_bytes for r in rows)}
