@@ -146,10 +146,14 @@ def _in_range(i: object, n: int, chooser: Chooser) -> int:
     return i
 
 
-def program_of(gm: torch.fx.GraphModule) -> Program:
-    """Analyse a captured graph."""
+def program_of(gm: torch.fx.GraphModule, features: int) -> Program:
+    """Analyse a captured graph; ``features`` says which of its inputs holds the vision features.
+
+    Raises:
+        ValueError: a part could not be recognised.
+    """
     start = time.perf_counter()
-    anatomy = analyse(gm)
+    anatomy = analyse(gm, features)
     plan = Plan(len(anatomy.layers), frozenset(FEATURES))
     return Program(gm, anatomy, plan, gm, seconds={"anatomy": time.perf_counter() - start})
 

@@ -20,7 +20,12 @@ from vlmrewrite.rewrite import Program, program_of
 
 def graph_program(graph: Graph) -> Program:
     """The program of a captured graph without passes; analysed once."""
-    return graph.once("program", lambda: replace(program_of(graph.gm), parameters=graph.parameters or {}))
+
+    def make() -> Program:
+        assert graph.features is not None, "it has not been run with images"
+        return replace(program_of(graph.gm, graph.features), parameters=graph.parameters)
+
+    return graph.once("program", make)
 
 
 def vision_mask(graph: Graph, inputs: Sequence[Any]) -> Tensor:
