@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.fx
-from torch import nn
+from torch import Tensor, nn
 
 from vlmrewrite.capture.dynamo import CapturedForward, with_images, without_images
 from vlmrewrite.hf import Encoded, parameter_inputs
@@ -26,6 +26,7 @@ class Graph:
 
     Attributes:
         gm: the graph.
+        features: which of its inputs holds the vision features; None before its first run, and of a graph of text.
         parameters: for each of its inputs that is a decoder layer's parameter, the layer and the name within it.
         derived: what later stages made of it, by their own keys; it dies with the graph.
         lock: held while something is derived.
@@ -33,7 +34,8 @@ class Graph:
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         self.gm = gm
-        self.parameters: dict[str, tuple[int, str]] | None = None
+        self.features: int | None = None
+        self.parameters: dict[str, tuple[int, str]] = {}
         self.derived: dict[object, Any] = {}
         self.lock = threading.RLock()
 
@@ -80,11 +82,17 @@ class Captures:
     def run(
         self, runner: Runner, model: nn.Module, cache: PositionCache, images: Encoded, kwargs: dict[str, Any]
     ) -> Any:
-        """Run the captured forward with images; ``runner(graph, inputs)`` does the work of each graph."""
+        """Run the captured forward with images; ``runner(graph, inputs)`` does the work of each graph.
+
+        Raises:
+            ValueError: the images' features are not exactly one of a graph's inputs.
+            RuntimeError: the forward could not be captured as one graph.
+        """
 
         def named(graph: Graph, inputs: Sequence[Any]) -> Any:
-            if graph.parameters is None:
+            if graph.features is None:
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
+                graph.features = place_of(images.features, inputs)
             return runner(graph, inputs)
 
         cache.contiguous()
@@ -95,6 +103,18 @@ class Captures:
         """Run the captured forward without images: a decode step, or a prompt of text."""
         with _running(runner):
             return self.text(model, cache, kwargs)
+
+
+def place_of(features: Tensor, inputs: Sequence[Any]) -> int:
+    """Which of a graph's flat inputs the vision features are: the very tensor, not one like it.
+
+    Raises:
+        ValueError: none, or more than one.
+    """
+    found = [i for i, x in enumerate(inputs) if x is features]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} of the graph's inputs are the vision features; expected 1: is there an image?")
+    return found[0]
 
 
 @contextlib.contextmanager
