@@ -99,6 +99,7 @@ def tracing_options(**dynamo: Any) -> Iterator[None]:
                 _patched(torch.fx.experimental._config, use_duck_shape=False),
                 _patched(torch._dynamo.config, specialize_float=True, skip_nnmodule_hook_guards=False, **dynamo),
                 _symbols_in_messages(),
+                _compiling_here_alone(),
             ):
                 yield
         finally:
@@ -115,6 +116,20 @@ def _patched(config: Any, **options: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def _compiling_here_alone() -> Iterator[None]:
+    """Torch 2.13 makes ``torch.compiler.is_compiling()`` true in every thread while one traces; torch 2.11 does not.
+
+    transformers asks it in eager code: a vision tower that runs meanwhile in another thread loses its hidden states.
+    In traced code Dynamo answers by itself.
+    """
+    if not hasattr(torch.compiler, "_compile_session_context"):
+        yield
+        return
+    with _patched(torch.compiler, _compile_session_context=contextlib.nullcontext):
+        yield
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 import torch.fx
 from torch import Tensor
+from torch.nn.modules import module as _module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmrewrite.compat import captured, forget_code
@@ -143,6 +144,7 @@ class _NotCompiled(RuntimeError):
 
 
 def _insist() -> None:
+    _ = len(_module._global_forward_hooks) + len(_module._global_forward_pre_hooks)  # Dynamo guards on what is read
     if not torch.compiler.is_dynamo_compiling():
         raise _NotCompiled(
             "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
