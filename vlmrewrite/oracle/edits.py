@@ -1,7 +1,7 @@
 """What an edit means to the oracle: its operator's reference, on the full stream of the unrewritten model.
 
-The reference is the definition of the edit; what it is called with is looked for here, by plain loops over bool masks
-and in the eager model, and shares no code with the graph. A discrete choice inside an operator (DAPE's of the regions
+The reference is the definition of the edit; what it is called with is looked for here, row by row in bool masks and
+in the eager model, and shares no code with the graph. A discrete choice inside an operator (DAPE's of the regions
 that get detail) is made anew: where what it goes by is equal but for rounding, the two may choose differently. In
 16 bits that is not rare; selections, which the plan names, are taken from the run.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vlmrewrite.ops import REFERENCES
 from vlmrewrite.oracle.masks import EditMask
@@ -49,34 +50,28 @@ def edited(edit: EditMask, stream: Tensor, merged: Tensor | None, paid: Callable
 
 def _indexed(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's columns, ascending, and which of them are meant; shorter rows are filled up with their last column."""
-    rows = [row.nonzero()[:, 0].tolist() for row in tokens]
-    most, width = max(map(len, rows)), tokens.shape[1]
-    index = torch.tensor([row + [width - 1] * (most - len(row)) for row in rows], dtype=torch.int64)
-    valid = torch.tensor([[True] * len(row) + [False] * (most - len(row)) for row in rows], dtype=torch.bool)
-    return index.to(tokens.device), valid.to(tokens.device)
+    index = pad_sequence([row.nonzero()[:, 0] for row in tokens], batch_first=True, padding_value=tokens.shape[1] - 1)
+    return index, torch.arange(index.shape[1], device=tokens.device) < tokens.sum(1, keepdim=True)
 
 
 def _need(
     edit: EditMask, need: str, x: Tensor, length: int, merged: Tensor | None, paid: Callable[[Tensor], Tensor]
 ) -> Tensor:
-    columns = torch.arange(x.shape[1], device=x.device)
-    if need == "stream":
-        return x
-    if need == "text":
-        return edit.text
-    if need == "prompt":
-        return edit.text & (columns <= edit.last[:, None])
-    if need == "flat":
-        return torch.tensor([r * x.shape[1] + c for r, c in edit.vision.nonzero().tolist()], device=x.device)
-    if need == "features" and merged is not None:
-        return merged[:, : x.shape[1]][edit.vision]
     if need in ("attention", "attention_outside"):
         seen = edit.tokens if need == "attention" else edit.vision & ~edit.tokens
         keys = torch.zeros(len(x), length, dtype=torch.bool, device=x.device)
         keys[:, : x.shape[1]] = edit.text | seen
         weights = torch.stack([row[:, at] for row, at in zip(paid(keys), edit.last.tolist(), strict=True)])
         return weights.mean(1)[:, : x.shape[1]][edit.vision] * seen[edit.vision]
-    found = edit.facts.get(need)
+    known = {
+        **edit.facts,
+        "stream": x,
+        "text": edit.text,
+        "prompt": edit.text & (torch.arange(x.shape[1], device=x.device) <= edit.last[:, None]),
+        "flat": edit.vision.flatten().nonzero()[:, 0],
+        "features": None if merged is None else merged[:, : x.shape[1]][edit.vision],
+    }
+    found = known.get(need)
     if found is None:
         raise NotImplementedError(f"the oracle cannot find {need!r} on this model, which {edit.op} needs")
     return found.to(x.dtype) if found.is_floating_point() else found
