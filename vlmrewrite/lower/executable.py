@@ -59,9 +59,8 @@ class Executable:
         cls, program: Program, kernels: Kernels, backend: Literal["eager", "inductor"], device: torch.device
     ) -> Executable:
         """Lower a rewritten program, for a device."""
-        graphs = [program.graph_module]
-        if program.parted is not None:
-            graphs = [program.parted.head, *program.parted.tails]
+        parted = program.parted
+        graphs = (program.graph_module,) if parted is None else (parted.head, *parted.tails)
         lowered = [lower(gm, kernels, device) for gm in graphs]
         made = tuple(low.graph_module for low in lowered)
         parts = made if backend == "eager" else tuple(map(compiled, made))
@@ -69,12 +68,11 @@ class Executable:
 
     def run(self, inputs: Sequence[Any], call: Call) -> RunResult:
         """Run it on the captured graph's flat inputs."""
+        head, *tails = self.parts
         if self.program.variants:
-            (*given_up, kept), (out, chosen), value = self.program.dispatched(
-                inputs, call, self.parts[0], self.parts[1:]
-            )
+            (*given_up, kept), (out, chosen), value = self.program.dispatched(inputs, call, head, tails)
             return RunResult(kept, out, chosen, value, tuple(given_up))
-        out, chosen = self.parts[0](*self.program.arguments(inputs, call))
+        out, chosen = head(*self.program.arguments(inputs, call))
         return RunResult(self.program, out, chosen)
 
     def peak_bytes(self, ran: RunResult, inputs: Sequence[Any], call: Call) -> int:
@@ -89,8 +87,6 @@ class Executable:
             return peak_bytes(self.graphs[0], self.program.arguments(inputs, call))
         parted, (head, *tails) = self.program.parted, self.graphs
         first = [*inputs, *(call.fill(extra) for extra in parted.extras)]
-        which = {id(variant): i for i, variant in enumerate(self.program.variants)}
-        order = [(variant, which[id(variant)]) for variant in (*ran.given_up, ran.program)]
-        return peak_bytes(
-            head, first, [Tail(tails[i], variant.arguments(inputs, call), parted.takes[i]) for variant, i in order]
-        )
+        order = [(variant, self.program.variants.index(variant)) for variant in (*ran.given_up, ran.program)]
+        ran_tails = [Tail(tails[i], variant.arguments(inputs, call), parted.takes[i]) for variant, i in order]
+        return peak_bytes(head, first, ran_tails)
