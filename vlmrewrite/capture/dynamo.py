@@ -30,7 +30,7 @@ class CapturedForward:
     Args:
         forward: the model's own.
         entry: :func:`with_images` or :func:`without_images`, called with ``forward`` and what a call is given.
-        on_graph: held weakly if it is a method, as Dynamo never forgets a backend, nor what the backend holds.
+        on_graph: a method, held weakly, as Dynamo never forgets a backend, nor what the backend holds.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class CapturedForward:
     ) -> None:
         self.graphs = 0
         self.seconds = 0.0
-        me, told = weakref.ref(self), weakref.WeakMethod(on_graph) if inspect.ismethod(on_graph) else lambda: on_graph
+        me, told = weakref.ref(self), weakref.WeakMethod(on_graph)
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             call, tell = me(), told()
@@ -114,28 +114,21 @@ def with_images(
     as_list: bool,
 ) -> Any:
     """A forward whose images are encoded: features [F, C], or [I, N, C] if not ``as_list``."""
-    _insist()
     image = BaseModelOutputWithPooling(pooler_output=[features] if as_list else features)  # type: ignore[arg-type]
-    return forward(
-        model, past_key_values=cache, use_cache=True, mm_encoder_outputs={"image": image}, return_dict=True, **kwargs
-    )
+    return without_images(forward, model, cache, kwargs | {"mm_encoder_outputs": {"image": image}})
 
 
 def without_images(
     forward: Callable[..., Any], model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any]
 ) -> Any:
     """A forward of text: a decode step, or a prompt without an image."""
-    _insist()
-    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
-
-
-class _NotCompiled(RuntimeError):
-    """Dynamo ran an entry as it is."""
-
-
-def _insist() -> None:
     if not torch.compiler.is_dynamo_compiling():
         raise _NotCompiled(
             "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
             " active (FlopCounterMode is one), torch.compiler.set_stance('force_eager'), or TORCH_COMPILE_DISABLE=1"
         )
+    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+
+
+class _NotCompiled(RuntimeError):
+    """Dynamo ran an entry as it is."""

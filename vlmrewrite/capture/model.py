@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -88,20 +87,18 @@ class Captures:
             return runner(graph, inputs)
 
         cache.contiguous()
-        with _running(named):
-            return self.call(model, cache, kwargs, images.features, images.as_list)
+        return _under(named, self.call, model, cache, kwargs, images.features, images.as_list)
 
     def run_text(self, runner: Runner, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any]) -> Any:
         """Run the captured forward without images: a decode step, or a prompt of text."""
-        with _running(runner):
-            return self.text(model, cache, kwargs)
+        return _under(runner, self.text, model, cache, kwargs)
 
 
-@contextlib.contextmanager
-def _running(runner: Runner) -> Iterator[None]:
+def _under(runner: Runner, captured: CapturedForward, *args: Any) -> Any:
+    """Call a captured forward; ``runner`` does the work of its graphs, in this call only."""
     token = _RUNNER.set(runner)
     try:
-        yield
+        return captured(*args)
     finally:
         _RUNNER.reset(token)
 
@@ -113,10 +110,9 @@ def captures_of(model: nn.Module) -> Captures:
     """The model's captures; new if its class's forward has been exchanged since."""
     forward = type(model).forward
     found = CAPTURES.get(model)
-    if found is not None and found.forward is forward:
-        return found
-    with _LOCK:
-        found = CAPTURES.get(model)
-        if found is None or found.forward is not forward:
-            found = CAPTURES[model] = Captures(forward)
-        return found
+    if found is None or found.forward is not forward:
+        with _LOCK:
+            found = CAPTURES.get(model)
+            if found is None or found.forward is not forward:
+                found = CAPTURES[model] = Captures(forward)
+    return found
