@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 import torch._dynamo
 import torch._dynamo.config
 import torch._dynamo.convert_frame
+import torch.fx
 import torch.fx.experimental._config
 from torch import Tensor
 
@@ -44,16 +46,38 @@ def captured(
 ) -> Callable[..., Any]:
     """``torch.compile(function, backend=backend, fullgraph=True, dynamic=True)`` with a capture's options.
 
-    The options are set while Dynamo traces and not otherwise, under its own lock, so that no other capture in the
-    process sees them. A call for which there is a graph takes no lock and changes nothing.
-
     Args:
         recompile_limit: how many graphs there may be.
         traced: told the seconds of each trace.
     """
-    context = torch._dynamo.optimize(backend, nopython=True, dynamic=True)
-    inner: Any = context.callback  # type: ignore[union-attr]
-    context.callback = _Tracer(inner, recompile_limit, traced)  # type: ignore[union-attr]
+    return _behind_dynamo(function, backend, lambda: tracing_options(recompile_limit=recompile_limit()), traced)
+
+
+def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
+    """``torch.compile(gm, backend="inductor", fullgraph=True, dynamic=True)``: it runs as one piece or it raises."""
+
+    @contextlib.contextmanager
+    def options() -> Iterator[None]:
+        with torch._dynamo.convert_frame.compile_lock, _patched(torch._dynamo.config, assume_static_by_default=False):
+            yield
+
+    return _behind_dynamo(gm, "inductor", options, lambda _: None)
+
+
+def _behind_dynamo(
+    function: Callable[..., Any],
+    backend: str | Callable[..., Any],
+    options: Callable[[], contextlib.AbstractContextManager[None]],
+    traced: Callable[[float], None],
+) -> Callable[..., Any]:
+    """A function behind Dynamo, whose options are set while it traces and at no other time.
+
+    It is under Dynamo's own lock then, so that no other capture in the process sees them. A call for which there is a
+    graph takes no lock and changes nothing. (``dynamic=True`` of ``torch.compile`` is an option that it would set at
+    each call: for all threads, in torch 2.11.)
+    """
+    context: Any = torch._dynamo.optimize(backend, nopython=True)
+    context.callback = _Tracer(context.callback, options, traced)
     made: Callable[..., Any] = context(function)
     return made
 
@@ -61,22 +85,26 @@ def captured(
 class _Tracer:
     """What Dynamo calls where no graph fits."""
 
-    def __init__(self, inner: Any, recompile_limit: Callable[[], int], traced: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        options: Callable[[], contextlib.AbstractContextManager[None]],
+        traced: Callable[[float], None],
+    ) -> None:
         self.__dict__.update(vars(inner))
         self._torchdynamo_orig_backend = self._inner = inner
-        self._recompile_limit, self._traced = recompile_limit, traced
+        self._options, self._traced = options, traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        import time
-
         begun = time.perf_counter()
         try:
-            with tracing_options(recompile_limit=self._recompile_limit()):
+            with self._options():
                 return self._inner(*args, **kwargs)
         finally:
             self._traced(time.perf_counter() - begun)
 
 
+_OPTIONS = {"assume_static_by_default": False, "specialize_float": True, "skip_nnmodule_hook_guards": False}
 _tracing = threading.local()
 
 
@@ -97,7 +125,7 @@ def tracing_options(**dynamo: Any) -> Iterator[None]:
             with (
                 _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", "1"),
                 _patched(torch.fx.experimental._config, use_duck_shape=False),
-                _patched(torch._dynamo.config, specialize_float=True, skip_nnmodule_hook_guards=False, **dynamo),
+                _patched(torch._dynamo.config, **_OPTIONS, **dynamo),
                 _symbols_in_messages(),
                 _compiling_here_alone(),
             ):

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -13,7 +12,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from vlmrewrite.capture.dynamo import CapturedForward, with_images, without_images
+from vlmrewrite.capture.dynamo import CapturedForward, NotCapturedError, with_images, without_images
 from vlmrewrite.hf import Encoded, parameter_inputs
 from vlmrewrite.kvcache import PositionCache
 
@@ -96,13 +95,11 @@ class Captures:
             return runner(graph, inputs)
 
         cache.contiguous()
-        with _running(named):
-            return self.call(model, cache, kwargs, images.features, images.as_list)
+        return _under(named, self.call, model, cache, kwargs, images.features, images.as_list)
 
     def run_text(self, runner: Runner, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any]) -> Any:
         """Run the captured forward without images: a decode step, or a prompt of text."""
-        with _running(runner):
-            return self.text(model, cache, kwargs)
+        return _under(runner, self.text, model, cache, kwargs)
 
 
 def place_of(features: Tensor, inputs: Sequence[Any]) -> int:
@@ -117,13 +114,26 @@ def place_of(features: Tensor, inputs: Sequence[Any]) -> int:
     return found[0]
 
 
-@contextlib.contextmanager
-def _running(runner: Runner) -> Iterator[None]:
-    token = _RUNNER.set(runner)
+def _under(runner: Runner, captured: CapturedForward, *args: Any) -> Any:
+    """Call a captured forward; ``runner`` does the work of its graphs, in this call only."""
+    ran: list[Graph] = []
+
+    def noted(graph: Graph, inputs: Sequence[Any]) -> Any:
+        ran.append(graph)
+        return runner(graph, inputs)
+
+    token = _RUNNER.set(noted)
     try:
-        yield
+        out = captured(*args)
     finally:
         _RUNNER.reset(token)
+    if not ran:
+        captured.forget()
+        raise NotCapturedError(
+            "another backend of torch.compile ran in place of the rewritten graph: leave"
+            " torch.compiler.set_stance(force_backend=...)"
+        )
+    return out
 
 
 CAPTURES: weakref.WeakKeyDictionary[nn.Module, Captures] = weakref.WeakKeyDictionary()
@@ -133,10 +143,9 @@ def captures_of(model: nn.Module) -> Captures:
     """The model's captures; new if its class's forward has been exchanged since."""
     forward = type(model).forward
     found = CAPTURES.get(model)
-    if found is not None and found.forward is forward:
-        return found
-    with _LOCK:
-        found = CAPTURES.get(model)
-        if found is None or found.forward is not forward:
-            found = CAPTURES[model] = Captures(forward)
-        return found
+    if found is None or found.forward is not forward:
+        with _LOCK:
+            found = CAPTURES.get(model)
+            if found is None or found.forward is not forward:
+                found = CAPTURES[model] = Captures(forward)
+    return found
