@@ -10,12 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 import torch.fx
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmrewrite.compat import captured, forget_code
+from vlmrewrite.compat import at_graph_limit, captured, forget_code, forward_hooks, graph_limit, untraceable
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.kvcache import PositionCache
 
@@ -78,12 +77,12 @@ class CapturedForward:
         except _NotCompiled:
             forget_code(self._code)  # or Dynamo would never look at it again
             raise
-        except torch._dynamo.exc.FailOnRecompileLimitHit as e:
+        except at_graph_limit() as e:
             raise RuntimeError(
                 f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
                 " torch._dynamo.config.recompile_limit above it. The unrewritten model is not run in its place."
             ) from e
-        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as e:
+        except untraceable() as e:
             what = f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(model)}"
             raise CaptureError(f"{what}: {str(e)[:2000]}", f"{what}: {_reason(str(e))}") from e
 
@@ -98,14 +97,14 @@ def _reason(text: str) -> str:
 
 
 def _limit() -> int:
-    return max(LIMIT, int(torch._dynamo.config.recompile_limit))
+    return max(LIMIT, graph_limit())
 
 
 def _hooked(model: torch.nn.Module) -> str:
     """Where hooks stand, which are captured with the forward, for an error message."""
     found = []
     for name, module in model.named_modules():
-        hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+        hooks = forward_hooks(module)
         if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
             found.append(name or "the model")
     if not found:
