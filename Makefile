@@ -2,8 +2,9 @@
 #
 #   PYTHON=python3.12   the Python to make the environment from. Without it: the first of the Pythons below that is
 #                       new enough, one that already has a torch that is new enough before the others.
-#   VENV=path           the environment to use; it is made if it is not there. A torch >= 2.11 that is found in it, or
-#                       in the Python that it is made from, is used as it is; otherwise the pinned version is installed.
+#   VENV=path           the environment to use; it is made if it is not there. A torch >= 2.11 and < 2.14 that is
+#                       found in it, or in the Python that it is made from, is used as it is; otherwise the pinned
+#                       version is installed.
 #   ARGS="-k budget"    more arguments for the command that the target runs.
 
 VENV ?= .venv
@@ -15,14 +16,18 @@ override BIN := $(VENV)/bin
 override READY := $(VENV)/.vlmrewrite
 NEW_ENOUGH := import sys; sys.exit(sys.version_info < (3, 11))
 HAS_TORCH := import importlib.metadata as m; v = m.version("torch"); \
-	assert tuple(map(int, v.split(".")[:2])) >= (2, 11); print(v)
+	assert (2, 11) <= tuple(map(int, v.split(".")[:2])) < (2, 14); print(v)
+override OLDEST := .venv-oldest
+override OLDEST_PINS := torch==2.11.0 transformers==5.23.0 triton==3.6.0
+override QUICK := $(addprefix tests/,test_compat.py test_capture.py test_threads.py test_families.py test_ops.py \
+	kernels/test_contract.py)
 SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))
 
 # Whichever checkout an environment was made for, what runs is this one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format typecheck wheel clean
+.PHONY: help demo test oldest lint format typecheck wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,9 +38,14 @@ demo: $(READY) ## ask the bundled model about a scene, with and without a recipe
 test: $(READY) ## run the tests
 	$(BIN)/python -m pytest tests $(ARGS)
 
-lint: $(READY) ## ruff: rules and format
+oldest: $(OLDEST)/.vlmrewrite ## quick tests with the oldest torch, transformers and Triton (an environment of several GB)
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(QUICK) $(ARGS)
+
+lint: $(READY) ## ruff: rules and format; who imports whom; the compiler's lines of code
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/lint-imports --no-cache
+	$(BIN)/python tools/lines.py
 
 format: $(READY) ## ruff: rewrite what `make lint` finds
 	$(BIN)/python -m ruff check --fix .
@@ -50,7 +60,7 @@ wheel: $(READY) ## build sdist and wheel into dist/
 
 clean: ## remove builds and caches (the environment stays)
 	rm -rf build dist *.egg-info demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find vlmrewrite passes recipes tests examples -name __pycache__ -type d -prune -exec rm -rf {} +
+	find vlmrewrite passes recipes tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
 	@set -e; \
@@ -82,4 +92,13 @@ $(READY): pyproject.toml constraints.txt
 	"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(BIN)/python" -m ensurepip; \
 	"$(BIN)/python" -m pip install -c "$$pins" 'setuptools>=77.0.3'; \
 	"$(BIN)/python" -m pip install -c "$$pins" --no-build-isolation -e '.[examples,dev]'; \
+	touch "$@"
+
+# Of the Python that $(VENV) has, but with packages of its own: run it before a release, and when compat.py changes.
+$(OLDEST)/.vlmrewrite: pyproject.toml constraints.txt $(READY)
+	$(BIN)/python -m venv "$(OLDEST)"
+	grep -Ev '^(torch|transformers|triton|setuptools)==' constraints.txt > "$(OLDEST)/constraints.txt"
+	printf '%s\n' $(OLDEST_PINS) >> "$(OLDEST)/constraints.txt"
+	$(OLDEST)/bin/python -m pip install -c "$(OLDEST)/constraints.txt" 'setuptools>=77.0.3'
+	$(OLDEST)/bin/python -m pip install -c "$(OLDEST)/constraints.txt" --no-build-isolation -e '.[dev]'
 	touch "$@"

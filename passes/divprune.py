@@ -74,7 +74,7 @@ define(
     "divprune_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     divprune_sample,
     like_member,
-    kernel="vlmrewrite.kernels.greedy.sample:divprune_sample",
+    kernel="vlmrewrite.kernels.greedy.sample:cosine",
     flops=greedy_flops,
     flops_by_value=True,
 )

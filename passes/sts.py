@@ -61,7 +61,7 @@ define(
     "sts_sample(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     sts_sample,
     like_member,
-    kernel="vlmrewrite.kernels.greedy.sample:sts_sample",
+    kernel="vlmrewrite.kernels.greedy.sample:repulsion",
     flops=greedy_flops,
     flops_by_value=True,
 )

@@ -20,7 +20,7 @@ class CaptureError(RuntimeError):
 
 
 def explain(error: ValidationError, where: str, fields: Sequence[str]) -> list[str]:
-    """One line for each thing that is wrong, such as `STS.keep: expected an int >= 1 ..., got 0`.
+    """One line for each thing that is wrong, such as `Stride.keep: expected an int >= 1 ..., got 0`.
 
     Args:
         error: what pydantic raised for a class or a mapping.

@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo.config
 from torch import nn
 
 from vlmrewrite.api import applied, report
 from vlmrewrite.capture import LIMIT
+from vlmrewrite.compat import graphs_allowed
 from vlmrewrite.hf import encode_images
 from vlmrewrite.ops import Backend, resolve
 from vlmrewrite.recipe import Recipe
@@ -117,7 +117,7 @@ def _round(
 ) -> None:
     chosen = contextlib.nullcontext(model) if recipe is None else applied(model, recipe, backend=backend)
     # Inductor gives up on a model that has had too many graphs, without a word; that would be no comparison.
-    with chosen, torch.no_grad(), torch._dynamo.config.patch(recompile_limit=LIMIT):
+    with chosen, torch.no_grad(), graphs_allowed(LIMIT):
         forward: Any = torch.compile(model, dynamic=True) if recipe is None and backend == "inductor" else model
         _steps(forward, inputs, 3)  # applying starts anew: rewrite and compile before timing
         before = memory_reset()

@@ -10,13 +10,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._dynamo
 import torch.fx
 from torch import Tensor
-from torch.nn.modules import module as _module
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmrewrite.compat import captured, forget_code
+from vlmrewrite.compat import at_graph_limit, captured, forget_code, global_hooks, graph_limit, hooks_of, untraceable
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.kvcache import PositionCache
 
@@ -83,13 +81,13 @@ class CapturedForward:
         except NotCapturedError:
             self.forget()  # or Dynamo would never look at it again
             raise
-        except torch._dynamo.exc.FailOnRecompileLimitHit as e:
+        except at_graph_limit() as e:
             raise RuntimeError(
                 f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
                 f" torch._dynamo.config.recompile_limit above it{_hooked(model)}. The unrewritten model is not run in"
                 " its place."
             ) from e
-        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as e:
+        except untraceable() as e:
             what = f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(model)}"
             raise CaptureError(f"{what}: {str(e)[:2000]}", f"{what}: {_reason(str(e))}") from e
 
@@ -104,15 +102,14 @@ def _reason(text: str) -> str:
 
 
 def _limit() -> int:
-    return max(LIMIT, int(torch._dynamo.config.recompile_limit))
+    return max(LIMIT, graph_limit())
 
 
 def _hooked(model: torch.nn.Module) -> str:
     """Where hooks stand, which are captured with the forward, for an error message."""
     found = []
     for name, module in model.named_modules():
-        kinds = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        hooks = [hook for kind in kinds for hook in kind.values()]
+        hooks = hooks_of(module)
         if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
             found.append(name or "the model")
     if not found:
@@ -138,7 +135,7 @@ def without_images(
     forward: Callable[..., Any], model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any]
 ) -> Any:
     """A forward of text: a decode step, or a prompt without an image."""
-    _ = len(_module._global_forward_hooks) + len(_module._global_forward_pre_hooks)  # Dynamo guards on what is read
+    global_hooks()  # read, so that Dynamo guards on it
     if not torch.compiler.is_dynamo_compiling():
         raise NotCapturedError(
             "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"

@@ -12,6 +12,8 @@ import torch
 import torch.fx
 from torch import nn
 
+from vlmrewrite.compat import set_attention_implementation
+
 
 def decoder_layers(model: nn.Module) -> list[str]:
     """Names of the decoder's layers, as submodules of the model.
@@ -84,7 +86,7 @@ def swap_attention(
     read = decoder_configs(model) + [m.config for block in roots[1:] for m in block.modules() if "config" in vars(m)]
     copies = {id(c): _private(model, name, c) for c in {id(c): c for c in read}.values()}
     for copied in copies.values():
-        copied._attn_implementation_internal = name
+        set_attention_implementation(copied, name)
     around = {id(m.config): m.config for m in modules if id(m.config) not in copies}
     for key, config in around.items():
         parts = {attribute: copies[id(c)] for attribute, c in vars(config).items() if id(c) in copies}

@@ -8,6 +8,8 @@ import torch
 import torch.fx
 from transformers import PreTrainedModel
 
+from vlmrewrite.compat import attention_implementation, is_compiled
+
 _ATTENTION = ("eager", "sdpa")
 
 
@@ -44,7 +46,7 @@ def check_support(model: Any) -> int:
             f"{type(model).__name__} is an encoder-decoder: there are no vision tokens in its decoder's stream"
         )
     text = config.get_text_config(decoder=True)
-    used = text._attn_implementation
+    used = attention_implementation(text)
     if used not in _ATTENTION:
         raise ValueError(f"attention implementation {used!r} is not supported; expected one of {', '.join(_ATTENTION)}")
     depth = getattr(text, "num_hidden_layers", None)
@@ -58,7 +60,7 @@ def _check_kind(model: Any) -> None:
         raise ValueError(
             f"{type(model).__name__} is an exported model; expected the Hugging Face model it was made from"
         )
-    if isinstance(model, torch._dynamo.OptimizedModule) or getattr(model, "_compiled_call_impl", None) is not None:
+    if is_compiled(model):
         raise ValueError(
             "the model is compiled with torch.compile already; expected the model itself (recipes compile with"
             " backend='inductor')"

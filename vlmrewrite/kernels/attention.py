@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmrewrite.compat import gpu_architecture
 from vlmrewrite.ops import interpreted
 
 _LOG2E = math.log2(math.e)
@@ -49,7 +50,7 @@ def _fitting(configs: list[triton.Config], named: dict[str, Any], **meta: Any) -
     fp32 = named["q"].dtype == torch.float32
     if named["full"] is not None:
         return [_CONFIGS[x] for x in _UNDER_FULL_MASK[fp32]]
-    wgmma = interpreted() or triton.runtime.driver.active.get_current_target().arch >= 90
+    wgmma = interpreted() or gpu_architecture() >= 90
     size = max(meta["D"], meta["DV"])
     shapes = next(x for (w, f, most), x in _SHAPES.items() if (w, f) == (wgmma, fp32) and size <= most)
     return [_CONFIGS[x] for x in shapes if x[0] <= max(named["bucket"], 64)]

@@ -11,10 +11,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from vlmrewrite.compat import tree_flatten, tree_leaves, tree_unflatten
 from vlmrewrite.ops.device import kernels_missing, launcher
 
 REFERENCES: dict[object, Callable[..., Any]] = {}
@@ -98,8 +98,8 @@ def _define_kernel(
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    leaves, ctx.spec = pytree.tree_flatten(inputs)
-    ctx.holds = [any(isinstance(x, Tensor) for x in pytree.tree_leaves(i)) for i in inputs]
+    leaves, ctx.spec = tree_flatten(inputs)
+    ctx.holds = [any(isinstance(x, Tensor) for x in tree_leaves(i)) for i in inputs]
     ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
     ctx.tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     ctx.save_for_backward(*(leaves[i] for i in ctx.tensors))
@@ -114,15 +114,15 @@ def _through(reference: Callable[..., Any]) -> Callable[..., Any]:
             leaves[i] = x.detach().requires_grad_(x.requires_grad)
         wanted = [i for i in ctx.tensors if leaves[i].requires_grad]
         with torch.enable_grad():
-            made = pytree.tree_leaves(reference(*pytree.tree_unflatten(leaves, ctx.spec)))
-        given = pytree.tree_leaves(gradients, is_leaf=lambda x: x is None)
+            made = tree_leaves(reference(*tree_unflatten(leaves, ctx.spec)))
+        given = tree_leaves(gradients, is_leaf=lambda x: x is None)
         pairs = [(o, g) for o, g in zip(made, given, strict=True) if g is not None and o.requires_grad]
         outs, grads = [o for o, _ in pairs], [g for _, g in pairs]
         found = torch.autograd.grad(outs, [leaves[i] for i in wanted], grads, allow_unused=True)
         result: list[Any] = [None] * len(leaves)
         for i, g in zip(wanted, found, strict=True):
             result[i] = g
-        for_each = zip(pytree.tree_unflatten(result, ctx.spec), ctx.holds, strict=True)
+        for_each = zip(tree_unflatten(result, ctx.spec), ctx.holds, strict=True)
         return tuple(x if holds else None for x, holds in for_each)
 
     return backward

@@ -25,7 +25,7 @@ def attention_received(
     flat: Tensor,
     length: int,
 ) -> Tensor:
-    """Attention weight that each vision token receives, mean over heads and query tokens (STS, stage 2).
+    """Attention weight that each vision token receives, mean over heads and query tokens.
 
     The softmax runs in fp32 over all visible keys, cached ones included. A query token that sees nothing gives 0.
 

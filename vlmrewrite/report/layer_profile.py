@@ -53,7 +53,7 @@ class LayerProfile:
         text_cosine: the same of the text tokens.
         freeze_kl: KL(original || modified), in nats, of the next-token distribution at the last prompt token, mean
             over the prompts, when vision tokens bypass this one layer and text still sees them there:
-            ``run_on(Text).attend_to(All)`` (the layer contribution of ShortV, arXiv 2504.00502). What comes out of the
+            ``run_on(Text).attend_to(All)`` (the layer contribution of arXiv 2504.00502). What comes out of the
             last layer at vision tokens is never read, so that its value is 0 but for rounding.
         hide_kl: the same when text does not see them there either: ``run_on(Text).attend_to(Text)``. A layer attends
             to one set for all its queries, so that hiding vision from text is making the layer text-only.
@@ -77,7 +77,7 @@ class LayerProfile:
     def saturation(self, share: float = 0.05) -> int:
         """The first layer from which on updating vision tokens hardly matters.
 
-        That is the smallest s with ``sum(freeze_kl[s:]) <= share * sum(freeze_kl)``. Ours: DPVR (arXiv 2606.09131)
+        That is the smallest s with ``sum(freeze_kl[s:]) <= share * sum(freeze_kl)``. Ours: arXiv 2606.09131
         takes the layer where the answer first shows in the logit lens, less 4.
 
         Args:

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vlmrewrite.api import applied
+from vlmrewrite.compat import generation_positions
 from vlmrewrite.oracle import InFloat64, LayerMasks, layer_masks, oracle_logits, planned_lengths
 from vlmrewrite.runtime import kept_tokens
 
@@ -106,9 +107,8 @@ def extended(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> dict[s
     n = tokens.shape[1]
     out = dict(inputs)
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    prepare: Any = model._prepare_position_ids_for_generation
     known = {k: v for k, v in inputs.items() if k != "input_ids"} | {"attention_mask": mask}
-    positions = prepare(inputs["input_ids"], {**known, "input_ids": inputs["input_ids"]})
+    positions = generation_positions(model, inputs["input_ids"], {**known, "input_ids": inputs["input_ids"]})
     more = positions[..., -1:] + torch.arange(1, n + 1)
     out["position_ids"] = torch.cat([positions, more], -1)
     out["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)

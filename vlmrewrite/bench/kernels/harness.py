@@ -10,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo.config
-import torch.utils._pytree as pytree
 from torch import Tensor
 
 from vlmrewrite import ops
@@ -19,6 +17,7 @@ from vlmrewrite.bench.kernels.attention import attention, decode, gather, restor
 from vlmrewrite.bench.kernels.cases import SAMPLED, SIZES, Case, Setting
 from vlmrewrite.bench.kernels.selection import regions, sample, score
 from vlmrewrite.bench.models import device_name
+from vlmrewrite.compat import gpu_sleep, graphs_allowed, tree_leaves
 
 FAMILIES: dict[str, tuple[Callable[[Setting], Iterator[Case]], ...]] = {
     "gather": (gather, restore),
@@ -150,8 +149,8 @@ def _case(
         return row
     if missing is None and "triton" not in case.contenders:
         row["skipped"]["triton"] = "has no kernel"
-    torch._dynamo.reset()
-    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=64):
+    torch.compiler.reset()
+    with torch.no_grad(), graphs_allowed(64):
         calls, row["error"] = _prepare(case, missing, against, row["skipped"])
         samples = _rounds(calls, device, repeat, row["skipped"])
     if not samples:
@@ -213,7 +212,7 @@ def _error(out: Any, expected: Any) -> float:
             return float((a != b).float().mean())
         return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-30))
 
-    return max(one(a, b) for a, b in zip(pytree.tree_leaves(out), pytree.tree_leaves(expected), strict=True))
+    return max(one(a, b) for a, b in zip(tree_leaves(out), tree_leaves(expected), strict=True))
 
 
 def _rounds(
@@ -251,7 +250,7 @@ def _seconds(call: Callable[[], Any], trash: Tensor | None) -> float:
         return time.perf_counter() - begun
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     trash.zero_()
-    torch.cuda._sleep(AHEAD)
+    gpu_sleep(AHEAD)
     start.record()
     call()
     end.record()

@@ -113,13 +113,13 @@ def _greedy_kernel(  # type: ignore[no-untyped-def]
         )  # fmt: skip
 
 
-def sts_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    """See :func:`vlmrewrite.passes.sts.sts_sample`; at most 16384 channels."""
+def repulsion(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
+    """The tokens that repel one another most, see :func:`greedy`."""
     return greedy("repulsion", features, member, lengths, keep)[0]
 
 
-def divprune_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    """See :func:`vlmrewrite.passes.divprune.divprune_sample`; at most 16384 channels."""
+def cosine(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
+    """The tokens that are farthest apart by their angles, see :func:`greedy`."""
     return greedy("cosine", features, member, lengths, keep)[0]
 
 
