@@ -29,7 +29,7 @@ from vlmrewrite.cli.config import read_config
 from vlmrewrite.cli.loading import with_random_weights
 from vlmrewrite.cli.prompt import Shape, captured_prompt
 from vlmrewrite.passes import STS
-from vlmrewrite.plan.budget import tokens_kept
+from vlmrewrite.plan import tokens_kept
 from vlmrewrite.recipe import Recipe
 
 CONFIGS = Path(__file__).parent / "configs"

@@ -22,12 +22,7 @@ ROOT = Path(__file__).parents[1]
 
 ELSEWHERE = {
     "vlmrewrite/analysis/aliasing.py": {"torch._ops", "_schema"},
-    "vlmrewrite/analysis/anatomy.py": {"torch._C"},
-    "vlmrewrite/analysis/memory.py": {
-        "torch._subclasses.fake_tensor",
-        "torch.utils._python_dispatch",
-        "torch.utils._pytree",
-    },
+    "vlmrewrite/analysis/memory.py": {"torch._subclasses.fake_tensor", "torch.utils._python_dispatch"},
     "vlmrewrite/analysis/op_classes.py": {"torch._C"},
     "vlmrewrite/plan/blocks.py": {"_init_weights"},
     "vlmrewrite/rewrite/legalize.py": {"torch.ops.aten._assert_scalar"},
@@ -250,8 +245,8 @@ def test_attributes_that_are_gone(monkeypatch: pytest.MonkeyPatch, llava: TinyVL
     with pytest.raises(compat.VersionError, match=r"^torch .* has no object\._cdata "):
         compat.memory_is_shared(SimpleNamespace(untyped_storage=object), 1)  # type: ignore[arg-type]
     module = nn.Linear(1, 1)
-    del module._hooks_of
-    with pytest.raises(compat.VersionError, match=r"^torch .* has no Linear\._hooks_of "):
+    del module._forward_hooks
+    with pytest.raises(compat.VersionError, match=r"^torch .* has no Linear\._forward_hooks "):
         compat.hooks_of(module)
     monkeypatch.setattr(torch._dynamo, "optimize", lambda *_, **__: object())
     with pytest.raises(compat.VersionError, match=r"^torch .* has no object\.callback "):

@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.fx
-import torch.utils._pytree as pytree
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from vlmrewrite.compat import tree_leaves
 
 _CUDA_BLOCK = 512
 """PyTorch's CUDA allocator hands out multiples of it."""
@@ -48,9 +49,9 @@ class LiveBytes(TorchDispatchMode):
         return sum(self._sizes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.give(pytree.tree_leaves((args, kwargs)))
+        self.give(tree_leaves((args, kwargs)))
         out = func(*args, **(kwargs or {}))
-        for x in pytree.tree_leaves(out):
+        for x in tree_leaves(out):
             if isinstance(x, Tensor):
                 self._sizes.setdefault(x.untyped_storage(), _allocated(x))
         self.peak = max(self.peak, self.now)

@@ -14,11 +14,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
-from torch.utils._pytree import tree_leaves
 
 from vlmrewrite.analysis import op_classes as classes
 from vlmrewrite.analysis.aliasing import hidden_write, is_number, meaning, name_of
 from vlmrewrite.analysis.graph import value
+from vlmrewrite.compat import tree_leaves
 
 
 def not_token_wise(node: Node, length: object) -> str | None:

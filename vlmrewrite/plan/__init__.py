@@ -5,7 +5,7 @@ Nothing here knows of graphs.
 """
 
 from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy, Weights, build
-from vlmrewrite.plan.budget import Budget, Depth, Layers, check_depth, chosen_layers, layer_index
+from vlmrewrite.plan.budget import Budget, Depth, Layers, check_depth, chosen_layers, layer_index, tokens_kept
 from vlmrewrite.plan.call import Call, Extra
 from vlmrewrite.plan.counts import TokenCounts, describe
 from vlmrewrite.plan.interface import Pass, frozen_pass
@@ -83,6 +83,7 @@ __all__ = [
     "run_passes",
     "substitute",
     "text_part",
+    "tokens_kept",
     "union",
     "vision_part",
 ]
