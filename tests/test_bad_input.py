@@ -237,7 +237,8 @@ def test_refused_passes_are_reported_and_strict_raises():
     inputs = tiny.inputs([Row(1)])
     wish = [STS(keep=3, refine=None, features="encoder"), Stride(keep=2)]
     with vr.applied(tiny.model, wish):
-        tiny.model(**inputs)
+        with pytest.warns(UserWarning, match=r"recipe 'custom': STS\(.*\) does nothing: .* vision tokens"):
+            tiny.model(**inputs)
         first, second = vr.report(tiny.model).to_dict()["passes"]
         assert not first["matched"]
         assert "vision tokens" in first["reason"]

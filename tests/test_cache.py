@@ -412,7 +412,7 @@ def test_a_reset_frees_the_room():
 @pytest.fixture
 def as_they_are(monkeypatch):
     """The graphs that Inductor would get, run without it."""
-    monkeypatch.setattr("vlmrewrite.lower.executable.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.compiler.compiled", lambda gm: gm)
     monkeypatch.setattr("vlmrewrite.runtime.decode.compiled", lambda gm: gm)
 
 

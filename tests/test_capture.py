@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from vlmrewrite.analysis import analyse
 from vlmrewrite.capture import dynamo, hooks
-from vlmrewrite.capture.model import CAPTURES
+from vlmrewrite.capture.model import CAPTURES, place_of
 from vlmrewrite.hf import decoder
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.passes import STS, Random, Stride
@@ -115,6 +116,30 @@ def test_keeping_all_is_the_original_attention_within_rounding(llava, rows, side
             got = llava.model(**inputs).logits
     budget = max(float((original - exact)[real].abs().max()), torch.finfo(torch.float32).eps * float(exact.abs().max()))
     assert float((got - exact)[real].abs().max()) <= 8 * budget
+
+
+def test_features_are_found_by_what_they_are_whatever_their_name():
+    tiny = FAMILIES["llava"]()
+    inputs = tiny.inputs([Row(1), Row(2)])
+    program = vr.trace(tiny.model, inputs)
+    entering = program.captured.graph.find_nodes(op="placeholder")
+    at = entering.index(program.anatomy.features)
+    features = torch.cat(tiny.model.model.get_image_features(inputs["pixel_values"]).pooler_output)
+    assert torch.equal(program.inputs[at].flatten(0, -2), features)
+    for i, node in enumerate(entering):
+        node.name = f"input_{i}"
+    again = analyse(program.captured, at)
+    assert (again.merge, again.layers) == (program.anatomy.merge, program.anatomy.layers)
+    with pytest.raises(ValueError, match="the first attention node does not depend on the vision features"):
+        analyse(program.captured, len(entering) - 1)
+
+
+def test_features_are_exactly_one_input():
+    x = torch.zeros(2, 3)
+    assert place_of(x, [x.clone(), 3, x[:], x]) == 3
+    for inputs, n in (([x.clone(), x.view(2, 3)], 0), ([x, x], 2)):
+        with pytest.raises(ValueError, match=f"{n} of the graph's inputs are the vision features; expected 1"):
+            place_of(x, inputs)
 
 
 def test_encoder_features(llava):

@@ -159,3 +159,20 @@ def test_what_cannot_be_done_while_a_recipe_is_applied(tiny, inputs, what, messa
     tiny.model.set_attn_implementation("sdpa")
     with vr.applied(tiny.model, ALL):
         agree(tiny.model(**inputs).logits, expected, inputs)
+
+
+@torch.no_grad()
+def test_a_hook_on_all_modules_runs_until_it_is_removed(tiny, inputs):
+    model = tiny.model
+
+    def on_norms(module, _, out):
+        return out * 1.25 if type(module).__name__ == "LlamaRMSNorm" else None
+
+    plain = model(**inputs).logits
+    with torch.nn.modules.module.register_module_forward_hook(on_norms):
+        hooked = model(**inputs).logits
+    with vr.applied(model, ALL):
+        agree(model(**inputs).logits, plain, inputs)
+        with torch.nn.modules.module.register_module_forward_hook(on_norms):
+            agree(model(**inputs).logits, hooked, inputs)
+        agree(model(**inputs).logits, plain, inputs)

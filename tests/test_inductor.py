@@ -58,7 +58,7 @@ def test_generation_agrees_with_eager(tiny, passes):
 @pytest.fixture
 def as_they_are(monkeypatch):
     """The graphs that Inductor would get, run without it: what is captured and how it is wired."""
-    monkeypatch.setattr("vlmrewrite.lower.executable.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.compiler.compiled", lambda gm: gm)
     monkeypatch.setattr("vlmrewrite.runtime.decode.compiled", lambda gm: gm)
 
 

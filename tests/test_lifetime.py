@@ -54,7 +54,7 @@ def test_captures_die_with_their_model(restore, features):
 
 def test_captures_of_text_die_with_their_model(monkeypatch):
     monkeypatch.setattr(session, "resolve", lambda *_: "inductor")
-    monkeypatch.setattr("vlmrewrite.lower.executable.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.compiler.compiled", lambda gm: gm)
     monkeypatch.setattr("vlmrewrite.runtime.decode.compiled", lambda gm: gm)
     refs = used(SOME, True)
     collect()

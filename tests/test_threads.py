@@ -33,6 +33,8 @@ def settings():
     return (
         os.environ.get("TRANSFORMERS_DISABLE_TORCH_CHECK"),
         torch._dynamo.config.specialize_float,
+        torch._dynamo.config.assume_static_by_default,
+        torch.compiler.is_compiling(),
         torch._dynamo.config.skip_nnmodule_hook_guards,
         torch._dynamo.config.recompile_limit,
         torch.fx.experimental._config.use_duck_shape,

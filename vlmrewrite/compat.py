@@ -11,12 +11,15 @@ import importlib
 import operator
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch._dynamo
+import torch.fx
 from torch import Tensor, nn
+from torch.nn.modules import module as _modules
 
 TESTED = {"torch": ">=2.11,<2.14", "transformers": ">=5.23,<5.24", "triton": ">=3.6,<3.10"}
 """The versions that the tests pass with, as in pyproject.toml."""
@@ -86,11 +89,22 @@ def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list
     return leaves
 
 
-def forward_hooks(module: nn.Module) -> list[Callable[..., Any]]:
-    """The hooks of a module that run before and after its forward."""
-    return [
-        hook for name in ("_forward_hooks", "_forward_pre_hooks") for hook in _attribute(module, name, "torch").values()
-    ]
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks of a module that run before and after its forward and its backward."""
+    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [hook for kind in kinds for hook in _attribute(module, kind, "torch").values()]
+
+
+_ON_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
+
+
+def hooks_on_all_modules() -> int:
+    """How many hooks run before and after the forward of every module.
+
+    Traced by Dynamo it is a guard: what was traced with another number is traced again. So that it can be traced, it
+    reads plain attributes; :func:`captured` has made sure that they are there.
+    """
+    return len(_modules._global_forward_hooks) + len(_modules._global_forward_pre_hooks)
 
 
 def is_compiled(model: Any) -> bool:
@@ -134,8 +148,9 @@ def generation_positions(model: nn.Module, input_ids: Tensor, kwargs: dict[str, 
 
 def inside_torch_compile() -> bool:
     """Whether the caller runs, traced or not, in code that is behind ``torch.compile``."""
-    active = _find("torch._C._dynamo.eval_frame", "get_eval_frame_callback")
-    return torch.compiler.is_dynamo_compiling() or callable(active())
+    if torch.compiler.is_dynamo_compiling():  # nothing else can be asked then
+        return True
+    return callable(_find("torch._C._dynamo.eval_frame", "get_eval_frame_callback")())
 
 
 def forget_code(code: Any) -> None:
@@ -174,15 +189,40 @@ def captured(
 ) -> Callable[..., Any]:
     """``torch.compile(function, backend=backend, fullgraph=True, dynamic=True)`` with a capture's options.
 
-    The options are set while Dynamo traces and not otherwise, under its own lock, so that no other capture in the
-    process sees them. A call for which there is a graph takes no lock and changes nothing.
-
     Args:
         recompile_limit: how many graphs there may be.
         traced: told the seconds of each trace.
     """
-    context = _find("torch._dynamo", "optimize")(backend, nopython=True, dynamic=True)
-    context.callback = _Tracer(_attribute(context, "callback", "torch"), recompile_limit, traced)
+    for name in _ON_ALL:
+        _find("torch.nn.modules.module", name)
+    return _behind_dynamo(function, backend, lambda: tracing_options(recompile_limit=recompile_limit()), traced)
+
+
+def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
+    """``torch.compile(gm, backend="inductor", fullgraph=True, dynamic=True)``: it runs as one piece or it raises."""
+
+    @contextlib.contextmanager
+    def options() -> Iterator[None]:
+        with _compile_lock(), _patched("torch._dynamo.config", assume_static_by_default=False):
+            yield
+
+    return _behind_dynamo(gm, "inductor", options, lambda _: None)
+
+
+def _behind_dynamo(
+    function: Callable[..., Any],
+    backend: str | Callable[..., Any],
+    options: Callable[[], contextlib.AbstractContextManager[None]],
+    traced: Callable[[float], None],
+) -> Callable[..., Any]:
+    """A function behind Dynamo, whose options are set while it traces and at no other time.
+
+    It is under Dynamo's own lock then, so that no other capture in the process sees them. A call for which there is a
+    graph takes no lock and changes nothing. (``dynamic=True`` of ``torch.compile`` is an option that it would set at
+    each call: for all threads, in torch 2.11.)
+    """
+    context = _find("torch._dynamo", "optimize")(backend, nopython=True)
+    context.callback = _Tracer(_attribute(context, "callback", "torch"), options, traced)
     made: Callable[..., Any] = context(function)
     return made
 
@@ -190,22 +230,26 @@ def captured(
 class _Tracer:
     """What Dynamo calls where no graph fits."""
 
-    def __init__(self, inner: Any, recompile_limit: Callable[[], int], traced: Callable[[float], None]) -> None:
+    def __init__(
+        self,
+        inner: Any,
+        options: Callable[[], contextlib.AbstractContextManager[None]],
+        traced: Callable[[float], None],
+    ) -> None:
         self.__dict__.update(vars(inner))
         self._torchdynamo_orig_backend = self._inner = inner
-        self._recompile_limit, self._traced = recompile_limit, traced
+        self._options, self._traced = options, traced
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        import time
-
         begun = time.perf_counter()
         try:
-            with tracing_options(recompile_limit=self._recompile_limit()):
+            with self._options():
                 return self._inner(*args, **kwargs)
         finally:
             self._traced(time.perf_counter() - begun)
 
 
+_OPTIONS = {"assume_static_by_default": False, "specialize_float": True, "skip_nnmodule_hook_guards": False}
 _tracing = threading.local()
 
 
@@ -217,7 +261,7 @@ def tracing_options(**dynamo: Any) -> Iterator[None]:
     (``torch_compilable_check``) is left out: the host has compared the number of tokens and features, and torch 2.11
     cannot trace it.
     """
-    with _find("torch._dynamo.convert_frame", "compile_lock"):
+    with _compile_lock():
         if getattr(_tracing, "depth", 0):  # of the same thread, whose options these are
             yield
             return
@@ -226,12 +270,18 @@ def tracing_options(**dynamo: Any) -> Iterator[None]:
             with (
                 _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", "1"),
                 _patched("torch.fx.experimental._config", use_duck_shape=False),
-                _patched("torch._dynamo.config", specialize_float=True, skip_nnmodule_hook_guards=False, **dynamo),
+                _patched("torch._dynamo.config", **_OPTIONS, **dynamo),
                 _symbols_in_messages(),
+                _compiling_here_alone(),
             ):
                 yield
         finally:
             _tracing.depth = 0
+
+
+def _compile_lock() -> contextlib.AbstractContextManager[Any]:
+    lock: contextlib.AbstractContextManager[Any] = _find("torch._dynamo.convert_frame", "compile_lock")
+    return lock
 
 
 @contextlib.contextmanager
@@ -245,6 +295,20 @@ def _patched(module: str, **options: Any) -> Iterator[None]:
     finally:
         for name, value in before.items():
             setattr(config, name, value)
+
+
+@contextlib.contextmanager
+def _compiling_here_alone() -> Iterator[None]:
+    """Torch 2.13 makes ``torch.compiler.is_compiling()`` true in every thread while one traces; torch 2.11 does not.
+
+    transformers asks it in eager code: a vision tower that runs meanwhile in another thread loses its hidden states.
+    In traced code Dynamo answers by itself.
+    """
+    if not hasattr(torch.compiler, "_compile_session_context"):
+        yield
+        return
+    with _patched("torch.compiler", _compile_session_context=contextlib.nullcontext):
+        yield
 
 
 @contextlib.contextmanager

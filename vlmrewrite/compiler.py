@@ -23,21 +23,22 @@ from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
 from vlmrewrite.rewrite import Program, check_sets, dispatch, legalize
 
 
-def program_of(gm: torch.fx.GraphModule, parameters: Mapping[str, tuple[int, str]] | None = None) -> Program:
+def program_of(gm: torch.fx.GraphModule, features: int, parameters: Mapping[str, tuple[int, str]]) -> Program:
     """The program of a captured graph, without passes.
 
     Args:
         gm: the graph.
+        features: which of its inputs holds the vision features.
         parameters: for each of its inputs that is a decoder layer's parameter, the layer and the name within it.
 
     Raises:
         ValueError: a part of the graph could not be recognised; the message names it.
     """
     start = time.perf_counter()
-    anatomy = analyse(gm)
+    anatomy = analyse(gm, features)
     seconds = {"anatomy": time.perf_counter() - start}
     plan = Plan(len(anatomy.layers), frozenset(FEATURES))
-    return Program(gm, anatomy, plan, gm, seconds=seconds, parameters=dict(parameters or {}))
+    return Program(gm, anatomy, plan, gm, seconds=seconds, parameters=dict(parameters))
 
 
 def rewrite(

@@ -23,7 +23,7 @@ from rich.table import Table
 
 import vlmrewrite as vr
 from vlmrewrite.bench import bench
-from vlmrewrite.plan.blocks import ATTRIBUTE
+from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.recipe import shipped_recipes
 
 from .model import CHECKPOINT, answers, encode, load

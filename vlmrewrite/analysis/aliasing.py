@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch.fx import Node
 
-from vlmrewrite.analysis.graph import needed, reachable, value
+from vlmrewrite.analysis.graph import closure, needed, reachable, value
 from vlmrewrite.analysis.op_classes import FLAG, FRESH, IN_PLACE, NUMBERS
 
 
@@ -25,8 +25,7 @@ def hidden_write(node: Node) -> str | None:
     """
     if _written(node) and (_target(node) is operator.setitem or _seen(node, needed([node]).__contains__)):
         return "it writes in place over a value that is read elsewhere"
-    family = {m for x in node.all_input_nodes for m in _family(x)}
-    others = {w for m in family for w in m.users if w is not node and m in _written(w)}
+    others = {w for m in _family(node.all_input_nodes) for w in m.users if w is not node and m in _written(w)}
     if others and others - needed([node]) - reachable([node]):
         return "it reads a value that is written in place elsewhere"
     return None
@@ -34,21 +33,14 @@ def hidden_write(node: Node) -> str | None:
 
 def _seen(node: Node, harmless: Callable[[Node], bool]) -> bool:
     """Whether what the node writes is the caller's, or read by a node that is not harmless (its own result apart)."""
-    family = {m for x in _written(node) for m in _family(x, node)}
-    return any(
-        m.op in ("placeholder", "get_attr") or any(r is not node and not harmless(r) for r in m.users) for m in family
-    )
+    family = _family(_written(node), node)
+    readers = {r for m in family for r in m.users} - {node}
+    return any(m.op in ("placeholder", "get_attr") for m in family) or not all(map(harmless, readers))
 
 
-def _family(node: Node, without: Node | None = None) -> set[Node]:
-    """The nodes that may share memory with a node."""
-    seen, queue = {node}, [node]
-    while queue:
-        at = queue.pop()
-        near = {*_shared(at), *(u for u in at.users if at in _shared(u))} - {*seen, without}
-        seen |= near
-        queue.extend(near)
-    return seen
+def _family(nodes: Iterable[Node], without: Node | None = None) -> set[Node]:
+    """The nodes that may share memory with some nodes, not by way of one."""
+    return closure(nodes, lambda n: {*_shared(n), *(u for u in n.users if n in _shared(u))} - {without})
 
 
 def _shared(node: Node) -> list[Node]:
@@ -72,7 +64,7 @@ def _written(node: Node) -> list[Node]:
         return inputs if target._schema.is_mutable else []
     if node.op not in ("call_function", "call_method"):
         return []
-    name = target if isinstance(target, str) else getattr(target, "__name__", "")
+    name = name_of(target)
     flag = node.kwargs.get("inplace") or any(node.args[FLAG.get(name, len(node.args)) :][:1])
     if target in IN_PLACE or flag:
         return inputs[:1] if not node.args or node.args[0] in inputs else []
@@ -89,6 +81,11 @@ def _target(node: Node) -> Any:
 def meaning(node: Node) -> Any:
     """What is called; for an operation in place the one that returns a new tensor."""
     return IN_PLACE.get(_target(node), _target(node))
+
+
+def name_of(target: object) -> str:
+    """The name of what is called, for a method as for a function."""
+    return str(getattr(target, "__name__", target))
 
 
 def is_number(node: Node) -> bool:

@@ -8,16 +8,18 @@ No module name is looked at.
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, cast
 
 import networkx as nx
 import torch
-import torch.fx
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import needed, reachable, same, value, where
+from vlmrewrite.analysis.op_classes import LINEAR, MATMULS
 from vlmrewrite.ops import ATTENTION, KV_APPEND
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -64,10 +66,6 @@ class Layer:
         """Matmul FLOPs of one row's attention."""
         return 2 * self.heads * queries * keys * (self.head_size + self.value_size)
 
-    def scoring_flops(self, keys: int) -> int:
-        """Matmul FLOPs of scoring one row's keys by one query token."""
-        return 2 * self.heads * keys * self.head_size
-
 
 @dataclass(frozen=True)
 class Anatomy:
@@ -102,8 +100,12 @@ class Anatomy:
         return self.layers[-1].exit
 
 
-def analyse(gm: torch.fx.GraphModule) -> Anatomy:
+def analyse(gm: GraphModule, features: int) -> Anatomy:
     """Find the merge, the residual stream and the layers of a captured forward.
+
+    Args:
+        gm: the captured graph.
+        features: which of its inputs holds the vision features.
 
     Raises:
         ValueError: a part could not be recognised; the message names it, with the node and its source line.
@@ -111,160 +113,104 @@ def analyse(gm: torch.fx.GraphModule) -> Anatomy:
     attentions = [n for n in gm.graph.nodes if n.target is ATTENTION]
     if not attentions:
         raise ValueError("no attention node was captured; expected one per decoder layer")
-    features = _features(gm)
-    output = next(iter(reversed(gm.graph.nodes)))
-    merge = _merge(features, output, attentions)
+    entering = gm.graph.find_nodes(op="placeholder")[features]
+    seeing = reachable([entering])
+    merge = _merge(entering, seeing, attentions[0])
     stream = value(merge)
-    assert isinstance(stream, Tensor)
-    batch: Any
-    length: Any
     batch, length, hidden = stream.shape
     if not isinstance(length, torch.SymInt):
         raise ValueError(f"the token axis was specialised to {length} in the graph at {where(merge)}")
-    vision, merged = _vision(merge, features, batch, length)
-    after = reachable([merge])
-    logits = _logits(output, attentions, after, length)
-    chain = _dominators(merge, logits, after)
-    layers = _layers(chain, attentions, merge, after, length)
-    outputs = output.args[0]
-    at = next(i for i, n in enumerate(outputs) if n is logits) if isinstance(outputs, (list, tuple)) else 0
-    return Anatomy(features, merged, merge, vision, layers, length, batch, int(hidden), stream.dtype, at)
+    merged = next(n for n in merge.all_input_nodes if n in seeing)
+    vision = _vision(merge, seeing, length)
+    outputs: Any = gm.graph.output_node().args[0]
+    logits = _logits(outputs, attentions[-1])
+    layers = _layers(merge, outputs[logits], attentions)
+    return Anatomy(entering, merged, merge, vision, layers, length, batch, int(hidden), stream.dtype, logits)
 
 
-def _features(gm: torch.fx.GraphModule) -> Node:
-    found = [n for n in gm.graph.nodes if n.op == "placeholder" and n.name == "l_features_"]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} vision feature inputs in the graph; expected 1: is there an image in the call?")
-    return cast(Node, found[0])
-
-
-def _merge(features: Node, output: Node, attentions: list[Node]) -> Node:
-    """The first [B, T, H] node, dominating every attention node, that the features flow through."""
-    after = reachable([features])
-    if attentions[0] not in after:
-        raise ValueError(f"the first attention node does not depend on the vision features: {where(attentions[0])}")
-    graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after)
-    above = nx.immediate_dominators(graph, features)
-    chain = [attentions[0]]
-    while chain[-1] is not features:
-        chain.append(above[chain[-1]])
-    before = needed([attentions[0]])
-    for node in reversed(chain[:-1]):
+def _merge(features: Node, seeing: set[Node], attention: Node) -> Node:
+    """The first [B, T, H] node, dominating the first attention node, that joins the features to other tensors."""
+    if attention not in seeing:
+        raise ValueError(f"the first attention node does not depend on the vision features: {where(attention)}")
+    for node in nx.shortest_path(_dominators(features, seeing), features, attention)[1:]:
         x = value(node)
-        joins = any(n not in after and isinstance(value(n), Tensor) for n in node.all_input_nodes)
-        if isinstance(x, Tensor) and x.dim() == 3 and joins and node in before:
+        joins = any(n not in seeing and isinstance(value(n), Tensor) for n in node.all_input_nodes)
+        if isinstance(x, Tensor) and x.dim() == 3 and joins:
             return node
     raise ValueError(f"found no node that writes the vision features ({where(features)}) into a [B, T, H] stream")
 
 
-def _vision(merge: Node, features: Node, batch: object, length: object) -> tuple[Node, Node]:
-    """The bool [B, T] vision mask behind the merge, and the features as the merge takes them."""
-    after = reachable([features])
-    merged = next(n for n in merge.all_input_nodes if n in after)
-    queue = [n for n in merge.all_input_nodes if n not in after]
-    while queue:
-        node = queue.pop(0)
+def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
+    """The bool [B, T] vision mask behind the merge, the nearest one that the features do not flow through."""
+    queue = [n for n in merge.all_input_nodes if n not in seeing]
+    for node in queue:
         x = value(node)
         if isinstance(x, Tensor) and x.dtype == torch.bool:
             if x.dim() == 2 and same(x.shape[1], length):
-                return node, merged
-            queue.extend(node.all_input_nodes)
+                return node
+            queue += node.all_input_nodes
     raise ValueError(f"found no bool [B, T] vision mask behind the merge, {where(merge)}")
 
 
-def _logits(output: Node, attentions: list[Node], after: set[Node], length: object) -> Node:
+def _logits(outputs: Sequence[Any], attention: Node) -> int:
     """The output that depends on the last attention node, other than the cache: the logits, or the hidden state."""
-    last = reachable([attentions[-1]])
-    caches = set()
-    for n in output.all_input_nodes:
-        if n.target is operator.getitem and isinstance(n.args[0], Node) and n.args[0].target is KV_APPEND:
-            caches.add(n)
-    found = [n for n in output.all_input_nodes if n in last and n not in caches]
+    after = reachable([attention])
+    found = [i for i, n in enumerate(outputs) if n in after and _append(n) is None]
     if not found:
         raise ValueError("no output of the graph depends on the last attention node; expected logits or hidden states")
     return found[-1]
 
 
-def _dominators(merge: Node, logits: Node, after: set[Node]) -> list[Node]:
-    """Nodes that every path from the merge to the logits goes through, in order."""
-    between = after & needed([logits])
-    graph = nx.DiGraph((a, b) for b in between for a in b.all_input_nodes if a in between)
-    above = nx.immediate_dominators(graph, merge)
-    chain = [logits]
-    while chain[-1] is not merge:
-        chain.append(above[chain[-1]])
-    return chain[::-1]
+def _append(node: Node) -> Node | None:
+    """The ``vlm::kv_append`` node that a node is a result of, or None."""
+    source = node.args[0] if node.target is operator.getitem else None
+    return source if isinstance(source, Node) and source.target is KV_APPEND else None
 
 
-def _layers(
-    chain: list[Node], attentions: list[Node], merge: Node, after: set[Node], length: object
-) -> tuple[Layer, ...]:
-    depth = {n: i for i, n in enumerate(chain)}
-    entries = []
+def _dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
+    """A tree of the nodes that depend on ``start``: every path from it to a node goes through those above the node."""
     graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after)
-    above = nx.immediate_dominators(graph, merge)
-    for node in attentions:
-        at = node
-        while at not in depth:
-            at = above[at]
-        entries.append(at)
-    adds = [n for n in chain if n.target in _ADDS and sum(i in after for i in n.all_input_nodes) == 2]
-    if not adds or depth[adds[-1]] <= depth[entries[-1]]:
+    return nx.DiGraph((above, n) for n, above in nx.immediate_dominators(graph, start).items() if n is not start)
+
+
+def _layers(merge: Node, logits: Node, attentions: list[Node]) -> tuple[Layer, ...]:
+    after = reachable([merge])
+    tree = _dominators(merge, after)
+    stream = nx.shortest_path(tree, merge, logits)
+    depth = {n: i for i, n in enumerate(stream)}
+    starts = [max(depth.get(n, 0) for n in nx.shortest_path(tree, merge, attention)) for attention in attentions]
+    adds = [i for i, n in enumerate(stream) if n.target in _ADDS and sum(x in after for x in n.all_input_nodes) == 2]
+    if not adds or adds[-1] <= starts[-1]:
         raise ValueError(f"found no residual add after the last attention node, {where(attentions[-1])}")
-    out = []
-    for i, node in enumerate(attentions):
-        end = entries[i + 1] if i + 1 < len(entries) else adds[-1]
-        if depth[end] <= depth[entries[i]]:
-            raise ValueError(
-                f"attention nodes {i} and {i + 1} hang on the same point of the residual stream, {where(entries[i])}:"
-                " parallel decoder streams are not recognised"
-            )
-        behind = reachable([node])
-        inner = [n for n in adds if depth[entries[i]] < depth[n] < depth[end] and n in behind]
-        out.append(_layer(i, entries[i], end, inner[0] if inner else None, node, length))
-    return tuple(out)
+    layers = []
+    for i, (start, end) in enumerate(pairwise([*starts, adds[-1]])):
+        if end <= start:
+            raise ValueError(f"attention nodes {i} and {i + 1} both hang on {where(stream[start])}; expected a chain")
+        behind = reachable([attentions[i]])
+        middle = next((stream[k] for k in adds if start < k < end and stream[k] in behind), None)
+        layers.append(_layer(i, stream[start], stream[end], middle, attentions[i]))
+    return tuple(layers)
 
 
-def _layer(index: int, entry: Node, exit: Node, middle: Node | None, attention: Node, length: object) -> Layer:
-    q, k, v = (attention.args[i] for i in range(3))
-    assert isinstance(q, Node) and isinstance(k, Node) and isinstance(v, Node)
-    append = k.args[0] if k.target is operator.getitem and isinstance(k.args[0], Node) else None
-    append = append if append is not None and append.target is KV_APPEND else None
-    region = reachable([entry]) & needed([exit, *([append] if append is not None else [])], {entry})
+def _layer(index: int, entry: Node, exit: Node, middle: Node | None, attention: Node) -> Layer:
+    q, k, v = cast(tuple[Node, Node, Node], attention.args[:3])
+    append = _append(k)
+    if append is not None:
+        k, v = cast(tuple[Node, Node], append.args[3:5])
+    region = reachable([entry]) & needed([exit, *([] if append is None else [append])], {entry})
     if attention not in region:
         raise ValueError(f"layer {index}: the attention node is not between {where(entry)} and {where(exit)}")
-    new_k, new_v = (append.args[3], append.args[4]) if append is not None else (k, v)
-    assert isinstance(new_k, Node) and isinstance(new_v, Node)
-    q_slice = needed([q], {entry}) & region
-    k_slice, v_slice = (needed([x], {entry}) & region for x in (new_k, new_v))
-    qx, kx, vx = value(q), value(new_k), value(new_v)
-    assert isinstance(qx, Tensor) and isinstance(kx, Tensor) and isinstance(vx, Tensor)
-    return Layer(
-        index=index,
-        entry=entry,
-        exit=exit,
-        attention=attention,
-        append=append,
-        middle=middle,
-        region=frozenset(region),
-        heads=int(qx.shape[1]),
-        kv_heads=int(kx.shape[1]),
-        head_size=int(qx.shape[-1]),
-        value_size=int(vx.shape[-1]),
-        queries=_linear_maps(q_slice),
-        keys=_linear_maps(k_slice),
-        values=_linear_maps(v_slice),
-        behind=_linear_maps(region - q_slice - k_slice - v_slice),
-        kv_bytes=int(kx.shape[1]) * (int(qx.shape[-1]) + int(vx.shape[-1])) * kx.element_size(),
-    )
+    before = [needed([n], {entry}) & region for n in (q, k, v)]
+    queries, keys, values = (_linear_maps(nodes) for nodes in before)
+    behind = _linear_maps(region.difference(*before))
+    heads, kv_heads = (int(value(n).shape[1]) for n in (q, k))
+    head_size, value_size = (int(value(n).shape[-1]) for n in (q, v))
+    kv_bytes = kv_heads * (head_size + value_size) * value(k).element_size()
+    return Layer(index, entry, exit, attention, append, middle, frozenset(region), heads, kv_heads, head_size,
+                 value_size, queries, keys, values, behind, kv_bytes)  # fmt: skip
 
 
 def _linear_maps(nodes: set[Node]) -> dict[Node, int]:
     """The linear maps among the nodes, with their matmul FLOPs per token."""
-    found = {}
-    for n in nodes:
-        if n.target in (torch.nn.functional.linear, torch._C._nn.linear, torch.matmul, operator.matmul, "matmul"):
-            weight = value(n.args[1]) if isinstance(n.args[1], Node) else None
-            if isinstance(weight, Tensor) and weight.dim() == 2:
-                found[n] = 2 * int(weight.shape[0]) * int(weight.shape[1])
-    return found
+    weights = {n: value(n.args[1]) for n in nodes if n.target in LINEAR | MATMULS and isinstance(n.args[1], Node)}
+    return {n: 2 * int(w.numel()) for n, w in weights.items() if isinstance(w, Tensor) and w.dim() == 2}

@@ -53,16 +53,15 @@ def costs(
         maps[run] |= layer.queries | {n: f for n, f in layer.behind.items() if n not in half}
         maps[mlp] |= {n: f for n, f in layer.behind.items() if n in half}
         maps[keys] |= layer.keys | layer.values
-        flops = layer.attention_flops(counts.size(run), counts.size(keys) + before)
+        added = counts.size(keys)
+        flops = layer.attention_flops(counts.size(run), added + before)
         for scored in plan.scored(layer.index):
             maps[Last] |= layer.queries
             maps[scored] |= layer.keys
-            flops += layer.scoring_flops(counts.size(scored) + before)
+            flops += 2 * layer.heads * layer.head_size * (counts.size(scored) + before)
         flops += sum(counts.size(s) * sum(found.values()) for s, found in maps.items())
-        for branch in plan.branches:
-            if branch.leave == layer.index and branch.block is not None:
-                flops += _block_flops(anatomy.layers[branch.layer], counts.size(branch.tokens))
-        added = counts.size(keys)
+        blocks = [b for b in plan.branches if b.leave == layer.index and b.block is not None]
+        flops += sum(_block_flops(anatomy.layers[b.layer], counts.size(b.tokens)) for b in blocks)
         out.append(LayerCost(layer.index, counts.size(run), added, batch * flops, batch * added * layer.kv_bytes))
     return out
 

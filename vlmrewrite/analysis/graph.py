@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.fx import Node
 
 
-def value(node: Node) -> object:
+def value(node: Node) -> Any:
     """The node's example value: a fake tensor, a SymInt, or whatever Dynamo recorded."""
     return node.meta.get("example_value")
 
@@ -22,9 +22,7 @@ def axis(node: Node, length: object) -> int | None:
         ValueError: more than one dimension has the size of the token axis.
     """
     x = value(node)
-    if not isinstance(x, Tensor):
-        return None
-    dims = [d for d, n in enumerate(x.shape) if same(n, length)]
+    dims = [d for d, n in enumerate(x.shape) if same(n, length)] if isinstance(x, Tensor) else []
     if len(dims) > 1:
         raise ValueError(f"{where(node)} has two token axes, shape {tuple(x.shape)}; expected one")
     return dims[0] if dims else None
@@ -39,32 +37,27 @@ def same(a: Any, b: Any) -> bool:
 
 def where(node: Node) -> str:
     """The node with the source line it was captured from, for error messages."""
-    trace = node.meta.get("stack_trace") or ""
-    lines = [line.strip() for line in trace.strip().splitlines()]
-    at = " / ".join(lines[-2:]) if lines else "no source line"
+    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
+    at = " / ".join(line.strip() for line in lines[-2:]) or "no source line"
     return f"node {node.name} ({at})"
+
+
+def closure(start: Iterable[Node], near: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """``start`` and every node that is reached from it by steps from a node to one of those near it."""
+    seen = set(start)
+    queue = list(seen)
+    while queue:
+        new = set(near(queue.pop())) - seen
+        seen |= new
+        queue += new
+    return seen
 
 
 def reachable(start: Iterable[Node]) -> set[Node]:
     """``start`` and every node that depends on it."""
-    seen = set(start)
-    queue = list(seen)
-    while queue:
-        for user in queue.pop().users:
-            if user not in seen:
-                seen.add(user)
-                queue.append(user)
-    return seen
+    return closure(start, lambda n: n.users)
 
 
-def needed(end: Iterable[Node], stop: set[Node] | frozenset[Node] = frozenset()) -> set[Node]:
+def needed(end: Iterable[Node], stop: Collection[Node] = ()) -> set[Node]:
     """``end`` and every node it depends on, not going beyond ``stop``."""
-    seen = set(end)
-    queue = [n for n in seen if n not in stop]
-    while queue:
-        for source in queue.pop().all_input_nodes:
-            if source not in seen:
-                seen.add(source)
-                if source not in stop:
-                    queue.append(source)
-    return seen
+    return closure(end, lambda n: () if n in stop else n.all_input_nodes)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,10 +30,6 @@ class Layout(NamedTuple):
         """The layout of a tensor; anything else as it is."""
         return cls(tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
 
-    def empty(self) -> Tensor:
-        """A tensor like it."""
-        return torch.empty_strided(self.shape, self.stride, dtype=self.dtype, device=self.device)
-
 
 class LiveBytes(TorchDispatchMode):
     """Counts the bytes of tensors that operators make while it is on: those alive ``now``, and their ``peak``.
@@ -43,42 +39,34 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.now: int = 0
-        self.peak: int = 0
-        self._known: dict[int, weakref.ref[Any]] = {}
+        self.peak = 0
+        self._sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+
+    @property
+    def now(self) -> int:
+        """The bytes of those that are alive."""
+        return sum(self._sizes.values())
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        for x in pytree.tree_leaves((args, kwargs)):
-            if isinstance(x, Tensor):
-                self._meet(x, given=True)
+        self.give(pytree.tree_leaves((args, kwargs)))
         out = func(*args, **(kwargs or {}))
         for x in pytree.tree_leaves(out):
             if isinstance(x, Tensor):
-                self._meet(x, given=False)
+                self._sizes.setdefault(x.untyped_storage(), _allocated(x))
         self.peak = max(self.peak, self.now)
         return out
 
-    def give(self, tensors: Sequence[Tensor]) -> None:
-        """Tensors that are there already; they must outlive the count."""
-        for x in tensors:
-            self._meet(x, given=True)
+    def give(self, there: Iterable[object]) -> None:
+        """Tensors that are there already; anything else is left out."""
+        for x in there:
+            if isinstance(x, Tensor):
+                self._sizes.setdefault(x.untyped_storage(), 0)
 
-    def _meet(self, x: Tensor, given: bool) -> None:
-        storage = x.untyped_storage()
-        known = self._known.get(key := id(storage))
-        if known is not None and known() is storage:
-            return
-        size = 0 if given else storage.nbytes()
-        if x.device.type == "cuda":
-            size = -(-size // _CUDA_BLOCK) * _CUDA_BLOCK
-        self.now += size
 
-        def gone(ref: Any) -> None:
-            self.now -= size
-            if self._known.get(key) is ref:
-                del self._known[key]
-
-        self._known[key] = weakref.ref(storage, gone)
+def _allocated(x: Tensor) -> int:
+    """The bytes that a tensor's memory takes on its device, even if it is a fake one."""
+    block = _CUDA_BLOCK if x.device.type == "cuda" else 1
+    return -(-x.untyped_storage().nbytes() // block) * block
 
 
 class Tail(NamedTuple):
@@ -108,7 +96,8 @@ def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequ
         tails: what runs after it, one after another; the head's results are kept, those of all tails but the last not.
     """
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-        weights = [mode.from_tensor(x) for gm in (head, *(t.graph for t in tails)) for x in _tensors(gm)]
+        graphs = (head, *(t.graph for t in tails))
+        weights = [mode.from_tensor(x) for gm in graphs for x in (*gm.parameters(), *gm.buffers())]
         given, *more = ([fake(x, mode) for x in a] for a in (arguments, *(t.arguments for t in tails)))
         live = LiveBytes()
         live.give(weights)
@@ -116,16 +105,11 @@ def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequ
             results = head(*given)
             for tail, args in zip(tails, more, strict=True):
                 tail.graph(*args, *(results[k] for k in tail.takes))
-        del results
     return live.peak
-
-
-def _tensors(gm: torch.fx.GraphModule) -> list[Tensor]:
-    return [*gm.parameters(), *gm.buffers()]
 
 
 def fake(x: Any, mode: FakeTensorMode) -> Any:
     """A fake tensor for a tensor or, if the mode is on, a layout; anything else as it is."""
     if isinstance(x, Layout):
-        return x.empty()
+        return torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device)
     return mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x

@@ -15,8 +15,8 @@ NUMBERS = (bool, int, float, torch.SymBool, torch.SymInt, torch.SymFloat, torch.
 def _named(names: str) -> set[Any]:
     """The tensor methods and functions with these names."""
     modules = (operator, torch, F, torch._C._nn, torch.linalg)
-    found: set[Any] = {n for n in names.split() if hasattr(Tensor, n)}
-    return found | {getattr(m, n) for m in modules for n in names.split() if hasattr(m, n)}
+    functions: set[Any] = {getattr(m, n) for m in modules for n in names.split() if hasattr(m, n)}
+    return functions | {n for n in names.split() if hasattr(Tensor, n)}
 
 
 # An element of the result depends on the elements at its place in the inputs, with broadcasting.
@@ -75,9 +75,9 @@ IN_PLACE: dict[Any, Any] = {f"{n}_": n for n in [*_MAPS.split(), "scatter", "sca
 
 IN_PLACE |= {getattr(m, f"{n}_"): getattr(m, n) for m in (torch, F) for n in _MAPS.split() if hasattr(m, f"{n}_")}
 
-IN_PLACE |= {getattr(operator, f"i{n}"): getattr(operator, n) for n in "add sub mul truediv floordiv mod pow".split()}
+_AUGMENTED = "add sub mul truediv floordiv mod pow and_ or_ xor".split()
 
-IN_PLACE |= {operator.iand: operator.and_, operator.ior: operator.or_, operator.ixor: operator.xor}
+IN_PLACE |= {getattr(operator, f"i{n.strip('_')}"): getattr(operator, n) for n in _AUGMENTED}
 
 IN_PLACE |= {"copy_": "clone", "zero_": "clone", "fill_": "clone", operator.setitem: operator.setitem}
 

@@ -14,25 +14,11 @@ from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
+from torch.utils._pytree import tree_leaves
 
-from vlmrewrite.analysis.aliasing import hidden_write, is_number, meaning
+from vlmrewrite.analysis import op_classes as classes
+from vlmrewrite.analysis.aliasing import hidden_write, is_number, meaning, name_of
 from vlmrewrite.analysis.graph import value
-from vlmrewrite.analysis.op_classes import (
-    ALONG,
-    CASTS,
-    CONSTANTS,
-    EXPANSIONS,
-    LAYOUTS,
-    LINEAR,
-    MATMULS,
-    MEETING,
-    NORMS,
-    POINTWISE,
-    RESHAPES,
-    SIZED,
-    SIZES,
-    STACK,
-)
 
 
 def not_token_wise(node: Node, length: object) -> str | None:
@@ -48,26 +34,26 @@ def not_token_wise(node: Node, length: object) -> str | None:
     rule = next((rule for kind, rule in _RULES if target in kind), None)
     reason = hidden_write(node)
     if reason is not None or rule is None:
-        name = target if isinstance(target, str) else getattr(target, "__name__", str(target))
-        return reason or f"{name!r} is not known to treat tokens alike"
-    inputs, out = [x for n in node.all_input_nodes for x in _tensors(n)], _tensors(node)
+        return reason or f"{name_of(target)!r} is not known to treat tokens alike"
+    inputs, out = _tensors(node.all_input_nodes), _tensors(node)
     tokens = any("token" in _axes(x, length).values() for x in inputs)
-    if target in SIZES or (is_number(node) and not tokens):
+    if target in classes.SIZES or (is_number(node) and not tokens):
         return None
     reason = _broken(inputs, length) or rule(node, length) or _broken(out, length)
-    numbers = [] if target in SIZED else [_symbols(n) & _symbols(length) for n in node.all_input_nodes]
-    if reason is None and any(numbers):
+    if reason is not None:
+        return reason
+    if target not in classes.SIZED and any(_symbols(n) & _symbols(length) for n in node.all_input_nodes):
         return "it computes with the number of tokens"
-    if reason is None and not out:
+    if not out:
         return "the shape of its result is not known"
-    if reason is None and tokens and any("token" not in _axes(x, length).values() for x in out):
-        return None if target in CONSTANTS else "its result has no token axis"
-    return reason
+    lost = tokens and any("token" not in _axes(x, length).values() for x in out)
+    return "its result has no token axis" if lost and target not in classes.CONSTANTS else None
 
 
-def _tensors(node: object) -> list[Tensor]:
-    x = value(node) if isinstance(node, Node) else None
-    return [t for t in (x if isinstance(x, (tuple, list)) else [x]) if isinstance(t, Tensor)]
+def _tensors(nodes: object) -> list[Tensor]:
+    """The tensors that a node, or each of several, stands for; anything else stands for none."""
+    values = [value(n) for n in tree_leaves(nodes) if isinstance(n, Node)]
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
 def _expression(number: Any) -> Any:
@@ -82,8 +68,8 @@ def _symbols(number: object) -> Any:
 
 def _axes(x: Tensor, length: object) -> dict[int, str]:
     """Which dimensions, counted from the right, are "token" and "batch" axes: of any other symbolic size."""
-    kinds = {d - x.dim(): (_symbols(n), _symbols(n) & _symbols(length)) for d, n in enumerate(x.shape)}
-    return {d: "token" if tokens else "batch" for d, (symbols, tokens) in kinds.items() if symbols}
+    symbols = {d - x.dim(): _symbols(n) for d, n in enumerate(x.shape)}
+    return {d: "token" if found & _symbols(length) else "batch" for d, found in symbols.items() if found}
 
 
 def _broken(tensors: list[Tensor], length: object) -> str | None:
@@ -101,7 +87,7 @@ def _broken(tensors: list[Tensor], length: object) -> str | None:
 
 def _aligned(node: Node, length: object, only: slice = slice(None)) -> str | None:
     """The axes of inputs and results must have the same places, counted from the right, and sizes."""
-    for x in (x for n in node.all_input_nodes[only] for x in _tensors(n)):
+    for x in _tensors(node.all_input_nodes[only]):
         for d, kind in _axes(x, length).items():
             for y in _tensors(node):
                 if d < -y.dim() or _expression(x.shape[d]) != _expression(y.shape[d]):
@@ -127,22 +113,22 @@ def _strides(x: Tensor, length: object) -> tuple[object, ...]:
 
 
 def _along(node: Node, length: object) -> str | None:
-    target, other = meaning(node), _argument(node, 1, "other")
-    if getattr(target, "__name__", target) in ("max", "min") and _tensors(other):
+    target = meaning(node)
+    if name_of(target) in ("max", "min") and _tensors(_argument(node, 1, "other")):
         return _aligned(node, length)
-    place, default = ALONG[target]
-    given: Any = _argument(node, 0, "input", "tensor", "tensors")
+    place, default = classes.ALONG[target]
     dim: Any = _argument(node, place, "dim", "axis", "dims", default=default)
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-    for x in (x for n in (given if isinstance(given, (tuple, list)) else [given]) for x in _tensors(n)):
+    for x in _tensors(_argument(node, 0, "input", "tensor", "tensors")):
         for d, kind in _axes(x, length).items():
             if not dims or any(type(i) is not int for i in dims):
                 return "it works on all dimensions at once"
             if any(i % x.dim() == d % x.dim() for i in dims):
                 return f"it works along the {kind} axis, which is not known to treat tokens alike"
-    if target in MEETING and len({tuple(_axes(x, length)) for n in node.all_input_nodes for x in _tensors(n)}) > 1:
-        return "the axes of its inputs are not the same"
-    return _aligned(node, length) if target in MEETING else None
+    if target not in classes.MEETING:
+        return None
+    apart = len({tuple(_axes(x, length)) for x in _tensors(node.all_input_nodes)}) > 1
+    return "the axes of its inputs are not the same" if apart else _aligned(node, length)
 
 
 def _normed(node: Node, length: object) -> str | None:
@@ -163,7 +149,7 @@ def _multiplied(node: Node, length: object) -> str | None:
         return "its operands are not known"
     left, right = (_axes(x, length) for x in operands)
     tokens = [d for axes in (left, right) for d, kind in axes.items() if kind == "token"]
-    if meaning(node) in LINEAR and right:
+    if meaning(node) in classes.LINEAR and right:
         return f"its weight has a {next(iter(right.values()))} axis"
     if len(tokens) > 1 and max(tokens) > -3:
         return "it multiplies two activations"
@@ -176,23 +162,19 @@ def _indexed(node: Node, length: object) -> str | None:
     x, index = value(node.all_input_nodes[0]), node.args[1]
     if not isinstance(x, Tensor):
         return None  # one of several results
-    index = index if isinstance(index, tuple) else (index,)
-    if any(_tensors(i) or isinstance(i, (bool, list, tuple, Tensor)) for i in index):
+    given: list[Any] = [i for i in (index if isinstance(index, tuple) else (index,)) if i is not None]
+    if any(_tensors(i) or isinstance(i, (bool, list, tuple, Tensor)) for i in given):
         return "it is indexed by another tensor"
-    dim = 0
-    for i in index:
-        if i is Ellipsis:
-            dim += x.dim() - sum(j is not None and j is not Ellipsis for j in index)
-        elif i is not None:
-            parts = (i.start, i.stop, i.step) if isinstance(i, slice) else (i, i, i)
-            size = x.shape[dim]
-            if _symbols(size):
-                whole = parts[1] is None or _expression(parts[1]) == _expression(size)
-                if not whole or parts[0] not in (None, 0) or parts[2] not in (None, 1):
-                    return f"it takes a part of the {_axes(x, length)[dim - x.dim()]} axis"
-            elif any(_symbols(n) & _symbols(length) for n in parts):
-                return "it computes with the number of tokens"
-            dim += 1
+    if Ellipsis in given:
+        at = given.index(Ellipsis)
+        given[at : at + 1] = [slice(None)] * (x.dim() - len(given) + 1)
+    for d, (i, size) in enumerate(zip(given, x.shape, strict=False)):
+        start, stop, step = (i.start, i.stop, i.step) if isinstance(i, slice) else (i, i, i)
+        whole = start in (None, 0) and step in (None, 1) and (stop is None or _expression(stop) == _expression(size))
+        if _symbols(size) and not whole:
+            return f"it takes a part of the {_axes(x, length)[d - x.dim()]} axis"
+        if not _symbols(size) and any(_symbols(n) & _symbols(length) for n in (start, stop, step)):
+            return "it computes with the number of tokens"
     return None
 
 
@@ -203,12 +185,12 @@ def _argument(node: Node, place: int, *names: str, default: object = None) -> ob
 
 
 _RULES: list[tuple[Any, Callable[[Node, object], str | None]]] = [
-    (POINTWISE | EXPANSIONS, _aligned),
-    (CASTS, lambda node, length: _aligned(node, length, slice(1))),
-    (RESHAPES, _reshaped),
-    (LAYOUTS | CONSTANTS | SIZES | STACK, lambda node, length: None),
-    (ALONG, _along),
-    (NORMS, _normed),
-    (LINEAR | MATMULS, _multiplied),
+    (classes.POINTWISE | classes.EXPANSIONS, _aligned),
+    (classes.CASTS, lambda node, length: _aligned(node, length, slice(1))),
+    (classes.RESHAPES, _reshaped),
+    (classes.LAYOUTS | classes.CONSTANTS | classes.SIZES | classes.STACK, lambda node, length: None),
+    (classes.ALONG, _along),
+    (classes.NORMS, _normed),
+    (classes.LINEAR | classes.MATMULS, _multiplied),
     ({operator.getitem}, _indexed),
 ]

@@ -14,7 +14,15 @@ import torch.fx
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmrewrite.compat import at_graph_limit, captured, forget_code, forward_hooks, graph_limit, untraceable
+from vlmrewrite.compat import (
+    at_graph_limit,
+    captured,
+    forget_code,
+    graph_limit,
+    hooks_of,
+    hooks_on_all_modules,
+    untraceable,
+)
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.kvcache import PositionCache
 
@@ -31,7 +39,7 @@ class CapturedForward:
     Args:
         forward: the model's own.
         entry: :func:`with_images` or :func:`without_images`, called with ``forward`` and what a call is given.
-        on_graph: held weakly if it is a method, as Dynamo never forgets a backend, nor what the backend holds.
+        on_graph: a method, held weakly, as Dynamo never forgets a backend, nor what the backend holds.
     """
 
     def __init__(
@@ -39,7 +47,7 @@ class CapturedForward:
     ) -> None:
         self.graphs = 0
         self.seconds = 0.0
-        me, told = weakref.ref(self), weakref.WeakMethod(on_graph) if inspect.ismethod(on_graph) else lambda: on_graph
+        me, told = weakref.ref(self), weakref.WeakMethod(on_graph)
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             call, tell = me(), told()
@@ -70,17 +78,22 @@ class CapturedForward:
         """How many graphs there may be; torch._dynamo.config.recompile_limit raises it."""
         return _limit()
 
+    def forget(self) -> None:
+        """Drop what was captured."""
+        forget_code(self._code)
+
     def __call__(self, model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any], *more: Any) -> Any:
         """Run (and trace if new) the forward; ``more`` is what the entry takes beside the forward's own arguments."""
         try:
             return self._compiled(self._forward, model, cache, self._absent | kwargs, *more)
-        except _NotCompiled:
-            forget_code(self._code)  # or Dynamo would never look at it again
+        except NotCapturedError:
+            self.forget()  # or Dynamo would never look at it again
             raise
         except at_graph_limit() as e:
             raise RuntimeError(
                 f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
-                " torch._dynamo.config.recompile_limit above it. The unrewritten model is not run in its place."
+                f" torch._dynamo.config.recompile_limit above it{_hooked(model)}. The unrewritten model is not run in"
+                " its place."
             ) from e
         except untraceable() as e:
             what = f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(model)}"
@@ -104,7 +117,7 @@ def _hooked(model: torch.nn.Module) -> str:
     """Where hooks stand, which are captured with the forward, for an error message."""
     found = []
     for name, module in model.named_modules():
-        hooks = forward_hooks(module)
+        hooks = hooks_of(module)
         if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
             found.append(name or "the model")
     if not found:
@@ -122,28 +135,22 @@ def with_images(
     as_list: bool,
 ) -> Any:
     """A forward whose images are encoded: features [F, C], or [I, N, C] if not ``as_list``."""
-    _insist()
     image = BaseModelOutputWithPooling(pooler_output=[features] if as_list else features)  # type: ignore[arg-type]
-    return forward(
-        model, past_key_values=cache, use_cache=True, mm_encoder_outputs={"image": image}, return_dict=True, **kwargs
-    )
+    return without_images(forward, model, cache, kwargs | {"mm_encoder_outputs": {"image": image}})
 
 
 def without_images(
     forward: Callable[..., Any], model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any]
 ) -> Any:
     """A forward of text: a decode step, or a prompt without an image."""
-    _insist()
-    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
-
-
-class _NotCompiled(RuntimeError):
-    """Dynamo ran an entry as it is."""
-
-
-def _insist() -> None:
+    hooks_on_all_modules()  # Dynamo guards on what is read
     if not torch.compiler.is_dynamo_compiling():
-        raise _NotCompiled(
+        raise NotCapturedError(
             "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
             " active (FlopCounterMode is one), torch.compiler.set_stance('force_eager'), or TORCH_COMPILE_DISABLE=1"
         )
+    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+
+
+class NotCapturedError(RuntimeError):
+    """Something else ran in place of a captured graph."""

@@ -21,8 +21,6 @@ from vlmrewrite.hf import IMPLEMENTATION
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.ops import Kernels, unfit
 
-_UNSUPPORTED = ("s_aux", "position_bias", "output_attentions")
-
 _running = threading.local()
 
 
@@ -38,19 +36,16 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attention function for transformers' ``AttentionInterface``: q [B, H, t, D], k and v [B, Hk, m, D]."""
-    for name in _UNSUPPORTED:
+    for name in ("s_aux", "position_bias", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(f"vlmrewrite's attention does not take {name}={kwargs[name]!r}")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
         raise NotImplementedError(
             f"{type(module).__name__} asks for bidirectional attention; expected a causal decoder"
         )
+    given = (query, key, value, attention_mask, None, None, scaling, attention_mask is None, softcap)
     if torch.compiler.is_dynamo_compiling():
-        plain = attention_mask is None
-        out = torch.ops.vlm.attention.default(
-            query, key, value, attention_mask, None, None, scaling, plain, softcap, float(dropout)
-        )
-        return out, None
+        return ops.ATTENTION(*given, float(dropout)), None
     cache: PositionCache | None = getattr(_running, "cache", None)
     layer = None if cache is None else cache.layer_of(key)
     if cache is None or layer is None:
@@ -59,8 +54,7 @@ def attention_forward(
                 f"{key.shape[2]} keys for {query.shape[2]} queries that did not come from vlmrewrite's cache: this"
                 " model transforms its keys after the cache, which is not supported"
             )
-        plain = attention_mask is None
-        return ops.attention(query, key, value, attention_mask, None, None, scaling, plain, softcap, dropout), None
+        return ops.attention(*given, dropout), None
     kernels: Kernels | None = _running.kernels
     if kernels is not None and unfit(query, value, dropout, kernels, f"layer {module.layer_idx}") is None:
         look = ops.kernel_mask if softcap is None else ops.kernel_mask_softcapped
@@ -71,16 +65,14 @@ def attention_forward(
 
 
 def mask_forward(
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    q_offset: int = 0,
-    kv_offset: int = 0,
-    mask_function: Callable[..., Any] = causal_mask_function,
-    attention_mask: Tensor | None = None,
-    **kwargs: Any,
+    mask_function: Callable[..., Any] = causal_mask_function, attention_mask: Tensor | None = None, **kwargs: Any
 ) -> Tensor | None:
-    """Mask function for transformers' ``AttentionMaskInterface``.
+    """Mask function for transformers' ``AttentionMaskInterface``, which names all its arguments.
+
+    Args:
+        mask_function: the pattern.
+        attention_mask: the padding bits [B, kv_length], or None.
+        **kwargs: the lengths and whatever else transformers' ``sdpa_mask`` takes.
 
     Returns:
         for a plain causal mask, the padding bits [B, kv_length] (None if there is no padding); for every other
@@ -92,16 +84,7 @@ def mask_forward(
         looked_at = getattr(_running, "cache", None) is not None
         return attention_mask if looked_at or not bool(attention_mask.all()) else None
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        q_offset=q_offset,
-        kv_offset=kv_offset,
-        mask_function=mask_function,
-        attention_mask=attention_mask,
-        **kwargs,
-    )
+    return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
 def register() -> None:

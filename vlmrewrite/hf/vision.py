@@ -116,16 +116,19 @@ class EncoderFeatures:
     @contextlib.contextmanager
     def _watching(self) -> Iterator[list[tuple[str, Tensor]]]:
         calls: list[tuple[str, Tensor]] = []
+        me = threading.get_ident()
 
         def watch(name: str) -> Callable[..., None]:
             def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                if args and isinstance(args[0], Tensor):
+                if args and isinstance(args[0], Tensor) and threading.get_ident() == me:
                     calls.append((name, args[0]))
 
             return hook
 
         base: nn.Module = self._model.base_model  # type: ignore[assignment]
-        handles = [m.register_forward_pre_hook(watch(n)) for n, m in base.named_children()]
+        decoder = self._model.get_decoder()  # type: ignore[operator]
+        towers = [(n, m) for n, m in base.named_children() if all(x is not decoder for x in m.modules())]
+        handles = [m.register_forward_pre_hook(watch(n)) for n, m in towers]
         try:
             yield calls
         finally:

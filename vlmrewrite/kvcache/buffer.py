@@ -68,13 +68,7 @@ class Buffer:
         self.values.narrow(2, n, t).copy_(v)
         return self.show(n + t)
 
-    def spare_bytes(self) -> int:
-        """Bytes of memory that hold no token of what is shown."""
-        spare = self.keys.shape[2] - self.shown[0].shape[2]
-        return sum(spare * x[:, :, 0].numel() * x.element_size() for x in (self.keys, self.values))
-
 
 def alike(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors differ in nothing but length and strides; concatenation would convert, or raise."""
-    same = x.shape[:2] == y.shape[:2] and x.shape[3] == y.shape[3]
-    return same and x.dtype == y.dtype and x.device == y.device
+    return (x.shape[:2], x.shape[3], x.dtype, x.device) == (y.shape[:2], y.shape[3], y.dtype, y.device)

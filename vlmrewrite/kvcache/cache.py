@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, cast
 
 import torch
@@ -11,40 +11,19 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
 from vlmrewrite.kvcache.buffer import Buffer
-from vlmrewrite.kvcache.layer import PositionLayer, Shared, T
+from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
 
 
 class PositionCache(Cache):
     """A transformers cache of :class:`PositionLayer`; grows as the model updates it."""
 
+    layers: list[PositionLayer]  # type: ignore[assignment]
+
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=PositionLayer)
         self._shared: Shared = {}
-        self._masks: dict[tuple[int, int, Callable[..., Any]], tuple[Any, Any]] = {}
         self._by_keys: dict[int, PositionLayer] = {}
         self._in_use = False
-
-    @classmethod
-    def take_over(cls, cache: Cache) -> PositionCache:
-        """Turn an empty cache into one of this class, in place, so that its owner goes on with the same object."""
-        cache.__class__ = cls
-        taken = cast(PositionCache, cache)
-        taken.__dict__.clear()
-        taken.__init__()  # type: ignore[misc]
-        return taken
-
-    @classmethod
-    @contextlib.contextmanager
-    def taking_over(cls, cache: Cache) -> Iterator[PositionCache]:
-        """:meth:`take_over`, undone if the block fails."""
-        kind, state = type(cache), dict(cache.__dict__)
-        try:
-            yield cls.take_over(cache)
-        except BaseException:
-            cache.__class__ = kind
-            cache.__dict__.clear()
-            cache.__dict__.update(state)
-            raise
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -54,19 +33,15 @@ class PositionCache(Cache):
         Raises:
             RuntimeError: the model that is running is not rewritten.
         """
-        while len(self.layers) <= layer_idx:
-            self.layers.append(PositionLayer())
-        layer: Any = self.layers[layer_idx]
         if torch.compiler.is_dynamo_compiling():
-            both: tuple[Tensor, Tensor] = layer.update(key_states, value_states)
-            return both
+            return super().update(key_states, value_states, layer_idx)
         if not self._in_use:
             raise RuntimeError(
                 "this cache was filled by a rewritten model and holds other tokens in each layer; the model that runs"
                 " now is not rewritten: start with an empty cache"
             )
-        keys, values = layer.update(key_states, value_states, shared=self._shared)
-        self._by_keys[id(keys)] = layer
+        keys, values = super().update(key_states, value_states, layer_idx, shared=self._shared)
+        self._by_keys[id(keys)] = self.layers[layer_idx]
         return keys, values
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -94,7 +69,6 @@ class PositionCache(Cache):
         """Called before each uncaptured forward: forget what was shared among the layers of the last one."""
         self._in_use = True
         self._shared.clear()
-        self._masks.clear()
         self._by_keys.clear()
 
     def end(self) -> None:
@@ -110,15 +84,14 @@ class PositionCache(Cache):
             mask: as for :func:`vlmrewrite.ops.attention.visible`.
             visible: that function, or another of the same arguments.
         """
-        key = (id(layer.positions), id(mask), visible)
-        if key not in self._masks:
+
+        def look() -> T:
             t, positions = q.shape[2], layer.positions
-            assert positions is not None
             plain = mask is None and not layer.holes and (t == 1 or positions.shape[1] == t)
             q_pos = torch.arange(layer.seen - t, layer.seen, device=q.device)[None].expand(q.shape[0], -1)
-            self._masks[key] = ((positions, mask), visible(mask, q_pos, positions, plain))
-        seen: T = self._masks[key][1]
-        return seen
+            return visible(mask, q_pos, positions, plain)
+
+        return once(self._shared, (layer.positions, mask, visible), look)
 
     def layer_of(self, keys: Tensor) -> PositionLayer | None:
         """The layer whose last update returned this very tensor."""
@@ -126,40 +99,48 @@ class PositionCache(Cache):
 
     def kv_lengths(self) -> list[int]:
         """Number of keys each layer holds."""
-        layers: list[Any] = self.layers
-        return [0 if layer.keys is None else layer.keys.shape[2] for layer in layers]
+        return [0 if layer.keys is None else layer.keys.shape[2] for layer in self.layers]
 
     def holes(self) -> bool:
         """Whether any layer may have empty slots."""
-        layers: list[Any] = self.layers
-        return any(layer.holes for layer in layers)
+        return any(layer.holes for layer in self.layers)
 
     def contiguous(self) -> None:
         """Lay keys and values out in one way only: what is compiled for one layout is compiled again for another."""
-        layers: list[Any] = self.layers
-        for layer in layers:
+        for layer in self.layers:
             layer.release()
 
     def reserve(self, more: int) -> bool:
         """Lay keys and values out with room for ``more`` tokens, in every layer or else, and then False, in none."""
-        layers: list[Any] = self.layers
-        if torch.is_grad_enabled() or not layers or any(layer.keys is None for layer in layers):
+        if torch.is_grad_enabled() or not self.layers or any(layer.keys is None for layer in self.layers):
             return False
-        for layer in layers:
+        for layer in self.layers:
             layer.reserve(more)
         return True
 
     def kv_bytes(self) -> int:
         """Bytes of the keys and values held, without the spare room."""
-        layers: list[Any] = self.layers
-        held: list[Tensor] = [x for layer in layers for x in (layer.keys, layer.values) if x is not None]
-        return sum(x.numel() * x.element_size() for x in held)
+        return _bytes(self.layers)
 
     def allocated_bytes(self) -> int:
         """Bytes of memory of keys and values, with the spare room."""
-        layers: list[Any] = self.layers
-        buffers: list[Buffer | None] = [layer.own() for layer in layers]
-        return self.kv_bytes() + sum(buffer.spare_bytes() for buffer in buffers if buffer is not None)
+        return _bytes(layer.own() or layer for layer in self.layers)
+
+
+def _bytes(holders: Iterable[PositionLayer | Buffer]) -> int:
+    return sum(x.nbytes for holder in holders for x in (holder.keys, holder.values) if x is not None)
+
+
+@contextlib.contextmanager
+def _taken_over(cache: Cache) -> Iterator[PositionCache]:
+    """An empty cache as a :class:`PositionCache`, in place: its owner goes on with it. Undone if the block fails."""
+    before = cache.__class__, cache.__dict__
+    cache.__class__, cache.__dict__ = PositionCache, PositionCache().__dict__
+    try:
+        yield cast(PositionCache, cache)
+    except BaseException:
+        cache.__class__, cache.__dict__ = before
+        raise
 
 
 def adopted(given: Any) -> contextlib.AbstractContextManager[PositionCache]:
@@ -184,4 +165,4 @@ def adopted(given: Any) -> contextlib.AbstractContextManager[PositionCache]:
             f"past_key_values holds {given.get_seq_length()} tokens that went through the unmodified model;"
             " start again with an empty cache"
         )
-    return PositionCache.taking_over(given)
+    return _taken_over(given)

@@ -7,40 +7,42 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import DynamicLayer
 
 from vlmrewrite.kvcache.buffer import Buffer, alike
 
 T = TypeVar("T")
 
-Shared = dict[int, tuple[Tensor | None, Any]]
-"""By the id of a tensor of positions: that tensor, and what was made of it for all layers that hold it."""
+Shared = dict[tuple[int, ...], tuple[object, Any]]
+"""By the ids of some objects, a tensor of positions first: they, and what was made of them for all layers."""
 
 
-def _once(shared: Shared, positions: Tensor | None, make: Callable[[], T]) -> T:
-    if id(positions) not in shared:
-        shared[id(positions)] = positions, make()
-    made: T = shared[id(positions)][1]
+def once(shared: Shared, objects: tuple[object, ...], make: Callable[[], T]) -> T:
+    """What was made of these very objects; made at the first request for it."""
+    key = tuple(map(id, objects))
+    if key not in shared:
+        shared[key] = objects, make()
+    made: T = shared[key][1]
     return made
 
 
-class PositionLayer(CacheLayerMixin):
+class PositionLayer(DynamicLayer):
     """One layer's keys [B, Hk, m, D], values [B, Hk, m, Dv] and logical positions int64 [B, m].
 
     ``seen`` is the *logical* length, the tokens that went by, whatever the layer kept of them. A position of -1 is an
     empty slot; ``holes`` says that there may be some. ``shared``, where a method takes it, is filled by the first layer
     of several that hold the same tensor of positions, so that they go on to hold the same one.
+    An empty layer holds None for all three.
     """
 
-    buffer: Buffer | None = None
-
-    is_sliding = False
-    is_croppable = True
+    keys: Any
+    values: Any
     supports_early_init = False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.positions: Tensor | None = None
+        self.positions: Any = None
+        self.buffer: Buffer | None = None
         self.seen = 0
         self.holes = False
 
@@ -49,7 +51,6 @@ class PositionLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k [B, Hk, t, D] and v [B, Hk, t, Dv] of the next t tokens and return all keys and values."""
-        t = key_states.shape[2]
         if torch.compiler.is_dynamo_compiling():
             pos = self._next(key_states)
             self.keys, self.values, self.positions = torch.ops.vlm.kv_append.default(
@@ -57,11 +58,10 @@ class PositionLayer(CacheLayerMixin):
             )
         else:
             shared: Shared = kwargs.get("shared", {})
-            self.positions = _once(shared, self.positions, lambda: self._grown(key_states))
+            self.positions = once(shared, (self.positions,), lambda: self._grown(key_states))
             self._append(key_states, value_states)
         self.is_initialized = True
-        self.seen += t
-        assert self.keys is not None and self.values is not None
+        self.seen += key_states.shape[2]
         return self.keys, self.values
 
     def _next(self, key_states: Tensor) -> Tensor:
@@ -73,7 +73,7 @@ class PositionLayer(CacheLayerMixin):
         return pos if self.positions is None else torch.cat([self.positions, pos], 1)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
-        if self.keys is None or self.values is None:
+        if self.keys is None:
             self.keys, self.values = k, v
         elif torch.is_grad_enabled() or not (alike(self.keys, k) and alike(self.values, v)):
             self.buffer = None
@@ -83,17 +83,14 @@ class PositionLayer(CacheLayerMixin):
 
     def own(self) -> Buffer | None:
         """The buffer that this layer's keys and values lie in."""
-        buffer = self.buffer
-        return (
-            buffer if buffer is not None and self.keys is buffer.shown[0] and self.values is buffer.shown[1] else None
-        )
+        own = self.buffer is not None and self.keys is self.buffer.shown[0] and self.values is self.buffer.shown[1]
+        return self.buffer if own else None
 
     def reserve(self, more: int) -> Buffer:
         """A buffer with room for ``more`` tokens after those held, made if there is none.
 
         Not where gradients are recorded.
         """
-        assert self.keys is not None and self.values is not None
         buffer = self.own()
         if buffer is None or not buffer.takes(more):
             self.buffer = buffer = Buffer(self.keys, self.values, more)
@@ -103,25 +100,16 @@ class PositionLayer(CacheLayerMixin):
     def release(self) -> None:
         """Lay keys and values out in one way only, without spare room."""
         self.buffer = None
-        if self.keys is not None and self.values is not None:
+        if self.keys is not None:
             self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Logical key length and offset for a mask of the next ``query_length`` tokens."""
-        return self.seen + query_length, 0
 
     def get_seq_length(self) -> int:
         """Logical length in tokens."""
         return self.seen
 
-    def get_max_length(self) -> int:
-        """-1: no maximum."""
-        return -1
-
     def reset(self) -> None:
         """Forget everything."""
-        self.keys = self.values = self.positions = self.buffer = None
-        self.is_initialized, self.seen, self.holes = False, 0, False
+        self.__init__()  # type: ignore[misc]
 
     def crop(self, tokens_to_remove: int, shared: Shared | None = None) -> None:
         """Forget the last ``-tokens_to_remove`` *logical* tokens, whether or not this layer kept them.
@@ -131,18 +119,18 @@ class PositionLayer(CacheLayerMixin):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop expects a number of tokens to remove as a negative integer, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.keys is None or self.values is None or self.positions is None:
+        if tokens_to_remove == 0 or self.keys is None:
             return
         self.seen = max(0, self.seen + tokens_to_remove)
-        self.positions, holes = _once({} if shared is None else shared, self.positions, self._cropped)
+        self.positions, holes = once({} if shared is None else shared, (self.positions,), self._cropped)
         self.holes = self.holes or holes
         n, buffer = self.positions.shape[1], self.own()
         self.keys, self.values = (self.keys[:, :, :n], self.values[:, :, :n]) if buffer is None else buffer.show(n)
 
     def _cropped(self) -> tuple[Tensor, bool]:
-        assert self.positions is not None
         left = self.positions.masked_fill(self.positions >= self.seen, -1)
-        left = left[:, : _used(left)].clone(memory_format=torch.contiguous_format)
+        used = (left >= 0).any(0).nonzero()  # the columns that any row uses
+        left = left[:, : int(used[-1]) + 1 if len(used) else 0].clone(memory_format=torch.contiguous_format)
         return left, bool((left < 0).any())
 
     def reorder_cache(self, beam_idx: Tensor, shared: Shared | None = None) -> None:
@@ -159,7 +147,7 @@ class PositionLayer(CacheLayerMixin):
 
     def _rows(self, choose: Callable[[Tensor], Tensor], shared: Shared | None) -> None:
         """Copy some rows, once: to where the next tokens can follow, unless gradients are recorded."""
-        if self.keys is None or self.values is None or self.positions is None:
+        if self.keys is None:
             return
         positions = self.positions
 
@@ -167,7 +155,7 @@ class PositionLayer(CacheLayerMixin):
             rows = choose(torch.arange(len(positions), device=positions.device))
             return rows, positions.index_select(0, rows)
 
-        rows, self.positions = _once({} if shared is None else shared, positions, chosen)
+        rows, self.positions = once({} if shared is None else shared, (positions,), chosen)
         rows = rows.to(self.keys.device)
         if torch.is_grad_enabled():
             self.buffer = None
@@ -175,9 +163,3 @@ class PositionLayer(CacheLayerMixin):
         else:
             self.buffer = Buffer(self.keys, self.values, 1, rows)
             self.keys, self.values = self.buffer.shown
-
-
-def _used(positions: Tensor) -> int:
-    """Columns up to the last one that any row uses."""
-    used = (positions >= 0).any(0).nonzero()
-    return int(used[-1]) + 1 if len(used) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -25,8 +26,7 @@ def positioned(gm: torch.fx.GraphModule, plain: bool) -> torch.fx.GraphModule:
     Raises:
         RuntimeError: an attention's keys do not come from the cache.
     """
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph = copy.deepcopy(gm.graph)
     positions = _shared_positions(graph)
     for node in graph.find_nodes(op="call_function", target=ops.ATTENTION):
         append: Any = getattr(node.args[1], "args", (None,))[0]
@@ -74,42 +74,40 @@ def kv_write(
 
 
 @dataclass(frozen=True)
-class Write:
-    """Where the keys and the values of one layer stand among a graph's inputs, and its outputs."""
-
-    inputs: tuple[int, int]
-    outputs: tuple[tuple[int, ...], tuple[int, ...]]
-
-
-@dataclass(frozen=True)
 class DecodeStep:
     """A graph captured from a call without images that takes buffers for the layers it appends to.
 
     It returns None in place of their keys and values, which are views of what it was given.
+
+    Attributes:
+        graph_module: the graph.
+        writes: for each layer that is written in place, where its keys and its values stand among the inputs.
+        shown: for each output that is None, which of these layers it is of, and 0 for its keys or 1 for its values.
     """
 
     graph_module: torch.fx.GraphModule
-    writes: tuple[Write, ...]
+    writes: tuple[tuple[int, int], ...]
+    shown: dict[int, tuple[int, int]]
 
     @classmethod
     def of(cls, gm: torch.fx.GraphModule, reserved: bool) -> DecodeStep:
         """A copy of the graph; if the layers have room, each append to what only it reads of them is made in place."""
-        graph = torch.fx.Graph()
-        graph.output(graph.graph_copy(gm.graph, {}))
+        graph = copy.deepcopy(gm.graph)
         inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         (output,) = graph.find_nodes(op="output")
-        outputs, writes = list(output.args[0]), []
-        for node in graph.find_nodes(op="call_function", target=ops.KV_APPEND):
-            keys, values = node.args[:2]
-            if not reserved or not all(x in inputs and set(x.users) == {node} for x in (keys, values)):
-                continue
+        appends = graph.find_nodes(op="call_function", target=ops.KV_APPEND) if reserved else []
+        written = [n for n in appends if all(x in inputs and set(x.users) == {n} for x in n.args[:2])]
+        for node in written:
             node.target = kv_write
-            made = [[i for i, x in enumerate(outputs) if _is_item(x, node, item)] for item in range(2)]
-            for i in (*made[0], *made[1]):
+        outputs, shown = list(output.args[0]), {}
+        for i, x in enumerate(outputs):
+            source, item = x.args if getattr(x, "target", None) is operator.getitem else (None, 2)
+            if source in written and item < 2:
+                shown[i] = written.index(source), item
                 outputs[i] = None
-            writes.append(Write((inputs[keys], inputs[values]), (tuple(made[0]), tuple(made[1]))))
         output.args = (tuple(outputs),)
-        return cls(torch.fx.GraphModule(gm, graph), tuple(writes))
+        writes = tuple((inputs[n.args[0]], inputs[n.args[1]]) for n in written)
+        return cls(torch.fx.GraphModule(gm, graph), writes, shown)
 
     def run(self, run: Callable[..., Any], cache: PositionCache, inputs: Sequence[Any], t: int) -> Any:
         """Run the graph, lowered and compiled to ``run``, on the captured inputs of a call with ``t`` tokens.
@@ -117,21 +115,15 @@ class DecodeStep:
         Every layer has room for them (:meth:`vlmrewrite.kvcache.PositionCache.reserve`); one that is not written in
         place loses its buffer.
         """
-        layers: list[Any] = cache.layers
-        of_keys = {id(layer.keys): layer.own() for layer in layers}
-        buffers = [of_keys[id(inputs[write.inputs[0]])] for write in self.writes]
+        of_keys: dict[int, Any] = {id(layer.keys): layer.own() for layer in cache.layers}
+        buffers = [of_keys[id(inputs[keys])] for keys, _ in self.writes]
         given = list(inputs)
-        for buffer, write in zip(buffers, self.writes, strict=True):
-            given[write.inputs[0]], given[write.inputs[1]] = buffer.keys, buffer.values
+        for buffer, (keys, values) in zip(buffers, self.writes, strict=True):
+            given[keys], given[values] = buffer.keys, buffer.values
         out = list(run(*given))
-        for buffer, write in zip(buffers, self.writes, strict=True):
-            for places, shown in zip(write.outputs, buffer.show(buffer.shown[0].shape[2] + t), strict=True):
-                for i in places:
-                    out[i] = shown
-        for layer in layers:
-            layer.buffer = layer.buffer if layer.buffer in buffers else None
+        grown = [buffer.show(buffer.shown[0].shape[2] + t) for buffer in buffers]
+        for i, (layer, item) in self.shown.items():
+            out[i] = grown[layer][item]
+        for one in cache.layers:
+            one.buffer = one.buffer if one.buffer in buffers else None
         return tuple(out)
-
-
-def _is_item(node: object, source: torch.fx.Node, item: int) -> bool:
-    return isinstance(node, torch.fx.Node) and node.target is operator.getitem and node.args == (source, item)

@@ -6,6 +6,7 @@ does not look into them either.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections import Counter
 from collections.abc import Callable
@@ -17,14 +18,9 @@ import torch.fx
 
 from vlmrewrite import ops
 from vlmrewrite.analysis import writes
+from vlmrewrite.compat import inductor
 from vlmrewrite.ops import Choice, Kernels, choose, unfit
 from vlmrewrite.rewrite import with_blocks
-
-_SPECIAL = {ops.ATTENTION, ops.KV_APPEND}
-
-_NO_KERNEL = "plain PyTorch: it has no kernel"
-
-_OPAQUE = ", behind an operator that compilers do not look into"
 
 _PLAIN = "plain causal attention, PyTorch's own flash attention does it"
 
@@ -67,8 +63,7 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.dev
         RuntimeError: kernels asked for by name cannot run here, or not for one of the nodes.
     """
     choice = choose(kernels, device or torch.device("cpu"))
-    graph = torch.fx.Graph()
-    graph.output(graph.graph_copy(gm.graph, {}))
+    graph = copy.deepcopy(gm.graph)
     counts: Counter[tuple[str, Choice]] = Counter()
     if choice.kernel == "triton":
         counts.update(_gathered(graph, choice))
@@ -77,15 +72,16 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.dev
         reference = ops.REFERENCES.get(node.target)
         if reference is None:
             continue
-        made = Choice("reference", choice.why if node.target in ops.KERNELS else _NO_KERNEL)
+        made = Choice("reference", choice.why if node.target in ops.KERNELS else "plain PyTorch: it has no kernel")
         if reference is ops.attention:
             made = _attention(graph, node, seen, choice, kernels)
         elif reference is ops.kv_append and node.args[0] is None:
-            _fold_first_append(graph, node)
+            for item in node.users:
+                item.replace_all_uses_with(node.args[3 + item.args[1]])
         elif choice.kernel == "triton" and node.target in ops.KERNELS:
             node.target, made = ops.KERNELS[node.target], choice
-        elif node.target in ops.OPAQUE - _SPECIAL:
-            made = Choice("reference", made.why + _OPAQUE)
+        elif node.target in ops.OPAQUE and reference is not ops.kv_append:
+            made = replace(made, why=f"{made.why}, behind an operator that compilers do not look into")
         else:
             node.target = reference
         counts[reference.__name__, made] += 1
@@ -95,71 +91,57 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.dev
 
 def compiled(gm: torch.fx.GraphModule) -> Callable[..., Any]:
     """A graph behind Inductor, as one piece: it runs or it raises."""
-    run: Callable[..., Any] = torch.compile(gm, backend="inductor", dynamic=True, fullgraph=True)
-    return run
-
-
-def _fold_first_append(graph: torch.fx.Graph, node: torch.fx.Node) -> None:
-    for user in list(node.users):
-        user.replace_all_uses_with(node.args[3 + int(user.args[1])])  # type: ignore[arg-type]
-        graph.erase_node(user)
+    return inductor(gm)
 
 
 def _attention(
     graph: torch.fx.Graph, node: torch.fx.Node, seen: dict[object, torch.fx.Node], choice: Choice, kernels: Kernels
 ) -> Choice:
     """Lower one attention node; ``kernels`` is what was asked for."""
-    q, k, v, mask, q_pos, k_pos, scale, plain, softcap, dropout = _padded(node.args, 10)
+    given: list[Any] = [*node.args, *[None] * (10 - len(node.args))]
+    q, k, v, mask, q_pos, k_pos, scale, plain, softcap, dropout = given
     reason = unfit(_example(q), _example(v), dropout or 0.0, kernels, node.name)
     by_kernel, known = choice.kernel == "triton" and reason is None, q_pos is not None and k_pos is not None
+    made = choice if by_kernel else Choice("reference", reason or choice.why)
     if not by_kernel and not known:
         node.target = ops.attention
-        return Choice("reference", reason or choice.why)
+        return made
     plain = plain if not by_kernel or softcap is None else False
     key = (mask, q_pos, k_pos, plain, by_kernel)
-    with graph.inserting_before(node):
-        if key not in seen:
+    if key not in seen:
+        with graph.inserting_before(node):
             how: Any = (ops.kernel_mask if known else ops.kernel_mask_everywhere) if by_kernel else ops.visible
             seen[key] = graph.call_function(how, (mask, *((q_pos, k_pos) if known else (q, k)), plain))
-        rest = () if by_kernel else (dropout or 0.0,)
-        target = ops.kernel_attention if by_kernel else ops.attend
-        new = graph.call_function(target, (q, k, v, seen[key], scale, softcap, *rest))
-    node.replace_all_uses_with(new)
-    graph.erase_node(node)
-    if not by_kernel:
-        return Choice("reference", reason or choice.why)
+    rest = () if by_kernel else (dropout or 0.0,)
+    node.target = ops.kernel_attention if by_kernel else ops.attend
+    node.args = (q, k, v, seen[key], scale, softcap, *rest)
+    if not by_kernel or not plain:
+        return made
     if plain is True:
         return Choice("sdpa", _PLAIN)
-    return choice if not plain else replace(choice, why=f"{choice.why}; in calls where it turns out {_PLAIN}")
+    return replace(made, why=f"{made.why}; in calls where it turns out {_PLAIN}")
 
 
 def _gathered(graph: torch.fx.Graph, choice: Choice) -> Counter[tuple[str, Choice]]:
     """Make one launch of the selections of the same tokens from several tensors, where the first of them stands."""
     order = {node: i for i, node in enumerate(graph.nodes)}
-    groups: dict[tuple[object, int], list[torch.fx.Node]] = {}
+    groups: list[list[Any]] = []
     for node in graph.find_nodes(op="call_function", target=torch.ops.vlm.select.default):
         x, index, *_ = node.args
-        fits = [g for (i, _), g in groups.items() if i is index and order[x] < order[g[0]]]
-        (fits[0] if fits else groups.setdefault((index, len(groups)), [])).append(node)
-    for (index, _), nodes in groups.items():
+        group = next((g for g in groups if g[0].args[1] is index and order[x] < order[g[0]]), None)
+        if group is None:
+            groups.append(group := [])
+        group.append(node)
+    for nodes in groups:
         with graph.inserting_before(nodes[0]):
             dims = [n.args[2] if len(n.args) > 2 else 1 for n in nodes]
-            op = ops.KERNELS[torch.ops.vlm.gather.default]
-            given: Any = ([n.args[0] for n in nodes], dims, index)
-            many = graph.call_function(op, given)
-            for i, node in enumerate(nodes):
-                one = graph.call_function(operator.getitem, (many, i))
-                one.meta = node.meta
-                node.replace_all_uses_with(one)
-        for node in nodes:
-            graph.erase_node(node)
+            given: Any = ([n.args[0] for n in nodes], dims, nodes[0].args[1])
+            many = graph.call_function(ops.KERNELS[torch.ops.vlm.gather.default], given)
+        for i, node in enumerate(nodes):
+            node.target, node.args = operator.getitem, (many, i)
     return Counter({("select", replace(choice, why=f"{choice.why}; one launch for a set")): len(groups)})
 
 
 def _example(node: Any) -> torch.Tensor | None:
     x = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None
     return x if isinstance(x, torch.Tensor) else None
-
-
-def _padded(args: tuple[Any, ...], n: int) -> list[Any]:
-    return [*args, *[None] * (n - len(args))]

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from vlmrewrite.ops import REFERENCES
 from vlmrewrite.oracle.masks import EditMask
@@ -52,11 +53,8 @@ def edited(edit: EditMask, stream: Tensor, merged: Tensor | None, paid: Callable
 
 def _indexed(tokens: Tensor) -> tuple[Tensor, Tensor]:
     """Each row's columns, ascending, and which of them are meant; shorter rows are filled up with their last column."""
-    rows = [row.nonzero()[:, 0].tolist() for row in tokens]
-    most, width = max(map(len, rows)), tokens.shape[1]
-    index = torch.tensor([row + [width - 1] * (most - len(row)) for row in rows], dtype=torch.int64)
-    valid = torch.tensor([[True] * len(row) + [False] * (most - len(row)) for row in rows], dtype=torch.bool)
-    return index.to(tokens.device), valid.to(tokens.device)
+    index = pad_sequence([row.nonzero()[:, 0] for row in tokens], batch_first=True, padding_value=tokens.shape[1] - 1)
+    return index, torch.arange(index.shape[1], device=tokens.device) < tokens.sum(1, keepdim=True)
 
 
 @dataclass(frozen=True)
@@ -73,8 +71,7 @@ class _Inputs:
         if name == "text":
             return self.edit.text
         if name == "flat":
-            rows = self.edit.vision.nonzero().tolist()
-            return torch.tensor([r * self.x.shape[1] + c for r, c in rows], device=self.x.device)
+            return self.edit.vision.flatten().nonzero()[:, 0]
         found = self.edit.facts.get(name)
         if found is None:
             raise self._unknown(name)

@@ -7,7 +7,8 @@ written back only for the tokens it runs on. Module hooks on the eager model do 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.modeling_utils import AttentionInterface
 
 from vlmrewrite.hf import attention_swapped
 from vlmrewrite.oracle.edits import edited
-from vlmrewrite.oracle.masks import BranchMask, EditMask, LayerMasks
+from vlmrewrite.oracle.masks import BranchMask, LayerMasks
 
 NAME = "vlmrewrite-oracle"
 
@@ -44,10 +45,30 @@ class InFloat64(TorchFunctionMode):
 
 @dataclass
 class _State:
-    """Of one run: each layer's keys, bool [B, T], and what the last attention module paid, [B, H, T, T]."""
+    """Of one run.
+
+    Attributes:
+        keys: each layer's, bool [B, T].
+        paid: what the last attention module paid, [B, H, T, T].
+        merged: the embeddings that entered the decoder, the vision features merged into them.
+        away: for each branch, by its id, the stream [B, T, H] that its tokens are to be taken from.
+    """
 
     keys: dict[int, Tensor] = field(default_factory=dict)
     paid: Tensor | None = None
+    merged: Tensor | None = None
+    away: dict[int, Tensor] = field(default_factory=dict)
+
+    def remember(self, _: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        """A hook before the decoder: note what enters it."""
+        self.merged = kwargs.get("inputs_embeds")
+
+    def rejoined(self, stream: Tensor, at: int, branches: Iterable[BranchMask]) -> Tensor:
+        """The stream [B, T, H] with the tokens of those branches that rejoin at a layer."""
+        for b in branches:
+            if b.rejoin == at:
+                stream = torch.where(b.tokens[..., None], self.away[id(b)], stream)
+        return stream
 
 
 _STATE: ContextVar[_State] = ContextVar("vlmrewrite_oracle")
@@ -92,11 +113,8 @@ def _attention(
     return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous(), None
 
 
-def _mask(**kwargs: Any) -> Tensor:
-    kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
-    mask = sdpa_mask(**kwargs)
-    assert mask is not None
-    return mask
+def _mask(**kwargs: Any) -> Tensor | None:
+    return sdpa_mask(**kwargs | {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False})
 
 
 @contextlib.contextmanager
@@ -110,42 +128,21 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
     decoder = model.get_decoder()  # type: ignore[operator]
     if len(decoder.layers) != len(layers):
         raise ValueError(f"{len(layers)} layer masks for {len(decoder.layers)} decoder layers")
-    feeds = [None if e.mlp is None else mlp_of(m) for m, e in zip(decoder.layers, layers, strict=True)]
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     blocks = [b.block for entry in layers for b in entry.branches if b.block is not None]
     state = _State()
-    handles = []
-    away: dict[int, Tensor] = {}
-    merged: list[Tensor | None] = []
-    if any(entry.edits for entry in layers):
-        handles.append(decoder.register_forward_pre_hook(_remember(merged), with_kwargs=True))
-    for i, (module, entry, feed) in enumerate(zip(decoder.layers, layers, feeds, strict=True)):
-        back = [b for earlier in layers[:i] for b in earlier.branches if b.rejoin == i]
-        handles += [module.register_forward_pre_hook(_enter(_rejoin(b, away)), with_kwargs=True) for b in back]
-        attention = next(m for m in module.modules() if hasattr(m, "layer_idx"))
-        state.keys[attention.layer_idx] = entry.keys
-        if entry.entry is not None:
-            handles.append(module.register_forward_pre_hook(_enter(entry.entry), with_kwargs=True))
-        for e in entry.edits:
-            handles.append(module.register_forward_pre_hook(_edit(e, merged), with_kwargs=True))
-        for b in entry.branches:
-            handles.append(module.register_forward_pre_hook(_leave(b, away), with_kwargs=True))
-            if b.rejoin == i:
-                handles.append(module.register_forward_pre_hook(_enter(_rejoin(b, away)), with_kwargs=True))
-        if feed is not None and entry.mlp is not None:
-            handles.append(feed.register_forward_hook(_only(entry.mlp)))
-        handles.append(module.register_forward_hook(_write_back(entry.run), with_kwargs=True))
-    for b in (b for entry in layers for b in entry.branches if b.rejoin == len(layers)):
-        handles.append(decoder.layers[-1].register_forward_hook(_behind(_rejoin(b, away))))
-    token = _STATE.set(state)
-    try:
-        with attention_swapped(model, NAME, blocks):
-            yield
-    finally:
-        _STATE.reset(token)
-        for handle in handles:
-            handle.remove()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(decoder.register_forward_pre_hook(state.remember, with_kwargs=True))
+        for i, (module, entry) in enumerate(zip(decoder.layers, layers, strict=True)):
+            before, behind = _around(i, module, layers, state)
+            stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
+            stack.enter_context(module.register_forward_hook(behind))
+            if entry.mlp is not None:
+                stack.enter_context(mlp_of(module).register_forward_hook(functools.partial(_only, entry.mlp)))
+        stack.callback(_STATE.reset, _STATE.set(state))
+        stack.enter_context(attention_swapped(model, NAME, blocks))
+        yield
 
 
 def mlp_of(layer: nn.Module) -> nn.Module:
@@ -164,92 +161,57 @@ def mlp_of(layer: nn.Module) -> nn.Module:
     return next(iter(found.values()))
 
 
-def _enter(change: Callable[[Tensor], Tensor]) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if args:
-            return (change(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": change(kwargs["hidden_states"])}
+def _around(
+    i: int, module: nn.Module, layers: Sequence[LayerMasks], state: _State
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """What decoder layer ``i`` does, as a hook before it and a hook behind it."""
+    entry, left = layers[i], [b for earlier in layers[:i] for b in earlier.branches]
+    index: Any = next(m for m in module.modules() if hasattr(m, "layer_idx")).layer_idx
+    state.keys[index] = entry.keys
 
-    return hook
+    def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        stream, *rest = args or (kwargs.pop("hidden_states"),)
 
-
-def _remember(merged: list[Tensor | None]) -> Any:
-    """Note the embeddings that enter the decoder, the vision features merged into them."""
-
-    def hook(_: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        merged[:] = [kwargs.get("inputs_embeds")]
-
-    return hook
-
-
-def _edit(edit: EditMask, merged: list[Tensor | None]) -> Any:
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        stream = args[0] if args else kwargs["hidden_states"]
+        def through(run: Callable[..., Any], keys: Tensor) -> Any:
+            """What a layer makes of the whole stream as it is now, its attention masked to ``keys``."""
+            state.keys[index] = keys
+            out = run(stream, *rest, **kwargs)
+            state.keys[index] = entry.keys
+            return out[0] if isinstance(out, tuple) else out
 
         def paid(keys: Tensor) -> Tensor:
-            """Run the layer on the whole stream, its attention masked to ``keys``, for the weights alone."""
-            index: Any = next(m for m in layer.modules() if hasattr(m, "layer_idx")).layer_idx
-            state = _STATE.get()
-            before, state.keys[index] = state.keys[index], keys
-            layer.forward(*args, **kwargs)
-            state.keys[index] = before
+            through(module.forward, keys)
             assert state.paid is not None
             return state.paid
 
-        new = edited(edit, stream, merged[0], paid)
-        return _enter(lambda _: new)(layer, args, kwargs)
+        stream = state.rejoined(stream, i, left)
+        if entry.entry is not None:
+            stream = entry.entry(stream)
+        for edit in entry.edits:
+            stream = edited(edit, stream, state.merged, paid)
+        for b in entry.branches:
+            state.away[id(b)] = stream if b.block is None else through(b.block, b.tokens)
+            stream = state.rejoined(stream, i, [b])
+        return (stream, *rest), kwargs
 
-    return hook
+    def behind(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        def kept(out: Tensor) -> Tensor:
+            out = torch.where(entry.run[..., None], out, args[0])
+            return state.rejoined(out, i + 1, (*left, *entry.branches)) if i + 1 == len(layers) else out
 
+        return _changed(output, kept)
 
-def _leave(branch: BranchMask, away: dict[int, Tensor]) -> Any:
-    """Run the branch's block on the whole stream, its attention masked to the branch's tokens, and remember."""
-
-    def hook(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        entered = args[0] if args else kwargs["hidden_states"]
-        if branch.block is None:
-            away[id(branch)] = entered
-            return
-        index: Any = next(m for m in layer.modules() if hasattr(m, "layer_idx")).layer_idx
-        keys = _STATE.get().keys
-        before, keys[index] = keys[index], branch.tokens
-        out = branch.block(*args, **kwargs)
-        keys[index] = before
-        away[id(branch)] = out[0] if isinstance(out, tuple) else out
-
-    return hook
+    return before, behind
 
 
-def _rejoin(branch: BranchMask, away: dict[int, Tensor]) -> Callable[[Tensor], Tensor]:
-    return lambda stream: torch.where(branch.tokens[..., None], away[id(branch)], stream)
+def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """A module's output with a change to the stream, which is all of it or comes first."""
+    return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
 
 
-def _behind(change: Callable[[Tensor], Tensor]) -> Any:
-    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        return (change(output[0]), *output[1:]) if isinstance(output, tuple) else change(output)
-
-    return hook
-
-
-def _only(tokens: Tensor) -> Any:
+def _only(tokens: Tensor, _: nn.Module, __: Any, output: Any) -> Any:
     """Zero the MLP's output [B, T, H] (or [B * T, H]) elsewhere: what is added to the stream there is nothing."""
-
-    def hook(_: nn.Module, __: tuple[Any, ...], output: Any) -> Any:
-        out = output[0] if isinstance(output, tuple) else output
-        out = torch.where(tokens.reshape(*out.shape[:-1], 1), out, 0.0)
-        return (out, *output[1:]) if isinstance(output, tuple) else out
-
-    return hook
-
-
-def _write_back(run: Tensor) -> Any:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-        entered = args[0] if args else kwargs["hidden_states"]
-        out = output[0] if isinstance(output, tuple) else output
-        kept = torch.where(run[..., None], out, entered)
-        return (kept, *output[1:]) if isinstance(output, tuple) else kept
-
-    return hook
+    return _changed(output, lambda out: torch.where(tokens.reshape(*out.shape[:-1], 1), out, 0.0))
 
 
 @torch.no_grad()
@@ -259,11 +221,9 @@ def oracle_logits(model: nn.Module, inputs: dict[str, Any], layers: Sequence[Lay
     Args:
         inputs: what the model's forward takes; the attention mask is made explicit if it is missing.
     """
-    inputs = dict(inputs)
+    inputs = {k: v for k, v in inputs.items() if k not in ("past_key_values", "use_cache", "logits_to_keep")}
     if inputs.get("attention_mask") is None:
         some = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"][..., 0]
         inputs["attention_mask"] = torch.ones(some.shape, dtype=torch.int64, device=some.device)
-    for name in ("past_key_values", "use_cache", "logits_to_keep"):
-        inputs.pop(name, None)
     with masked(model, layers):
         return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -12,7 +10,7 @@ from torch import Tensor, nn
 
 from vlmrewrite.oracle.hooks import oracle_logits
 from vlmrewrite.oracle.masks import BranchMask, EditMask, LayerMasks
-from vlmrewrite.plan import TokenSet
+from vlmrewrite.plan import Branch, Edit, TokenSet
 from vlmrewrite.runtime import last_call
 
 
@@ -31,29 +29,25 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
     def mask(s: TokenSet, later: bool = True) -> Tensor:
         return torch.nn.functional.pad(call.members(s, chosen), (0, more), value=later)
 
-    def branches(layer: int) -> Iterator[BranchMask]:
-        for b in program.plan.branches:
-            if b.leave == layer:
-                block = None if b.block is None else copy.deepcopy(program.blocks[b.block])
-                yield BranchMask(mask(b.tokens, later=False), b.rejoin, block)
+    def branch(b: Branch) -> BranchMask:
+        block = None if b.block is None else copy.deepcopy(program.blocks[b.block])
+        return BranchMask(mask(b.tokens, later=False), b.rejoin, block)
 
     facts: dict[str, Tensor | None] = {"lengths": call.lengths, "ordinal": call.ordinal}
     facts |= {"grid": call.grid, "encoder_features": call.encoder_features}
 
-    def edits(layer: int) -> Iterator[EditMask]:
-        for e in program.plan.edits:
-            if e.at == layer:
-                weights = tuple(program.blocks.get_parameter(name).detach().clone() for name in e.weights)
-                tokens, last = call.members(e.tokens, chosen), call.last[:, 0]
-                yield EditMask(tokens, e.op, e.needs, call.text, call.vision, last, facts, weights, e.options)
+    def edit(e: Edit) -> EditMask:
+        weights = tuple(program.blocks.get_parameter(name).detach().clone() for name in e.weights)
+        tokens, last = call.members(e.tokens, chosen), call.last[:, 0]
+        return EditMask(tokens, e.op, e.needs, call.text, call.vision, last, facts, weights, e.options)
 
     return [
         LayerMasks(
             run=mask(e.run_set),
             keys=mask(e.keys),
             mlp=None if e.mlp_set is None else mask(e.mlp_set),
-            edits=tuple(edits(e.index)),
-            branches=tuple(branches(e.index)),
+            edits=tuple(edit(x) for x in program.plan.edits if x.at == e.index),
+            branches=tuple(branch(b) for b in program.plan.branches if b.leave == e.index),
         )
         for e in program.plan.layers
     ]
@@ -73,20 +67,13 @@ def verify_applied(model: nn.Module, inputs: dict[str, Any]) -> float:
     """
     got = model(**inputs).logits
     masks = layer_masks(model)
-    with _as_it_was(model):
+    rewritten = model.__dict__.pop("forward")  # and what is left is its class's own
+    try:
         expected = oracle_logits(model, inputs, masks)[:, -got.shape[1] :]
+    finally:
+        model.__dict__["forward"] = rewritten
     padding = inputs.get("attention_mask")
     error = (got - expected).abs().amax(-1)
     if isinstance(padding, Tensor) and padding.dim() == 2:
         error = error.masked_fill(~padding[:, -got.shape[1] :].bool(), 0.0)
     return float(error.max())
-
-
-@contextlib.contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """While the block runs, a rewritten model's forward is its class's own."""
-    ours = model.__dict__.pop("forward")
-    try:
-        yield
-    finally:
-        model.__dict__["forward"] = ours

@@ -21,7 +21,12 @@ from vlmrewrite.rewrite import Program
 
 def graph_program(graph: Graph) -> Program:
     """The program of a captured graph without passes; analysed once."""
-    return graph.once("program", lambda: program_of(graph.gm, graph.parameters))
+
+    def make() -> Program:
+        assert graph.features is not None, "it has not been run with images"
+        return program_of(graph.gm, graph.features, graph.parameters)
+
+    return graph.once("program", make)
 
 
 def vision_mask(graph: Graph, inputs: Sequence[Any]) -> Tensor:
