@@ -1,19 +1,19 @@
-"""Private interfaces: each is there and does what is expected."""
+"""Private interfaces: each is there and does what is expected, and where one is gone the error names the version."""
 
 from __future__ import annotations
 
 import ast
 import importlib
 import re
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 import torch._dynamo
+import transformers
 from torch import nn
-from transformers import LlamaConfig, LlavaConfig
+from transformers import GenerationMixin, LlamaConfig, LlavaConfig, PreTrainedConfig
 
 from vlmrewrite import compat
 from vlmrewrite.testing.models import TinyVLM
@@ -22,13 +22,13 @@ ROOT = Path(__file__).parents[1]
 
 ELSEWHERE = {
     "vlmrewrite/analysis/aliasing.py": {"torch._ops", "_schema"},
+    "vlmrewrite/analysis/anatomy.py": {"torch._C"},
     "vlmrewrite/analysis/memory.py": {
         "torch._subclasses.fake_tensor",
         "torch.utils._python_dispatch",
         "torch.utils._pytree",
     },
     "vlmrewrite/analysis/op_classes.py": {"torch._C"},
-    "vlmrewrite/analysis/tokenwise.py": {"torch.utils._pytree"},
     "vlmrewrite/plan/blocks.py": {"_init_weights"},
     "vlmrewrite/rewrite/legalize.py": {"torch.ops.aten._assert_scalar"},
     "vlmrewrite/rewrite/verifier.py": {"torch._subclasses.fake_tensor"},
@@ -91,28 +91,7 @@ def test_hooks() -> None:
     assert compat.hooks_of(module) == []
     module.register_forward_pre_hook(before := lambda *_: None)
     module.register_forward_hook(after := lambda *_: None)
-    module.register_full_backward_hook(back := lambda *_: None)
-    assert compat.hooks_of(module) == [after, before, back]
-
-
-def test_hooks_on_all_modules_are_a_guard() -> None:
-    graphs: list[int] = []
-
-    def count(x):
-        return x + compat.hooks_on_all_modules()
-
-    def backend(gm, _):
-        graphs.append(1)
-        return gm.forward
-
-    call = torch.compile(count, backend=backend, fullgraph=True)
-    assert call(torch.zeros(1)).item() == compat.hooks_on_all_modules() == 0 and len(graphs) == 1
-    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
-    try:
-        assert compat.hooks_on_all_modules() == 1
-        assert call(torch.zeros(1)).item() == 1 and len(graphs) == 2
-    finally:
-        handle.remove()
+    assert compat.hooks_of(module) == [after, before]
 
 
 def test_models_that_are_compiled() -> None:
@@ -218,15 +197,6 @@ def test_more_graphs_for_a_while() -> None:
     assert compat.graph_limit() == before
 
 
-def test_while_one_thread_traces_others_do_not() -> None:
-    with compat.tracing_options(), ThreadPoolExecutor(1) as other:
-        call = torch.compile(lambda x: x + 1, backend=lambda gm, _: gm)
-        assert call(torch.ones(1)).item() == 2
-        assert not other.submit(torch.compiler.is_compiling).result()
-    if hasattr(torch.compiler, "_compile_session_context"):  # torch 2.11 has none
-        assert not torch.compiler.is_compiling()
-
-
 def test_messages_show_symbols() -> None:
     from torch._dynamo.variables import lazy
 
@@ -237,3 +207,87 @@ def test_messages_show_symbols() -> None:
         shown.sym_node_var = SimpleNamespace(sym_num=SimpleNamespace(node=SimpleNamespace(expr="s7")))
         assert repr(shown) == "s7"
     assert kind.__repr__ is before
+
+
+GONE = [
+    ("torch._C", "_storage_Use_Count", lambda: compat.memory_is_shared(torch.ones(1), 1)),
+    ("torch.utils._pytree", "tree_flatten", lambda: compat.tree_flatten([1])),
+    ("torch.utils._pytree", "tree_unflatten", lambda: compat.tree_unflatten([1], None)),
+    ("torch.utils._pytree", "tree_leaves", lambda: compat.tree_leaves([1])),
+    ("torch._dynamo", "OptimizedModule", lambda: compat.is_compiled(nn.Linear(1, 1))),
+    ("torch.cuda", "_sleep", lambda: compat.gpu_sleep(1)),
+    ("torch._C._dynamo.eval_frame", "get_eval_frame_callback", compat.inside_torch_compile),
+    ("torch._C._dynamo.eval_frame", "reset_code", lambda: compat.forget_code((lambda: 1).__code__)),
+    ("torch._dynamo.exc", "FailOnRecompileLimitHit", compat.at_graph_limit),
+    ("torch._dynamo.exc", "Unsupported", compat.untraceable),
+    ("torch._dynamo.exc", "UserError", compat.untraceable),
+    ("torch._dynamo", "optimize", lambda: compat.captured(len, len, lambda: 1, print)),
+    ("torch._dynamo.convert_frame", "compile_lock", lambda: compat.tracing_options().__enter__()),
+]
+
+
+@pytest.mark.parametrize(("module", "name", "use"), GONE, ids=[f"{m}.{n}" for m, n, _ in GONE])
+def test_a_name_that_is_gone(monkeypatch: pytest.MonkeyPatch, module: str, name: str, use) -> None:
+    monkeypatch.delattr(importlib.import_module(module), name)
+    version = re.escape(torch.__version__)
+    message = rf"^torch {version} has no {re.escape(module)}\.{name} .* install torch>=2\.11,<2\.14$"
+    with pytest.raises(compat.VersionError, match=message):
+        use()
+
+
+@pytest.mark.parametrize("module", ["torch._dynamo.config", "torch.fx.experimental._config"])
+def test_an_option_that_is_gone(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
+    found = compat._find
+    monkeypatch.setattr(compat, "_find", lambda where, name: found(where, "no_option" if where == module else name))
+    with pytest.raises(compat.VersionError, match=rf"^torch .* has no {re.escape(module)}\.no_option "):
+        compat.tracing_options().__enter__()
+    if module == "torch._dynamo.config":
+        with pytest.raises(compat.VersionError, match=r"no torch\._dynamo\.config\.no_option"):
+            compat.graph_limit()
+
+
+def test_attributes_that_are_gone(monkeypatch: pytest.MonkeyPatch, llava: TinyVLM) -> None:
+    with pytest.raises(compat.VersionError, match=r"^torch .* has no object\._cdata "):
+        compat.memory_is_shared(SimpleNamespace(untyped_storage=object), 1)  # type: ignore[arg-type]
+    module = nn.Linear(1, 1)
+    del module._hooks_of
+    with pytest.raises(compat.VersionError, match=r"^torch .* has no Linear\._hooks_of "):
+        compat.hooks_of(module)
+    monkeypatch.setattr(torch._dynamo, "optimize", lambda *_, **__: object())
+    with pytest.raises(compat.VersionError, match=r"^torch .* has no object\.callback "):
+        compat.captured(len, len, lambda: 1, print)
+    with monkeypatch.context() as gone:
+        gone.delattr(nn.Module, "_compiled_call_impl")
+        with pytest.raises(compat.VersionError, match=r"^torch .* has no Module\._compiled_call_impl "):
+            compat.is_compiled(module)
+
+
+def test_what_transformers_no_longer_has(monkeypatch: pytest.MonkeyPatch, llava: TinyVLM) -> None:
+    version = re.escape(transformers.__version__)
+
+    class Renamed:
+        _attn_implementation = "sdpa"
+
+    with pytest.raises(compat.VersionError, match=rf"^transformers {version} has no Renamed\._attn_implementation_int"):
+        compat.set_attention_implementation(Renamed(), "vlmrewrite")
+    with monkeypatch.context() as gone:
+        gone.delattr(PreTrainedConfig, "_attn_implementation")
+        with pytest.raises(compat.VersionError, match=rf"^transformers {version} has no LlamaConfig\._attn_impl"):
+            compat.attention_implementation(llava.model.config.text_config)
+    name = "_prepare_position_ids_for_generation"
+    monkeypatch.delattr(GenerationMixin, name)
+    with pytest.raises(compat.VersionError, match=rf"^transformers {version} has no Llava\w+\.{name} .*<5\.24$"):
+        compat.generation_positions(llava.model, torch.ones(1, 1), {})
+
+
+def test_triton_that_is_another_or_absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    triton = pytest.importorskip("triton")
+    with monkeypatch.context() as gone:
+        gone.setattr(triton.runtime, "driver", SimpleNamespace(active=object()))
+        message = rf"^triton {re.escape(triton.__version__)} has no SimpleNamespace\.active\.get_current_target "
+        with pytest.raises(compat.VersionError, match=message):
+            compat.gpu_architecture()
+    for name in ("triton", "triton.runtime"):
+        monkeypatch.setitem(importlib.import_module("sys").modules, name, None)
+    with pytest.raises(compat.VersionError, match=r"^triton is not installed, and .* install triton>=3\.6,<3\.10$"):
+        compat.gpu_architecture()

@@ -19,7 +19,7 @@ import torch
 import torch._dynamo
 import torch.fx
 from torch import Tensor, nn
-from torch.nn.modules import module as _modules
+from torch.nn.modules import module as _module
 
 TESTED = {"torch": ">=2.11,<2.14", "transformers": ">=5.23,<5.24", "triton": ">=3.6,<3.10"}
 """The versions that the tests pass with, as in pyproject.toml."""
@@ -90,21 +90,14 @@ def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list
 
 
 def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
-    """The hooks of a module that run before and after its forward and its backward."""
-    kinds = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-    return [hook for kind in kinds for hook in _attribute(module, kind, "torch").values()]
+    """The hooks of a module that run around its forward and its backward."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [hook for name in names for hook in _attribute(module, name, "torch").values()]
 
 
-_ON_ALL = ("_global_forward_hooks", "_global_forward_pre_hooks")
-
-
-def hooks_on_all_modules() -> int:
-    """How many hooks run before and after the forward of every module.
-
-    Traced by Dynamo it is a guard: what was traced with another number is traced again. So that it can be traced, it
-    reads plain attributes; :func:`captured` has made sure that they are there.
-    """
-    return len(_modules._global_forward_hooks) + len(_modules._global_forward_pre_hooks)
+def global_hooks() -> int:
+    """How many hooks there are on all modules. Traced code may ask: Dynamo guards on what is read."""
+    return len(_module._global_forward_hooks) + len(_module._global_forward_pre_hooks)
 
 
 def is_compiled(model: Any) -> bool:
@@ -148,7 +141,7 @@ def generation_positions(model: nn.Module, input_ids: Tensor, kwargs: dict[str, 
 
 def inside_torch_compile() -> bool:
     """Whether the caller runs, traced or not, in code that is behind ``torch.compile``."""
-    if torch.compiler.is_dynamo_compiling():  # nothing else can be asked then
+    if torch.compiler.is_dynamo_compiling():  # first: the rest cannot be traced
         return True
     return callable(_find("torch._C._dynamo.eval_frame", "get_eval_frame_callback")())
 
@@ -193,7 +186,7 @@ def captured(
         recompile_limit: how many graphs there may be.
         traced: told the seconds of each trace.
     """
-    for name in _ON_ALL:
+    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):  # global_hooks cannot check while it is traced
         _find("torch.nn.modules.module", name)
     return _behind_dynamo(function, backend, lambda: tracing_options(recompile_limit=recompile_limit()), traced)
 
@@ -203,7 +196,10 @@ def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
 
     @contextlib.contextmanager
     def options() -> Iterator[None]:
-        with _compile_lock(), _patched("torch._dynamo.config", assume_static_by_default=False):
+        with (
+            _find("torch._dynamo.convert_frame", "compile_lock"),
+            _patched("torch._dynamo.config", assume_static_by_default=False),
+        ):
             yield
 
     return _behind_dynamo(gm, "inductor", options, lambda _: None)
@@ -221,7 +217,7 @@ def _behind_dynamo(
     graph takes no lock and changes nothing. (``dynamic=True`` of ``torch.compile`` is an option that it would set at
     each call: for all threads, in torch 2.11.)
     """
-    context = _find("torch._dynamo", "optimize")(backend, nopython=True)
+    context: Any = _find("torch._dynamo", "optimize")(backend, nopython=True)
     context.callback = _Tracer(_attribute(context, "callback", "torch"), options, traced)
     made: Callable[..., Any] = context(function)
     return made
@@ -261,7 +257,7 @@ def tracing_options(**dynamo: Any) -> Iterator[None]:
     (``torch_compilable_check``) is left out: the host has compared the number of tokens and features, and torch 2.11
     cannot trace it.
     """
-    with _compile_lock():
+    with _find("torch._dynamo.convert_frame", "compile_lock"):
         if getattr(_tracing, "depth", 0):  # of the same thread, whose options these are
             yield
             return
@@ -277,11 +273,6 @@ def tracing_options(**dynamo: Any) -> Iterator[None]:
                 yield
         finally:
             _tracing.depth = 0
-
-
-def _compile_lock() -> contextlib.AbstractContextManager[Any]:
-    lock: contextlib.AbstractContextManager[Any] = _find("torch._dynamo.convert_frame", "compile_lock")
-    return lock
 
 
 @contextlib.contextmanager

@@ -14,15 +14,7 @@ import torch.fx
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from vlmrewrite.compat import (
-    at_graph_limit,
-    captured,
-    forget_code,
-    graph_limit,
-    hooks_of,
-    hooks_on_all_modules,
-    untraceable,
-)
+from vlmrewrite.compat import at_graph_limit, captured, forget_code, global_hooks, graph_limit, hooks_of, untraceable
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.kvcache import PositionCache
 
@@ -143,7 +135,7 @@ def without_images(
     forward: Callable[..., Any], model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any]
 ) -> Any:
     """A forward of text: a decode step, or a prompt without an image."""
-    hooks_on_all_modules()  # Dynamo guards on what is read
+    global_hooks()  # read, so that Dynamo guards on it
     if not torch.compiler.is_dynamo_compiling():
         raise NotCapturedError(
             "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
