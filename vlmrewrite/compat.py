@@ -186,6 +186,8 @@ def captured(
         recompile_limit: how many graphs there may be.
         traced: told the seconds of each trace.
     """
+    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):  # global_hooks cannot check while it is traced
+        _find("torch.nn.modules.module", name)
     return _behind_dynamo(function, backend, lambda: tracing_options(recompile_limit=recompile_limit()), traced)
 
 
