@@ -1,8 +1,8 @@
 """What an edit means to the oracle: its operator's reference, on the full stream of the unrewritten model.
 
 The reference is the definition of the edit; what it is called with is looked for here, by plain loops over bool masks
-and in the eager model, and shares no code with the graph. A discrete choice inside an operator (DAPE's of the regions
-that get detail) is made anew: where what it goes by is equal but for rounding, the two may choose differently. In
+and in the eager model, and shares no code with the graph. A discrete choice inside an operator (of the regions that
+get detail, say) is made anew: where what it goes by is equal but for rounding, the two may choose differently. In
 16 bits that is not rare; selections, which the plan names, are taken from the run.
 """
 
