@@ -36,6 +36,13 @@ def test_old_names_can_be_imported_with_a_warning(old, name, new):
     assert found is getattr(importlib.import_module(new), name)
 
 
+def test_old_modules_are_attributes_of_their_package():
+    import vlmrewrite.cache
+
+    with pytest.warns(DeprecationWarning, match="vlmrewrite.kvcache"):
+        assert vlmrewrite.cache.PositionCache is vlmrewrite.kvcache.PositionCache
+
+
 def test_a_name_that_never_was_is_an_attribute_error():
     from vlmrewrite.moved import MOVED
 

@@ -53,4 +53,7 @@ class _Moved(ModuleType):
 def register(under: str = "") -> None:
     """Let the old names of the core be imported, or those under a package that brings its own."""
     for old in (name for name in MOVED if name.startswith("passes.") == (under == "passes")):
-        sys.modules.setdefault(f"vlmrewrite.{old}", _Moved(f"vlmrewrite.{old}", "Moved; see `vlmrewrite.moved`."))
+        parent, _, name = f"vlmrewrite.{old}".rpartition(".")
+        module = sys.modules.setdefault(f"{parent}.{name}", _Moved(f"{parent}.{name}", "See `vlmrewrite.moved`."))
+        if parent in sys.modules:  # as importing it would; vlmrewrite.testing may not be there yet
+            setattr(sys.modules[parent], name, module)
