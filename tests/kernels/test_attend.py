@@ -9,9 +9,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmrewrite import ops
 from vlmrewrite.capture import hooks
 from vlmrewrite.kvcache.cache import PositionCache
-from vlmrewrite.ops import attention, positional
+from vlmrewrite.ops import positional
 
 
 def randn(*shape, seed=0):
@@ -49,8 +50,8 @@ def calls(draw):
 @given(calls(), st.sampled_from([None, 3.0]))
 def test_it_is_attention_of_the_dialect(device, drawn, softcap):
     q, k, v, mask, q_pos, k_pos = (x if x is None else x.to(device) for x in drawn)
-    seen = attention.visible(mask, q_pos, k_pos, False)
-    expected = attention.attend(q, k, v, seen, None, softcap, 0.0)
+    seen = ops.visible(mask, q_pos, k_pos, False)
+    expected = ops.attend(q, k, v, seen, None, softcap, 0.0)
     got = positional.kernel_attention(q, k, v, positional.kernel_mask(mask, q_pos, k_pos, False), None, softcap)
     shown = seen if seen.dtype == torch.bool else seen > torch.finfo(seen.dtype).min / 2
     asked = (q_pos >= 0) & shown[:, 0].any(2)
@@ -86,5 +87,5 @@ def test_plain_decoding_is_pytorch_s_unless_it_has_a_softcap(monkeypatch, device
             with hooks.running(cache, "triton"):
                 keys, values = cache.update(k[:, :, part], v[:, :, part], 0)
                 got, _ = hooks.attention_forward(module, q, keys, values, None, softcap=softcap)
-    torch.testing.assert_close(got, attention.attend(q, k, v, None, None, softcap, 0.0), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(got, ops.attend(q, k, v, None, None, softcap, 0.0), atol=1e-5, rtol=1e-5)
     assert bool(launched) == (softcap is not None)

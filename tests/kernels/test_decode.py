@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vlmrewrite.kernels import decode as kernels
+from vlmrewrite.kernels import launch
 from vlmrewrite.ops import positional
 from vlmrewrite.testing.triton.interpreter import guarded
 
@@ -183,7 +184,7 @@ def test_splits_fill_the_processors():
     cpu = torch.device("cpu")
     assert kernels.splits(8 * 32, 4096, 1, cpu)[0] == 1
     for programs, keys in ((4, 16384), (32, 4096), (8, 131072)):
-        assert programs * kernels.splits(programs, keys, 7, cpu)[0] >= kernels.DEFAULT_PROCESSORS
+        assert programs * kernels.splits(programs, keys, 7, cpu)[0] >= launch.DEFAULT_PROCESSORS
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

@@ -9,8 +9,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmrewrite import ops
 from vlmrewrite.kernels import score as kernels
-from vlmrewrite.ops import attention, scoring
+from vlmrewrite.ops import scoring
 from vlmrewrite.testing.triton.interpreter import guarded
 
 OPS = torch.ops.vlm_triton
@@ -63,7 +64,7 @@ def expected_of(q, k, mask, q_pos, k_pos, scale, softcap, index, valid, flat, le
     scores = q @ k.mT * scale
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    seen = attention.visible(mask, q_pos, k_pos, False)
+    seen = ops.visible(mask, q_pos, k_pos, False)
     scores = scores.masked_fill(~seen, float("-inf")) if seen.dtype == torch.bool else scores + seen.double()
     weights = scores.softmax(-1).masked_fill((scores == float("-inf")).all(-1, keepdim=True), 0.0).mean(1)
     full = torch.zeros(index.shape[0], length, dtype=torch.float64)
@@ -148,7 +149,7 @@ def test_several_queries_are_the_mean_of_each(device):
 def test_the_reference_for_one_query_is_what_it_was(device):
     args = make(b=2, past=5, mask="bits")
     q, k, valid = args["q"], args["k"].repeat_interleave(2, 1), args["valid"]
-    seen = attention.visible(args["mask"], args["q_pos"], args["k_pos"], False)
+    seen = ops.visible(args["mask"], args["q_pos"], args["k_pos"], False)
     bias = torch.zeros(2, 1, 1, k.shape[2]).masked_fill(~seen, float("-inf"))
     weights = (q @ k.mT * q.shape[-1] ** -0.5 + bias).softmax(-1).mean(1)[:, 0, 5:]
     full = torch.zeros(2, args["length"]).scatter(1, args["index"], weights.masked_fill(~valid, 0.0))

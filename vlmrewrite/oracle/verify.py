@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from vlmrewrite.oracle.hooks import oracle_logits
 from vlmrewrite.oracle.masks import BranchMask, EditMask, LayerMasks
 from vlmrewrite.plan import Branch, Edit, TokenSet
-from vlmrewrite.runtime import last_call
+from vlmrewrite.runtime import last_call, session_of
 
 
 def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
@@ -65,7 +65,11 @@ def verify_applied(model: nn.Module, inputs: dict[str, Any]) -> float:
 
     Meanwhile there are hooks on the model's modules: no other thread may use it.
     """
+    latest = session_of(model).latest
+    before = latest.get()
     got = model(**inputs).logits
+    if latest.get() is before:
+        raise ValueError("no call with an image was made: the inputs hold none, and there is nothing to judge")
     masks = layer_masks(model)
     rewritten = model.__dict__.pop("forward")  # and what is left is its class's own
     try:
