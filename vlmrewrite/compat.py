@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import operator
 import os
-import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -246,7 +245,6 @@ class _Tracer:
 
 
 _OPTIONS = {"assume_static_by_default": False, "specialize_float": True, "skip_nnmodule_hook_guards": False}
-_tracing = threading.local()
 
 
 @contextlib.contextmanager
@@ -257,22 +255,15 @@ def tracing_options(**dynamo: Any) -> Iterator[None]:
     (``torch_compilable_check``) is left out: the host has compared the number of tokens and features, and torch 2.11
     cannot trace it.
     """
-    with _find("torch._dynamo.convert_frame", "compile_lock"):
-        if getattr(_tracing, "depth", 0):  # of the same thread, whose options these are
-            yield
-            return
-        _tracing.depth = 1
-        try:
-            with (
-                _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", "1"),
-                _patched("torch.fx.experimental._config", use_duck_shape=False),
-                _patched("torch._dynamo.config", **_OPTIONS, **dynamo),
-                _symbols_in_messages(),
-                _compiling_here_alone(),
-            ):
-                yield
-        finally:
-            _tracing.depth = 0
+    with (
+        _find("torch._dynamo.convert_frame", "compile_lock"),
+        _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", "1"),
+        _patched("torch.fx.experimental._config", use_duck_shape=False),
+        _patched("torch._dynamo.config", **_OPTIONS, **dynamo),
+        _symbols_in_messages(),
+        _compiling_here_alone(),
+    ):
+        yield
 
 
 @contextlib.contextmanager

@@ -39,7 +39,7 @@ class LayerNodes:
         stream: Stream,
         typed: dict[Node, TokenSet],
     ) -> None:
-        self.env, self.stream, self.past = env, stream, False
+        self.env, self.stream = env, stream
         self._anatomy, self._emit, self._sets, self._typed = anatomy, emit, sets, typed
         self._swapped: dict[Node, Node] = {}
         self._affected: set[Node] = set()
