@@ -222,9 +222,10 @@ def entry_of(now, before, vision, grids):
 
 def masks_of(model):
     """What each layer did, with the averages made by loops."""
-    program, call, chosen = session_of(model).last()
+    last = session_of(model).last()
+    call, chosen = last.call, last.result.chosen
     out, before = [], torch.zeros_like(call.vision)
-    for layer in program.plan.layers:
+    for layer in last.program.plan.layers:
         run, keys = call.members(layer.run_set, chosen), call.members(layer.keys, chosen)
         entry = entry_of(run & call.vision, before & call.vision, call.vision, call.grid.tolist())
         out.append(LayerMasks(run, keys, entry=entry))
