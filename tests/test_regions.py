@@ -92,7 +92,8 @@ def naive(rows, columns, priority, k):
     """Greedy splitting of rectangles, each a (scale, locations), from 4 x 4 on; the last split may be partial."""
     rep = regions.representatives(torch.tensor([rows * columns]), torch.tensor([[rows, columns]]))
     whole = {tuple(rectangle(f, rows, columns, 4)) for f in range(rows * columns)}
-    found = [(2, block) for block in whole]
+    # At the border a 4 x 4 block may be no more than one of 2 x 2, and is one then.
+    found = [(1 if block == tuple(rectangle(block[0], rows, columns, 2)) else 2, block) for block in whole]
     extra = 0
     while extra < k:
         can = [(s, block) for s, block in found if len(block) > 1]

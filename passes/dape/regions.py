@@ -172,8 +172,9 @@ def coarsest(lengths: Tensor, grid: Tensor, keep: Sequence[int]) -> Tensor:
 def refined(member: Tensor, lengths: Tensor, grid: Tensor, priority: Tensor, more: Sequence[int]) -> Tensor:
     """Split the regions of a cover, always the one with the highest priority next.
 
-    A region of 4 x 4 is split into regions of 2 x 2, one of those into locations. The token that stood for it goes on
-    as that of the part where it stands. The last split may be a partial one: as many parts get a token of their own as
+    A region of 4 x 4 is split into regions of 2 x 2, one of those into locations; at the border of the grid, one that
+    a block of 2 x 2 holds whole counts as that block. The token that stood for it goes on as that of the part where it
+    stands. The last split may be a partial one: as many parts get a token of their own as
     may still be added, those with the highest priority; the others stay with the region's token. Ties go to the
     larger block, then to the first.
 
