@@ -7,8 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch._dynamo.eval_frame
 import torch.fx
 from torch import nn
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from vlmrewrite import compat
 
@@ -50,6 +52,36 @@ def test_while_one_thread_traces_others_do_not() -> None:
     call = compat.captured(lambda x: x + 1, backend, lambda: 5, lambda _: None)
     assert call(torch.ones(1)).item() == 2
     assert compiling == [False] and not torch.compiler.is_compiling()
+
+
+def test_a_graph_runs_while_another_thread_is_in_a_tracer_of_fx() -> None:
+    ran: list[int] = []
+
+    def backend(gm, _):
+        def run(*inputs):
+            ran.append(1)
+            return gm.forward(*inputs)
+
+        return run
+
+    def traced(x):
+        with ThreadPoolExecutor(1) as other:
+            assert other.submit(call, torch.ones(1)).result().item() == 2
+        return x
+
+    call = compat.captured(lambda x: x + 1, backend, lambda: 5, lambda _: None)
+    make_fx(traced)(torch.ones(1))
+    assert ran == [1]
+
+
+def test_no_count_of_frames_that_threads_share(monkeypatch) -> None:
+    name = "set_fullgraph_compiled_frame_count"
+    if not hasattr(torch._dynamo.eval_frame, name):
+        pytest.skip("this torch counts no frames")
+    counted: list[int] = []
+    monkeypatch.setattr(torch._dynamo.eval_frame, name, lambda n: counted.append(n) or 0)
+    call = compat.captured(lambda x: x + 1, lambda gm, _: gm.forward, lambda: 5, lambda _: None)
+    assert call(torch.ones(1)).item() == 2 and not counted
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import gc
 import shutil
 import warnings
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -53,6 +54,25 @@ def test_generation_agrees_with_eager(tiny, passes):
         assert a.past_key_values.kv_lengths() == b.past_key_values.kv_lengths()
     assert (CAPTURES[tiny.model].call.graphs, CAPTURES[tiny.model].text.graphs) == (1, 1)
     assert counters["stats"]["unique_graphs"] == 3  # captured for decoding, and compiled for both
+
+
+@pytest.mark.slow
+@needs_compiler
+def test_first_calls_of_two_threads_at_once(tiny):
+    inputs, twin = [tiny.inputs([Row(1, 2, 3)]), tiny.inputs([Row(0, 0, 6)])], FAMILIES["llava"](layers=2)
+    twin.model.load_state_dict(tiny.model.state_dict())
+
+    def logits(x, model=tiny.model):
+        with torch.no_grad():
+            return model(**x).logits
+
+    with vr.applied(twin.model, [Stride(keep=5, at=1)], backend="eager"):
+        expected = [logits(x, twin.model) for x in inputs]
+    counters.clear()
+    with vr.applied(tiny.model, [Stride(keep=5, at=1)], backend="inductor"), ThreadPoolExecutor(2) as threads:
+        for got, want in zip(threads.map(logits, inputs), expected, strict=True):
+            torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+    assert counters["stats"]["unique_graphs"] == 4  # captured and compiled, of images and of text, each as one piece
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import importlib
 import operator
 import os
 import time
+import types
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -198,10 +199,16 @@ def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
         with (
             _find("torch._dynamo.convert_frame", "compile_lock"),
             _patched("torch._dynamo.config", assume_static_by_default=False),
+            _compiling_here_alone(),
         ):
             yield
 
-    return _behind_dynamo(gm, "inductor", options, lambda _: None)
+    def run(*inputs: Any) -> Any:
+        return gm(*inputs)
+
+    # Code of its own: Dynamo leaves torch.fx's uncompiled while another thread compiles.
+    own = types.FunctionType(run.__code__.replace(), run.__globals__, gm.__class__.__name__, None, run.__closure__)
+    return _behind_dynamo(own, "inductor", options, lambda _: None)
 
 
 def _behind_dynamo(
@@ -218,8 +225,22 @@ def _behind_dynamo(
     """
     context: Any = _find("torch._dynamo", "optimize")(backend, nopython=True)
     context.callback = _Tracer(_attribute(context, "callback", "torch"), options, traced)
+    if hasattr(context, "fullgraph"):  # counts frames for the whole process, in torch 2.13, so that threads miss theirs
+        context.fullgraph = False  # what raises at a graph break is the callback
     made: Callable[..., Any] = context(function)
+    _blind_to_fx_tracing(made.forward if isinstance(made, nn.Module) else made)
     return made
+
+
+def _blind_to_fx_tracing(wrapper: Any) -> None:
+    """Let a function behind Dynamo run its graph also while another thread is inside a tracer of torch.fx.
+
+    Inductor is, while it compiles. Whether anything traces is one flag of the process, and Dynamo leaves its functions
+    uncompiled while it is set.
+    """
+    names = wrapper.__code__.co_freevars
+    if "is_fx_symbolic_tracing" in names:
+        wrapper.__closure__[names.index("is_fx_symbolic_tracing")].cell_contents = lambda: False
 
 
 class _Tracer:
