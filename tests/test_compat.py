@@ -16,6 +16,7 @@ from torch import nn
 from transformers import GenerationMixin, LlamaConfig, LlavaConfig, PreTrainedConfig
 
 from vlmrewrite import compat
+from vlmrewrite.compat import dynamo, private
 from vlmrewrite.testing.models import TinyVLM
 
 ROOT = Path(__file__).parents[1]
@@ -60,7 +61,7 @@ def test_private_interfaces_are_used_in_one_place() -> None:
                 own |= {node.id if isinstance(node, ast.Name) else node.attr} if at_home else set()
     found = {path.relative_to(ROOT).as_posix(): private_names(path, own) for path in files}
     assert len(found) > 150
-    exempt = "vlmrewrite/testing/triton/", "vlmrewrite/compat.py"  # the former is about Triton's inside
+    exempt = "vlmrewrite/testing/triton/", "vlmrewrite/compat/"  # the former is about Triton's inside
     assert {name: x for name, x in found.items() if x and not name.startswith(exempt)} == ELSEWHERE
 
 
@@ -232,8 +233,9 @@ def test_a_name_that_is_gone(monkeypatch: pytest.MonkeyPatch, module: str, name:
 
 @pytest.mark.parametrize("module", ["torch._dynamo.config", "torch.fx.experimental._config"])
 def test_an_option_that_is_gone(monkeypatch: pytest.MonkeyPatch, module: str) -> None:
-    found = compat._find
-    monkeypatch.setattr(compat, "_find", lambda where, name: found(where, "no_option" if where == module else name))
+    found = dynamo.find
+    for part in (dynamo, private):
+        monkeypatch.setattr(part, "find", lambda where, name: found(where, "no_option" if where == module else name))
     with pytest.raises(compat.VersionError, match=rf"^torch .* has no {re.escape(module)}\.no_option "):
         compat.tracing_options().__enter__()
     if module == "torch._dynamo.config":

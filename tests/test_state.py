@@ -62,15 +62,82 @@ def test_a_forward_inside_a_generation_is_as_outside(request, family, recipe):
 
 
 @torch.no_grad()
-def test_a_generation_inside_a_generation_is_as_outside(llava):
+@pytest.mark.parametrize("call", ["generate", "forward", "get_image_features"])
+@pytest.mark.parametrize("recipe", [[FastV(keep=2, at=1)], [STS(keep=6, refine=2, at=1, features="encoder")]])
+def test_a_call_inside_a_generation_without_a_cache_is_as_outside(llava, recipe, call):
     model, outer, inner = llava.model, llava.inputs([Row(1, 2, 3)], seed=1), llava.inputs([Row(2, 1, 9)], seed=2)
     how = {"do_sample": False, "max_new_tokens": 2, "use_cache": False}
-    with vr.applied(model, [FastV(keep=2, at=1)]):
-        alone, expected = model.generate(**inner, **how), model.generate(**outer, **how)
-        processor = Inside(lambda: model.generate(**inner, **how))
+    calls = {
+        "generate": lambda: model.generate(**inner, **how),
+        "forward": lambda: model(**inner).logits,
+        "get_image_features": lambda: model.model.get_image_features(inner["pixel_values"]).pooler_output,
+    }
+    with vr.applied(model, recipe):
+        alone, expected = calls[call](), model.generate(**outer, **how)
+        processor = Inside(calls[call])
         got = model.generate(**outer, **how, logits_processor=LogitsProcessorList([processor]))
     assert torch.equal(got, expected)
-    assert all(torch.equal(x, alone) for x in processor.results)
+    assert len(processor.results) == 2
+    for found in processor.results:
+        torch.testing.assert_close(found, alone)
+
+
+# ---- where a prompt ends, however it is given
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_a_prompt_ends_where_it_ends_however_it_is_given(llava, cache):
+    inputs = llava.inputs([Row(1, 2, 3), Row(1, 2, 5)], side="left", seed=1)
+    how = {"do_sample": False, "max_new_tokens": 6, "use_cache": cache}
+    ids, rest = inputs["input_ids"], {k: v for k, v in inputs.items() if k != "input_ids"}
+    with vr.applied(llava.model, [FastV(keep=2, at=1)]):
+        tokens = llava.model.generate(**inputs, **how)
+        kept = [s.vision[:, : ids.shape[1]] for s in vr.kept_tokens(llava.model)]
+        for args, kwargs in [((ids,), {}), ((), {"inputs": ids}), ((None,), {"input_ids": ids})]:
+            assert torch.equal(llava.model.generate(*args, **kwargs, **rest, **how), tokens)
+            for got, expected in zip(vr.kept_tokens(llava.model), kept, strict=True):
+                assert torch.equal(got.vision[:, : ids.shape[1]], expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("beams", [1, 2])
+@pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
+def test_without_a_mask_padding_is_none_of_the_prompt(llava, cache, beams):
+    model = llava.model
+    inputs = llava.inputs([Row(1, 2, 3), Row(1, 2, 5)], side="right", seed=1)
+    how = {"do_sample": False, "max_new_tokens": 3, "use_cache": cache, "num_beams": beams, "pad_token_id": 0}
+    mask = inputs.pop("attention_mask")
+    inputs["input_ids"][mask == 0] = 0
+    assert torch.equal((inputs["input_ids"] != 0).long(), mask), "a token of the prompt is the padding token"
+    kept = []
+    with vr.applied(model, [FastV(keep=2, at=1)]):
+        for more in ({"attention_mask": mask}, {}):
+            tokens = model.generate(**inputs, **more, **how, eos_token_id=1)
+            kept.append((tokens, [s.vision for s in vr.kept_tokens(model)]))
+    assert torch.equal(kept[0][0], kept[1][0])
+    assert all(map(torch.equal, kept[0][1], kept[1][1]))
+
+
+# ---- a decoder that two models share
+
+
+@torch.no_grad()
+def test_of_two_models_with_one_decoder_one_can_be_rewritten(llava):
+    tiny = FAMILIES["llava"](layers=3)
+    model, inputs = tiny.model, tiny.inputs([Row(1, 2, 3)])
+    other = type(model)(model.config).eval()
+    other.model.language_model = model.model.language_model
+    before = [f(**inputs).logits for f in (model, other)]
+    with vr.applied(model, [Stride(keep=4)]):
+        with pytest.raises(ValueError, match="another model, that a recipe is applied to, has modules of this"):
+            vr.apply(other, [Stride(keep=4)])
+        assert torch.equal(other(**inputs).logits, before[1])
+    with vr.applied(other, [Stride(keep=4)]), pytest.raises(ValueError, match="another model"):
+        vr.apply(model, [Stride(keep=4)])
+    assert all(torch.equal(f(**inputs).logits, x) for f, x in zip((model, other), before, strict=True))
+    implementations = {m.config._attn_implementation for m in model.get_decoder().modules() if hasattr(m, "config")}
+    assert implementations == {"sdpa"}
 
 
 # ---- a config that two models share

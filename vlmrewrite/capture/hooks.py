@@ -52,7 +52,8 @@ def attention_forward(
         if query.shape[2] != key.shape[2]:
             raise RuntimeError(
                 f"{key.shape[2]} keys for {query.shape[2]} queries that did not come from vlmrewrite's cache: this"
-                " model transforms its keys after the cache, which is not supported"
+                " model transforms its keys after the cache, which is not supported, or it is not rewritten and shares"
+                " its decoder with one that is (call vlmrewrite.restore on that one)"
             )
         return ops.attention(*given, dropout), None
     kernels: Kernels | None = _running.kernels

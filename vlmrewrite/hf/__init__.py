@@ -15,23 +15,25 @@ from vlmrewrite.hf.decoder import (
 from vlmrewrite.hf.grid import grids
 from vlmrewrite.hf.inputs import refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.hf.support import check_support
-from vlmrewrite.hf.vision import Encoded, EncoderFeatures, encode_images, encoded_images
+from vlmrewrite.hf.vision import Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
 
 __all__ = [
     "IMPLEMENTATION",
     "Encoded",
-    "EncoderFeatures",
+    "Encoding",
     "attention_swapped",
     "check_support",
     "decoder_configs",
     "decoder_layers",
     "encode_images",
     "encoded_images",
+    "encoder_features",
     "grids",
     "parameter_inputs",
     "refuse_packed",
     "swap_attention",
     "tidy",
     "wants_cache",
+    "watched",
     "without_full_mask",
 ]

@@ -12,7 +12,7 @@ import torch
 import torch.fx
 from torch import nn
 
-from vlmrewrite.compat import set_attention_implementation
+from vlmrewrite.compat import attention_implementation, set_attention_implementation
 
 
 def decoder_layers(model: nn.Module) -> list[str]:
@@ -80,9 +80,17 @@ def swap_attention(
 
     Returns:
         what undoes it; it holds no reference to the model.
+
+    Raises:
+        ValueError: vlmrewrite's is used there already, on behalf of another model.
     """
     roots = [model, *blocks]
     modules = [m for root in roots for m in root.modules() if m is not model and "config" in vars(m)]
+    if name == IMPLEMENTATION and any(attention_implementation(m.config) == name for m in modules):
+        raise ValueError(
+            f"another model, that a recipe is applied to, has modules of this {type(model).__name__} too: call"
+            " vlmrewrite.restore on it first"
+        )
     read = decoder_configs(model) + [m.config for block in roots[1:] for m in block.modules() if "config" in vars(m)]
     copies = {id(c): _private(model, name, c) for c in {id(c): c for c in read}.values()}
     for copied in copies.values():

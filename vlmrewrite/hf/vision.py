@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import inspect
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -85,80 +87,89 @@ def encoded_images(output: Any) -> Encoded:
     raise ValueError(f"pooler_output of the vision tower is {kind}; expected [I, N, C] or one [N, C] per image")
 
 
-class EncoderFeatures:
-    """What the projector took, kept from the last encoding of each thread, token by token.
+@dataclass
+class Encoding:
+    """One run of ``get_image_features``: what came out of the projector for each image, and what went into it.
 
-    The projector is the child of the model's base that ``get_image_features`` runs last; its input counts only if it
-    holds one vector for every vision token that comes out.
+    Attributes:
+        pairs: [n, C] and [n, C'] of each image.
+        missing: why there are none, or None.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._thread = threading.local()
-        self._model = model
+    pairs: list[tuple[Tensor, Tensor]]
+    missing: str | None = None
 
-    @property
-    def missing(self) -> str | None:
-        """Why they are not known, or None."""
-        reason: str | None = getattr(self._thread, "missing", "no image was encoded yet")
-        return reason
 
-    def wrap(self, encoder: Callable[..., Any]) -> Callable[..., Any]:
-        """``get_image_features`` that also remembers."""
+def watched(model: nn.Module, encoder: Callable[..., Any], remember: Callable[[Encoding], None]) -> Callable[..., Any]:
+    """A model's ``get_image_features`` that also tells what the projector took, token by token.
 
-        def get_image_features(*args: Any, **kwargs: Any) -> Any:
-            with self._watching() as calls:
-                out = encoder(*args, **kwargs)
-            self._remember(calls, encoded_images(out))
-            return out
+    The projector is the child of the model's base that it runs last; the child's input counts only if it holds one
+    vector for every vision token that comes out. What other threads run meanwhile is not looked at.
 
-        return get_image_features
+    Args:
+        model: held weakly.
+        encoder: its ``get_image_features``.
+        remember: told of each run.
+    """
+    this: Any = weakref.proxy(model)
 
-    @contextlib.contextmanager
-    def _watching(self) -> Iterator[list[tuple[str, Tensor]]]:
+    @functools.wraps(encoder)
+    def get_image_features(*args: Any, **kwargs: Any) -> Any:
         calls: list[tuple[str, Tensor]] = []
         me = threading.get_ident()
 
-        def watch(name: str) -> Callable[..., None]:
-            def hook(_: nn.Module, args: tuple[Any, ...]) -> None:
-                if args and isinstance(args[0], Tensor) and threading.get_ident() == me:
-                    calls.append((name, args[0]))
+        def watch(name: str, _: nn.Module, args: tuple[Any, ...]) -> None:
+            if args and isinstance(args[0], Tensor) and threading.get_ident() == me:
+                calls.append((name, args[0]))
 
-            return hook
+        decoder = this.get_decoder()
+        with contextlib.ExitStack() as stack:
+            for name, child in this.base_model.named_children():
+                if all(module is not decoder for module in child.modules()):
+                    hook = child.register_forward_pre_hook(functools.partial(watch, name))
+                    stack.callback(hook.remove)
+            out = encoder(*args, **kwargs)
+        remember(_encoding(calls, encoded_images(out)))
+        return out
 
-        base: nn.Module = self._model.base_model  # type: ignore[assignment]
-        decoder = self._model.get_decoder()  # type: ignore[operator]
-        towers = [(n, m) for n, m in base.named_children() if all(x is not decoder for x in m.modules())]
-        handles = [m.register_forward_pre_hook(watch(n)) for n, m in towers]
-        try:
-            yield calls
-        finally:
-            for h in handles:
-                h.remove()
+    return get_image_features
 
-    def _remember(self, calls: list[tuple[str, Tensor]], encoded: Encoded) -> None:
-        self._thread.pairs = []
-        if not calls:
-            self._thread.missing = "the vision tower's output does not go through a projector of its own"
-            return
-        name, x = calls[-1]
-        tokens, total = x.shape[:-1].numel(), sum(encoded.lengths)
-        if x.dim() < 2 or tokens != total:
-            self._thread.missing = f"{name} takes {tokens} vectors of shape {tuple(x.shape)} for {total} vision tokens"
-            return
-        self._thread.missing = None
-        whole = encoded.features.reshape(total, -1).split(encoded.lengths)
-        self._thread.pairs = list(zip(whole, x.reshape(total, -1).split(encoded.lengths), strict=True))
 
-    def of(self, encoded: Encoded) -> Tensor | None:
-        """The encoder features [F, C'] of these projected features, whatever order or repetition they come in."""
-        flat = encoded.features.reshape(sum(encoded.lengths), -1).split(encoded.lengths)
-        found = []
-        for piece in flat:
-            match = next((e for p, e in self._thread.pairs if _identical(p, piece)), None)
-            if match is None:
-                return None
-            found.append(match)
-        return torch.cat(found)
+def _encoding(calls: list[tuple[str, Tensor]], encoded: Encoded) -> Encoding:
+    if not calls:
+        return Encoding([], "the vision tower's output does not go through a projector of its own")
+    name, x = calls[-1]
+    tokens, total = x.shape[:-1].numel(), sum(encoded.lengths)
+    if x.dim() < 2 or tokens != total:
+        return Encoding([], f"{name} takes {tokens} vectors of shape {tuple(x.shape)} for {total} vision tokens")
+    whole, taken = (y.reshape(total, -1).split(encoded.lengths) for y in (encoded.features, x))
+    return Encoding(list(zip(whole, taken, strict=True)))
+
+
+def encoder_features(encodings: Sequence[Encoding], encoded: Encoded) -> Tensor | str:
+    """The encoder features [F, C'] of these projected features, whatever order or repetition they come in.
+
+    Returns:
+        the features, or why they are not known.
+
+    Raises:
+        ValueError: the images were encoded elsewhere.
+    """
+    if not encodings:
+        return "no image was encoded yet"
+    pairs = [pair for encoding in encodings for pair in encoding.pairs]
+    found = []
+    for piece in encoded.features.reshape(sum(encoded.lengths), -1).split(encoded.lengths):
+        match = next((taken for projected, taken in pairs if _identical(projected, piece)), None)
+        if match is None:
+            for reason in (encoding.missing for encoding in encodings if encoding.missing):
+                return reason
+            raise ValueError(
+                "these images were not encoded by this model's get_image_features, in this generation or last, so that"
+                " the encoder's features are not known; pass the pixels, or use features='projected'"
+            )
+        found.append(match)
+    return torch.cat(found)
 
 
 def _identical(x: Tensor, y: Tensor) -> bool:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from itertools import accumulate
 from typing import Any
 
 from torch import Tensor
 
-from vlmrewrite.hf import EncoderFeatures, grids
+from vlmrewrite.hf import Encoding, encoder_features, grids
 from vlmrewrite.plan import Call, TokenCounts
 from vlmrewrite.runtime.facts import Given
 
 
 def describe(
-    vision: Tensor, given: Given, wants: Collection[str], reads_last: bool, encoder: EncoderFeatures, config: Any
+    vision: Tensor,
+    given: Given,
+    wants: Collection[str],
+    reads_last: bool,
+    encodings: Sequence[Encoding],
+    config: Any,
 ) -> tuple[Call, dict[str, str]]:
     """The call, and which of the facts that the recipe asks for are missing, with the reason.
 
@@ -24,7 +29,7 @@ def describe(
         given: what the call was given.
         wants: what the recipe's policies and edits ask for.
         reads_last: whether something is read at the last prompt token.
-        encoder: what the projector took.
+        encodings: runs of the vision tower that the images may come from.
         config: the model's.
 
     Raises:
@@ -35,13 +40,11 @@ def describe(
     if isinstance(mask, Tensor) and mask.dim() == 2:
         padding = mask[:, -vision.shape[1] :].bool().to(vision.device)
     if "encoder_features" in wants:
-        if encoder.missing is not None:
-            missing["encoder_features"] = encoder.missing
-        elif (features := encoder.of(given.images)) is None:
-            raise ValueError(
-                "these images were not encoded by the last get_image_features of this model, so that the encoder's"
-                " features are not known; pass the pixels, or use features='projected'"
-            )
+        known = encoder_features(encodings, given.images)
+        if isinstance(known, str):
+            missing["encoder_features"] = known
+        else:
+            features = known
     end = ends = None
     if given.end is not None and not len(vision) % len(given.end):
         copies = len(vision) // len(given.end)  # beams, or several sequences of a prompt

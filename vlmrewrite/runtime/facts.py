@@ -6,13 +6,13 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmrewrite.hf import Encoded
+from vlmrewrite.hf import Encoded, Encoding
 from vlmrewrite.lower import Executable
 from vlmrewrite.plan import Call
 from vlmrewrite.rewrite import Program, RunResult
@@ -21,30 +21,45 @@ ARGUMENT = "vlmrewrite_prompt"
 """The keyword under which a generation hands its :class:`Prompt` to its own forwards."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Prompt:
     """What a generation knows and its forwards cannot see.
 
     Attributes:
         end: column of each row's last prompt token, int64 [B], or None. (Without a cache the sequence grows past it.)
         thw: the images' grids, int [I, 3], or None.
+        masked: whether ``end`` is that of a mask.
+        encodings: the runs of the vision tower that it made.
     """
 
     end: Tensor | None = None
     thw: Tensor | None = None
+    masked: bool = False
+    encodings: list[Encoding] = field(default_factory=list)
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
         """That of a call of ``generate``."""
         thw = kwargs.get("image_grid_thw")
-        tokens = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs", kwargs.get("inputs_embeds")))
-        if not isinstance(tokens, Tensor) or tokens.dim() < 2:
+        given = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+        tokens = next((x for x in given if isinstance(x, Tensor) and x.dim() > 1), None)
+        if tokens is None:
             return cls(None, thw)
-        mask = kwargs.get("attention_mask")
-        columns = torch.arange(tokens.shape[1], device=tokens.device).expand(tokens.shape[0], -1)
-        if isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape == columns.shape:
-            columns = columns * mask.to(columns)
-        return cls(columns.amax(1), thw)
+        prompt = cls(torch.full(tokens.shape[:1], tokens.shape[1] - 1, device=tokens.device), thw)
+        prompt.see(kwargs.get("attention_mask"))
+        return prompt
+
+    def see(self, mask: Any) -> None:
+        """Take the end from a mask over the prompt and what follows it, [B * copies, T]; the first one counts.
+
+        Without one among its arguments, ``generate()`` makes it: tokens that pad are none of the prompt.
+        """
+        if self.end is None or self.masked or not isinstance(mask, Tensor) or mask.dim() != 2:
+            return
+        rows, columns = len(self.end), int(self.end[0]) + 1
+        if mask.shape[1] >= columns and not len(mask) % rows:
+            at = torch.arange(columns, device=mask.device)
+            self.end, self.masked = (at * mask[:: len(mask) // rows, :columns].to(at)).amax(1), True
 
 
 _PROMPTS: ContextVar[tuple[tuple[object, Prompt], ...]] = ContextVar("vlmrewrite_prompts", default=())

@@ -13,7 +13,7 @@ from torch import nn
 
 from vlmrewrite import capture
 from vlmrewrite.compat import inside_torch_compile
-from vlmrewrite.hf import swap_attention
+from vlmrewrite.hf import swap_attention, watched
 from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, current_prompt, prompt_of
 from vlmrewrite.runtime.session import Session
@@ -28,7 +28,7 @@ def install_session(model: nn.Module, session: Session) -> None:
     if "encoder_features" in session.wants:
         base = cast(nn.Module, model.base_model)
         encoder = cast(Callable[..., Any], base.get_image_features)
-        base.__dict__["get_image_features"] = functools.wraps(encoder)(session.encoder.wrap(encoder))
+        base.__dict__["get_image_features"] = watched(model, encoder, session.encoded)
         session.undo.callback(base.__dict__.pop, "get_image_features", None)
     if session.blocks:
         _register(model, session)
@@ -103,7 +103,10 @@ def _prepare(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """What generate gives to its next forward, and to no forward that others call meanwhile."""
     inputs = type(self).prepare_inputs_for_generation(self, *args, **kwargs)  # type: ignore[attr-defined]
     prompt = current_prompt(session_of(self))
-    return inputs if prompt is None else inputs | {ARGUMENT: prompt}
+    if prompt is None:
+        return inputs
+    prompt.see(kwargs.get("attention_mask"))
+    return inputs | {ARGUMENT: prompt}
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

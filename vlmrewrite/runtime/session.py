@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import threading
 import warnings
-import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -19,7 +18,7 @@ from vlmrewrite import capture
 from vlmrewrite.analysis import Layout
 from vlmrewrite.capture import Graph, captures_of
 from vlmrewrite.compiler import compile
-from vlmrewrite.hf import EncoderFeatures, encoded_images, refuse_packed, tidy, wants_cache, without_full_mask
+from vlmrewrite.hf import Encoding, encoded_images, refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.kvcache import PositionCache, adopted
 from vlmrewrite.lower import Executable
 from vlmrewrite.ops import Backend, Kernels, choose, resolve
@@ -27,7 +26,7 @@ from vlmrewrite.plan import All, Pass, Plan
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.decode import run_text
 from vlmrewrite.runtime.describe import describe
-from vlmrewrite.runtime.facts import Given, LastCall, Latest, Prompt, Tally
+from vlmrewrite.runtime.facts import Given, LastCall, Latest, Prompt, Tally, current_prompt, prompt_of
 from vlmrewrite.runtime.programs import graph_program, vision_mask
 
 
@@ -51,7 +50,7 @@ class Session:
         self.latest = Latest()
         self.text_calls, self.compiled_calls = Tally(), Tally()
         self.undo = ExitStack()
-        self.encoder = EncoderFeatures(cast(nn.Module, weakref.proxy(model)))
+        self._thread = threading.local()
         self.wants = plan.needs()
         self.judges_logits, self.reads_last = plan.judges_logits, plan.reads_last
         self.config: Any = model.config
@@ -69,6 +68,14 @@ class Session:
             raise ValueError("no call with an image was made since the recipe was applied")
         return latest
 
+    def encoded(self, encoding: Encoding) -> None:
+        """Keep a run of the vision tower: with the generation or forward that made it, else as the thread's last."""
+        prompt = current_prompt(self)
+        if prompt is None:
+            self._thread.encodings = [encoding]
+        else:
+            prompt.encodings.append(encoding)
+
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward under this recipe; its arguments and outputs."""
         if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
@@ -76,7 +83,10 @@ class Session:
                 "gradient checkpointing is on, and the rewritten graph keeps its activations: call"
                 " model.gradient_checkpointing_disable()"
             )
-        kwargs = tidy(model, args, kwargs)
+        own = Prompt()
+        with prompt_of(self, own):
+            kwargs = tidy(model, args, kwargs)
+        encodings = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
         return_dict = kwargs.pop("return_dict", None)
         return_dict = model.config.return_dict if return_dict is None else return_dict  # type: ignore[union-attr]
         given, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
@@ -92,7 +102,9 @@ class Session:
                     refuse_packed(kwargs)
                 kwargs, images = without_full_mask(kwargs), encoded_images(encoded["image"])
                 mask, past, held = kwargs.get("attention_mask"), cache.get_seq_length(), tuple(cache.kv_lengths())
-                out = self._with_images(model, cache, Given(images, mask, past, held, thw, prompt.end), kwargs)
+                out = self._with_images(
+                    model, cache, Given(images, mask, past, held, thw, prompt.end), encodings, kwargs
+                )
                 if not keep:
                     out = type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
         assert isinstance(out, ModelOutput)
@@ -111,13 +123,15 @@ class Session:
         with capture.running(cache, kernels):
             return one.forward(model, past_key_values=cache, use_cache=keep, return_dict=True, **kwargs)
 
-    def _with_images(self, model: nn.Module, cache: PositionCache, given: Given, kwargs: dict[str, Any]) -> Any:
+    def _with_images(
+        self, model: nn.Module, cache: PositionCache, given: Given, encodings: list[Encoding], kwargs: dict[str, Any]
+    ) -> Any:
         keep = kwargs.get("logits_to_keep")
         if self.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
             kwargs = kwargs | {"logits_to_keep": 0}
         one = captures_of(model)
         before = one.call.graphs
-        out = one.run(functools.partial(self._run, given), model, cache, given.images, kwargs)
+        out = one.run(functools.partial(self._run, given, encodings), model, cache, given.images, kwargs)
         if one.call.graphs > before and one.call.graphs >= one.call.limit - 2:
             warnings.warn(
                 f"{one.call.graphs} graphs of {type(model).__name__} were captured; {one.call.limit} is the limit"
@@ -131,9 +145,9 @@ class Session:
             layer.holes = layer.holes or (entry.keys != All and not ran.call.counts.dense(entry.keys))
         return out
 
-    def _run(self, given: Given, graph: Graph, inputs: Sequence[Any]) -> Any:
+    def _run(self, given: Given, encodings: list[Encoding], graph: Graph, inputs: Sequence[Any]) -> Any:
         vision = vision_mask(graph, inputs)
-        call, missing = describe(vision, given, self.wants, self.reads_last, self.encoder, self.config)
+        call, missing = describe(vision, given, self.wants, self.reads_last, encodings, self.config)
         executable = self._executable(graph, missing, given.images.features.device)
         result = executable.run(inputs, call)
         kind = call.vision.device.type

@@ -1,0 +1,58 @@
+"""Private interfaces of torch, transformers and Triton that are used, each behind one function with a test of its own.
+
+They may change with any release. Where one is missing, the error names it and the version that is installed; what the
+functions do is checked in ``tests/test_compat.py``, which `make oldest` runs with the oldest versions too.
+"""
+
+from vlmrewrite.compat.dynamo import (
+    at_graph_limit,
+    captured,
+    forget_code,
+    graph_limit,
+    graphs_allowed,
+    inductor,
+    inside_torch_compile,
+    tracing_options,
+    untraceable,
+)
+from vlmrewrite.compat.modules import (
+    attention_implementation,
+    generation_positions,
+    global_hooks,
+    gpu_architecture,
+    gpu_sleep,
+    hooks_of,
+    is_compiled,
+    memory_is_shared,
+    set_attention_implementation,
+    tree_flatten,
+    tree_leaves,
+    tree_unflatten,
+)
+from vlmrewrite.compat.private import TESTED, VersionError
+
+__all__ = [
+    "TESTED",
+    "VersionError",
+    "at_graph_limit",
+    "attention_implementation",
+    "captured",
+    "forget_code",
+    "generation_positions",
+    "global_hooks",
+    "gpu_architecture",
+    "gpu_sleep",
+    "graph_limit",
+    "graphs_allowed",
+    "hooks_of",
+    "inductor",
+    "inside_torch_compile",
+    "is_compiled",
+    "memory_is_shared",
+    "set_attention_implementation",
+    "tracing_options",
+    "tree_flatten",
+    "tree_leaves",
+    "tree_unflatten",
+    "untraceable",
+]

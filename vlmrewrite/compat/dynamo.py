@@ -1,0 +1,214 @@
+"""Private interfaces of Dynamo: what is behind it, its options while it traces, and what threads share of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import types
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch._dynamo
+import torch.fx
+from torch import nn
+
+from vlmrewrite.compat.private import attribute, find, patched
+
+
+def inside_torch_compile() -> bool:
+    """Whether the caller runs, traced or not, in code that is behind ``torch.compile``."""
+    if torch.compiler.is_dynamo_compiling():  # first: the rest cannot be traced
+        return True
+    return callable(find("torch._C._dynamo.eval_frame", "get_eval_frame_callback")())
+
+
+def forget_code(code: Any) -> None:
+    """Drop what Dynamo compiled for a code object."""
+    find("torch._C._dynamo.eval_frame", "reset_code")(code)
+
+
+def graph_limit() -> int:
+    """How many graphs Dynamo makes of one code object."""
+    return int(find("torch._dynamo.config", "recompile_limit"))
+
+
+def at_graph_limit() -> type[Exception]:
+    """What Dynamo raises where it would make one graph more than :func:`graph_limit`."""
+    raised: type[Exception] = find("torch._dynamo.exc", "FailOnRecompileLimitHit")
+    return raised
+
+
+def untraceable() -> tuple[type[Exception], ...]:
+    """What Dynamo raises where it cannot make one graph of what a function does."""
+    return tuple(find("torch._dynamo.exc", name) for name in ("Unsupported", "UserError"))
+
+
+@contextlib.contextmanager
+def graphs_allowed(limit: int) -> Iterator[None]:
+    """Let Dynamo make more graphs of one code object."""
+    with patched("torch._dynamo.config", recompile_limit=limit):
+        yield
+
+
+def captured(
+    function: Callable[..., Any],
+    backend: Callable[..., Any],
+    recompile_limit: Callable[[], int],
+    traced: Callable[[float], None],
+) -> Callable[..., Any]:
+    """``torch.compile(function, backend=backend, fullgraph=True, dynamic=True)`` with a capture's options.
+
+    Args:
+        recompile_limit: how many graphs there may be.
+        traced: told the seconds of each trace.
+    """
+    for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):  # global_hooks cannot check while it is traced
+        find("torch.nn.modules.module", name)
+    return _behind_dynamo(function, backend, lambda: tracing_options(recompile_limit=recompile_limit()), traced)
+
+
+def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
+    """``torch.compile(gm, backend="inductor", fullgraph=True, dynamic=True)``: it runs as one piece or it raises."""
+
+    @contextlib.contextmanager
+    def options() -> Iterator[None]:
+        with (
+            find("torch._dynamo.convert_frame", "compile_lock"),
+            patched("torch._dynamo.config", assume_static_by_default=False),
+            _compiling_here_alone(),
+        ):
+            yield
+
+    def run(*inputs: Any) -> Any:
+        return gm(*inputs)
+
+    # Code of its own: Dynamo leaves torch.fx's uncompiled while another thread compiles.
+    own = types.FunctionType(run.__code__.replace(), run.__globals__, gm.__class__.__name__, None, run.__closure__)
+    return _behind_dynamo(own, "inductor", options, lambda _: None)
+
+
+def _behind_dynamo(
+    function: Callable[..., Any],
+    backend: str | Callable[..., Any],
+    options: Callable[[], contextlib.AbstractContextManager[None]],
+    traced: Callable[[float], None],
+) -> Callable[..., Any]:
+    """A function behind Dynamo, whose options are set while it traces and at no other time.
+
+    It is under Dynamo's own lock then, so that no other capture in the process sees them. A call for which there is a
+    graph takes no lock and changes nothing. (``dynamic=True`` of ``torch.compile`` is an option that it would set at
+    each call: for all threads, in torch 2.11.)
+    """
+    context: Any = find("torch._dynamo", "optimize")(backend, nopython=True)
+    context.callback = _Tracer(attribute(context, "callback", "torch"), options, traced)
+    if hasattr(context, "fullgraph"):  # counts frames for the whole process, in torch 2.13, so that threads miss theirs
+        context.fullgraph = False  # what raises at a graph break is the callback
+    made: Callable[..., Any] = context(function)
+    _blind_to_fx_tracing(made.forward if isinstance(made, nn.Module) else made)
+    return made
+
+
+def _blind_to_fx_tracing(wrapper: Any) -> None:
+    """Let a function behind Dynamo run its graph also while another thread is inside a tracer of torch.fx.
+
+    Inductor is, while it compiles. Whether anything traces is one flag of the process, and Dynamo leaves its functions
+    uncompiled while it is set.
+    """
+    names = wrapper.__code__.co_freevars
+    if "is_fx_symbolic_tracing" in names:
+        wrapper.__closure__[names.index("is_fx_symbolic_tracing")].cell_contents = lambda: False
+
+
+class _Tracer:
+    """What Dynamo calls where no graph fits."""
+
+    def __init__(
+        self,
+        inner: Any,
+        options: Callable[[], contextlib.AbstractContextManager[None]],
+        traced: Callable[[float], None],
+    ) -> None:
+        self.__dict__.update(vars(inner))
+        self._torchdynamo_orig_backend = self._inner = inner
+        self._options, self._traced = options, traced
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        begun = time.perf_counter()
+        with self._options():
+            made = self._inner(*args, **kwargs)
+        if made.guarded_code is not None:  # it was traced, and not left as it is
+            self._traced(time.perf_counter() - begun)
+        return made
+
+
+_OPTIONS = {"assume_static_by_default": False, "specialize_float": True, "skip_nnmodule_hook_guards": False}
+
+
+@contextlib.contextmanager
+def tracing_options(**dynamo: Any) -> Iterator[None]:
+    """Dynamo options of a capture, under Dynamo's lock: every axis a symbol of its own, Python floats as constants.
+
+    Hooks on modules are guarded: a graph is captured again where they have changed. What transformers checks of tensors
+    (``torch_compilable_check``) is left out: the host has compared the number of tokens and features, and torch 2.11
+    cannot trace it.
+    """
+    with (
+        find("torch._dynamo.convert_frame", "compile_lock"),
+        _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", "1"),
+        patched("torch.fx.experimental._config", use_duck_shape=False),
+        patched("torch._dynamo.config", **_OPTIONS, **dynamo),
+        _symbols_in_messages(),
+        _compiling_here_alone(),
+    ):
+        yield
+
+
+@contextlib.contextmanager
+def _compiling_here_alone() -> Iterator[None]:
+    """Torch 2.13 makes ``torch.compiler.is_compiling()`` true in every thread while one traces; torch 2.11 does not.
+
+    transformers asks it in eager code: a vision tower that runs meanwhile in another thread loses its hidden states.
+    In traced code Dynamo answers by itself.
+    """
+    if not hasattr(torch.compiler, "_compile_session_context"):
+        yield
+        return
+    with patched("torch.compiler", _compile_session_context=contextlib.nullcontext):
+        yield
+
+
+@contextlib.contextmanager
+def _environment(name: str, value: str) -> Iterator[None]:
+    before = os.environ.get(name)
+    os.environ[name] = value
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+
+
+@contextlib.contextmanager
+def _symbols_in_messages() -> Iterator[None]:
+    """An f-string in an error message makes Dynamo pin the symbol in it; print the symbol's name instead."""
+    from torch._dynamo.variables import lazy
+
+    kind = getattr(lazy, "LazySymNodeFormatString", None)
+    if kind is None:
+        yield
+        return
+    before = kind.__repr__
+
+    def as_symbol(self: Any) -> str:
+        node = getattr(self.sym_node_var.sym_num, "node", None)
+        return str(getattr(node, "expr", self.sym_node_var.sym_num))
+
+    kind.__repr__ = as_symbol
+    try:
+        yield
+    finally:
+        kind.__repr__ = before

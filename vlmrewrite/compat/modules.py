@@ -1,0 +1,88 @@
+"""Private interfaces of tensors, modules, GPUs and transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules import module as _module
+
+from vlmrewrite.compat.private import attribute, find, lacking
+
+
+def memory_is_shared(x: Tensor, owners: int) -> bool:
+    """Whether more than ``owners`` tensors refer to the memory of ``x``."""
+    storage = x.untyped_storage()  # one reference more
+    return int(find("torch._C", "_storage_Use_Count")(attribute(storage, "_cdata", "torch"))) > owners + 1
+
+
+def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
+    """What lies in nested lists, tuples and dicts, and how it lies there."""
+    leaves, spec = find("torch.utils._pytree", "tree_flatten")(tree)
+    return leaves, spec
+
+
+def tree_unflatten(leaves: list[Any], spec: Any) -> Any:
+    """What :func:`tree_flatten` took apart."""
+    return find("torch.utils._pytree", "tree_unflatten")(leaves, spec)
+
+
+def tree_leaves(tree: Any, is_leaf: Callable[[Any], bool] | None = None) -> list[Any]:
+    """What lies in nested lists, tuples and dicts.
+
+    Args:
+        is_leaf: what else is not to be looked into.
+    """
+    leaves: list[Any] = find("torch.utils._pytree", "tree_leaves")(tree, is_leaf=is_leaf)
+    return leaves
+
+
+def hooks_of(module: nn.Module) -> list[Callable[..., Any]]:
+    """The hooks of a module that run around its forward and its backward."""
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return [hook for name in names for hook in attribute(module, name, "torch").values()]
+
+
+def global_hooks() -> int:
+    """How many hooks there are on all modules. Traced code may ask: Dynamo guards on what is read."""
+    return len(_module._global_forward_hooks) + len(_module._global_forward_pre_hooks)
+
+
+def is_compiled(model: Any) -> bool:
+    """Whether ``torch.compile(model)`` returned it, or ``model.compile()`` was called."""
+    compiled, name = find("torch._dynamo", "OptimizedModule"), "_compiled_call_impl"
+    attribute(nn.Module, name, "torch")
+    return isinstance(model, compiled) or getattr(model, name, None) is not None
+
+
+def gpu_sleep(cycles: int) -> None:
+    """Let the current stream of the GPU do nothing for so many of its cycles."""
+    find("torch.cuda", "_sleep")(cycles)
+
+
+def gpu_architecture() -> int:
+    """What Triton compiles for: 90 on Hopper."""
+    return int(attribute(find("triton.runtime", "driver"), "active.get_current_target", "triton")().arch)
+
+
+def attention_implementation(config: Any) -> str | None:
+    """The attention implementation that modules with this config use."""
+    name: str | None = attribute(config, "_attn_implementation", "transformers")
+    return name
+
+
+def set_attention_implementation(config: Any, name: str) -> None:
+    """Let modules with this config use an attention implementation, and none of the configs inside it.
+
+    (The public setter goes on to the inner configs, and checks what vlmrewrite's implementation need not meet.)
+    """
+    config._attn_implementation_internal = name
+    if attention_implementation(config) != name:
+        raise lacking("transformers", f"{type(config).__name__}._attn_implementation_internal")
+
+
+def generation_positions(model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
+    """The position ids that ``generate()`` would give a prompt."""
+    positions: Tensor = attribute(model, "_prepare_position_ids_for_generation", "transformers")(input_ids, kwargs)
+    return positions
