@@ -413,7 +413,7 @@ def test_a_reset_frees_the_room():
 def as_they_are(monkeypatch):
     """The graphs that Inductor would get, run without it."""
     monkeypatch.setattr("vlmrewrite.compiler.compiled", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.runtime.decode.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.runtime.session.compiled", lambda gm: gm)
 
 
 def steps(model, token, cache, n, mode=torch.no_grad):

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vlmrewrite.hf import Encoded, Encoding
+from vlmrewrite.hf import Encoded, Encoding, encoded_images, encoder_features, grids, without_full_mask
+from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.lower import Executable
-from vlmrewrite.plan import Call
+from vlmrewrite.plan import Call, TokenCounts
 from vlmrewrite.rewrite import Program, RunResult
 
 ARGUMENT = "vlmrewrite_prompt"
@@ -95,6 +98,7 @@ class Given:
         held: keys that each layer held before the call.
         thw: the model's image-grid input, int [I, 3], or None.
         end: column of each row's last prompt token, int64 [B], or None: the last real token.
+        encodings: runs of the vision tower that the images may come from.
     """
 
     images: Encoded
@@ -103,6 +107,60 @@ class Given:
     held: tuple[int, ...]
     thw: Tensor | None
     end: Tensor | None
+    encodings: list[Encoding]
+
+    @classmethod
+    def of(
+        cls, kwargs: dict[str, Any], cache: PositionCache, prompt: Prompt, encodings: list[Encoding]
+    ) -> tuple[Given | None, dict[str, Any]]:
+        """What a call was given, None without an image, and its other arguments.
+
+        Args:
+            kwargs: a forward's arguments, images encoded; see :func:`vlmrewrite.hf.tidy`.
+        """
+        encoded = kwargs.get("mm_encoder_outputs") or {}
+        rest = {name: x for name, x in kwargs.items() if name != "mm_encoder_outputs"}
+        if encoded.get("image") is None:
+            return None, rest
+        rest = without_full_mask(rest)
+        thw = encoded.get("image_grid_thw", rest.get("image_grid_thw", prompt.thw))
+        held, mask = tuple(cache.kv_lengths()), rest.get("attention_mask")
+        images = encoded_images(encoded["image"])
+        return cls(images, mask, cache.get_seq_length(), held, thw, prompt.end, encodings), rest
+
+    def call(
+        self, vision: Tensor, wants: Collection[str], reads_last: bool, config: Any
+    ) -> tuple[Call, dict[str, str]]:
+        """The call as its plan needs it, and which of the facts asked for are missing, with the reason.
+
+        Args:
+            vision: the vision-token mask, bool [B, T].
+            wants: what the recipe's policies and edits ask for.
+            reads_last: whether something is read at the last prompt token.
+            config: the model's.
+
+        Raises:
+            ValueError: the encoder's features are wanted, and the images were encoded elsewhere.
+        """
+        found: dict[str, Tensor | str] = {}
+        padding = end = ends = None
+        if isinstance(self.mask, Tensor) and self.mask.dim() == 2:
+            padding = self.mask[:, -vision.shape[1] :].bool().to(vision.device)
+        if "encoder_features" in wants:
+            found["encoder_features"] = encoder_features(self.encodings, self.images)
+        if self.end is not None and not len(vision) % len(self.end):
+            copies = len(vision) // len(self.end)  # beams, or several sequences of a prompt
+            end = self.end.to(vision.device).repeat_interleave(copies) - self.past
+            here = (end >= 0) & (end < vision.shape[1])
+            ends = None if reads_last else here
+            end = end if bool(here.all()) else None
+        call = Call(vision, padding, self.images.lengths, self.past, end, ends=ends)
+        if "grid" in wants:
+            found["grid"] = grids(config, call.counts.images, _of_copies(self.thw, call.counts))
+        for name, fact in found.items():
+            if not isinstance(fact, str):
+                setattr(call, name, fact)
+        return call, {name: fact for name, fact in found.items() if isinstance(fact, str)}
 
 
 @dataclass(frozen=True)
@@ -127,6 +185,18 @@ class LastCall:
         if whole.dispatch is None:
             return whole
         return replace(whole, plan=self.result.plan, rewritten=whole.dispatch.rewritten[ran[-1]], dispatch=None)
+
+
+def _of_copies(thw: Tensor | None, counts: TokenCounts) -> Tensor | None:
+    """The grids of a call in which each row of the prompt stands several times: one for each image."""
+    images = len(counts.images)
+    if thw is None or len(thw) in (0, images) or images % len(thw):
+        return thw
+    copies, in_row = images // len(thw), Counter(counts.rows)
+    sources = range(0, len(counts.text), copies)
+    before = [0, *accumulate(in_row[row] for row in sources)]
+    which = [before[row // copies] + i for row, i in zip(counts.rows, counts.ordinals, strict=True)]
+    return thw[which] if before[-1] == len(thw) else thw
 
 
 class Latest:

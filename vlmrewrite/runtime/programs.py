@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from vlmrewrite import capture, hf
 from vlmrewrite.capture import Graph, captures_of
 from vlmrewrite.compiler import program_of
-from vlmrewrite.hf import check_support, encoded_images, grids, refuse_packed, tidy, without_full_mask
+from vlmrewrite.hf import check_support, grids, refuse_packed, tidy
 from vlmrewrite.kvcache import PositionCache
-from vlmrewrite.plan import Call
 from vlmrewrite.rewrite import Program
+from vlmrewrite.runtime.facts import Given, Prompt
 
 
 def graph_program(graph: Graph) -> Program:
@@ -60,27 +60,21 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
 
     with hf.attention_swapped(model), torch.no_grad():
         kwargs = tidy(model, (), dict(inputs))
-        encoded = kwargs.pop("mm_encoder_outputs", None) or {}
-        output, thw = encoded.get("image"), encoded.get("image_grid_thw", kwargs.get("image_grid_thw"))
-        if output is None:
-            raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
         if kwargs.get("use_cache") is False:
             refuse_packed(kwargs)
-        kwargs = without_full_mask(kwargs)
+        given, kwargs = Given.of(kwargs, PositionCache(), Prompt(), [])
+        if given is None:
+            raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
         for name in ("past_key_values", "use_cache", "return_dict"):
             kwargs.pop(name, None)
-        images = encoded_images(output)
         with contextlib.suppress(_Stop):
-            captures_of(model).run(runner, model, PositionCache(), images, kwargs)
+            captures_of(model).run(runner, model, PositionCache(), given.images, kwargs)
     graph, flat = found[0]
-    mask = kwargs.get("attention_mask")
-    vision = vision_mask(graph, flat)
-    padding = mask.bool() if isinstance(mask, Tensor) and mask.dim() == 2 else None
-    call = None if vision.is_meta else Call(vision, padding, images.lengths)
-    missing = {"encoder_features": "a traced program does not hold them"}
-    grid = grids(model.config, images.lengths if call is None else call.counts.images, None if vision.is_meta else thw)
-    if isinstance(grid, str):
-        missing["grid"] = grid
-    elif call is not None:
-        call.grid = grid
+    vision, call = vision_mask(graph, flat), None
+    if vision.is_meta:
+        grid = grids(model.config, given.images.lengths, None)
+        missing = {"grid": grid} if isinstance(grid, str) else {}
+    else:
+        call, missing = given.call(vision, ["grid"], False, model.config)
+    missing["encoder_features"] = "a traced program does not hold them"
     return replace(graph_program(graph).lacking(missing), call=call, inputs=tuple(flat), model=model)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any, cast
@@ -18,14 +19,12 @@ from vlmrewrite import capture
 from vlmrewrite.analysis import Layout
 from vlmrewrite.capture import Graph, captures_of
 from vlmrewrite.compiler import compile
-from vlmrewrite.hf import Encoding, encoded_images, refuse_packed, tidy, wants_cache, without_full_mask
+from vlmrewrite.hf import Encoding, refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.kvcache import PositionCache, adopted
-from vlmrewrite.lower import Executable
+from vlmrewrite.lower import DecodeStep, Executable, compiled, lower, positioned
 from vlmrewrite.ops import Backend, Kernels, choose, resolve
 from vlmrewrite.plan import All, Pass, Plan
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.runtime.decode import run_text
-from vlmrewrite.runtime.describe import describe
 from vlmrewrite.runtime.facts import Given, LastCall, Latest, Prompt, Tally, current_prompt, prompt_of
 from vlmrewrite.runtime.programs import graph_program, vision_mask
 
@@ -89,22 +88,16 @@ class Session:
         encodings = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
         return_dict = kwargs.pop("return_dict", None)
         return_dict = model.config.return_dict if return_dict is None else return_dict  # type: ignore[union-attr]
-        given, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
-        encoded = kwargs.get("mm_encoder_outputs") or {}
-        with adopted(given) as cache:
-            keep = given is not None or wants_cache(model, use_cache)
-            if encoded.get("image") is None:
-                out = self._text(model, cache if keep else None, kwargs)
+        past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
+        with adopted(past) as cache:
+            keep = past is not None or wants_cache(model, use_cache)
+            given, rest = Given.of(kwargs, cache, prompt, encodings)
+            if given is None:
+                out = self._text(model, cache if keep else None, rest)
             else:
-                thw = encoded.get("image_grid_thw", kwargs.get("image_grid_thw", prompt.thw))
-                del kwargs["mm_encoder_outputs"]
                 if not keep:
                     refuse_packed(kwargs)
-                kwargs, images = without_full_mask(kwargs), encoded_images(encoded["image"])
-                mask, past, held = kwargs.get("attention_mask"), cache.get_seq_length(), tuple(cache.kv_lengths())
-                out = self._with_images(
-                    model, cache, Given(images, mask, past, held, thw, prompt.end), encodings, kwargs
-                )
+                out = self._with_images(model, cache, given, rest)
                 if not keep:
                     out = type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
         assert isinstance(out, ModelOutput)
@@ -118,20 +111,18 @@ class Session:
             kwargs = without_full_mask(kwargs)
             if resolve(self.backend, device) == "inductor":
                 self.compiled_calls.add()
-                return run_text(model, cache, kwargs, self.kernels)
+                return _compiled_text(model, cache, kwargs, self.kernels)
         kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
         with capture.running(cache, kernels):
             return one.forward(model, past_key_values=cache, use_cache=keep, return_dict=True, **kwargs)
 
-    def _with_images(
-        self, model: nn.Module, cache: PositionCache, given: Given, encodings: list[Encoding], kwargs: dict[str, Any]
-    ) -> Any:
+    def _with_images(self, model: nn.Module, cache: PositionCache, given: Given, kwargs: dict[str, Any]) -> Any:
         keep = kwargs.get("logits_to_keep")
         if self.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
             kwargs = kwargs | {"logits_to_keep": 0}
         one = captures_of(model)
         before = one.call.graphs
-        out = one.run(functools.partial(self._run, given, encodings), model, cache, given.images, kwargs)
+        out = one.run(functools.partial(self._run, given), model, cache, given.images, kwargs)
         if one.call.graphs > before and one.call.graphs >= one.call.limit - 2:
             warnings.warn(
                 f"{one.call.graphs} graphs of {type(model).__name__} were captured; {one.call.limit} is the limit"
@@ -145,9 +136,9 @@ class Session:
             layer.holes = layer.holes or (entry.keys != All and not ran.call.counts.dense(entry.keys))
         return out
 
-    def _run(self, given: Given, encodings: list[Encoding], graph: Graph, inputs: Sequence[Any]) -> Any:
+    def _run(self, given: Given, graph: Graph, inputs: Sequence[Any]) -> Any:
         vision = vision_mask(graph, inputs)
-        call, missing = describe(vision, given, self.wants, self.reads_last, encodings, self.config)
+        call, missing = given.call(vision, self.wants, self.reads_last, self.config)
         executable = self._executable(graph, missing, given.images.features.device)
         result = executable.run(inputs, call)
         kind = call.vision.device.type
@@ -159,32 +150,22 @@ class Session:
     def _executable(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Executable:
         """The graph under this recipe: one for each device, and for each set of missing facts about the images."""
         key = graph, frozenset(missing), device
-        if key not in self.executables:
-            with self._lock:
-                if key not in self.executables:
-                    self.executables[key] = self._compile(graph, missing, device)
+        with contextlib.nullcontext() if key in self.executables else self._lock:
+            if key not in self.executables:
+                self.executables[key] = made = compile(
+                    graph_program(graph).lacking(missing),
+                    self.passes,
+                    strict=self.strict,
+                    blocks=self.blocks,
+                    kernels=self.kernels,
+                    backend=resolve(self.backend, device),
+                    device=device,
+                )
+                told = {f"{o.configuration} does nothing: {o.reason}" for o in made.program.outcomes if o.reason}
+                for message in sorted(told - self._warned):
+                    warnings.warn(f"recipe {self.recipe.name!r}: {message}", stacklevel=2)
+                self._warned |= told
         return self.executables[key]
-
-    def _compile(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Executable:
-        made = compile(
-            graph_program(graph).lacking(missing),
-            self.passes,
-            strict=self.strict,
-            blocks=self.blocks,
-            kernels=self.kernels,
-            backend=resolve(self.backend, device),
-            device=device,
-        )
-        for outcome in made.program.outcomes:
-            if outcome.reason is not None:
-                self._warn(f"{outcome.configuration} does nothing: {outcome.reason}")
-        return made
-
-    def _warn(self, message: str) -> None:
-        """Say once what keeps the recipe from doing its work."""
-        if message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(f"recipe {self.recipe.name!r}: {message}", stacklevel=2)
 
 
 def _at_the_end(kwargs: dict[str, Any], given: Given, keep: int) -> bool:
@@ -193,3 +174,23 @@ def _at_the_end(kwargs: dict[str, Any], given: Given, keep: int) -> bool:
     if given.end is not None:
         return int(given.end.min()) >= int(tokens.shape[1]) - keep
     return not isinstance(given.mask, Tensor) or given.mask.dim() != 2 or bool(given.mask[:, -keep:].any(1).all())
+
+
+def _compiled_text(model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], kernels: Kernels) -> Any:
+    """Run the model's forward without an image, compiled; ``kwargs`` are its other arguments."""
+    plain = kwargs.get("attention_mask") is None and not cache.holes()
+    device = next(model.parameters()).device
+    given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+    reserved = cache.reserve(given.shape[1])
+
+    def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
+        def make() -> tuple[DecodeStep, Callable[..., Any]]:
+            step = DecodeStep.of(positioned(graph.gm, plain), reserved)
+            return step, compiled(lower(step.graph_module, kernels, device).graph_module)
+
+        step, run = graph.once(("decode", plain, kernels, device, reserved), make)
+        return step.run(run, cache, inputs, given.shape[1])
+
+    if not reserved:
+        cache.contiguous()
+    return captures_of(model).run_text(runner, model, cache, kwargs)
