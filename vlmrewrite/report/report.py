@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vlmrewrite.analysis import Tail, peak_bytes
-from vlmrewrite.capture import CAPTURES
+from vlmrewrite.capture import CAPTURES, limit
 from vlmrewrite.lower import lower
 from vlmrewrite.plan import Call, Pass, describe
 from vlmrewrite.report.summary import compared, verdicts
@@ -139,7 +139,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         held=() if latest is None else latest.given.held,
         given_up=() if latest is None else _given_up(latest),
         kernels={} if latest is None else latest.executable.choices,
-        graphs={} if one is None else {"captured": one.call.graphs, "limit": one.call.limit},
+        graphs={} if one is None else {"captured": len(one.call.graphs), "limit": limit()},
         seconds={} if one is None else {"capture": one.call.seconds},
         plain_calls=session.text_calls.total(),
         compiled_calls=session.compiled_calls.total(),

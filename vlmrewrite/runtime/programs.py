@@ -71,7 +71,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
             kwargs.pop(name, None)
         images = encoded_images(output)
         with contextlib.suppress(_Stop):
-            captures_of(model).run(runner, model, PositionCache(), images, kwargs)
+            captures_of(model).call(runner, model, PositionCache(), kwargs, images)
     graph, flat = found[0]
     mask = kwargs.get("attention_mask")
     vision = vision_mask(graph, flat)

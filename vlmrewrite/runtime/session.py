@@ -116,11 +116,12 @@ class Session:
         if self.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
             kwargs = kwargs | {"logits_to_keep": 0}
         one = captures_of(model)
-        before = one.call.graphs
-        out = one.run(functools.partial(self._run, given), model, cache, given.images, kwargs)
-        if one.call.graphs > before and one.call.graphs >= one.call.limit - 2:
+        before = len(one.call.graphs)
+        out = one.call(functools.partial(self._run, given), model, cache, kwargs, given.images)
+        graphs, limit = len(one.call.graphs), capture.limit()
+        if graphs > before and graphs >= limit - 2:
             warnings.warn(
-                f"{one.call.graphs} graphs of {type(model).__name__} were captured; {one.call.limit} is the limit"
+                f"{graphs} graphs of {type(model).__name__} were captured; {limit} is the limit"
                 " (the larger of vlmrewrite's and torch._dynamo.config.recompile_limit)",
                 stacklevel=3,
             )
