@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import needed, reachable, same, value, where
-from vlmrewrite.analysis.op_classes import LINEAR, MATMULS
+from vlmrewrite.analysis.operators import LINEAR, MATMULS
 from vlmrewrite.ops import ATTENTION, KV_APPEND
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -93,11 +93,6 @@ class Anatomy:
     hidden: int
     dtype: torch.dtype
     logits: int
-
-    @property
-    def exit(self) -> Node:
-        """The residual stream after the last layer."""
-        return self.layers[-1].exit
 
 
 def analyse(gm: GraphModule, features: int) -> Anatomy:
