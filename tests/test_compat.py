@@ -21,9 +21,9 @@ from vlmrewrite.testing.models import TinyVLM
 ROOT = Path(__file__).parents[1]
 
 ELSEWHERE = {
-    "vlmrewrite/analysis/memory.py": {"torch._subclasses.fake_tensor", "torch.utils._python_dispatch"},
     "vlmrewrite/analysis/operators.py": {"torch._C", "torch._ops", "_schema"},
     "vlmrewrite/plan/blocks.py": {"_init_weights"},
+    "vlmrewrite/report/memory.py": {"torch._subclasses.fake_tensor", "torch.utils._python_dispatch"},
     "vlmrewrite/rewrite/legalize.py": {"torch.ops.aten._assert_scalar"},
     "vlmrewrite/rewrite/verifier.py": {"torch._subclasses.fake_tensor"},
 }

@@ -8,13 +8,11 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 
-from vlmrewrite.analysis import Tail, peak_bytes
 from vlmrewrite.capture import CAPTURES, limit
-from vlmrewrite.lower import lower
 from vlmrewrite.plan import Call, Pass, describe
+from vlmrewrite.report.memory import peak_memory
 from vlmrewrite.report.summary import compared, verdicts
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import LastCall, Session
@@ -143,23 +141,8 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         seconds={} if one is None else {"capture": one.call.seconds},
         plain_calls=session.text_calls.total(),
         compiled_calls=session.compiled_calls.total(),
-        memory=_memory(session) if memory else {},
+        memory=peak_memory(session) if memory else {},
     )
-
-
-def _memory(session: Session) -> dict[str, int]:
-    """Peak bytes of the last call with an image, before and after."""
-    latest = session.last()
-    device = latest.call.vision.device
-    before = lower(latest.executable.program.captured, session.kernels, device).graph_module
-    program, (first, *more) = latest.executable.program, latest.executable.graphs
-    arguments, tails = program.arguments(latest.inputs, latest.call), list[Tail]()
-    if (parted := program.dispatch) is not None:
-        arguments = [*latest.inputs, *map(latest.call.fill, parted.extras)]
-        given = (parted.tail_arguments(i, latest.inputs, latest.call) for i in latest.result.ran)
-        tails = [Tail(more[i], g, parted.takes[i]) for i, g in zip(latest.result.ran, given, strict=True)]
-    with torch.autocast(device.type, latest.autocast, enabled=latest.autocast is not None):
-        return {"before": peak_bytes(before, latest.inputs), "after": peak_bytes(first, arguments, tails)}
 
 
 def _given_up(latest: LastCall) -> list[Program]:

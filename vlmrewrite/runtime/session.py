@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from vlmrewrite import capture
-from vlmrewrite.analysis import Layout
 from vlmrewrite.capture import Graph, captures_of
 from vlmrewrite.compiler import compile
 from vlmrewrite.hf import EncoderFeatures, encoded_images, refuse_packed, tidy, wants_cache, without_full_mask
@@ -27,7 +26,7 @@ from vlmrewrite.plan import All, Pass, Plan
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.decode import run_text
 from vlmrewrite.runtime.describe import describe
-from vlmrewrite.runtime.facts import Given, LastCall, Latest, Prompt, Tally
+from vlmrewrite.runtime.facts import Given, LastCall, Latest, Layout, Prompt, Tally
 from vlmrewrite.runtime.programs import graph_program, vision_mask
 
 
