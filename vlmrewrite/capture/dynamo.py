@@ -9,7 +9,7 @@ import types
 import weakref
 from collections.abc import Callable, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.fx
@@ -65,8 +65,7 @@ class Graph:
             with self.lock:
                 if key not in self.derived:
                     self.derived[key] = make()
-        made: T = self.derived[key]
-        return made
+        return cast(T, self.derived[key])
 
 
 class CapturedForward:
@@ -107,8 +106,7 @@ class CapturedForward:
         self._compiled = captured(own, backend, limit, traced)
         # What Dynamo made of a code object keeps it alive, by way of the module's globals.
         weakref.finalize(self, forget_code, own.__code__).atexit = False
-        self._code = own.__code__
-        self._forward = forward
+        self._forward, self._code = forward, own.__code__
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
         self._absent = {
             name: None

@@ -172,7 +172,7 @@ def make_report(
     Args:
         recipe, backend, passes: what was applied; the backend is the one that was chosen for the last call.
         program, call, held: of the last call with an image, if any; ``held`` as for
-            :func:`vlmrewrite.analysis.costs.costs`.
+            :func:`vlmrewrite.analysis.costs`.
         given_up: variants of a dispatch that ran in that call before the one that was kept.
         kernels: what each kind of operator became.
         graphs, seconds: of capturing.
