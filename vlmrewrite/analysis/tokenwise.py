@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import operators
-from vlmrewrite.analysis.graph import value
+from vlmrewrite.analysis.graph import expression, value
 from vlmrewrite.analysis.operators import hidden_write, is_number, meaning, name_of
 from vlmrewrite.compat import tree_leaves
 
@@ -55,14 +55,8 @@ def _tensors(nodes: object) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-def _expression(number: Any) -> Any:
-    """A number of a shape, or of a node, as an expression."""
-    number = value(number) if isinstance(number, Node) else number
-    return number.node.expr if hasattr(number, "node") else number
-
-
 def _symbols(number: object) -> Any:
-    return getattr(_expression(number), "free_symbols", frozenset())
+    return getattr(expression(number), "free_symbols", frozenset())
 
 
 def _axes(x: Tensor, length: object) -> dict[int, str]:
@@ -83,7 +77,7 @@ def _broken(tensors: list[Tensor], length: object) -> str | None:
         twice = next((kind for kind in axes.values() if [*axes.values()].count(kind) > 1), None)
         if twice is not None:
             return f"two {twice} axes meet, shape {tuple(x.shape)}"
-        times = [_expression(x.shape[d]) / _expression(length) for d, kind in axes.items() if kind == "token"]
+        times = [expression(x.shape[d]) / expression(length) for d, kind in axes.items() if kind == "token"]
         if any(_symbols(t) & _symbols(length) or not t.is_integer for t in times):
             return f"it takes tokens apart or leaves some out, shape {tuple(x.shape)}"
     return None
@@ -92,7 +86,7 @@ def _broken(tensors: list[Tensor], length: object) -> str | None:
 def _aligned(node: Node, length: object, only: slice = slice(None)) -> str | None:
     """The axes of inputs and results must have the same places, counted from the right, and sizes."""
     for x, d, kind in _places(node.all_input_nodes[only], length):
-        if any(d < -y.dim() or _expression(x.shape[d]) != _expression(y.shape[d]) for y in _tensors(node)):
+        if any(d < -y.dim() or expression(x.shape[d]) != expression(y.shape[d]) for y in _tensors(node)):
             return f"the {kind} axes of its inputs and its result are not the same"
     return None
 
@@ -107,11 +101,11 @@ def _reshaped(node: Node, length: object) -> str | None:
 
 def _strides(x: Tensor, length: object) -> tuple[object, ...]:
     """The number of elements, of each token and of each row; and the number of rows, which c·T holds as well."""
-    after = {kind: _expression(math.prod(x.shape[x.dim() + d + 1 :])) for d, kind in _axes(x, length).items()}
-    sizes = {kind: _expression(x.shape[d]) for d, kind in _axes(x, length).items()}
-    if "token" in sizes and "batch" not in sizes and _symbols(rows := sizes["token"] / _expression(length)):
-        sizes["batch"], after["batch"] = rows, after["token"] * _expression(length)
-    return _expression(x.numel()), after, sizes.get("batch")
+    after = {kind: expression(math.prod(x.shape[x.dim() + d + 1 :])) for d, kind in _axes(x, length).items()}
+    sizes = {kind: expression(x.shape[d]) for d, kind in _axes(x, length).items()}
+    if "token" in sizes and "batch" not in sizes and _symbols(rows := sizes["token"] / expression(length)):
+        sizes["batch"], after["batch"] = rows, after["token"] * expression(length)
+    return expression(x.numel()), after, sizes.get("batch")
 
 
 def _along(node: Node, length: object) -> str | None:
@@ -168,7 +162,7 @@ def _indexed(node: Node, length: object) -> str | None:
         given[at : at + 1] = [slice(None)] * (x.dim() - len(given) + 1)
     for d, (i, size) in enumerate(zip(given, x.shape, strict=False)):
         start, stop, step = (i.start, i.stop, i.step) if isinstance(i, slice) else (i, i, i)
-        whole = start in (None, 0) and step in (None, 1) and (stop is None or _expression(stop) == _expression(size))
+        whole = start in (None, 0) and step in (None, 1) and (stop is None or expression(stop) == expression(size))
         if _symbols(size) and not whole:
             return f"it takes a part of the {_axes(x, length)[d - x.dim()]} axis"
         if not _symbols(size) and any(_symbols(n) & _symbols(length) for n in (start, stop, step)):

@@ -82,24 +82,15 @@ class CapturedForward:
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.graphs: list[Graph] = []
         self.seconds = 0.0
-        me = weakref.ref(self)
+        me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            one = me()
-            assert one is not None
-            one.graphs.append(Graph(gm))
-            this = weakref.ref(one.graphs[-1])
-
-            def run(*inputs: Any) -> Any:
-                graph = this()
-                assert graph is not None
-                return _RUNNER.get()(graph, inputs)
-
-            return run
+            me().graphs.append(graph := Graph(gm))
+            this: Any = weakref.ref(graph)
+            return lambda *inputs: _RUNNER.get()(this(), inputs)
 
         def traced(seconds: float) -> None:
-            if (one := me()) is not None:
-                one.seconds += seconds
+            me().seconds += seconds
 
         # A code object of its own: Dynamo counts recompiles per code object, and models must not share the limit.
         own = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "vlmrewrite_entry")
@@ -115,19 +106,14 @@ class CapturedForward:
         }
 
     def __call__(
-        self,
-        runner: Runner,
-        model: nn.Module,
-        cache: PositionCache,
-        kwargs: dict[str, Any],
-        images: Encoded | None = None,
+        self, runner: Runner, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], images: Encoded | None
     ) -> Any:
         """Run (and trace if new) the forward.
 
         Args:
             runner: does the work of the graph in this call; given the graph and its flat inputs.
             model, cache, kwargs: what the forward takes.
-            images: those of the call; without them it is a decode step, or a prompt of text.
+            images: those of the call; None for a decode step, or a prompt of text.
 
         Raises:
             ValueError: the images' features are not exactly one of the graph's inputs.

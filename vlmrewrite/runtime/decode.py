@@ -30,4 +30,4 @@ def run_text(model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], ker
 
     if not reserved:
         cache.contiguous()
-    return captures_of(model).text(runner, model, cache, kwargs)
+    return captures_of(model).text(runner, model, cache, kwargs, None)
