@@ -153,8 +153,8 @@ def _written(node: Node) -> list[Node]:
 
 def _target(node: Node) -> Any:
     """What is called; for ``"__iadd__"`` and its like the operator."""
-    name = node.target if isinstance(node.target, str) and node.target.startswith("__") else ""
-    return getattr(operator, name.strip("_"), node.target) if name else node.target
+    target = node.target
+    return getattr(operator, target, target) if isinstance(target, str) and target.startswith("__") else target
 
 
 def meaning(node: Node) -> Any:

@@ -100,9 +100,9 @@ def running(cache: PositionCache | None, kernels: Kernels | None = None) -> Iter
     Args:
         kernels: ``"triton"`` or ``"auto"``: its attention runs as kernels, where it can; otherwise as plain PyTorch.
     """
-    token = _RUNNING.set((cache, kernels))
     if cache is not None:
         cache.begin()
+    token = _RUNNING.set((cache, kernels))
     try:
         yield
     finally:
