@@ -16,7 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention as attend
 
 import vlmrewrite as vr
 from vlmrewrite import ops
-from vlmrewrite.capture.model import CAPTURES
+from vlmrewrite.capture import CAPTURES
 from vlmrewrite.kvcache.buffer import LEAST, SHARE, Buffer
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.kvcache.layer import PositionLayer
@@ -446,7 +446,7 @@ def test_compiled_decode_steps_write_in_place(as_they_are, rows):
             second, where = steps(tiny.model, token, cache, 3)
             assert where == [held] * 3
             assert cache.layers[1].positions is cache.layers[2].positions
-            assert CAPTURES[tiny.model].text.graphs == (backend == "inductor")
+            assert len(CAPTURES[tiny.model].text.graphs) == (backend == "inductor")
             third, where = steps(tiny.model, token, cache, 2, torch.inference_mode)
             assert where == [held] * 2
             results.append(torch.cat([first, second, third], 1))

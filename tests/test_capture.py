@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 
 import vlmrewrite as vr
 from vlmrewrite.analysis import analyse
-from vlmrewrite.capture import dynamo, hooks
-from vlmrewrite.capture.model import CAPTURES, place_of
+from vlmrewrite.capture import CAPTURES, dynamo, hooks
+from vlmrewrite.capture.dynamo import place_of
 from vlmrewrite.hf import decoder
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.passes import STS, Random, Stride
@@ -41,7 +41,7 @@ def test_applying_again_captures_nothing():
     for passes in (SOME, [Stride(keep=2)], [Random(keep=0.5, at=2)]):
         with vr.applied(tiny.model, passes):
             tiny.model.generate(**inputs, max_new_tokens=2)
-    assert CAPTURES[tiny.model].call.graphs == 1
+    assert len(CAPTURES[tiny.model].call.graphs) == 1
 
 
 def test_models_do_not_share_a_limit():

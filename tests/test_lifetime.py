@@ -11,8 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import vlmrewrite as vr
-from vlmrewrite.capture import dynamo
-from vlmrewrite.capture.model import CAPTURES
+from vlmrewrite.capture import CAPTURES, dynamo
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.lower.lowering import lower
 from vlmrewrite.ops import choice

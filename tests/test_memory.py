@@ -10,11 +10,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmrewrite as vr
-from vlmrewrite.analysis.memory import Layout, LiveBytes, Tail, peak_bytes
 from vlmrewrite.cli.prompt import Shape, prompt_inputs
 from vlmrewrite.lower.executable import Executable
 from vlmrewrite.lower.lowering import lower
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
+from vlmrewrite.report.memory import LiveBytes, Tail, peak_bytes
+from vlmrewrite.runtime import Layout
 
 CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
 EACH = {

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vlmrewrite import compat
-from vlmrewrite.analysis.aliasing import writes
 from vlmrewrite.analysis.graph import needed, reachable, same, value
+from vlmrewrite.analysis.operators import writes
 from vlmrewrite.analysis.tokenwise import not_token_wise
 from vlmrewrite.ops.selection import select
 

@@ -1,29 +1,23 @@
-"""Facts about a captured graph, read only: layers, residual stream, what is token-wise, costs and memory.
+"""Facts about a captured graph, read only: layers, residual stream, what is token-wise, and costs.
 
 In: a captured graph. Out: an :class:`Anatomy` and numbers.
 """
 
-from vlmrewrite.analysis.aliasing import hidden_write, writes
-from vlmrewrite.analysis.anatomy import Anatomy, Layer, analyse
-from vlmrewrite.analysis.costs import LayerCost, costs
+from vlmrewrite.analysis.anatomy import Anatomy, Layer, LayerCost, analyse, costs
 from vlmrewrite.analysis.graph import axis, needed, reachable, same, value, where
-from vlmrewrite.analysis.memory import Layout, Tail, fake, peak_bytes
+from vlmrewrite.analysis.operators import hidden_write, writes
 from vlmrewrite.analysis.tokenwise import not_token_wise
 
 __all__ = [
     "Anatomy",
     "Layer",
     "LayerCost",
-    "Layout",
-    "Tail",
     "analyse",
     "axis",
     "costs",
-    "fake",
     "hidden_write",
     "needed",
     "not_token_wise",
-    "peak_bytes",
     "reachable",
     "same",
     "value",

@@ -1,4 +1,4 @@
-"""Anatomy: where the vision tokens live in a captured graph, found by structure alone.
+"""Anatomy: where the vision tokens live in a captured graph, found by structure alone; and what its layers cost.
 
 The merge is where vision features enter a stream shaped [B, T, H]; the residual stream is the chain of dominators
 from there to the logits; a decoder layer lies between the stream nodes that dominate one attention node and the next.
@@ -8,6 +8,7 @@ No module name is looked at.
 from __future__ import annotations
 
 import operator
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,8 +20,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import needed, reachable, same, value, where
-from vlmrewrite.analysis.op_classes import LINEAR, MATMULS
+from vlmrewrite.analysis.operators import LINEAR, MATMULS
 from vlmrewrite.ops import ATTENTION, KV_APPEND
+from vlmrewrite.plan import Last, Plan, TokenCounts, TokenSet
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -93,11 +95,6 @@ class Anatomy:
     hidden: int
     dtype: torch.dtype
     logits: int
-
-    @property
-    def exit(self) -> Node:
-        """The residual stream after the last layer."""
-        return self.layers[-1].exit
 
 
 def analyse(gm: GraphModule, features: int) -> Anatomy:
@@ -214,3 +211,62 @@ def _linear_maps(nodes: set[Node]) -> dict[Node, int]:
     """The linear maps among the nodes, with their matmul FLOPs per token."""
     weights = {n: value(n.args[1]) for n in nodes if n.target in LINEAR | MATMULS and isinstance(n.args[1], Node)}
     return {n: 2 * int(w.numel()) for n, w in weights.items() if isinstance(w, Tensor) and w.dim() == 2}
+
+
+@dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs in one call, all rows together.
+
+    ``run`` and ``keys`` are the lengths, a row, of what it computes on and of what it adds to the cache.
+    """
+
+    index: int
+    run: int
+    keys: int
+    flops: int
+    kv_bytes: int
+
+
+def costs(
+    anatomy: Anatomy, plan: Plan, counts: TokenCounts, past: int = 0, held: Sequence[int] = ()
+) -> list[LayerCost]:
+    """Tokens, matmul FLOPs and K/V bytes of each layer under a plan.
+
+    A layer's FLOPs are those of its linear maps, once for each token set that they are computed for (a fused q, k and v
+    projection twice, where a layer runs on another set than it attends to), of its attention over all pairs, of scoring
+    vision tokens at its entry, and of a branch's block that leaves there. What an operator of a policy or an edit does
+    inside is not known here and not counted.
+
+    Args:
+        anatomy: of the model.
+        plan: what each layer does.
+        counts: of the call.
+        past: logical length of the cache before the call.
+        held: keys that each layer held before the call; without it, all of ``past``.
+    """
+    batch = len(counts.text)
+    out = []
+    for layer, entry in zip(anatomy.layers, plan.layers, strict=True):
+        before = held[layer.index] if held else past
+        run, keys, mlp = entry.sets()
+        maps: dict[TokenSet, dict[Node, int]] = defaultdict(dict)
+        half = layer.second_half() if mlp != run else frozenset()
+        maps[run] |= layer.queries | {n: f for n, f in layer.behind.items() if n not in half}
+        maps[mlp] |= {n: f for n, f in layer.behind.items() if n in half}
+        maps[keys] |= layer.keys | layer.values
+        added = counts.size(keys)
+        flops = layer.attention_flops(counts.size(run), added + before)
+        for scored in plan.scored(layer.index):
+            maps[Last] |= layer.queries
+            maps[scored] |= layer.keys
+            flops += 2 * layer.heads * layer.head_size * (counts.size(scored) + before)
+        flops += sum(counts.size(s) * sum(found.values()) for s, found in maps.items())
+        blocks = [b for b in plan.branches if b.leave == layer.index and b.block is not None]
+        flops += sum(_block_flops(anatomy.layers[b.layer], counts.size(b.tokens)) for b in blocks)
+        out.append(LayerCost(layer.index, counts.size(run), added, batch * flops, batch * added * layer.kv_bytes))
+    return out
+
+
+def _block_flops(layer: Layer, tokens: int) -> int:
+    maps = layer.queries | layer.keys | layer.values | layer.behind
+    return tokens * sum(maps.values()) + layer.attention_flops(tokens, tokens)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -28,11 +27,15 @@ def axis(node: Node, length: object) -> int | None:
     return dims[0] if dims else None
 
 
+def expression(number: Any) -> Any:
+    """A number of a shape, or of a node, as an expression: comparing two adds no guard."""
+    number = value(number) if isinstance(number, Node) else number
+    return number.node.expr if hasattr(number, "node") else number
+
+
 def same(a: Any, b: Any) -> bool:
-    """Whether two sizes are the same symbol (or, if both are ints, equal), without adding a guard."""
-    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
-        return bool(a.node.expr == b.node.expr)
-    return type(a) is type(b) and a == b
+    """Whether two sizes are the same expression (or, if both are ints, equal), without adding a guard."""
+    return bool(expression(a) == expression(b))
 
 
 def where(node: Node) -> str:

@@ -8,16 +8,15 @@ not in a table here is refused.
 from __future__ import annotations
 
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
 from torch.fx import Node
 
-from vlmrewrite.analysis import op_classes as classes
-from vlmrewrite.analysis.aliasing import hidden_write, is_number, meaning, name_of
-from vlmrewrite.analysis.graph import value
+from vlmrewrite.analysis import operators
+from vlmrewrite.analysis.graph import expression, value
+from vlmrewrite.analysis.operators import hidden_write, is_number, meaning, name_of
 from vlmrewrite.compat import tree_leaves
 
 
@@ -37,17 +36,17 @@ def not_token_wise(node: Node, length: object) -> str | None:
         return reason or f"{name_of(target)!r} is not known to treat tokens alike"
     inputs, out = _tensors(node.all_input_nodes), _tensors(node)
     tokens = any("token" in _axes(x, length).values() for x in inputs)
-    if target in classes.SIZES or (is_number(node) and not tokens):
+    if target in operators.SIZES or (is_number(node) and not tokens):
         return None
     reason = _broken(inputs, length) or rule(node, length) or _broken(out, length)
     if reason is not None:
         return reason
-    if target not in classes.SIZED and any(_symbols(n) & _symbols(length) for n in node.all_input_nodes):
+    if target not in operators.SIZED and any(_symbols(n) & _symbols(length) for n in node.all_input_nodes):
         return "it computes with the number of tokens"
     if not out:
         return "the shape of its result is not known"
     lost = tokens and any("token" not in _axes(x, length).values() for x in out)
-    return "its result has no token axis" if lost and target not in classes.CONSTANTS else None
+    return "its result has no token axis" if lost and target not in operators.CONSTANTS else None
 
 
 def _tensors(nodes: object) -> list[Tensor]:
@@ -56,20 +55,19 @@ def _tensors(nodes: object) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-def _expression(number: Any) -> Any:
-    """A number of a shape, or of a node, as an expression."""
-    number = value(number) if isinstance(number, Node) else number
-    return number.node.expr if hasattr(number, "node") else number
-
-
 def _symbols(number: object) -> Any:
-    return getattr(_expression(number), "free_symbols", frozenset())
+    return getattr(expression(number), "free_symbols", frozenset())
 
 
 def _axes(x: Tensor, length: object) -> dict[int, str]:
     """Which dimensions, counted from the right, are "token" and "batch" axes: of any other symbolic size."""
     symbols = {d - x.dim(): _symbols(n) for d, n in enumerate(x.shape)}
     return {d: "token" if found & _symbols(length) else "batch" for d, found in symbols.items() if found}
+
+
+def _places(nodes: object, length: object) -> list[tuple[Tensor, int, str]]:
+    """Each tensor of some nodes with each of its axes."""
+    return [(x, d, kind) for x in _tensors(nodes) for d, kind in _axes(x, length).items()]
 
 
 def _broken(tensors: list[Tensor], length: object) -> str | None:
@@ -79,7 +77,7 @@ def _broken(tensors: list[Tensor], length: object) -> str | None:
         twice = next((kind for kind in axes.values() if [*axes.values()].count(kind) > 1), None)
         if twice is not None:
             return f"two {twice} axes meet, shape {tuple(x.shape)}"
-        times = [_expression(x.shape[d]) / _expression(length) for d, kind in axes.items() if kind == "token"]
+        times = [expression(x.shape[d]) / expression(length) for d, kind in axes.items() if kind == "token"]
         if any(_symbols(t) & _symbols(length) or not t.is_integer for t in times):
             return f"it takes tokens apart or leaves some out, shape {tuple(x.shape)}"
     return None
@@ -87,11 +85,9 @@ def _broken(tensors: list[Tensor], length: object) -> str | None:
 
 def _aligned(node: Node, length: object, only: slice = slice(None)) -> str | None:
     """The axes of inputs and results must have the same places, counted from the right, and sizes."""
-    for x in _tensors(node.all_input_nodes[only]):
-        for d, kind in _axes(x, length).items():
-            for y in _tensors(node):
-                if d < -y.dim() or _expression(x.shape[d]) != _expression(y.shape[d]):
-                    return f"the {kind} axes of its inputs and its result are not the same"
+    for x, d, kind in _places(node.all_input_nodes[only], length):
+        if any(d < -y.dim() or expression(x.shape[d]) != expression(y.shape[d]) for y in _tensors(node)):
+            return f"the {kind} axes of its inputs and its result are not the same"
     return None
 
 
@@ -105,27 +101,26 @@ def _reshaped(node: Node, length: object) -> str | None:
 
 def _strides(x: Tensor, length: object) -> tuple[object, ...]:
     """The number of elements, of each token and of each row; and the number of rows, which c·T holds as well."""
-    after = {kind: _expression(math.prod(x.shape[x.dim() + d + 1 :])) for d, kind in _axes(x, length).items()}
-    sizes = {kind: _expression(x.shape[d]) for d, kind in _axes(x, length).items()}
-    if "token" in sizes and "batch" not in sizes and _symbols(rows := sizes["token"] / _expression(length)):
-        sizes["batch"], after["batch"] = rows, after["token"] * _expression(length)
-    return _expression(x.numel()), after, sizes.get("batch")
+    after = {kind: expression(math.prod(x.shape[x.dim() + d + 1 :])) for d, kind in _axes(x, length).items()}
+    sizes = {kind: expression(x.shape[d]) for d, kind in _axes(x, length).items()}
+    if "token" in sizes and "batch" not in sizes and _symbols(rows := sizes["token"] / expression(length)):
+        sizes["batch"], after["batch"] = rows, after["token"] * expression(length)
+    return expression(x.numel()), after, sizes.get("batch")
 
 
 def _along(node: Node, length: object) -> str | None:
     target = meaning(node)
     if name_of(target) in ("max", "min") and _tensors(_argument(node, 1, "other")):
         return _aligned(node, length)
-    place, default = classes.ALONG[target]
+    place, default = operators.ALONG[target]
     dim: Any = _argument(node, place, "dim", "axis", "dims", default=default)
     dims = dim if isinstance(dim, (tuple, list)) else (dim,)
-    for x in _tensors(_argument(node, 0, "input", "tensor", "tensors")):
-        for d, kind in _axes(x, length).items():
-            if not dims or any(type(i) is not int for i in dims):
-                return "it works on all dimensions at once"
-            if any(i % x.dim() == d % x.dim() for i in dims):
-                return f"it works along the {kind} axis, which is not known to treat tokens alike"
-    if target not in classes.MEETING:
+    for x, d, kind in _places(_argument(node, 0, "input", "tensor", "tensors"), length):
+        if not dims or any(type(i) is not int for i in dims):
+            return "it works on all dimensions at once"
+        if any(i % x.dim() == d % x.dim() for i in dims):
+            return f"it works along the {kind} axis, which is not known to treat tokens alike"
+    if target not in operators.MEETING:
         return None
     apart = len({tuple(_axes(x, length)) for x in _tensors(node.all_input_nodes)}) > 1
     return "the axes of its inputs are not the same" if apart else _aligned(node, length)
@@ -135,11 +130,8 @@ def _normed(node: Node, length: object) -> str | None:
     shape = _argument(node, 1, "normalized_shape")
     if not isinstance(shape, (tuple, list)):
         return "its normalized shape is not known"
-    for x in _tensors(node.all_input_nodes[0]):
-        for d, kind in _axes(x, length).items():
-            if d >= -len(shape):
-                return f"it normalises over the {kind} axis"
-    return _aligned(node, length)
+    over = next((kind for _, d, kind in _places(node.all_input_nodes[0], length) if d >= -len(shape)), None)
+    return _aligned(node, length) if over is None else f"it normalises over the {over} axis"
 
 
 def _multiplied(node: Node, length: object) -> str | None:
@@ -149,7 +141,7 @@ def _multiplied(node: Node, length: object) -> str | None:
         return "its operands are not known"
     left, right = (_axes(x, length) for x in operands)
     tokens = [d for axes in (left, right) for d, kind in axes.items() if kind == "token"]
-    if meaning(node) in classes.LINEAR and right:
+    if meaning(node) in operators.LINEAR and right:
         return f"its weight has a {next(iter(right.values()))} axis"
     if len(tokens) > 1 and max(tokens) > -3:
         return "it multiplies two activations"
@@ -170,7 +162,7 @@ def _indexed(node: Node, length: object) -> str | None:
         given[at : at + 1] = [slice(None)] * (x.dim() - len(given) + 1)
     for d, (i, size) in enumerate(zip(given, x.shape, strict=False)):
         start, stop, step = (i.start, i.stop, i.step) if isinstance(i, slice) else (i, i, i)
-        whole = start in (None, 0) and step in (None, 1) and (stop is None or _expression(stop) == _expression(size))
+        whole = start in (None, 0) and step in (None, 1) and (stop is None or expression(stop) == expression(size))
         if _symbols(size) and not whole:
             return f"it takes a part of the {_axes(x, length)[d - x.dim()]} axis"
         if not _symbols(size) and any(_symbols(n) & _symbols(length) for n in (start, stop, step)):
@@ -179,18 +171,17 @@ def _indexed(node: Node, length: object) -> str | None:
 
 
 def _argument(node: Node, place: int, *names: str, default: object = None) -> object:
-    if len(node.args) > place:
-        return node.args[place]
-    return next((node.kwargs[n] for n in names if n in node.kwargs), default)
+    given = [*node.args[place : place + 1], *(node.kwargs[n] for n in names if n in node.kwargs)]
+    return given[0] if given else default
 
 
 _RULES: list[tuple[Any, Callable[[Node, object], str | None]]] = [
-    (classes.POINTWISE | classes.EXPANSIONS, _aligned),
-    (classes.CASTS, lambda node, length: _aligned(node, length, slice(1))),
-    (classes.RESHAPES, _reshaped),
-    (classes.LAYOUTS | classes.CONSTANTS | classes.SIZES | classes.STACK, lambda node, length: None),
-    (classes.ALONG, _along),
-    (classes.NORMS, _normed),
-    (classes.LINEAR | classes.MATMULS, _multiplied),
-    ({operator.getitem}, _indexed),
+    (operators.POINTWISE | operators.EXPANSIONS, _aligned),
+    (operators.CASTS, lambda node, length: _aligned(node, length, slice(1))),
+    (operators.RESHAPES, _reshaped),
+    (operators.LAYOUTS | operators.CONSTANTS | operators.SIZES | operators.STACK, lambda node, length: None),
+    (operators.ALONG, _along),
+    (operators.NORMS, _normed),
+    (operators.LINEAR | operators.MATMULS, _multiplied),
+    (operators.ITEMS, _indexed),
 ]

@@ -3,8 +3,7 @@
 In: a model and a call's arguments. Out: an FX graph with one ``vlm::attention`` node for each decoder layer.
 """
 
-from vlmrewrite.capture.dynamo import LIMIT
+from vlmrewrite.capture.dynamo import CAPTURES, LIMIT, Graph, captures_of, limit
 from vlmrewrite.capture.hooks import register, running
-from vlmrewrite.capture.model import CAPTURES, Graph, captures_of
 
-__all__ = ["CAPTURES", "LIMIT", "Graph", "captures_of", "register", "running"]
+__all__ = ["CAPTURES", "LIMIT", "Graph", "captures_of", "limit", "register", "running"]

@@ -1,22 +1,28 @@
-"""Dynamo's front end around a model's own forward: each way of calling it becomes one graph."""
+"""Dynamo's front end around a model's own forward: each way of calling it becomes one graph, that outlives recipes."""
 
 from __future__ import annotations
 
 import inspect
 import re
+import threading
 import types
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.fx
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from vlmrewrite.compat import at_graph_limit, captured, forget_code, global_hooks, graph_limit, hooks_of, untraceable
 from vlmrewrite.errors import CaptureError
+from vlmrewrite.hf import Encoded, parameter_inputs
 from vlmrewrite.kvcache import PositionCache
+
+T = TypeVar("T")
+Runner = Callable[["Graph", Sequence[Any]], Any]
 
 LIMIT = 24
 """Graphs of one model before giving up: with or without gradient, padding, a past, one row or more, one logit or all
@@ -24,40 +30,74 @@ make different graphs, so that Dynamo's default of 8 is soon used up."""
 
 _OURS = ("past_key_values", "use_cache", "mm_encoder_outputs", "return_dict")
 
+_RUNNER: ContextVar[Runner] = ContextVar("vlmrewrite_runner")
+"""What does the work of each graph in the call that is running."""
 
-class CapturedForward:
-    """A model's forward behind Dynamo: ``on_graph(gm)`` gets each new graph and returns the callable to run for it.
+_LOCK = threading.Lock()
 
-    Args:
-        forward: the model's own.
-        entry: :func:`with_images` or :func:`without_images`, called with ``forward`` and what a call is given.
-        on_graph: a method, held weakly, as Dynamo never forgets a backend, nor what the backend holds.
+
+def limit() -> int:
+    """How many graphs there may be of one model; torch._dynamo.config.recompile_limit raises it."""
+    return max(LIMIT, graph_limit())
+
+
+class Graph:
+    """One captured graph of a model.
+
+    Attributes:
+        gm: the graph.
+        features: which of its inputs holds the vision features; None before its first run, and of a graph of text.
+        parameters: for each of its inputs that is a decoder layer's parameter, the layer and the name within it.
+        derived: what later stages made of it, by their own keys; it dies with the graph.
+        lock: held while something is derived.
     """
 
-    def __init__(
-        self, forward: Callable[..., Any], entry: Callable[..., Any], on_graph: Callable[..., Callable[..., Any]]
-    ) -> None:
-        self.graphs = 0
+    def __init__(self, gm: torch.fx.GraphModule) -> None:
+        self.gm = gm
+        self.features: int | None = None
+        self.parameters: dict[str, tuple[int, str]] = {}
+        self.derived: dict[object, Any] = {}
+        self.lock = threading.RLock()
+
+    def once(self, key: object, make: Callable[[], T]) -> T:
+        """What was derived under a key; made at the first request for it, by one thread."""
+        if key not in self.derived:
+            with self.lock:
+                if key not in self.derived:
+                    self.derived[key] = make()
+        return cast(T, self.derived[key])
+
+
+class CapturedForward:
+    """A model's forward behind Dynamo.
+
+    It owns its graphs; what Dynamo keeps refers to them weakly, so that they die with the model: Dynamo never forgets a
+    backend, nor what the backend holds.
+
+    Attributes:
+        graphs: those captured so far.
+        seconds: what tracing them took.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.graphs: list[Graph] = []
         self.seconds = 0.0
-        me, told = weakref.ref(self), weakref.WeakMethod(on_graph)
+        me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            call, tell = me(), told()
-            assert call is not None and tell is not None
-            call.graphs += 1
-            return tell(gm)
+            me().graphs.append(graph := Graph(gm))
+            this: Any = weakref.ref(graph)
+            return lambda *inputs: _RUNNER.get()(this(), inputs)
 
         def traced(seconds: float) -> None:
-            if (call := me()) is not None:
-                call.seconds += seconds
+            me().seconds += seconds
 
         # A code object of its own: Dynamo counts recompiles per code object, and models must not share the limit.
-        own = types.FunctionType(entry.__code__.replace(), entry.__globals__, f"vlmrewrite_{entry.__name__}")
-        self._compiled = captured(own, backend, _limit, traced)
+        own = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "vlmrewrite_entry")
+        self._compiled = captured(own, backend, limit, traced)
         # What Dynamo made of a code object keeps it alive, by way of the module's globals.
         weakref.finalize(self, forget_code, own.__code__).atexit = False
-        self._code = own.__code__
-        self._forward = forward
+        self._forward, self._code = forward, own.__code__
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
         self._absent = {
             name: None
@@ -65,31 +105,79 @@ class CapturedForward:
             if p.default is None and name not in _OURS
         }
 
-    @property
-    def limit(self) -> int:
-        """How many graphs there may be; torch._dynamo.config.recompile_limit raises it."""
-        return _limit()
+    def __call__(
+        self, runner: Runner, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], images: Encoded | None
+    ) -> Any:
+        """Run (and trace if new) the forward.
 
-    def forget(self) -> None:
-        """Drop what was captured."""
-        forget_code(self._code)
+        Args:
+            runner: does the work of the graph in this call; given the graph and its flat inputs.
+            model, cache, kwargs: what the forward takes.
+            images: those of the call; None for a decode step, or a prompt of text.
 
-    def __call__(self, model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any], *more: Any) -> Any:
-        """Run (and trace if new) the forward; ``more`` is what the entry takes beside the forward's own arguments."""
+        Raises:
+            ValueError: the images' features are not exactly one of the graph's inputs.
+            RuntimeError: the forward could not be captured as one graph, or something else ran in place of the graph.
+        """
+        ran: list[Graph] = []
+
+        def noted(graph: Graph, inputs: Sequence[Any]) -> Any:
+            ran.append(graph)
+            if images is not None and graph.features is None:
+                graph.parameters = parameter_inputs(model, graph.gm, inputs)
+                graph.features = place_of(images.features, inputs)
+            return runner(graph, inputs)
+
+        pooled: Any = None
+        if images is not None:
+            cache.contiguous()
+            pooled = [images.features] if images.as_list else images.features
+        token = _RUNNER.set(noted)
         try:
-            return self._compiled(self._forward, model, cache, self._absent | kwargs, *more)
+            out = self._compiled(self._forward, model, cache, self._absent | kwargs, pooled)
+            if not ran:
+                raise NotCapturedError(
+                    "another backend of torch.compile ran in place of the rewritten graph: leave"
+                    " torch.compiler.set_stance(force_backend=...)"
+                )
+            return out
         except NotCapturedError:
-            self.forget()  # or Dynamo would never look at it again
+            forget_code(self._code)  # or Dynamo would never look at it again
             raise
         except at_graph_limit() as e:
             raise RuntimeError(
-                f"{self.graphs} graphs of this model were compiled and the limit is reached; raise"
+                f"{len(self.graphs)} graphs of this model were compiled and the limit is reached; raise"
                 f" torch._dynamo.config.recompile_limit above it{_hooked(model)}. The unrewritten model is not run in"
                 " its place."
             ) from e
         except untraceable() as e:
             what = f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(model)}"
             raise CaptureError(f"{what}: {str(e)[:2000]}", f"{what}: {_reason(str(e))}") from e
+        finally:
+            _RUNNER.reset(token)
+
+
+def _entry(
+    forward: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], pooled: Any
+) -> Any:
+    """What is traced: a forward, with its images encoded.
+
+    Args:
+        pooled: the features, [I, N, C] or a list of one [F, C]; None for a decode step, or a prompt without an image.
+    """
+    global_hooks()  # read, so that Dynamo guards on it
+    if not torch.compiler.is_dynamo_compiling():
+        raise NotCapturedError(
+            "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
+            " active (FlopCounterMode is one), torch.compiler.set_stance('force_eager'), or TORCH_COMPILE_DISABLE=1"
+        )
+    if pooled is not None:
+        kwargs = kwargs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
+    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+
+
+class NotCapturedError(RuntimeError):
+    """Something else ran in place of a captured graph."""
 
 
 def _reason(text: str) -> str:
@@ -101,11 +189,7 @@ def _reason(text: str) -> str:
     return " ".join([*lines[:1], *details[:1], *at])
 
 
-def _limit() -> int:
-    return max(LIMIT, graph_limit())
-
-
-def _hooked(model: torch.nn.Module) -> str:
+def _hooked(model: nn.Module) -> str:
     """Where hooks stand, which are captured with the forward, for an error message."""
     found = []
     for name, module in model.named_modules():
@@ -118,31 +202,38 @@ def _hooked(model: torch.nn.Module) -> str:
     return f" (there are hooks on {', '.join(found[:3])}{more}: expected hooks that Dynamo can trace, or none)"
 
 
-def with_images(
-    forward: Callable[..., Any],
-    model: torch.nn.Module,
-    cache: PositionCache,
-    kwargs: dict[str, Any],
-    features: Tensor,
-    as_list: bool,
-) -> Any:
-    """A forward whose images are encoded: features [F, C], or [I, N, C] if not ``as_list``."""
-    image = BaseModelOutputWithPooling(pooler_output=[features] if as_list else features)  # type: ignore[arg-type]
-    return without_images(forward, model, cache, kwargs | {"mm_encoder_outputs": {"image": image}})
+class Captures:
+    """A model behind Dynamo. Outlives a session, so that applying again need not capture again.
+
+    Attributes:
+        call, text: the forward as it is called with images, and without.
+    """
+
+    def __init__(self, forward: Callable[..., Any]) -> None:
+        self.forward = forward
+        self.call, self.text = CapturedForward(forward), CapturedForward(forward)
 
 
-def without_images(
-    forward: Callable[..., Any], model: torch.nn.Module, cache: PositionCache, kwargs: dict[str, Any]
-) -> Any:
-    """A forward of text: a decode step, or a prompt without an image."""
-    global_hooks()  # read, so that Dynamo guards on it
-    if not torch.compiler.is_dynamo_compiling():
-        raise NotCapturedError(
-            "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
-            " active (FlopCounterMode is one), torch.compiler.set_stance('force_eager'), or TORCH_COMPILE_DISABLE=1"
-        )
-    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+def place_of(features: Tensor, inputs: Sequence[Any]) -> int:
+    """Which of a graph's flat inputs the vision features are: the very tensor, not one like it.
+
+    Raises:
+        ValueError: none, or more than one.
+    """
+    found = [i for i, x in enumerate(inputs) if x is features]
+    if len(found) != 1:
+        raise ValueError(f"{len(found)} of the graph's inputs are the vision features; expected 1: is there an image?")
+    return found[0]
 
 
-class NotCapturedError(RuntimeError):
-    """Something else ran in place of a captured graph."""
+CAPTURES: weakref.WeakKeyDictionary[nn.Module, Captures] = weakref.WeakKeyDictionary()
+
+
+def captures_of(model: nn.Module) -> Captures:
+    """The model's captures; new if its class's forward has been exchanged since."""
+    forward = type(model).forward
+    with _LOCK:
+        found = CAPTURES.get(model)
+        if found is None or found.forward is not forward:
+            found = CAPTURES[model] = Captures(forward)
+        return found

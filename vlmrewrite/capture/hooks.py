@@ -7,8 +7,8 @@ from the positions that the cache carries. Decoding needs nothing else: the cach
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -21,7 +21,8 @@ from vlmrewrite.hf import IMPLEMENTATION
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.ops import Kernels, unfit
 
-_running = threading.local()
+_RUNNING: ContextVar[tuple[PositionCache | None, Kernels | None]] = ContextVar("vlmrewrite_cache", default=(None, None))
+"""The cache of the uncaptured forward that is running, and which kernels its attention may run as."""
 
 
 def attention_forward(
@@ -46,7 +47,7 @@ def attention_forward(
     given = (query, key, value, attention_mask, None, None, scaling, attention_mask is None, softcap)
     if torch.compiler.is_dynamo_compiling():
         return ops.ATTENTION(*given, float(dropout)), None
-    cache: PositionCache | None = getattr(_running, "cache", None)
+    cache, kernels = _RUNNING.get()
     layer = None if cache is None else cache.layer_of(key)
     if cache is None or layer is None:
         if query.shape[2] != key.shape[2]:
@@ -56,7 +57,6 @@ def attention_forward(
                 " its decoder with one that is (call vlmrewrite.restore on that one)"
             )
         return ops.attention(*given, dropout), None
-    kernels: Kernels | None = _running.kernels
     if kernels is not None and unfit(query, value, dropout, kernels, f"layer {module.layer_idx}") is None:
         look = ops.kernel_mask if softcap is None else ops.kernel_mask_softcapped
         what = cache.seen_by(layer, query, attention_mask, look)
@@ -80,9 +80,9 @@ def mask_forward(
         pattern, bool [B, 1, q_length, kv_length] in logical positions.
     """
     if mask_function is causal_mask_function:
-        if attention_mask is None or torch.compiler.is_dynamo_compiling():  # first, or Dynamo would guard on the thread
+        if attention_mask is None or torch.compiler.is_dynamo_compiling():  # first: Dynamo is to guard on nothing else
             return attention_mask
-        looked_at = getattr(_running, "cache", None) is not None
+        looked_at = _RUNNING.get()[0] is not None
         return attention_mask if looked_at or not bool(attention_mask.all()) else None
     kwargs |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False, "use_vmap": False}
     return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
@@ -101,13 +101,12 @@ def running(cache: PositionCache | None, kernels: Kernels | None = None) -> Iter
     Args:
         kernels: ``"triton"`` or ``"auto"``: its attention runs as kernels, where it can; otherwise as plain PyTorch.
     """
-    before = getattr(_running, "cache", None), getattr(_running, "kernels", None)
     if cache is not None:
         cache.begin()
-    _running.cache, _running.kernels = cache, kernels
+    token = _RUNNING.set((cache, kernels))
     try:
         yield
     finally:
-        _running.cache, _running.kernels = before
+        _RUNNING.reset(token)
         if cache is not None:
             cache.end()

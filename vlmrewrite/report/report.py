@@ -8,13 +8,11 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-import torch
 from torch import nn
 
-from vlmrewrite.analysis import Tail, peak_bytes
-from vlmrewrite.capture import CAPTURES
-from vlmrewrite.lower import lower
+from vlmrewrite.capture import CAPTURES, limit
 from vlmrewrite.plan import Call, Pass, describe
+from vlmrewrite.report.memory import peak_memory
 from vlmrewrite.report.summary import compared, verdicts
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import LastCall, Session
@@ -139,27 +137,12 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         held=() if latest is None else latest.given.held,
         given_up=() if latest is None else _given_up(latest),
         kernels={} if latest is None else latest.executable.choices,
-        graphs={} if one is None else {"captured": one.call.graphs, "limit": one.call.limit},
+        graphs={} if one is None else {"captured": len(one.call.graphs), "limit": limit()},
         seconds={} if one is None else {"capture": one.call.seconds},
         plain_calls=session.text_calls.total(),
         compiled_calls=session.compiled_calls.total(),
-        memory=_memory(session) if memory else {},
+        memory=peak_memory(session) if memory else {},
     )
-
-
-def _memory(session: Session) -> dict[str, int]:
-    """Peak bytes of the last call with an image, before and after."""
-    latest = session.last()
-    device = latest.call.vision.device
-    before = lower(latest.executable.program.captured, session.kernels, device).graph_module
-    program, (first, *more) = latest.executable.program, latest.executable.graphs
-    arguments, tails = program.arguments(latest.inputs, latest.call), list[Tail]()
-    if (parted := program.dispatch) is not None:
-        arguments = [*latest.inputs, *map(latest.call.fill, parted.extras)]
-        given = (parted.tail_arguments(i, latest.inputs, latest.call) for i in latest.result.ran)
-        tails = [Tail(more[i], g, parted.takes[i]) for i, g in zip(latest.result.ran, given, strict=True)]
-    with torch.autocast(device.type, latest.autocast, enabled=latest.autocast is not None):
-        return {"before": peak_bytes(before, latest.inputs), "after": peak_bytes(first, arguments, tails)}
 
 
 def _given_up(latest: LastCall) -> list[Program]:
@@ -189,7 +172,7 @@ def make_report(
     Args:
         recipe, backend, passes: what was applied; the backend is the one that was chosen for the last call.
         program, call, held: of the last call with an image, if any; ``held`` as for
-            :func:`vlmrewrite.analysis.costs.costs`.
+            :func:`vlmrewrite.analysis.costs`.
         given_up: variants of a dispatch that ran in that call before the one that was kept.
         kernels: what each kind of operator became.
         graphs, seconds: of capturing.

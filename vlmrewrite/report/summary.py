@@ -17,7 +17,7 @@ def compared(
 
     Args:
         program: the rewritten one.
-        counts, past, held: as for :func:`vlmrewrite.analysis.costs.costs`; ``held`` after only.
+        counts, past, held: as for :func:`vlmrewrite.analysis.costs`; ``held`` after only.
     """
     after, plan = program.costs(counts, past, held), program.plan
     before = replace(program, plan=Plan(plan.depth)).costs(counts, past)

@@ -105,7 +105,7 @@ class _Rewrite:
         self.output = graph.output(graph.graph_copy(gm.graph, env))
         self.gm, self.anatomy = torch.fx.GraphModule(gm, graph), anatomy
         self.typed: dict[Node, TokenSet] = {}
-        self.emit = Emitter(graph, env[anatomy.exit].next)
+        self.emit = Emitter(graph, env[anatomy.layers[-1].exit].next)
         self.sets = Sets(self.emit, env[anatomy.vision])
         self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets, self.typed)
         self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream, self.typed)

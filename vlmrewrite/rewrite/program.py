@@ -133,7 +133,7 @@ class Program:
                 propagate_fakes(self.anatomy, rewritten, arguments, self.call.counts.size)
 
     def costs(self, counts: TokenCounts, past: int = 0, held: Sequence[int] = ()) -> list[LayerCost]:
-        """Tokens, FLOPs and K/V bytes of each layer in a call; see :func:`vlmrewrite.analysis.costs.costs`."""
+        """Tokens, FLOPs and K/V bytes of each layer in a call; see :func:`vlmrewrite.analysis.costs`."""
         return costs(self.anatomy, self.plan, counts, past, held)
 
     def __str__(self) -> str:

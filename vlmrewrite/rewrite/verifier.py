@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
-from vlmrewrite.analysis import Anatomy, axis, fake, same, value, where
+from vlmrewrite.analysis import Anatomy, axis, same, value, where
 from vlmrewrite.plan import All, TokenSet
 from vlmrewrite.rewrite.legalize import Rewritten
 
@@ -61,7 +61,8 @@ def propagate_fakes(
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         if any(isinstance(x, Tensor) and x.is_meta for x in arguments):  # then what the host adds is not there either
             arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
-        _Propagation(anatomy, rewritten, size).run(*(fake(x, mode) for x in arguments))
+        fakes = (mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments)
+        _Propagation(anatomy, rewritten, size).run(*fakes)
 
 
 class _Propagation(torch.fx.Interpreter):

@@ -3,7 +3,7 @@
 In: the arguments of ``forward`` and ``generate``. Out: the model's own outputs.
 """
 
-from vlmrewrite.runtime.facts import LastCall
+from vlmrewrite.runtime.facts import LastCall, Layout
 from vlmrewrite.runtime.install import SESSIONS, install_session, remove_session, session_of
 from vlmrewrite.runtime.last_call import Stage, kept_tokens, last_call, prompt_ends, routing
 from vlmrewrite.runtime.programs import trace
@@ -12,6 +12,7 @@ from vlmrewrite.runtime.session import Session
 __all__ = [
     "SESSIONS",
     "LastCall",
+    "Layout",
     "Session",
     "Stage",
     "install",

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -163,11 +163,25 @@ class Given:
         return call, {name: fact for name, fact in found.items() if isinstance(fact, str)}
 
 
+class Layout(NamedTuple):
+    """What a tensor is but for its numbers."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @classmethod
+    def of(cls, x: Any) -> Any:
+        """The layout of a tensor; anything else as it is."""
+        return cls(tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
+
+
 @dataclass(frozen=True)
 class LastCall:
     """A call with an image that has run: what ran, what came out of it, the call, and what it was given.
 
-    ``inputs`` are the captured graph's flat inputs, a :class:`vlmrewrite.analysis.Layout` for each tensor;
+    ``inputs`` are the captured graph's flat inputs, a :class:`Layout` for each tensor;
     ``autocast`` the dtype that operators were cast to, or None.
     """
 

@@ -68,7 +68,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         for name in ("past_key_values", "use_cache", "return_dict"):
             kwargs.pop(name, None)
         with contextlib.suppress(_Stop):
-            captures_of(model).run(runner, model, PositionCache(), given.images, kwargs)
+            captures_of(model).call(runner, model, PositionCache(), kwargs, given.images)
     graph, flat = found[0]
     vision, call = vision_mask(graph, flat), None
     if vision.is_meta:

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from transformers.utils.generic import ModelOutput
 
 from vlmrewrite import capture
-from vlmrewrite.analysis import Layout
 from vlmrewrite.capture import Graph, captures_of
 from vlmrewrite.compiler import compile
 from vlmrewrite.hf import Encoding, refuse_packed, tidy, wants_cache, without_full_mask
@@ -25,7 +24,7 @@ from vlmrewrite.lower import DecodeStep, Executable, compiled, lower, positioned
 from vlmrewrite.ops import Backend, Kernels, choose, resolve
 from vlmrewrite.plan import All, Pass, Plan
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.runtime.facts import Given, LastCall, Latest, Prompt, Tally, current_prompt, prompt_of
+from vlmrewrite.runtime.facts import Given, LastCall, Latest, Layout, Prompt, Tally, current_prompt, prompt_of
 from vlmrewrite.runtime.programs import graph_program, vision_mask
 
 
@@ -121,11 +120,12 @@ class Session:
         if self.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
             kwargs = kwargs | {"logits_to_keep": 0}
         one = captures_of(model)
-        before = one.call.graphs
-        out = one.run(functools.partial(self._run, given), model, cache, given.images, kwargs)
-        if one.call.graphs > before and one.call.graphs >= one.call.limit - 2:
+        before = len(one.call.graphs)
+        out = one.call(functools.partial(self._run, given), model, cache, kwargs, given.images)
+        graphs, limit = len(one.call.graphs), capture.limit()
+        if graphs > before and graphs >= limit - 2:
             warnings.warn(
-                f"{one.call.graphs} graphs of {type(model).__name__} were captured; {one.call.limit} is the limit"
+                f"{graphs} graphs of {type(model).__name__} were captured; {limit} is the limit"
                 " (the larger of vlmrewrite's and torch._dynamo.config.recompile_limit)",
                 stacklevel=3,
             )
@@ -193,4 +193,4 @@ def _compiled_text(model: nn.Module, cache: PositionCache, kwargs: dict[str, Any
 
     if not reserved:
         cache.contiguous()
-    return captures_of(model).run_text(runner, model, cache, kwargs)
+    return captures_of(model).text(runner, model, cache, kwargs, None)

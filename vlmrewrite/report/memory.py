@@ -13,23 +13,11 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlmrewrite.compat import tree_leaves
+from vlmrewrite.lower import lower
+from vlmrewrite.runtime import Layout, Session
 
 _CUDA_BLOCK = 512
 """PyTorch's CUDA allocator hands out multiples of it."""
-
-
-class Layout(NamedTuple):
-    """What a tensor is but for its numbers."""
-
-    shape: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    device: torch.device
-
-    @classmethod
-    def of(cls, x: Any) -> Any:
-        """The layout of a tensor; anything else as it is."""
-        return cls(tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
 
 
 class LiveBytes(TorchDispatchMode):
@@ -99,7 +87,7 @@ def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequ
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         graphs = (head, *(t.graph for t in tails))
         weights = [mode.from_tensor(x) for gm in graphs for x in (*gm.parameters(), *gm.buffers())]
-        given, *more = ([fake(x, mode) for x in a] for a in (arguments, *(t.arguments for t in tails)))
+        given, *more = ([_fake(x, mode) for x in a] for a in (arguments, *(t.arguments for t in tails)))
         live = LiveBytes()
         live.give(weights)
         with live:
@@ -109,8 +97,26 @@ def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequ
     return live.peak
 
 
-def fake(x: Any, mode: FakeTensorMode) -> Any:
-    """A fake tensor for a tensor or, if the mode is on, a layout; anything else as it is."""
+def _fake(x: Any, mode: FakeTensorMode) -> Any:
     if isinstance(x, Layout):
         return torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device)
     return mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x
+
+
+def peak_memory(session: Session) -> dict[str, int]:
+    """Peak bytes of the decoder's graph in the last call with an image, before and after.
+
+    Raises:
+        ValueError: there was none yet.
+    """
+    latest = session.last()
+    device = latest.call.vision.device
+    before = lower(latest.executable.program.captured, session.kernels, device).graph_module
+    program, (first, *more) = latest.executable.program, latest.executable.graphs
+    arguments, tails = program.arguments(latest.inputs, latest.call), list[Tail]()
+    if (parted := program.dispatch) is not None:
+        arguments = [*latest.inputs, *map(latest.call.fill, parted.extras)]
+        given = (parted.tail_arguments(i, latest.inputs, latest.call) for i in latest.result.ran)
+        tails = [Tail(more[i], g, parted.takes[i]) for i, g in zip(latest.result.ran, given, strict=True)]
+    with torch.autocast(device.type, latest.autocast, enabled=latest.autocast is not None):
+        return {"before": peak_bytes(before, latest.inputs), "after": peak_bytes(first, arguments, tails)}
