@@ -230,12 +230,18 @@ def test_an_empty_cache_is_exchanged_and_others_refused(llava):
         model(input_ids=torch.tensor([[9]]), past_key_values=mine)
 
 
-def test_attentions_and_hidden_states_are_refused(llava):
+def test_attentions_and_hidden_states_are_refused(llava, monkeypatch):
     model, inputs = llava.model, llava.inputs(ONE, seed=13)
     with vr.applied(model, SOME):
         for name in ("output_attentions", "output_hidden_states"):
             with pytest.raises(NotImplementedError, match=name):
                 model(**inputs, **{name: True})
+        for config in (model.config, model.config.text_config):
+            monkeypatch.setattr(config, "output_hidden_states", True)
+            with pytest.raises(NotImplementedError, match=r"output_hidden_states=True \(in the config\)"):
+                model(**inputs)
+            assert model(**inputs, output_hidden_states=False).logits.shape[:2] == inputs["input_ids"].shape
+            monkeypatch.undo()
 
 
 def test_assisted_decoding(llava):

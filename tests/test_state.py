@@ -10,6 +10,7 @@ from transformers import LogitsProcessor, LogitsProcessorList
 
 import vlmrewrite as vr
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Random, ShortV, Stride, ViCA
+from vlmrewrite.runtime import prompt_ends
 from vlmrewrite.testing.models import FAMILIES, Row
 
 
@@ -117,6 +118,20 @@ def test_without_a_mask_padding_is_none_of_the_prompt(llava, cache, beams):
             kept.append((tokens, [s.vision for s in vr.kept_tokens(model)]))
     assert torch.equal(kept[0][0], kept[1][0])
     assert all(map(torch.equal, kept[0][1], kept[1][1]))
+
+
+@torch.no_grad()
+def test_prompt_ends_of_no_prompt(llava):
+    inputs = llava.inputs([Row(1, 2, 3), Row(1, 2, 3)])
+    with vr.applied(llava.model, [FastV(keep=2, at=1)]):
+        for wrong in (torch.tensor([[20, 20]]), torch.tensor([-1, 20]), torch.tensor([1.0, 2.0])):
+            with pytest.raises(ValueError, match="expected a column of each row"), prompt_ends(llava.model, wrong):
+                pass
+        with (
+            prompt_ends(llava.model, torch.tensor([20, 20, 20])),
+            pytest.raises(ValueError, match="ends of 3 prompts were given for a call of 2 rows"),
+        ):
+            llava.model(**inputs)
 
 
 # ---- a decoder that two models share

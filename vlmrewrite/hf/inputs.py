@@ -24,12 +24,15 @@ def tidy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
         NotImplementedError: attentions or hidden states are asked for, or there is a video.
     """
     kwargs = dict(zip(_argument_names(type(model).forward), args, strict=False)) | kwargs
+    config: Any = model.config
     for name in ("output_attentions", "output_hidden_states"):
-        if kwargs.get(name):
+        asked = kwargs.pop(name, None)
+        set_in_config = asked is None and any(getattr(c, name, False) for c in (config, config.get_text_config()))
+        if asked or set_in_config:
             raise NotImplementedError(
-                f"{name}=True is not available while a recipe is applied; restore the model first"
+                f"{name}=True{' (in the config)' * set_in_config} is not available while a recipe is applied; restore"
+                " the model first"
             )
-        kwargs.pop(name, None)
     return encode_images(model, kwargs)
 
 

@@ -140,7 +140,8 @@ class Given:
             config: the model's.
 
         Raises:
-            ValueError: the encoder's features are wanted, and the images were encoded elsewhere.
+            ValueError: the encoder's features are wanted, and the images were encoded elsewhere; or the prompts whose
+                end is known are not the call's.
         """
         found: dict[str, Tensor | str] = {}
         padding = end = ends = None
@@ -148,7 +149,9 @@ class Given:
             padding = self.mask[:, -vision.shape[1] :].bool().to(vision.device)
         if "encoder_features" in wants:
             found["encoder_features"] = encoder_features(self.encodings, self.images)
-        if self.end is not None and not len(vision) % len(self.end):
+        if self.end is not None:
+            if len(vision) % len(self.end):
+                raise ValueError(f"ends of {len(self.end)} prompts were given for a call of {len(vision)} rows")
             copies = len(vision) // len(self.end)  # beams, or several sequences of a prompt
             end = self.end.to(vision.device).repeat_interleave(copies) - self.past
             here = (end >= 0) & (end < vision.shape[1])

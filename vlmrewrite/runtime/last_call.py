@@ -48,8 +48,10 @@ def prompt_ends(model: nn.Module, column: Tensor) -> Iterator[None]:
         column: of each row's last prompt token, int64 [B].
 
     Raises:
-        ValueError: no recipe is applied.
+        ValueError: no recipe is applied, or these are no columns; a call in the block has not as many rows.
     """
+    if column.dim() != 1 or column.is_floating_point() or bool((column < 0).any()):
+        raise ValueError(f"prompts end at {column}; expected a column of each row, int64 [B]")
     with prompt_of((session_of(model), "forward"), Prompt(column)):
         yield
 
