@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.plan.budget import Budget, Depth, layer_index, tokens_kept
-from vlmrewrite.plan.interface import frozen_pass
+from vlmrewrite.plan.pipeline import frozen_pass
 
 BUDGET = r"expected an int >= 1 \(tokens per image\) or a float in \(0, 1\]"
 DEPTH = r"expected an int >= 0 \(layer\) or a float in \[0, 1\)"

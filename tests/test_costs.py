@@ -9,7 +9,7 @@ from transformers import Phi3Config
 
 import vlmrewrite as vr
 from vlmrewrite.passes import DAPE, STS, Random, Stride
-from vlmrewrite.plan.interface import frozen_pass
+from vlmrewrite.plan.pipeline import frozen_pass
 from vlmrewrite.plan.tokens import All, Image, Text
 from vlmrewrite.plan.vocabulary import LayerPlan
 from vlmrewrite.testing.models import Row, _decoder, _llava

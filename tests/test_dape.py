@@ -20,8 +20,8 @@ from vlmrewrite.passes.dape import regions
 from vlmrewrite.passes.dape.blocks import Detail, Matching
 from vlmrewrite.passes.dape.matching import gains
 from vlmrewrite.plan.plan import Plan
-from vlmrewrite.plan.policy import Policy
 from vlmrewrite.plan.tokens import Text, Vision
+from vlmrewrite.plan.vocabulary import Policy
 from vlmrewrite.runtime.install import session_of
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import logits_agreement

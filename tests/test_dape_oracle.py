@@ -19,10 +19,9 @@ from vlmrewrite.oracle import hooks, layer_masks
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
 from vlmrewrite.passes.dape import blocks, ops, technique
 from vlmrewrite.passes.dape.regions import density
-from vlmrewrite.plan.interface import frozen_pass
-from vlmrewrite.plan.policy import Policy
+from vlmrewrite.plan.pipeline import frozen_pass
 from vlmrewrite.plan.tokens import Vision
-from vlmrewrite.plan.vocabulary import Edit
+from vlmrewrite.plan.vocabulary import Edit, Policy
 from vlmrewrite.testing import models, strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import Row

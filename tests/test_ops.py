@@ -16,8 +16,8 @@ from vlmrewrite.ops.scoring import top_attention
 from vlmrewrite.passes.random import random_sample
 from vlmrewrite.passes.stride import stride_sample
 from vlmrewrite.passes.sts import EPSILON, sts_sample
-from vlmrewrite.plan.policy import Policy
 from vlmrewrite.plan.tokens import Text, Vision
+from vlmrewrite.plan.vocabulary import Policy
 from vlmrewrite.testing.models import FAMILIES, Row
 from vlmrewrite.testing.strategies import Sets
 

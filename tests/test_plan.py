@@ -11,11 +11,10 @@ from hypothesis import strategies as st
 
 from tests.small import planned
 from vlmrewrite.passes import STS, Random, Stride
-from vlmrewrite.plan.call import Call
-from vlmrewrite.plan.counts import TokenCounts
+from vlmrewrite.plan.call import Call, TokenCounts
 from vlmrewrite.plan.plan import Plan
-from vlmrewrite.plan.policy import Policy
 from vlmrewrite.plan.tokens import All, Image, Last, Nothing, Text, Vision, contains, substitute
+from vlmrewrite.plan.vocabulary import Policy
 
 SOME = Policy("some", print)
 

@@ -14,8 +14,8 @@ from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 import vlmrewrite as vr
 from vlmrewrite.oracle import hooks, layer_masks
 from vlmrewrite.passes import STS, FastV, Random, Stride
-from vlmrewrite.plan.policy import Policy
 from vlmrewrite.plan.tokens import All, Image, Text, Vision
+from vlmrewrite.plan.vocabulary import Policy
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement, logits_agreement
 from vlmrewrite.testing.models import FAMILIES, Row

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Random, Stride
 from vlmrewrite.plan.budget import Budget, layer_index, tokens_kept
-from vlmrewrite.plan.interface import frozen_pass
+from vlmrewrite.plan.pipeline import frozen_pass
 from vlmrewrite.recipe import Recipe, shipped_recipes
 from vlmrewrite.registry import find_pass, known_passes
 

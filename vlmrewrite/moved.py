@@ -10,7 +10,7 @@ from typing import Any
 
 MOVED = {
     "blocks": ("plan.blocks", "hf.decoder"),
-    "budget": ("plan.budget", "plan.interface"),
+    "budget": ("plan.budget", "plan.pipeline"),
     "cache": ("kvcache",),
     "call": ("plan.call",),
     "choice": ("ops.choice",),
@@ -28,7 +28,7 @@ MOVED = {
     "testing.interleaving": ("testing.triton.interleaving",),
     "testing.interpreter": ("testing.triton.interpreter",),
     "testing.oracle": ("oracle.hooks", "oracle.masks"),
-    "tokens": ("plan.tokens", "plan.policy"),
+    "tokens": ("plan.tokens", "plan"),
     "traced": ("runtime.programs",),
     "words": ("plan.vocabulary",),
 }

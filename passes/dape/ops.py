@@ -38,7 +38,7 @@ def dape_cover(
         prompt: the prompt's text tokens, bool [B, T].
         flat: ``row * T + column`` of each vision token, int64 [F].
         grid: rows and columns of each image, int64 [I, 2], on the CPU.
-        member, lengths, keep: see :class:`vlmrewrite.plan.policy.Policy`; all tokens are members.
+        member, lengths, keep: see :class:`vlmrewrite.plan.Policy`; all tokens are members.
         weights: of :class:`Matching`, or none; see :func:`gains`.
 
     Returns:

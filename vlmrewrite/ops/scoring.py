@@ -58,7 +58,7 @@ def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[T
     """The loop of a policy that looks at each image for itself.
 
     Args:
-        member, lengths, keep: what the policy was given, see :class:`vlmrewrite.plan.policy.Policy`.
+        member, lengths, keep: what the policy was given, see :class:`vlmrewrite.plan.Policy`.
         choose: called as ``choose(left, k, i)`` for image ``i`` with the tokens that are left of it, int64 [m],
             ascending indices into F, and how many to choose, 1 <= k <= m; returns positions in ``left``, int64 [k].
 
@@ -92,7 +92,7 @@ def top_attention(weights: Tensor, member: Tensor, lengths: Tensor, keep: Tensor
 
     Args:
         weights: float [F]; NaN is larger than any number, as in ``torch.sort``.
-        member, lengths, keep: see :class:`vlmrewrite.plan.policy.Policy`.
+        member, lengths, keep: see :class:`vlmrewrite.plan.Policy`.
 
     Returns:
         the chosen tokens, bool [F].
@@ -104,7 +104,7 @@ def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name:
     """What a policy chose, if that is what it was asked for.
 
     Args:
-        chosen: bool [F]. member, lengths, keep: what the policy was given, see :class:`vlmrewrite.plan.policy.Policy`.
+        chosen: bool [F]. member, lengths, keep: what the policy was given, see :class:`vlmrewrite.plan.Policy`.
         name: of the policy.
 
     Raises:

@@ -59,7 +59,7 @@ def _indexed(tokens: Tensor) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True)
 class _Inputs:
-    """What the edit asks for; see :class:`vlmrewrite.plan.Inputs`."""
+    """What the edit asks for; see :class:`vlmrewrite.plan.needs.Inputs`."""
 
     edit: EditMask
     x: Tensor

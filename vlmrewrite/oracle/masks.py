@@ -55,7 +55,7 @@ class EditMask:
     Attributes:
         tokens: whose hidden states it replaces, bool [B, n].
         op: see :class:`vlmrewrite.plan.vocabulary.Edit`; an operator of the dialect stands for its reference.
-        needs: the inputs it wants, see :class:`vlmrewrite.plan.policy.Policy`.
+        needs: the inputs it wants, see :class:`vlmrewrite.plan.Policy`.
         text: the text tokens, bool [B, n].
         vision: the vision tokens, bool [B, n].
         last: column of each row's last prompt token, int64 [B].

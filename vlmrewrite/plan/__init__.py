@@ -6,36 +6,17 @@ Nothing here knows of graphs.
 
 from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy, Weights, build
 from vlmrewrite.plan.budget import Budget, Depth, Layers, check_depth, chosen_layers, layer_index, tokens_kept
-from vlmrewrite.plan.call import Call, Extra
-from vlmrewrite.plan.counts import TokenCounts, describe
-from vlmrewrite.plan.interface import Pass, frozen_pass
+from vlmrewrite.plan.call import Call, Extra, TokenCounts, describe
 from vlmrewrite.plan.listing import events
-from vlmrewrite.plan.needs import FEATURES, NEEDS, Inputs
-from vlmrewrite.plan.pipeline import Outcome, run_passes
+from vlmrewrite.plan.needs import FEATURES, NEEDS
+from vlmrewrite.plan.pipeline import Outcome, Pass, frozen_pass, run_passes
 from vlmrewrite.plan.plan import Plan
-from vlmrewrite.plan.policy import Policy
-from vlmrewrite.plan.tokens import (
-    All,
-    Difference,
-    Image,
-    Intersection,
-    Last,
-    Nothing,
-    Pair,
-    Selection,
-    Text,
-    TokenSet,
-    Union,
-    Vision,
-    contains,
-    difference,
-    intersection,
-    substitute,
-    text_part,
-    union,
-    vision_part,
-)
-from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan
+from vlmrewrite.plan.tokens import All, Image, Last, Nothing, Pair, Selection, Text, TokenSet, Vision, contains
+from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
+
+union, intersection, difference = TokenSet.__or__, TokenSet.__and__, TokenSet.__sub__
+text_part, vision_part = TokenSet.text_part, TokenSet.vision_part
+"""What token sets can do, as functions."""
 
 __all__ = [
     "ATTRIBUTE",
@@ -47,12 +28,9 @@ __all__ = [
     "Call",
     "Chooser",
     "Depth",
-    "Difference",
     "Edit",
     "Extra",
     "Image",
-    "Inputs",
-    "Intersection",
     "Last",
     "LayerCopy",
     "LayerPlan",
@@ -67,7 +45,6 @@ __all__ = [
     "Text",
     "TokenCounts",
     "TokenSet",
-    "Union",
     "Vision",
     "Weights",
     "build",
@@ -81,8 +58,6 @@ __all__ = [
     "intersection",
     "layer_index",
     "run_passes",
-    "substitute",
-    "text_part",
     "tokens_kept",
     "union",
     "vision_part",

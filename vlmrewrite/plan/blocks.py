@@ -21,7 +21,6 @@ class Block(Protocol):
 
     def build(self, model: nn.Module) -> nn.Module:
         """The module, with the dtype and on the device of the model's decoder."""
-        ...
 
 
 @dataclass(frozen=True)

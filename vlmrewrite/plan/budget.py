@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, TypeGuard
 
 from pydantic import PlainValidator
 
@@ -23,13 +23,15 @@ def _budget(value: object) -> int | float:
     raise ValueError(f"expected {_BUDGET}, got {shown(value)}")
 
 
+def _is_depth(value: object) -> TypeGuard[int | float]:
+    return (type(value) is int and value >= 0) or (isinstance(value, float) and 0 <= value < 1)
+
+
 def check_depth(value: object, alternative: str = "") -> int | float:
     """The value, if it is a :data:`Depth`; ``alternative`` is what else the error says was expected."""
-    if type(value) is int and value >= 0:
-        return value
-    if isinstance(value, float) and 0 <= value < 1:
-        return float(value)
-    raise ValueError(f"expected {_DEPTH}{alternative}, got {shown(value)}")
+    if not _is_depth(value):
+        raise ValueError(f"expected {_DEPTH}{alternative}, got {shown(value)}")
+    return value if isinstance(value, int) else float(value)
 
 
 Budget = Annotated[int | float, PlainValidator(_budget)]
@@ -48,12 +50,8 @@ def _layers(value: object) -> tuple[int | float, ...] | float:
     if isinstance(value, float) and 0 < value <= 1:
         return float(value)
     if isinstance(value, list | tuple) and all(map(_is_depth, value)) and len(set(value)) == len(value):
-        return tuple(at if isinstance(at, int) else float(at) for at in value)
+        return tuple(map(check_depth, value))
     raise ValueError(f"expected {_LAYERS}, got {shown(value)}")
-
-
-def _is_depth(value: object) -> bool:
-    return (type(value) is int and value >= 0) or (isinstance(value, float) and 0 <= value < 1)
 
 
 Layers = Annotated[Sequence[int | float] | float, PlainValidator(_layers)]

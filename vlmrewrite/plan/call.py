@@ -1,4 +1,4 @@
-"""One call of a rewritten model as the host sees it: which tokens are vision, text or padding, image by image."""
+"""One call of a rewritten model as the host sees it: which tokens are what, image by image, and how many."""
 
 from __future__ import annotations
 
@@ -6,19 +6,87 @@ import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from vlmrewrite.plan.budget import tokens_kept
-from vlmrewrite.plan.counts import TokenCounts
-from vlmrewrite.plan.tokens import All, Image, Last, Selection, Text, TokenSet, Vision, fold
+from vlmrewrite.plan.tokens import All, Image, Last, Pair, Selection, Text, TokenSet, Vision, contains, has_text
 
 
 def _on_host(numbers: Sequence[int]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
+
+
+def describe(counts: TokenCounts) -> str:
+    """A call in one line."""
+    rows, images = len(counts.text), len(counts.images)
+    return (
+        f"{rows} row{'s' * (rows != 1)} of {counts.length} tokens, {images} image{'s' * (images != 1)},"
+        f" {sum(counts.images)} vision tokens" + (", padded" if counts.padded else "")
+    )
+
+
+@dataclass(frozen=True)
+class TokenCounts:
+    """What the host knows of one call before it runs: int only, no tensors.
+
+    Args:
+        length: T, tokens of the logical sequence that this call adds.
+        text: text tokens of each row.
+        images: vision tokens of each image, rows in order.
+        rows: the row of each image.
+        ordinals: number of each image within its row.
+        padded: whether any row has padding.
+        overlap: whether a row's last prompt token is a vision token, and so counts as text too.
+    """
+
+    length: int
+    text: tuple[int, ...]
+    images: tuple[int, ...]
+    rows: tuple[int, ...]
+    ordinals: tuple[int, ...]
+    padded: bool
+    overlap: bool = False
+
+    def per_image(self, s: TokenSet) -> tuple[tuple[int, ...], bool]:
+        """Members among each image's tokens, and whether that is exact or an upper bound."""
+        s = s.vision_part()
+        if isinstance(s, Selection):
+            left, exact = self.per_image(s.source)
+            return tuple(min(m, tokens_kept(s.keep, n)) for m, n in zip(left, self.images, strict=True)), exact
+        if not isinstance(s, Pair):
+            each = zip(self.images, self.ordinals, strict=True)
+            return tuple(n if s in (Vision, Image(ordinal)) else 0 for n, ordinal in each), True
+        (a, exact_a), (b, exact_b) = self.per_image(s.left), self.per_image(s.right)
+        if s.symbol == "|":
+            both = tuple(min(x + y, n) for x, y, n in zip(a, b, self.images, strict=True))
+            return both, exact_a and exact_b and not (any(a) and any(b))
+        if s.symbol == "&":
+            return tuple(map(min, a, b)), not (any(a) and any(b))
+        if exact_a and exact_b and contains(s.left, s.right):
+            return tuple(map(operator.sub, a, b)), True
+        return a, exact_a and not any(b)
+
+    def per_row(self, s: TokenSet) -> tuple[tuple[int, ...], bool]:
+        """Members in each row, and whether that is exact or an upper bound."""
+        if s in (Last, All):
+            return (1 if s == Last else self.length,) * len(self.text), True
+        (images, exact), with_text = self.per_image(s), has_text(s)
+        rows = list(self.text) if with_text else [0] * len(self.text)
+        for row, n in zip(self.rows, images, strict=True):
+            rows[row] += n
+        return tuple(min(n, self.length) for n in rows), exact and not (self.overlap and with_text and any(images))
+
+    def size(self, s: TokenSet) -> int:
+        """n: length of the set's index, the same for all rows."""
+        return max(self.per_row(s)[0])
+
+    def dense(self, s: TokenSet) -> bool:
+        """Whether the index holds nothing but members in every row."""
+        rows, exact = self.per_row(s)
+        return exact and len(set(rows)) == 1 and not (s == All and self.padded)
 
 
 @dataclass
@@ -48,17 +116,6 @@ class Call:
         found, given = len(self.flat), sum(self.feature_lengths)
         if found != given:
             raise ValueError(f"image features and image tokens do not match: {found} image tokens, {given} features")
-        self._segments = self._images()
-
-    def _images(self) -> list[tuple[int, int]]:
-        """(row, tokens) of each image: an entry of the tower's output, cut where other tokens stand in between."""
-        flat = self.flat.cpu()
-        entry = _on_host(range(len(self.feature_lengths))).repeat_interleave(_on_host(self.feature_lengths))
-        if not len(flat):
-            return []
-        cut = (flat[1:] != flat[:-1] + 1) | (entry[1:] != entry[:-1]) | (flat[1:] % self.length == 0)
-        starts = [0, *(cut.nonzero()[:, 0] + 1).tolist(), len(flat)]
-        return [(int(flat[a]) // self.length, b - a) for a, b in pairwise(starts)]
 
     @property
     def length(self) -> int:
@@ -79,13 +136,17 @@ class Call:
 
     @cached_property
     def counts(self) -> TokenCounts:
-        """The counts."""
-        rows = [row for row, _ in self._segments]
+        """The counts; an image is an entry of the tower's output, cut where other tokens stand in between."""
+        flat = self.flat.cpu()
+        entry = _on_host(range(len(self.feature_lengths))).repeat_interleave(_on_host(self.feature_lengths))
+        cut = (flat[1:] != flat[:-1] + 1) | (entry[1:] != entry[:-1]) | (flat[1:] % self.length == 0)
+        images = [image for image in flat.tensor_split(cut.nonzero()[:, 0] + 1) if len(image)]
+        rows = [int(image[0]) // self.length for image in images]
         *text, overlap = torch.cat([self.text.sum(1), (self.vision & self.text).any()[None]]).tolist()  # at once
         return TokenCounts(
             length=self.length,
             text=tuple(text),
-            images=tuple(n for _, n in self._segments),
+            images=tuple(map(len, images)),
             rows=tuple(rows),
             ordinals=tuple(rows[:i].count(row) for i, row in enumerate(rows)),
             padded=self.padding is not None,
@@ -143,37 +204,29 @@ class Call:
 
     def members(self, s: TokenSet, chosen: Mapping[Selection, Tensor]) -> Tensor:
         """A token set as bool [B, T], given what each selection in it chose (bool [F])."""
-
-        def leaf(x: TokenSet) -> Tensor:
-            if isinstance(x, (Selection, Image)):
-                which = chosen[x] if isinstance(x, Selection) else self.image_of_token == x.index
-                return torch.zeros_like(self.vision).masked_scatter(self.vision, which)
-            if x == Last:
-                return torch.zeros_like(self.vision).scatter(1, self.last, self.last_valid)
-            known = {All: self.everywhere_valid, Text: self.text, Vision: self.vision}
-            return known.get(x, torch.zeros_like(self.vision))
-
-        members: Tensor = fold(s, leaf, operator.or_, operator.and_, lambda a, b: a & ~b)
-        return members
+        if isinstance(s, Pair):
+            left, right = self.members(s.left, chosen), self.members(s.right, chosen)
+            return left | right if s.symbol == "|" else left & (~right if s.symbol == "-" else right)
+        if isinstance(s, (Selection, Image)):
+            which = chosen[s] if isinstance(s, Selection) else self.image_of_token == s.index
+            return torch.zeros_like(self.vision).masked_scatter(self.vision, which)
+        if s == Last:
+            return torch.zeros_like(self.vision).scatter(1, self.last, self.last_valid)
+        known: dict[TokenSet, Tensor] = {All: self.everywhere_valid, Text: self.text, Vision: self.vision}
+        return known.get(s, torch.zeros_like(self.vision))
 
     def fill(self, extra: Extra) -> Any:
         """The value of one additional graph input."""
+        if extra.subject is None:
+            return getattr(self, extra.kind)
         if extra.kind == "size":
-            assert extra.subject is not None
             return max(1, self.counts.size(extra.subject))
         if extra.kind == "dense":
-            assert extra.subject is not None
             return self.counts.dense(extra.subject)
-        if extra.kind == "keep":
-            assert isinstance(extra.subject, Selection)
-            left, _ = self.counts.per_image(extra.subject)
-            wanted = [tokens_kept(extra.subject.keep, n) for n in self.counts.images]
-            return _on_host([min(a, b) for a, b in zip(left, wanted, strict=True)])
-        return getattr(self, extra.kind)
+        return _on_host(self.counts.per_image(extra.subject)[0])
 
 
-@dataclass(frozen=True)
-class Extra:
+class Extra(NamedTuple):
     """An input of the rewritten graph beyond the captured ones, filled in for each call by the host.
 
     ``kind`` is ``"size"`` or ``"dense"`` (of ``subject``, a token set), ``"keep"`` (of a selection), or the name of a

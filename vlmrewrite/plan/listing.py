@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from vlmrewrite.plan.tokens import Pair, Selection
 from vlmrewrite.plan.vocabulary import LayerPlan
+from vlmrewrite.text import span
 
 if TYPE_CHECKING:
     from vlmrewrite.plan.plan import Plan
@@ -14,11 +15,10 @@ if TYPE_CHECKING:
 
 def labels(plan: Plan) -> dict[Selection, str]:
     """A short name for each selection: its policy's name, numbered if needed."""
-    counts: dict[str, int] = {}
     out: dict[Selection, str] = {}
     for s in plan.selections():
-        counts[s.policy.name] = n = counts.get(s.policy.name, 0) + 1
-        out[s] = s.policy.name if n == 1 else f"{s.policy.name}{n}"
+        before = sum(other.policy.name == s.policy.name for other in out)
+        out[s] = f"{s.policy.name}{before + 1}" if before else s.policy.name
     return out
 
 
@@ -43,8 +43,8 @@ def listing(plan: Plan) -> str:
         return "\n".join([head, *(f"variant {i}:\n{v}" for i, v in enumerate(plan.variants))])
     lines = events(plan)
     for (run, keys, mlp), group in groupby(plan.layers, key=LayerPlan.sets):
-        span = [e.index for e in group]
-        where = f"layer {span[0]}" if len(span) == 1 else f"layers {span[0]}-{span[-1]}"
+        found = [e.index for e in group]
+        where = f"layer{'s' * (len(found) > 1)} {span(found)}"
         line = f"{where:<14} run_on {plan.render(run)}"
         line += "" if run == keys else f", attend_to {plan.render(keys)}"
         lines.append(line + ("" if run == mlp else f", mlp_on {plan.render(mlp)}"))

@@ -6,10 +6,9 @@ The rewrite makes it in the graph, the oracle in the eager model, by an :class:`
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
-from vlmrewrite.plan.tokens import Text, TokenSet, Vision, difference, union
+from vlmrewrite.plan.tokens import Text, TokenSet, Vision
 
 
 class Inputs(Protocol):
@@ -17,11 +16,9 @@ class Inputs(Protocol):
 
     def fact(self, name: str) -> Any:
         """A fact of the call, by the name of a field of :class:`vlmrewrite.plan.Call`."""
-        ...
 
     def features(self) -> Any:
         """The projected vision features, [F, C]."""
-        ...
 
     def attention(self, outside: bool) -> Any:
         """What the last prompt token pays to each vision token there, fp32 [F]; it sees what :attr:`Need.scores` says.
@@ -29,69 +26,60 @@ class Inputs(Protocol):
         Args:
             outside: of the vision tokens those that are not in the source or the edited set, in place of these.
         """
-        ...
 
     def stream(self) -> Any:
         """The hidden states, [B, T, H]."""
-        ...
 
     def prompt(self) -> Any:
         """The text tokens up to the last prompt token, bool [B, T]."""
-        ...
 
 
-@dataclass(frozen=True)
-class Need:
+class Need(NamedTuple):
     """One thing that can be asked for.
 
     Attributes:
-        name: as policies and edits write it.
-        what: in words, with shape and dtype.
         make: makes it.
         scores: the keys that the last prompt token is scored against, for a source or edited tokens, which the layer's
             costs count; None: nothing is read at that token.
         optional: not every model can give it.
     """
 
-    name: str
-    what: str
     make: Callable[[Inputs], Any]
     scores: Callable[[TokenSet], TokenSet] | None = None
     optional: bool = False
 
 
-def _fact(name: str, what: str, optional: bool = False) -> Need:
-    return Need(name, what, lambda x: x.fact(name), optional=optional)
+def _fact(name: str, optional: bool = False) -> Need:
+    return Need(lambda x: x.fact(name), optional=optional)
 
 
-_ALL = (
-    Need("features", "projected vision features, [F, C]", lambda x: x.features(), optional=True),
-    _fact("encoder_features", "what the projector took, [F, C']", optional=True),
-    Need(
-        "attention",
-        "weight received from the last prompt token at that layer, fp32 [F]",
-        lambda x: x.attention(outside=False),
-        scores=lambda s: union(Text, s),
-    ),
-    Need(
-        "attention_outside",
-        "the same, paid to the vision tokens that are not in the source or the edited set, fp32 [F]",
-        lambda x: x.attention(outside=True),
-        scores=lambda s: union(Text, difference(Vision, s)),
-    ),
-    _fact("ordinal", "number of each image within its row, int64 [I], on the CPU"),
-    _fact("grid", "rows and columns of each image's tokens, int64 [I, 2], on the CPU", optional=True),
-    Need("stream", "hidden states at that layer's entry, [B, T, H]", lambda x: x.stream()),
-    _fact("text", "the text tokens, bool [B, T]"),
-    Need("prompt", "the text tokens up to the last prompt token, bool [B, T]", lambda x: x.prompt()),
-    _fact("flat", "row * T + column of each vision token, int64 [F]"),
-    _fact("lengths", "tokens of each image, int64 [I], on the CPU"),
-)
+NEEDS = {
+    # Projected vision features, [F, C].
+    "features": Need(lambda x: x.features(), optional=True),
+    # What the projector took, [F, C'].
+    "encoder_features": _fact("encoder_features", optional=True),
+    # Weight received from the last prompt token at that layer, fp32 [F].
+    "attention": Need(lambda x: x.attention(outside=False), scores=lambda s: Text | s),
+    # The same, paid to the vision tokens that are not in the source or the edited set, fp32 [F].
+    "attention_outside": Need(lambda x: x.attention(outside=True), scores=lambda s: Text | (Vision - s)),
+    # Number of each image within its row, int64 [I], on the CPU.
+    "ordinal": _fact("ordinal"),
+    # Rows and columns of each image's tokens, int64 [I, 2], on the CPU.
+    "grid": _fact("grid", optional=True),
+    # Hidden states at that layer's entry, [B, T, H].
+    "stream": Need(lambda x: x.stream()),
+    # The text tokens, bool [B, T].
+    "text": _fact("text"),
+    # The text tokens up to the last prompt token, bool [B, T].
+    "prompt": Need(lambda x: x.prompt()),
+    # row * T + column of each vision token, int64 [F].
+    "flat": _fact("flat"),
+    # Tokens of each image, int64 [I], on the CPU.
+    "lengths": _fact("lengths"),
+}
+"""Every :class:`Need`, as policies and edits write it."""
 
-NEEDS = {need.name: need for need in _ALL}
-"""Every :class:`Need`, by name."""
-
-FEATURES = tuple(need.name for need in _ALL if need.optional)
+FEATURES = tuple(name for name, need in NEEDS.items() if need.optional)
 """Facts about the images that not every model can give."""
 
 

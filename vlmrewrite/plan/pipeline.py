@@ -1,16 +1,75 @@
-"""Passes, in order, on a plan."""
+"""What a pass is, a frozen dataclass that refuses or changes a plan; and passes, in order, on a plan."""
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform, runtime_checkable
 
-from vlmrewrite.plan.interface import Pass
+import pydantic
+
+from vlmrewrite.errors import explain
 from vlmrewrite.plan.plan import Plan
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
+
+@dataclass_transform(frozen_default=True, field_specifiers=(dataclasses.field, pydantic.Field))
+def frozen_pass(cls: type[T]) -> type[T]:
+    """Turns a class into a pass: a frozen dataclass whose fields are checked strictly when it is made.
+
+    The fields are the options, in Python and in a recipe; the class attribute `name` is the pass's key in a recipe:
+
+        @frozen_pass
+        class Stride:
+            name: ClassVar[str] = "stride"
+            keep: Budget
+            at: Depth = 0
+
+    Making an instance raises a `ValueError` with one line for each field that is wrong, such as
+    `Stride.keep: expected an int >= 1 (tokens per image) or ..., got 0`.
+
+    Raises:
+        TypeError: the class has no `name` that is a string, or `name` is a field.
+    """
+    name = cls.__dict__.get("name")
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"{cls.__name__}: expected a class attribute `name: ClassVar[str]`, got {name!r}")
+    made: Any = pydantic.dataclasses.dataclass(
+        cls, frozen=True, config=pydantic.ConfigDict(extra="forbid", strict=True)
+    )
+    fields = [field.name for field in dataclasses.fields(made)]
+    if "name" in fields:
+        raise TypeError(f"{cls.__name__}: expected `name: ClassVar[str]`, got a field called 'name'")
+    init = made.__init__
+
+    @functools.wraps(init)
+    def checked(self: T, *args: object, **kwargs: object) -> None:
+        try:
+            init(self, *args, **kwargs)
+        except pydantic.ValidationError as error:
+            raise ValueError("\n".join(explain(error, cls.__name__, fields))) from None
+
+    made.__init__ = checked
+    return made  # type: ignore[no-any-return]
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """A technique: a frozen dataclass whose fields are its options (see :func:`frozen_pass`)."""
+
+    name: ClassVar[str]
+
+    def refuse(self, plan: Plan) -> str | None:
+        """Why this pass cannot do its work on this plan, or None."""
+
+    def change(self, plan: Plan) -> None:
+        """Say to the plan what should happen."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Outcome:
     """What became of one pass: ``reason`` says why it was refused, or is None."""
 
@@ -62,7 +121,7 @@ def _run_on_variants(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
     plan = plan.copy()
     reasons = [f"variant {i}: {o.reason}" for i, (_, (o,)) in enumerate(said) if o.reason is not None]
     if reasons:
-        return plan, replace(said[0][1][0], reason="; ".join(reasons))
+        return plan, dataclasses.replace(said[0][1][0], reason="; ".join(reasons))
     plan.variants = tuple(v for v, _ in said)
     for v in plan.variants:
         plan.blocks |= v.blocks

@@ -8,32 +8,17 @@ block and rejoin) and ``block`` (trained parameters that an edit, a policy or a 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import operator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from functools import reduce
+from functools import partial, reduce
 
 from vlmrewrite.plan.blocks import Block, LayerCopy
 from vlmrewrite.plan.budget import Budget, Depth, layer_index
 from vlmrewrite.plan.listing import labels, listing
 from vlmrewrite.plan.needs import NEEDS
-from vlmrewrite.plan.policy import Policy
-from vlmrewrite.plan.tokens import (
-    Difference,
-    Nothing,
-    Pair,
-    Selection,
-    TokenSet,
-    Union,
-    contains,
-    difference,
-    intersection,
-    selections,
-    substitute,
-    text_part,
-    union,
-    vision_part,
-)
-from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan
+from vlmrewrite.plan.tokens import Nothing, Selection, TokenSet, as_of, has_text, narrowed, selections, substitute
+from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
 
 
 @dataclass
@@ -85,7 +70,7 @@ class Plan:
         first = layer_index(at, self.depth)
         sets = [s for entry in self.layers[first:] for s in (entry.run_set, entry.keys)]
         sets += [b.tokens for b in self.branches if b.leave >= first]
-        return _as_of(reduce(union, map(vision_part, sets)), first)
+        return as_of(reduce(operator.or_, sets).vision_part(), first)
 
     def exhausted(self, at: Depth = 0) -> str | None:
         """The reason to refuse a pass that wants vision tokens from layer ``at`` on where none are left, or None."""
@@ -112,19 +97,16 @@ class Plan:
         if isinstance(keep, float) and keep == 1.0:
             return left
         chosen = left.select(policy, keep, at=layer)
+        change = partial(narrowed, left=left, chosen=chosen)
         for entry in self.layers[layer:]:
-            entry.change(lambda s: _narrowed(s, left, chosen))
-        for i, edit in enumerate(self.edits):
-            if edit.at >= layer:
-                self.edits[i] = replace(edit, tokens=_narrowed(edit.tokens, left, chosen))
-        for i, branch in enumerate(self.branches):
-            if branch.leave >= layer:
-                self.branches[i] = replace(branch, tokens=_narrowed(branch.tokens, left, chosen))
+            entry.change(change)
+        self.edits = [replace(e, tokens=change(e.tokens)) if e.at >= layer else e for e in self.edits]
+        self.branches = [replace(b, tokens=change(b.tokens)) if b.leave >= layer else b for b in self.branches]
         return chosen
 
     def widen(self, tokens: TokenSet, added: TokenSet, at: int) -> TokenSet:
         """From layer ``at`` on, go on with ``added`` wherever ``tokens`` are meant; returns both together."""
-        wider = union(tokens, added)
+        wider = tokens | added
         for entry in self.layers[at:]:
             entry.change(lambda s: substitute(s, tokens, wider))
         return wider
@@ -145,7 +127,7 @@ class Plan:
         """Give the plan trained parameters of its own.
 
         Returns:
-            the block's name, for :class:`Edit`, :class:`.policy.Policy` and :meth:`branch`: the pass's name,
+            the block's name, for :class:`Edit`, :class:`Policy` and :meth:`branch`: the pass's name,
             numbered if the recipe has several, and ``part``.
         """
         name = f"{self.label}_{part}" if part else self.label
@@ -189,9 +171,8 @@ class Plan:
         first = layer_index(leave, self.depth)
         for other in self.branches:
             if first < other.rejoin and other.leave < rejoin:
-                return (
-                    f"a branch from layer {first} to {rejoin} would cross the one from {other.leave} to {other.rejoin}"
-                )
+                crossed = f"the one from {other.leave} to {other.rejoin}"
+                return f"a branch from layer {first} to {rejoin} would cross {crossed}"
         return None
 
     def branch(self, tokens: TokenSet, leave: Depth, rejoin: int, block: LayerCopy | None = None) -> Branch:
@@ -207,7 +188,7 @@ class Plan:
             ValueError: the set holds text, the layers are not in order, or another branch is open there.
         """
         first = layer_index(leave, self.depth)
-        if text_part(tokens) != Nothing or tokens == Nothing:
+        if has_text(tokens) or tokens == Nothing:
             raise ValueError(f"branch expects a set of vision tokens, got {tokens}")
         if not first <= rejoin <= self.depth:
             raise ValueError(f"a branch that leaves at layer {first} rejoins at {first} .. {self.depth}, got {rejoin}")
@@ -216,15 +197,20 @@ class Plan:
         name = None if block is None else self.block(block)
         made = Branch(tokens, first, rejoin, name, first if block is None else block.layer)
         for entry in self.layers[first:rejoin]:
-            entry.change(lambda s: difference(s, tokens))
+            entry.change(lambda s: s - tokens)
         self.branches.append(made)
         return made
 
     def sets(self) -> list[TokenSet]:
         """The distinct sets that layers, edits and branches name, in order of use."""
-        found = [s for entry in self.layers for s in entry.sets()]
-        found += [e.tokens for e in self.edits] + [b.tokens for b in self.branches]
-        return list(dict.fromkeys(found))
+        return list(dict.fromkeys(tokens for _, tokens, _ in self._uses()))
+
+    def _uses(self) -> Iterator[tuple[str, TokenSet, int]]:
+        """Where it names a set, in words, the set, and the layer whose entry that is."""
+        for entry in self.layers:
+            yield from ((f"layer {entry.index}", s, entry.index) for s in entry.sets())
+        yield from ((f"edit {e.name!r} at layer {e.at}", e.tokens, e.at) for e in self.edits)
+        yield from ((f"the branch from layer {b.leave}", b.tokens, b.leave) for b in self.branches)
 
     def selections(self) -> list[Selection]:
         """All selections in order of the layer they happen at, sources first."""
@@ -244,8 +230,8 @@ class Plan:
     @property
     def reads_last(self) -> bool:
         """Whether something in the graph is read at the last prompt token."""
-        chooses = self.chooser is not None and self.chooser.op is not None
-        return chooses or any(NEEDS[need].scores is not None for need in self.needs())
+        asked = any(NEEDS[need].scores is not None for need in self.needs())
+        return asked or (self.chooser is not None and self.chooser.op is not None)
 
     def scored(self, at: int) -> list[TokenSet]:
         """The keys that the last prompt token is scored against at a layer's entry, once for each time it is."""
@@ -266,13 +252,8 @@ class Plan:
         """Raise ValueError for a plan that has no meaning."""
         for variant in self.variants:
             variant.check()
-        for entry in self.layers:
-            for tokens in entry.sets():
-                _in_time(f"layer {entry.index}", tokens, entry.index)
-        for edit in self.edits:
-            _in_time(f"edit {edit.name!r} at layer {edit.at}", edit.tokens, edit.at)
-        for branch in self.branches:
-            _in_time(f"the branch from layer {branch.leave}", branch.tokens, branch.leave)
+        for use in self._uses():
+            _in_time(*use)
 
     def __str__(self) -> str:
         return listing(self)
@@ -283,21 +264,3 @@ def _in_time(what: str, tokens: TokenSet, layer: int) -> None:
         if s.at > layer:
             raise ValueError(f"{what} uses {s}, which is chosen later, at layer {s.at}")
         _in_time(str(s), s.source, s.at)
-
-
-def _as_of(s: TokenSet, layer: int) -> TokenSet:
-    """A vision set with selections that are made deeper than ``layer`` replaced by what they select from."""
-    if isinstance(s, Selection):
-        return _as_of(s.source, layer) if s.at > layer else s
-    if isinstance(s, Difference):  # what is taken away later has not been taken away yet
-        taken = s.right if _as_of(s.right, layer) == s.right else Nothing
-        return difference(_as_of(s.left, layer), taken)
-    if isinstance(s, Pair):
-        combine = union if isinstance(s, Union) else intersection
-        return combine(_as_of(s.left, layer), _as_of(s.right, layer))
-    return s
-
-
-def _narrowed(s: TokenSet, left: TokenSet, chosen: TokenSet) -> TokenSet:
-    vision = substitute(vision_part(s), left, chosen)
-    return union(text_part(s), vision if contains(chosen, vision) else intersection(vision, chosen))

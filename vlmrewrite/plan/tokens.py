@@ -6,37 +6,62 @@ which operators keep apart. At run time it is a boolean membership and a sorted 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from operator import add
-from typing import TYPE_CHECKING, ClassVar, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, ClassVar
 
 from vlmrewrite.plan.budget import Budget
 
 if TYPE_CHECKING:
-    from vlmrewrite.plan.policy import Policy
-
-
-T = TypeVar("T")
-Op = Callable[[T, T], T]
+    from vlmrewrite.plan.vocabulary import Policy
 
 
 @dataclass(frozen=True)
 class TokenSet:
-    """Base of all token sets; combine with ``|``, ``&`` and ``-``, narrow with :meth:`select`."""
+    """Base of all token sets; combine with ``|``, ``&`` and ``-``, narrow with :meth:`select`.
+
+    What the operators return is simplified to a text part and a vision part.
+    """
 
     def __or__(self, other: TokenSet) -> TokenSet:
-        return union(self, other)
+        text = max(self.text_part(), other.text_part(), key=_TEXTS.index)
+        return _joined(text, _either(self.vision_part(), other.vision_part()))
 
     def __and__(self, other: TokenSet) -> TokenSet:
-        return intersection(self, other)
+        text = min(self.text_part(), other.text_part(), key=_TEXTS.index)
+        return _joined(text, _both(self.vision_part(), other.vision_part()))
 
     def __sub__(self, other: TokenSet) -> TokenSet:
-        return difference(self, other)
+        """The tokens that are not in the other set.
+
+        Raises:
+            ValueError: the text without its last token is asked for, which no layer could do anything with.
+        """
+        text, less = self.text_part(), other.text_part()
+        if text == Text and less == Last:
+            raise ValueError(
+                f"{self} - {other} would drop the last prompt token; expected all text or none to be taken away"
+            )
+        return _joined(Nothing if less != Nothing else text, _without(self.vision_part(), other.vision_part()))
+
+    def text_part(self) -> TokenSet:
+        """The text tokens of the set: Text, Last or Nothing."""
+        if isinstance(self, Union):
+            return max(self.left.text_part(), self.right.text_part(), key=_TEXTS.index)
+        return Text if self == All else self if self in _TEXTS else Nothing
+
+    def vision_part(self) -> TokenSet:
+        """The vision tokens of the set, as an expression over vision tokens alone."""
+        if isinstance(self, Union):
+            return _either(self.left.vision_part(), self.right.vision_part())
+        return Vision if self == All else Nothing if self in _TEXTS else self
 
     def expression(self, names: Mapping[Selection, str]) -> str:
         """The set as text, selections by the names given or, without one, spelled out."""
-        return str(self)
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.expression({})
 
     def select(self, policy: Policy, keep: Budget, *, at: int = 0) -> Selection:
         """Choose ``keep`` tokens per image (int), or a fraction of each image's tokens (float), at layer ``at``.
@@ -50,43 +75,29 @@ class TokenSet:
 
 
 @dataclass(frozen=True)
-class _All(TokenSet):
-    """Every token, padding included."""
+class _Word(TokenSet):
+    word: str
 
-    def __str__(self) -> str:
-        return "All"
-
-
-@dataclass(frozen=True)
-class _Text(TokenSet):
-    """Every token that is neither vision nor padding, and the last prompt token whatever it is."""
-
-    def __str__(self) -> str:
-        return "Text"
+    def expression(self, names: Mapping[Selection, str]) -> str:
+        return self.word
 
 
-@dataclass(frozen=True)
-class _Vision(TokenSet):
-    """Every vision token."""
+All = _Word("All")
+"""Every token, padding included."""
 
-    def __str__(self) -> str:
-        return "Vision"
+Text = _Word("Text")
+"""Every token that is neither vision nor padding, and the last prompt token whatever it is."""
 
+Vision = _Word("Vision")
+"""Every vision token."""
 
-@dataclass(frozen=True)
-class _Last(TokenSet):
-    """The last prompt token of each row."""
+Last = _Word("Last")
+"""The last prompt token of each row."""
 
-    def __str__(self) -> str:
-        return "Last"
+Nothing = _Word("Nothing")
+"""No token."""
 
-
-@dataclass(frozen=True)
-class _Nothing(TokenSet):
-    """No token."""
-
-    def __str__(self) -> str:
-        return "Nothing"
+_TEXTS = (Nothing, Last, Text)
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,8 @@ class Image(TokenSet):
 
     index: int
 
-    def __str__(self) -> str:
+    def expression(self, names: Mapping[Selection, str]) -> str:
+        """Its number."""
         return f"Image({self.index})"
 
 
@@ -115,9 +127,6 @@ class Selection(TokenSet):
         options = "".join(f", {x}" for x in self.policy.options)
         return f"{_inner(self.source, names)}.{self.policy.name}({self.keep}, at={self.at}{options})"
 
-    def __str__(self) -> str:
-        return self.expression({})
-
 
 @dataclass(frozen=True)
 class Pair(TokenSet):
@@ -132,9 +141,6 @@ class Pair(TokenSet):
         both = (self.left, self.right)
         flat = (s.expression(names) if self.symbol == "|" and isinstance(s, Union) else _inner(s, names) for s in both)
         return f" {self.symbol} ".join(flat)
-
-    def __str__(self) -> str:
-        return self.expression({})
 
 
 class Union(Pair):
@@ -155,7 +161,8 @@ class Difference(Pair):
     symbol = "-"
 
 
-All, Text, Vision, Last, Nothing = _All(), _Text(), _Vision(), _Last(), _Nothing()
+OPERATORS = {"|": TokenSet.__or__, "&": TokenSet.__and__, "-": TokenSet.__sub__}
+"""What the symbol of a pair stands for."""
 
 
 def _inner(s: TokenSet, names: Mapping[Selection, str]) -> str:
@@ -163,59 +170,10 @@ def _inner(s: TokenSet, names: Mapping[Selection, str]) -> str:
     return f"({text})" if isinstance(s, Pair) else text
 
 
-def fold(s: TokenSet, leaf: Callable[[TokenSet], T], either: Op[T], both: Op[T], without: Op[T]) -> T:
-    """Interpret a set: ``leaf`` of what is no pair, put together by what ``|``, ``&`` and ``-`` mean."""
-    if not isinstance(s, Pair):
-        return leaf(s)
-    meaning = either if isinstance(s, Union) else both if isinstance(s, Intersection) else without
-    return meaning(*(fold(part, leaf, either, both, without) for part in (s.left, s.right)))
-
-
-_TEXTS = (Nothing, Last, Text)
-
-
-def text_part(s: TokenSet) -> TokenSet:
-    """The text tokens of a set: Text, Last or Nothing."""
-    if isinstance(s, Union):
-        return max(text_part(s.left), text_part(s.right), key=_TEXTS.index)
-    return Text if s == All else s if s in _TEXTS else Nothing
-
-
-def vision_part(s: TokenSet) -> TokenSet:
-    """The vision tokens of a set, as an expression over vision tokens alone."""
-    if isinstance(s, Union):
-        return _either(vision_part(s.left), vision_part(s.right))
-    return Vision if s == All else Nothing if s in _TEXTS else s
-
-
 def _joined(text: TokenSet, vision: TokenSet) -> TokenSet:
     if Nothing in (text, vision):
         return vision if text == Nothing else text
     return All if (text, vision) == (Text, Vision) else Union(text, vision)
-
-
-def union(a: TokenSet, b: TokenSet) -> TokenSet:
-    """``a | b``, simplified to a text part and a vision part."""
-    text = max(text_part(a), text_part(b), key=_TEXTS.index)
-    return _joined(text, _either(vision_part(a), vision_part(b)))
-
-
-def intersection(a: TokenSet, b: TokenSet) -> TokenSet:
-    """``a & b``, simplified to a text part and a vision part."""
-    text = min(text_part(a), text_part(b), key=_TEXTS.index)
-    return _joined(text, _both(vision_part(a), vision_part(b)))
-
-
-def difference(a: TokenSet, b: TokenSet) -> TokenSet:
-    """``a - b``, simplified to a text part and a vision part.
-
-    Raises:
-        ValueError: the text without its last token is asked for, which no layer could do anything with.
-    """
-    text, less = text_part(a), text_part(b)
-    if text == Text and less == Last:
-        raise ValueError(f"{a} - {b} would drop the last prompt token; expected all text or none to be taken away")
-    return _joined(Nothing if less != Nothing else text, _without(vision_part(a), vision_part(b)))
 
 
 def _either(a: TokenSet, b: TokenSet) -> TokenSet:
@@ -242,6 +200,15 @@ def _without(a: TokenSet, b: TokenSet) -> TokenSet:
     return a if _disjoint(a, b) else Difference(a, b)
 
 
+def _around(s: TokenSet) -> tuple[TokenSet, ...]:
+    """Sets that hold all of a vision set, by its expression."""
+    if isinstance(s, Selection):
+        return (s.source,)
+    if isinstance(s, Intersection):
+        return (s.left, s.right)
+    return (s.left,) if isinstance(s, Difference) else ()
+
+
 def _within(b: TokenSet, a: TokenSet) -> bool:
     """Whether vision set ``b`` is part of vision set ``a``, as far as the expressions alone tell."""
     if a in (b, Vision) or b == Nothing:
@@ -254,11 +221,7 @@ def _within(b: TokenSet, a: TokenSet) -> bool:
         return True
     if isinstance(a, Difference) and _within(b, a.left) and _disjoint(b, a.right):
         return True
-    if isinstance(b, Selection):
-        return _within(b.source, a)
-    if isinstance(b, Intersection):
-        return _within(b.left, a) or _within(b.right, a)
-    return isinstance(b, Difference) and _within(b.left, a)
+    return any(_within(s, a) for s in _around(b))
 
 
 def _disjoint(a: TokenSet, b: TokenSet) -> bool:
@@ -268,13 +231,9 @@ def _disjoint(a: TokenSet, b: TokenSet) -> bool:
     if isinstance(a, Image) and isinstance(b, Image):
         return a.index != b.index
     for x, y in ((a, b), (b, a)):
-        if isinstance(x, Selection) and _disjoint(x.source, y):
+        if any(_disjoint(s, y) for s in _around(x)) or (isinstance(x, Difference) and _within(y, x.right)):
             return True
         if isinstance(x, Union) and _disjoint(x.left, y) and _disjoint(x.right, y):
-            return True
-        if isinstance(x, Intersection) and (_disjoint(x.left, y) or _disjoint(x.right, y)):
-            return True
-        if isinstance(x, Difference) and (_disjoint(x.left, y) or _within(y, x.right)):
             return True
     return False
 
@@ -283,12 +242,12 @@ def contains(a: TokenSet, b: TokenSet) -> bool:
     """Whether every token of ``b`` is one of ``a``, as far as the expressions alone tell."""
     if a in (b, All):
         return True
-    return _TEXTS.index(text_part(a)) >= _TEXTS.index(text_part(b)) and _within(vision_part(b), vision_part(a))
+    return _TEXTS.index(a.text_part()) >= _TEXTS.index(b.text_part()) and _within(b.vision_part(), a.vision_part())
 
 
 def has_text(s: TokenSet) -> bool:
     """Whether the set holds text tokens."""
-    return text_part(s) != Nothing
+    return s.text_part() != Nothing
 
 
 def substitute(s: TokenSet, old: TokenSet, new: TokenSet) -> TokenSet:
@@ -300,15 +259,33 @@ def substitute(s: TokenSet, old: TokenSet, new: TokenSet) -> TokenSet:
     if s == old:
         return new
     if s == All and old == Vision:
-        return union(Text, new)
+        return Text | new
     if isinstance(s, Selection) and not any(x.at >= s.at for x in selections(new)):
-        return Selection(substitute(s.source, old, new), s.policy, s.keep, s.at)
+        return replace(s, source=substitute(s.source, old, new))
     if isinstance(s, Pair):
-        left, right = substitute(s.left, old, new), substitute(s.right, old, new)
-        return left | right if isinstance(s, Union) else left & right if isinstance(s, Intersection) else left - right
+        return OPERATORS[s.symbol](substitute(s.left, old, new), substitute(s.right, old, new))
     return s
+
+
+def narrowed(s: TokenSet, left: TokenSet, chosen: TokenSet) -> TokenSet:
+    """``s`` where of its vision tokens, so far from ``left``, only those that are ``chosen`` remain."""
+    return s.text_part() | (substitute(s.vision_part(), left, chosen) & chosen)
+
+
+def as_of(s: TokenSet, layer: int) -> TokenSet:
+    """A vision set with selections that are made deeper than ``layer`` replaced by what they select from."""
+    if isinstance(s, Selection):
+        return as_of(s.source, layer) if s.at > layer else s
+    if not isinstance(s, Pair):
+        return s
+    left, right = as_of(s.left, layer), as_of(s.right, layer)
+    if isinstance(s, Difference) and right != s.right:  # what is taken away later has not been taken away yet
+        return left
+    return OPERATORS[s.symbol](left, right)
 
 
 def selections(s: TokenSet) -> list[Selection]:
     """All selections in the expression, sources before what is selected from them."""
-    return fold(s, lambda x: [*selections(x.source), x] if isinstance(x, Selection) else [], add, add, add)
+    if isinstance(s, Pair):
+        return selections(s.left) + selections(s.right)
+    return [*selections(s.source), s] if isinstance(s, Selection) else []

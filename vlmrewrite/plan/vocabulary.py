@@ -1,4 +1,4 @@
-"""The words of a plan: what is said of one layer, of an edit, of a branch and of a choice among plans."""
+"""The words of a plan: what is said of a layer, a selection, an edit, a branch and a choice among plans."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmrewrite.plan.budget import Depth
 from vlmrewrite.plan.needs import check_needs
-from vlmrewrite.plan.tokens import All, Text, TokenSet, intersection, text_part
+from vlmrewrite.plan.tokens import All, Text, TokenSet
 
 
 class Chooser(Protocol):
@@ -26,17 +26,14 @@ class Chooser(Protocol):
     @property
     def at(self) -> Depth:
         """The layer."""
-        ...
 
     @property
     def op(self) -> Callable[..., Any] | None:
         """What reads the stream there."""
-        ...
 
     @property
     def weights(self) -> tuple[str, ...]:
         """Its parameters."""
-        ...
 
     def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
         """Which variant to run.
@@ -46,7 +43,6 @@ class Chooser(Protocol):
             images: rows that have an image, bool [B].
             variants: how many there are.
         """
-        ...
 
     def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> int | None:
         """Which variant to run instead of the one that was tried, or None to keep its result.
@@ -56,7 +52,6 @@ class Chooser(Protocol):
             logits: of each row's last prompt token, [B, V].
             images, variants: as for :meth:`first`.
         """
-        ...
 
 
 @dataclass
@@ -86,9 +81,7 @@ class LayerPlan:
         Raises:
             ValueError: the set does not hold all text tokens.
         """
-        if text_part(tokens) != Text:
-            raise ValueError(f"layer {self.index}: run_on expects a set with all text tokens, got {tokens}")
-        self.run_set = tokens
+        self.run_set = self._with_text("run_on", tokens)
         self.mlp_set = None if self.mlp_set is None else self._in_run_set(self.mlp_set)
         return self
 
@@ -98,9 +91,7 @@ class LayerPlan:
         Raises:
             ValueError: the set does not hold all text tokens.
         """
-        if text_part(tokens) != Text:
-            raise ValueError(f"layer {self.index}: attend_to expects a set with all text tokens, got {tokens}")
-        self.attend_set = None if tokens == self.run_set else tokens
+        self.attend_set = None if self._with_text("attend_to", tokens) == self.run_set else tokens
         return self
 
     def mlp_on(self, tokens: TokenSet) -> LayerPlan:
@@ -109,9 +100,7 @@ class LayerPlan:
         Raises:
             ValueError: the set does not hold all text tokens.
         """
-        if text_part(tokens) != Text:
-            raise ValueError(f"layer {self.index}: mlp_on expects a set with all text tokens, got {tokens}")
-        self.mlp_set = self._in_run_set(tokens)
+        self.mlp_set = self._in_run_set(self._with_text("mlp_on", tokens))
         return self
 
     def change(self, change: Callable[[TokenSet], TokenSet]) -> LayerPlan:
@@ -123,12 +112,41 @@ class LayerPlan:
         return self if mlp is None else self.mlp_on(change(mlp))
 
     def _in_run_set(self, tokens: TokenSet) -> TokenSet | None:
-        found = intersection(tokens, self.run_set)
+        found = tokens & self.run_set
         return None if found == self.run_set else found
+
+    def _with_text(self, word: str, tokens: TokenSet) -> TokenSet:
+        if tokens.text_part() != Text:
+            raise ValueError(f"layer {self.index}: {word} expects a set with all text tokens, got {tokens}")
+        return tokens
 
     def sets(self) -> tuple[TokenSet, ...]:
         """What it runs on, attends to, and takes through the MLP."""
         return self.run_set, self.keys, self.run_set if self.mlp_set is None else self.mlp_set
+
+
+@dataclass(frozen=True)
+class Policy:
+    """How a selection chooses: an operator over an image's vision tokens.
+
+    Args:
+        name: what listings call it.
+        op: called as ``op(*inputs, member, lengths, keep, *weights, *options)`` with ``member`` bool [F] (which of the
+            call's F vision tokens are left), ``lengths`` int64 [I] (tokens of each image, on the CPU) and ``keep``
+            int64 [I] (how many to choose of each, on the CPU); returns the chosen ones as bool [F].
+        needs: the inputs it wants, keys of :data:`NEEDS`.
+        options: further arguments of ``op``.
+        weights: parameters it wants, as ``block.parameter``.
+    """
+
+    name: str
+    op: Callable[..., Any]
+    needs: tuple[str, ...] = ()
+    options: tuple[Any, ...] = ()
+    weights: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_needs(f"policy {self.name!r}", self.needs)
 
 
 @dataclass(frozen=True)
@@ -141,7 +159,7 @@ class Edit:
         op: called as ``op(hidden, index, valid, *inputs, *weights, *options)`` with hidden [B, n, H] and the set's
             index int64 and valid bool, [B, n]; returns the new hidden states [B, n, H].
         at: the layer.
-        needs: inputs it wants, as for :class:`vlmrewrite.plan.policy.Policy`.
+        needs: inputs it wants, as for :class:`Policy`.
         weights: parameters it wants, as ``block.parameter``.
         options: further arguments.
     """

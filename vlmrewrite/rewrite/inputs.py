@@ -1,4 +1,4 @@
-"""What policies and edits ask for, made in the graph; see :class:`vlmrewrite.plan.Inputs`."""
+"""What policies and edits ask for, made in the graph; see :class:`vlmrewrite.plan.needs.Inputs`."""
 
 from __future__ import annotations
 

@@ -10,21 +10,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from vlmrewrite.plan import (
-    All,
-    Difference,
-    Extra,
-    Image,
-    Intersection,
-    Last,
-    Nothing,
-    Pair,
-    Text,
-    TokenSet,
-    Vision,
-    text_part,
-    vision_part,
-)
+from vlmrewrite.plan import All, Extra, Image, Last, Nothing, Pair, Text, TokenSet, Vision
 
 BLOCKS = "vlm_blocks"
 """Where a rewritten graph finds the plan's blocks."""
@@ -107,10 +93,10 @@ class Sets:
 
     def _membership(self, s: TokenSet) -> tuple[Node | None, Node | None, Node | None]:
         """What ``vlm::member`` takes: text tokens, vision mask, and which vision tokens."""
-        text = self._emit.extra("text") if text_part(s) == Text else None
-        if text_part(s) == Last:
+        text = self._emit.extra("text") if s.text_part() == Text else None
+        if s.text_part() == Last:
             raise ValueError(f"the text part of {s} is neither all text nor none")
-        vision = vision_part(s)
+        vision = s.vision_part()
         return (text, None, None) if vision == Nothing else (text, self._vision, self.which(vision))
 
     def which(self, s: TokenSet) -> Node:
@@ -123,9 +109,8 @@ class Sets:
                 node = emit.call(operator.eq, emit.extra("image_of_token"), s.index)
             elif isinstance(s, Pair):
                 left, right = self.which(s.left), self.which(s.right)
-                right = emit.call(operator.invert, right) if isinstance(s, Difference) else right
-                both = isinstance(s, (Intersection, Difference))
-                node = emit.call(operator.and_ if both else operator.or_, left, right)
+                right = emit.call(operator.invert, right) if s.symbol == "-" else right
+                node = emit.call(operator.or_ if s.symbol == "|" else operator.and_, left, right)
             else:
                 raise ValueError(f"{s} is not a set of vision tokens")
             self.chosen[s] = node
