@@ -412,8 +412,8 @@ def test_a_reset_frees_the_room():
 @pytest.fixture
 def as_they_are(monkeypatch):
     """The graphs that Inductor would get, run without it."""
-    monkeypatch.setattr("vlmrewrite.compiler.compiled", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.runtime.session.compiled", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.runtime.session.inductor", lambda gm: gm)
 
 
 def steps(model, token, cache, n, mode=torch.no_grad):

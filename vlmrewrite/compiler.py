@@ -17,7 +17,8 @@ import torch.fx
 from torch import nn
 
 from vlmrewrite.analysis import analyse
-from vlmrewrite.lower import Executable, by_kind, compiled, lower
+from vlmrewrite.compat import inductor
+from vlmrewrite.lower import Executable, by_kind, lower
 from vlmrewrite.ops import Kernels
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
 from vlmrewrite.rewrite import Program, check_sets, dispatch, legalize
@@ -38,7 +39,7 @@ def program_of(gm: torch.fx.GraphModule, features: int, parameters: Mapping[str,
     anatomy = analyse(gm, features)
     seconds = {"anatomy": time.perf_counter() - start}
     plan = Plan(len(anatomy.layers), frozenset(FEATURES))
-    return Program(gm, anatomy, plan, gm, seconds=seconds, parameters=dict(parameters))
+    return Program(gm, anatomy, plan, seconds=seconds, parameters=dict(parameters))
 
 
 def rewrite(
@@ -77,10 +78,9 @@ def rewrite(
             check_sets(program.anatomy, variant)
         made = replace(
             program,
-            graph_module=variants[0].graph_module,
             plan=plan,
-            rewritten=variants[0],
-            dispatch=dispatch(plan, variants) if plan.variants else None,
+            variants=tuple(variants),
+            dispatch=dispatch(variants) if plan.variants else None,
             outcomes=(*program.outcomes, *outcomes),
             blocks=modules,
         )
@@ -120,7 +120,7 @@ def compile(
     rewritten = rewrite(program, passes, strict=strict, blocks=blocks)
     lowered = [lower(gm, kernels, device) for gm in rewritten.graphs]
     graphs = tuple(low.graph_module for low in lowered)
-    parts = graphs if backend == "eager" else tuple(map(compiled, graphs))
+    parts = graphs if backend == "eager" else tuple(map(inductor, graphs))
     return Executable(rewritten, backend, by_kind(sum((low.counts for low in lowered), Counter())), graphs, parts)
 
 

@@ -4,7 +4,6 @@ In: a rewritten program. Out: an :class:`Executable`.
 """
 
 from vlmrewrite.lower.decode_step import DecodeStep, positioned
-from vlmrewrite.lower.executable import Executable
-from vlmrewrite.lower.lowering import by_kind, compiled, lower
+from vlmrewrite.lower.lowering import Executable, by_kind, lower
 
-__all__ = ["DecodeStep", "Executable", "by_kind", "compiled", "lower", "positioned"]
+__all__ = ["DecodeStep", "Executable", "by_kind", "lower", "positioned"]

@@ -9,20 +9,43 @@ from __future__ import annotations
 import copy
 import operator
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.fx
 
 from vlmrewrite import ops
-from vlmrewrite.analysis import writes
-from vlmrewrite.compat import inductor
+from vlmrewrite.analysis import value, writes
 from vlmrewrite.ops import Choice, Kernels, choose, unfit
-from vlmrewrite.rewrite import with_blocks
+from vlmrewrite.plan import Call
+from vlmrewrite.rewrite import Program, RunResult, with_blocks
 
 _PLAIN = "plain causal attention, PyTorch's own flash attention does it"
+
+
+@dataclass(frozen=True)
+class Executable:
+    """One captured graph with a recipe applied.
+
+    Attributes:
+        program: what was rewritten.
+        backend: what runs it.
+        choices: what each kind of dialect operator became, see :func:`by_kind`.
+        graphs: the program's graphs, lowered.
+        parts: what runs: these graphs, or what a compiler made of them.
+    """
+
+    program: Program
+    backend: Literal["eager", "inductor"]
+    choices: dict[str, list[dict[str, Any]]]
+    graphs: tuple[torch.fx.GraphModule, ...]
+    parts: tuple[Callable[..., Any], ...]
+
+    def run(self, inputs: Sequence[Any], call: Call) -> RunResult:
+        """Run it on the captured graph's flat inputs."""
+        return self.program.execute(self.parts, inputs, call)
 
 
 @dataclass(frozen=True)
@@ -89,18 +112,13 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.dev
     return Lowered(with_blocks(gm, graph), counts)
 
 
-def compiled(gm: torch.fx.GraphModule) -> Callable[..., Any]:
-    """A graph behind Inductor, as one piece: it runs or it raises."""
-    return inductor(gm)
-
-
 def _attention(
     graph: torch.fx.Graph, node: torch.fx.Node, seen: dict[object, torch.fx.Node], choice: Choice, kernels: Kernels
 ) -> Choice:
     """Lower one attention node; ``kernels`` is what was asked for."""
     given: list[Any] = [*node.args, *[None] * (10 - len(node.args))]
     q, k, v, mask, q_pos, k_pos, scale, plain, softcap, dropout = given
-    reason = unfit(_example(q), _example(v), dropout or 0.0, kernels, node.name)
+    reason = unfit(value(q), value(v), dropout or 0.0, kernels, node.name)
     by_kernel, known = choice.kernel == "triton" and reason is None, q_pos is not None and k_pos is not None
     made = choice if by_kernel else Choice("reference", reason or choice.why)
     if not by_kernel and not known:
@@ -140,8 +158,3 @@ def _gathered(graph: torch.fx.Graph, choice: Choice) -> Counter[tuple[str, Choic
         for i, node in enumerate(nodes):
             node.target, node.args = operator.getitem, (many, i)
     return Counter({("select", replace(choice, why=f"{choice.why}; one launch for a set")): len(groups)})
-
-
-def _example(node: Any) -> torch.Tensor | None:
-    x = node.meta.get("example_value") if isinstance(node, torch.fx.Node) else None
-    return x if isinstance(x, torch.Tensor) else None

@@ -115,8 +115,7 @@ def peak_memory(session: Session) -> dict[str, int]:
     program, (first, *more) = latest.executable.program, latest.executable.graphs
     arguments, tails = program.arguments(latest.inputs, latest.call), list[Tail]()
     if (parted := program.dispatch) is not None:
-        arguments = [*latest.inputs, *map(latest.call.fill, parted.extras)]
-        given = (parted.tail_arguments(i, latest.inputs, latest.call) for i in latest.result.ran)
+        given = (program.arguments(latest.inputs, latest.call, i) for i in latest.result.ran)
         tails = [Tail(more[i], g, parted.takes[i]) for i, g in zip(latest.result.ran, given, strict=True)]
     with torch.autocast(device.type, latest.autocast, enabled=latest.autocast is not None):
         return {"before": peak_bytes(before, latest.inputs), "after": peak_bytes(first, arguments, tails)}

@@ -148,7 +148,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
 def _given_up(latest: LastCall) -> list[Program]:
     """Of a dispatch, what ran before the plan that was kept."""
     whole = latest.executable.program
-    return [replace(whole, plan=whole.dispatch.plans[i]) for i in latest.result.ran[:-1] if whole.dispatch is not None]
+    return [replace(whole, plan=whole.plan.variants[i]) for i in latest.result.ran[:-1]]
 
 
 def make_report(

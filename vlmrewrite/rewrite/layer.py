@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -12,9 +14,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, Layer, axis, hidden_write, not_token_wise, reachable, same, value, where
-from vlmrewrite.plan import All, TokenSet
-from vlmrewrite.rewrite.sets import Emitter, Sets
-from vlmrewrite.rewrite.stream import Stream
+from vlmrewrite.plan import NEEDS, All, Last, TokenSet
+from vlmrewrite.rewrite.sets import Emitter, Sets, Stream
 
 _VIEWS = {"unsqueeze", "to", "contiguous", "float", "type_as"}
 vlm = torch.ops.vlm
@@ -27,20 +28,10 @@ class LayerNodes:
         anatomy: of the captured graph.
         env: from captured nodes to those of the copy that is rewritten.
         emit, sets, stream: of that copy.
-        typed: notes the token set of each instance.
     """
 
-    def __init__(
-        self,
-        anatomy: Anatomy,
-        env: dict[Node, Node],
-        emit: Emitter,
-        sets: Sets,
-        stream: Stream,
-        typed: dict[Node, TokenSet],
-    ) -> None:
-        self.env, self.stream = env, stream
-        self._anatomy, self._emit, self._sets, self._typed = anatomy, emit, sets, typed
+    def __init__(self, anatomy: Anatomy, env: dict[Node, Node], emit: Emitter, sets: Sets, stream: Stream) -> None:
+        self.anatomy, self.env, self.emit, self.sets, self.stream = anatomy, env, emit, sets, stream
         self._swapped: dict[Node, Node] = {}
         self._affected: set[Node] = set()
         self._memo: dict[tuple[Node, TokenSet, object], Node] = {}
@@ -60,7 +51,7 @@ class LayerNodes:
         """While the block runs: a layer, with other parameters, on a stream of its own of some tokens."""
         around, stream, views = self.layer, self.stream, self.stream.views
         self._swapped, self._affected = parameters, reachable(parameters)
-        self.stream = Stream(hidden, self._emit, self._sets, self._typed)
+        self.stream = Stream(hidden, self.emit, self.sets)
         self.stream.changed = True
         self.enter(layer)
         self.stream.views[tokens] = hidden
@@ -107,14 +98,14 @@ class LayerNodes:
 
     def instead(self, node: Node, s: TokenSet, new: Node) -> None:
         """Use ``new`` as the instance of a node of the region."""
-        self._typed[new] = s
+        self.emit.typed[new] = s
         self._memo[node, s, self._point()] = new
 
     def _point(self) -> object:
         return self.stream, self.stream.version
 
     def _clone(self, node: Node, s: TokenSet) -> Node:
-        reason = not_token_wise(node, self._anatomy.length)
+        reason = not_token_wise(node, self.anatomy.length)
         if reason is not None and (s != All or hidden_write(node) is not None):
             raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
         return self._copy(node, s)
@@ -122,18 +113,18 @@ class LayerNodes:
     def _copy(self, node: Node, s: TokenSet) -> Node:
         for source in node.all_input_nodes:
             self.value(source, s)
-        graph = self._emit.graph
-        with graph.inserting_before(self._emit.anchor):
+        graph = self.emit.graph
+        with graph.inserting_before(self.emit.anchor):
             new = graph.node_copy(node, lambda n: self.value(n, s))
-        self._typed[new] = s
+        self.emit.typed[new] = s
         return new
 
     def _outside(self, node: Node, s: TokenSet) -> Node:
         """A node that does not depend on the layer's stream: a size, a side table, or something without tokens."""
-        x, length = value(node), self._anatomy.length
+        x, length = value(node), self.anatomy.length
         if isinstance(x, torch.SymInt):
             if same(x, length):
-                return self._emit.extra("size", s)
+                return self.emit.extra("size", s)
             symbols = length.node.expr.free_symbols  # type: ignore[attr-defined]
             if node.op == "call_function" and x.node.expr.free_symbols & symbols:
                 return self._copy(node, s)
@@ -144,11 +135,54 @@ class LayerNodes:
         if node.op == "call_method" and node.target in _VIEWS:
             return self._copy(node, s)
         shape = cast(Tensor, x).shape
-        if at == 0 or not (same(shape[0], self._anatomy.batch) or same(shape[0], 1)):
+        if at == 0 or not (same(shape[0], self.anatomy.batch) or same(shape[0], 1)):
             raise ValueError(
                 f"{where(node)}, which layer {self.layer.index} reads, has shape {tuple(shape)}; expected tokens behind"
                 " a batch axis"
             )
-        new = self._emit.call(vlm.select.default, node, self._sets[s].index, at)
-        self._typed[new] = s
-        return new
+        return self.emit.call(vlm.select.default, node, self.sets[s].index, at, on=s)
+
+
+@dataclass(frozen=True)
+class GraphInputs:
+    """What a policy or an edit asks for, made in the graph at the entry of the layer at hand.
+
+    See :class:`vlmrewrite.plan.needs.Inputs`. ``tokens`` are a policy's source or an edit's tokens.
+    """
+
+    tokens: TokenSet
+    nodes: LayerNodes
+
+    def fact(self, name: str) -> Node:
+        """An input of the graph."""
+        return self.nodes.emit.extra(name)
+
+    def features(self) -> Node:
+        """As the merge takes them, [F, C]."""
+        captured = self.nodes.anatomy.merged_features
+        node, dims = self.nodes.env[captured], cast(Tensor, value(captured)).dim()
+        return node if dims == 2 else self.nodes.emit.call(torch.flatten, node, 0, dims - 2)
+
+    def stream(self) -> Node:
+        """The whole stream, up to date."""
+        return self.nodes.stream.joined()
+
+    def prompt(self) -> Node:
+        """Text up to the last prompt token."""
+        emit = self.nodes.emit
+        before = emit.call(operator.le, emit.extra("everywhere"), emit.extra("last"))
+        return emit.call(operator.and_, emit.extra("text"), before)
+
+    def attention(self, outside: bool) -> Node:
+        """Scored outside of the layer's own attention."""
+        scores = NEEDS["attention_outside" if outside else "attention"].scores
+        assert scores is not None
+        keys, nodes, emit = scores(self.tokens), self.nodes, self.nodes.emit
+        layer, now, last = nodes.layer, nodes.sets[keys], nodes.sets[Last]
+        q, k, positions = nodes.value(nodes.argument(layer.attention, 0), Last), nodes.new_key(0, keys), now.positions
+        if nodes.past:
+            k = emit.call(torch.cat, [nodes.argument(layer.append, 0), k], 2)
+            positions = emit.call(torch.cat, [nodes.argument(layer.append, 2), positions], 1)
+        mask, scale, softcap = (nodes.maybe(layer.attention.args[i]) for i in (3, 6, 8))
+        read = now.index, now.valid, emit.extra("flat"), emit.extra("length")
+        return emit.call(vlm.attention_received.default, q, k, mask, last.positions, positions, scale, softcap, *read)

@@ -19,10 +19,8 @@ from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, Layer, where, writes
 from vlmrewrite.plan import NEEDS, All, Branch, Edit, Extra, Last, LayerPlan, Plan, Selection, TokenSet
-from vlmrewrite.rewrite.inputs import GraphInputs
-from vlmrewrite.rewrite.layer import LayerNodes
-from vlmrewrite.rewrite.sets import BLOCKS, Emitter, Sets
-from vlmrewrite.rewrite.stream import Stream
+from vlmrewrite.rewrite.layer import GraphInputs, LayerNodes
+from vlmrewrite.rewrite.sets import BLOCKS, Emitter, Sets, Stream
 
 vlm = torch.ops.vlm
 
@@ -85,7 +83,7 @@ def legalize(
                 work.rejoin(branch)
         work.expose(layer)
     work.finish(selections, frontier, blocks or nn.ModuleDict())
-    return Rewritten(work.gm, tuple(work.emit.extras), tuple(selections), work.typed, frontier)
+    return Rewritten(work.gm, tuple(work.emit.extras), tuple(selections), work.emit.typed, frontier)
 
 
 def with_blocks(gm: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
@@ -104,11 +102,10 @@ class _Rewrite:
         graph, env = torch.fx.Graph(), dict[Node, Node]()
         self.output = graph.output(graph.graph_copy(gm.graph, env))
         self.gm, self.anatomy = torch.fx.GraphModule(gm, graph), anatomy
-        self.typed: dict[Node, TokenSet] = {}
         self.emit = Emitter(graph, env[anatomy.layers[-1].exit].next)
         self.sets = Sets(self.emit, env[anatomy.vision])
-        self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets, self.typed)
-        self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream, self.typed)
+        self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets)
+        self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream)
         self._parameters = {env[n]: parameters[n.name] for n in env if n.op == "placeholder" and n.name in parameters}
         self._regions = {env[n] for layer in anatomy.layers for n in layer.region}
         self._originals = set(graph.nodes)
@@ -141,8 +138,7 @@ class _Rewrite:
         self.stream.write(edit.tokens, new)
 
     def _inputs(self, needs: tuple[str, ...], tokens: TokenSet) -> list[Node]:
-        given = GraphInputs(tokens, self.anatomy, self.nodes, self.emit, self.sets)
-        return [NEEDS[need].make(given) for need in needs]
+        return [NEEDS[need].make(GraphInputs(tokens, self.nodes)) for need in needs]
 
     def _weights(self, of: Any) -> list[Node]:
         return [self.emit.weight(name) for name in of.weights]

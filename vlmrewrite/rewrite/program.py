@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from vlmrewrite.analysis import Anatomy, LayerCost, costs
 from vlmrewrite.plan import FEATURES, Call, Outcome, Plan, Selection, TokenCounts
-from vlmrewrite.rewrite.dispatch import Dispatch
+from vlmrewrite.rewrite.dispatch import Dispatch, in_range
 from vlmrewrite.rewrite.legalize import Rewritten
 from vlmrewrite.rewrite.listing import listing
 from vlmrewrite.rewrite.verifier import propagate_fakes
@@ -42,12 +42,11 @@ class Program:
     """A captured, possibly rewritten forward of a model with its images encoded.
 
     Attributes:
-        graph_module: the graph; printable and runnable. Of a dispatch, the first plan's.
-        anatomy: facts about the captured graph.
-        plan: what each layer does.
         captured: the graph as it was captured.
-        rewritten: what legalize made of it, or None. Of a dispatch, for the first plan.
-        dispatch: the plans to choose among in each call, or None.
+        anatomy: facts about it.
+        plan: what each layer does.
+        variants: what legalize made of it: nothing yet, one graph, or of a dispatch one for each of its plans.
+        dispatch: these graphs cut where the plans part, or None.
         outcomes: what each pass said.
         call: the call it was captured from, or None.
         inputs: the captured graph's flat inputs of that call.
@@ -57,11 +56,10 @@ class Program:
         model: what blocks are made for, or None.
     """
 
-    graph_module: torch.fx.GraphModule
+    captured: torch.fx.GraphModule
     anatomy: Anatomy
     plan: Plan
-    captured: torch.fx.GraphModule
-    rewritten: Rewritten | None = None
+    variants: tuple[Rewritten, ...] = ()
     dispatch: Dispatch | None = None
     outcomes: tuple[Outcome, ...] = ()
     call: Call | None = None
@@ -86,24 +84,49 @@ class Program:
         return replace(self, plan=plan)
 
     @property
+    def graph_module(self) -> torch.fx.GraphModule:
+        """The graph; printable and runnable. Of a dispatch, the first plan's."""
+        return self.variants[0].graph_module if self.variants else self.captured
+
+    @property
     def graphs(self) -> tuple[torch.fx.GraphModule, ...]:
         """What runs: the graph, or of a dispatch the head and the tails."""
         return (self.graph_module,) if self.dispatch is None else (self.dispatch.head, *self.dispatch.tails)
 
-    def arguments(self, inputs: Sequence[Any], call: Call) -> list[Any]:
-        """The rewritten graph's inputs: the captured ones and what the host adds."""
-        return [*inputs, *map(call.fill, self.rewritten.extras if self.rewritten is not None else ())]
+    def arguments(self, inputs: Sequence[Any], call: Call, variant: int = 0) -> list[Any]:
+        """A rewritten graph's inputs: the captured ones and what the host adds. The head takes those of the first."""
+        return [*inputs, *map(call.fill, self.variants[variant].extras if self.variants else ())]
 
     def execute(self, parts: Sequence[Callable[..., Any]], inputs: Sequence[Any], call: Call) -> RunResult:
-        """Run :attr:`graphs`, or what they were lowered to, on the captured graph's flat inputs."""
-        if self.rewritten is None:
-            return RunResult(self.plan, parts[0](*inputs), {})
+        """Run :attr:`graphs`, or what they were lowered to, on the captured graph's flat inputs.
+
+        Of a dispatch: run what the plans share, ask the chooser, and run one tail after another until it is content.
+
+        Raises:
+            ValueError: the chooser chose none of the plans.
+        """
+        first, *tails = parts
+        out = first(*self.arguments(inputs, call))
         if self.dispatch is None:
-            out, selected = parts[0](*self.arguments(inputs, call))
-            return RunResult(self.plan, out, dict(zip(self.rewritten.selections, selected, strict=True)))
-        ran, (out, selected), value = self.dispatch.run(parts, inputs, call, self.anatomy.logits)
-        selections = self.dispatch.rewritten[ran[-1]].selections
-        return RunResult(self.dispatch.plans[ran[-1]], out, dict(zip(selections, selected, strict=True)), value, ran)
+            return self._result(0, *out) if self.variants else RunResult(self.plan, out, {})
+        chooser, n, shared = self.plan.chooser, len(tails), out
+        assert chooser is not None
+        value = None if chooser.op is None else shared[0]
+        ran = [in_range(chooser, chooser.first(value, call.with_images, n), n)]
+        while True:
+            tried = ran[-1]
+            out = tails[tried](*self.arguments(inputs, call, tried), *(shared[k] for k in self.dispatch.takes[tried]))
+            logits = out[0][self.anatomy.logits]
+            column = (call.last - (call.length - logits.shape[1])).clamp(min=0)  # they may be of the last tokens only
+            another = chooser.then(tried, logits.take_along_dim(column[..., None], 1)[:, 0], call.with_images, n)
+            if another is None:
+                return self._result(tried, *out, value, tuple(ran))
+            del out, logits  # their memory is the next one's
+            ran.append(in_range(chooser, another, n))
+
+    def _result(self, i: int, out: Any, selected: Sequence[Tensor], *more: Any) -> RunResult:
+        plan = self.plan.variants[i] if self.plan.variants else self.plan
+        return RunResult(plan, out, dict(zip(self.variants[i].selections, selected, strict=True)), *more)
 
     def run(self, *inputs: Any, call: Call | None = None) -> tuple[Any, tuple[Tensor, ...]]:
         """Run the graph on flat captured inputs (by default those it was captured from).
@@ -126,11 +149,11 @@ class Program:
         Raises:
             ValueError: a node does not take its inputs, or holds another number of tokens than its set.
         """
-        whole = () if self.rewritten is None else (self.rewritten,)
-        for rewritten in whole if self.dispatch is None else self.dispatch.rewritten:
-            if self.call is not None:
-                arguments = [*self.inputs, *map(self.call.fill, rewritten.extras)]
-                propagate_fakes(self.anatomy, rewritten, arguments, self.call.counts.size)
+        call = self.call
+        for i, rewritten in enumerate(self.variants):
+            if call is not None:
+                given = self.arguments(self.inputs, call, i)
+                propagate_fakes(self.anatomy, rewritten, given, call.counts.size)
 
     def costs(self, counts: TokenCounts, past: int = 0, held: Sequence[int] = ()) -> list[LayerCost]:
         """Tokens, FLOPs and K/V bytes of each layer in a call; see :func:`vlmrewrite.analysis.costs`."""

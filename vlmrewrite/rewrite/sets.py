@@ -1,4 +1,7 @@
-"""Token sets in a graph: each set's index and validity once, and the host's inputs that they need."""
+"""Token sets in a graph, each one's index and validity once, and the residual stream, compact for the tokens it is on.
+
+Tokens that a layer does not run on stay in the full stream, untouched.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from vlmrewrite.plan import All, Extra, Image, Last, Nothing, Pair, Text, TokenSet, Vision
+from vlmrewrite.plan import All, Extra, Image, Last, Nothing, Pair, Text, TokenSet, Vision, contains
 
 BLOCKS = "vlm_blocks"
 """Where a rewritten graph finds the plan's blocks."""
@@ -21,20 +24,26 @@ vlm = torch.ops.vlm
 class Emitter:
     """Adds nodes before an anchor, and inputs behind the graph's own.
 
-    Args:
+    Attributes:
         graph: the graph to add to.
         anchor: where new nodes go.
+        extras: the inputs added.
+        typed: the token set of each node that holds one's tokens.
     """
 
     def __init__(self, graph: torch.fx.Graph, anchor: Node) -> None:
         self.graph, self.anchor = graph, anchor
         self.extras: dict[Extra, Node] = {}
+        self.typed: dict[Node, TokenSet] = {}
         self._last_input = graph.find_nodes(op="placeholder")[-1]
 
-    def call(self, target: Any, *args: Any) -> Node:
-        """A new node before the anchor."""
+    def call(self, target: Any, *args: Any, on: TokenSet | None = None) -> Node:
+        """A new node before the anchor, which holds the tokens of a set."""
         with self.graph.inserting_before(self.anchor):
-            return self.graph.call_function(target, args)
+            node = self.graph.call_function(target, args)
+        if on is not None:
+            self.typed[node] = on
+        return node
 
     def weight(self, name: str) -> Node:
         """A block's parameter, ``block.parameter``."""
@@ -115,3 +124,65 @@ class Sets:
                 raise ValueError(f"{s} is not a set of vision tokens")
             self.chosen[s] = node
         return self.chosen[s]
+
+
+class Stream:
+    """The residual stream: ``full`` [B, T, H], newer in ``part`` for the tokens of its set.
+
+    ``views`` holds it for other sets; ``version`` tells apart what was computed before and after a change of it.
+    """
+
+    def __init__(self, full: Node, emit: Emitter, sets: Sets) -> None:
+        self.full, self.changed, self.version = full, False, 0
+        self.part: tuple[TokenSet, Node] | None = None
+        self.views: dict[TokenSet, Node] = {}
+        self._emit, self._sets = emit, sets
+
+    def nodes(self) -> tuple[Node, ...]:
+        """Where it stands."""
+        return (self.full,) if self.part is None else (self.full, self.part[1])
+
+    def view(self, s: TokenSet) -> Node:
+        """The stream at the current point, for the tokens of a set."""
+        if s not in self.views:
+            self.views[s] = node = self._viewed(s)
+            self._emit.typed[node] = s
+        return self.views[s]
+
+    def _viewed(self, s: TokenSet) -> Node:
+        if s == All:
+            return self.joined()
+        index = self._sets[s].index
+        if self.part is None or not contains(self.part[0], s):
+            return self._emit.call(vlm.select.default, self.joined(), index)
+        held, newer = self.part
+        if held == s:
+            return newer
+        return self._emit.call(
+            vlm.select.default, newer, self._emit.call(vlm.relative_index.default, self._sets[held].index, index)
+        )
+
+    def joined(self) -> Node:
+        """The whole stream, up to date."""
+        if self.part is None:
+            return self.full
+        if All not in self.views:
+            tokens, newer = self.part
+            self.views[All] = self.restored(self.full, newer, tokens)
+        return self.views[All]
+
+    def restored(self, full: Node, part: Node, tokens: TokenSet) -> Node:
+        """``full`` with ``part`` in place of some tokens."""
+        s = self._sets[tokens]
+        return self._emit.call(vlm.restore.default, full, part, s.index, s.valid, on=All)
+
+    def write(self, s: TokenSet, new: Node) -> None:
+        """Replace the hidden states of a set's tokens."""
+        self._emit.typed[new] = s
+        if s == All:
+            self.full, self.part = new, None
+        else:
+            same_set = self.part is not None and self.part[0] == s
+            self.full, self.part = self.full if same_set else self.joined(), (s, new)
+        self.changed, self.views = True, {}
+        self.version += 1

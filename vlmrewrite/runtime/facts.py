@@ -201,7 +201,7 @@ class LastCall:
         whole, ran = self.executable.program, self.result.ran
         if whole.dispatch is None:
             return whole
-        return replace(whole, plan=self.result.plan, rewritten=whole.dispatch.rewritten[ran[-1]], dispatch=None)
+        return replace(whole, plan=self.result.plan, variants=whole.variants[ran[-1] : ran[-1] + 1], dispatch=None)
 
 
 def _of_copies(thw: Tensor | None, counts: TokenCounts) -> Tensor | None:

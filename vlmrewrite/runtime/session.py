@@ -17,10 +17,11 @@ from transformers.utils.generic import ModelOutput
 
 from vlmrewrite import capture
 from vlmrewrite.capture import Graph, captures_of
+from vlmrewrite.compat import inductor
 from vlmrewrite.compiler import compile
 from vlmrewrite.hf import Encoding, refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.kvcache import PositionCache, adopted
-from vlmrewrite.lower import DecodeStep, Executable, compiled, lower, positioned
+from vlmrewrite.lower import DecodeStep, Executable, lower, positioned
 from vlmrewrite.ops import Backend, Kernels, choose, resolve
 from vlmrewrite.plan import All, Pass, Plan
 from vlmrewrite.recipe import Recipe
@@ -186,7 +187,7 @@ def _compiled_text(model: nn.Module, cache: PositionCache, kwargs: dict[str, Any
     def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
         def make() -> tuple[DecodeStep, Callable[..., Any]]:
             step = DecodeStep.of(positioned(graph.gm, plain), reserved)
-            return step, compiled(lower(step.graph_module, kernels, device).graph_module)
+            return step, inductor(lower(step.graph_module, kernels, device).graph_module)
 
         step, run = graph.once(("decode", plain, kernels, device, reserved), make)
         return step.run(run, cache, inputs, given.shape[1])
