@@ -38,44 +38,41 @@ class Need(NamedTuple):
     """One thing that can be asked for.
 
     Attributes:
+        what: what it is, with its shape.
         make: makes it.
         scores: the keys that the last prompt token is scored against, for a source or edited tokens, which the layer's
             costs count; None: nothing is read at that token.
         optional: not every model can give it.
     """
 
+    what: str
     make: Callable[[Inputs], Any]
     scores: Callable[[TokenSet], TokenSet] | None = None
     optional: bool = False
 
 
-def _fact(name: str, optional: bool = False) -> Need:
-    return Need(lambda x: x.fact(name), optional=optional)
-
-
 NEEDS = {
-    # Projected vision features, [F, C].
-    "features": Need(lambda x: x.features(), optional=True),
-    # What the projector took, [F, C'].
-    "encoder_features": _fact("encoder_features", optional=True),
-    # Weight received from the last prompt token at that layer, fp32 [F].
-    "attention": Need(lambda x: x.attention(outside=False), scores=lambda s: Text | s),
-    # The same, paid to the vision tokens that are not in the source or the edited set, fp32 [F].
-    "attention_outside": Need(lambda x: x.attention(outside=True), scores=lambda s: Text | (Vision - s)),
-    # Number of each image within its row, int64 [I], on the CPU.
-    "ordinal": _fact("ordinal"),
-    # Rows and columns of each image's tokens, int64 [I, 2], on the CPU.
-    "grid": _fact("grid", optional=True),
-    # Hidden states at that layer's entry, [B, T, H].
-    "stream": Need(lambda x: x.stream()),
-    # The text tokens, bool [B, T].
-    "text": _fact("text"),
-    # The text tokens up to the last prompt token, bool [B, T].
-    "prompt": Need(lambda x: x.prompt()),
-    # row * T + column of each vision token, int64 [F].
-    "flat": _fact("flat"),
-    # Tokens of each image, int64 [I], on the CPU.
-    "lengths": _fact("lengths"),
+    "features": Need("projected vision features, [F, C]", lambda x: x.features(), optional=True),
+    "encoder_features": Need("what the projector took, [F, C']", lambda x: x.fact("encoder_features"), optional=True),
+    "attention": Need(
+        "weight received from the last prompt token at that layer, fp32 [F]",
+        lambda x: x.attention(outside=False),
+        scores=lambda s: Text | s,
+    ),
+    "attention_outside": Need(
+        "the same, paid to the vision tokens that are not in the source or the edited set, fp32 [F]",
+        lambda x: x.attention(outside=True),
+        scores=lambda s: Text | (Vision - s),
+    ),
+    "ordinal": Need("number of each image within its row, int64 [I], on the CPU", lambda x: x.fact("ordinal")),
+    "grid": Need(
+        "rows and columns of each image's tokens, int64 [I, 2], on the CPU", lambda x: x.fact("grid"), optional=True
+    ),
+    "stream": Need("hidden states at that layer's entry, [B, T, H]", lambda x: x.stream()),
+    "text": Need("the text tokens, bool [B, T]", lambda x: x.fact("text")),
+    "prompt": Need("the text tokens up to the last prompt token, bool [B, T]", lambda x: x.prompt()),
+    "flat": Need("row * T + column of each vision token, int64 [F]", lambda x: x.fact("flat")),
+    "lengths": Need("tokens of each image, int64 [I], on the CPU", lambda x: x.fact("lengths")),
 }
 """Every :class:`Need`, as policies and edits write it."""
 
