@@ -94,7 +94,7 @@ $(READY): pyproject.toml constraints.txt
 	"$(BIN)/python" -m pip install -c "$$pins" --no-build-isolation -e '.[examples,dev]'; \
 	touch "$@"
 
-# Of the Python that $(VENV) has, but with packages of its own: run it before a release, and when compat.py changes.
+# Of the Python that $(VENV) has, but with packages of its own: run it before a release, and when vlmrewrite/compat changes.
 $(OLDEST)/.vlmrewrite: pyproject.toml constraints.txt $(READY)
 	$(BIN)/python -m venv "$(OLDEST)"
 	grep -Ev '^(torch|transformers|triton|setuptools)==' constraints.txt > "$(OLDEST)/constraints.txt"
