@@ -13,9 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 from vlmrewrite.oracle import hooks
-from vlmrewrite.oracle.hooks import InFloat64, masked, mlp_of, oracle_logits
+from vlmrewrite.oracle.hooks import masked, mlp_of, oracle_logits
 from vlmrewrite.oracle.masks import LayerMasks
-from vlmrewrite.testing.agreement import SLACK
+from vlmrewrite.testing.agreement import SLACK, InFloat64
 from vlmrewrite.testing.models import FAMILIES, Row
 
 BATCH = [Row(1, 12, 8), Row(2, 0, 3), Row(0, 7, 2)]

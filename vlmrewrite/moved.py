@@ -27,7 +27,7 @@ MOVED = {
     "testing.edited": ("oracle.edits", "oracle.masks"),
     "testing.interleaving": ("testing.triton.interleaving",),
     "testing.interpreter": ("testing.triton.interpreter",),
-    "testing.oracle": ("oracle.hooks", "oracle.masks"),
+    "testing.oracle": ("oracle.hooks", "oracle.masks", "testing.agreement"),
     "tokens": ("plan.tokens", "plan"),
     "traced": ("runtime.programs",),
     "words": ("plan.vocabulary",),

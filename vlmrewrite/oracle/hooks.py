@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
@@ -24,23 +23,6 @@ from vlmrewrite.oracle.edits import edited
 from vlmrewrite.oracle.masks import BranchMask, LayerMasks
 
 NAME = "vlmrewrite-oracle"
-
-
-class InFloat64(TorchFunctionMode):
-    """While it is active, what casts to float32 casts to float64.
-
-    Norms, rope and softmax of Hugging Face models compute in float32 whatever the model's dtype is; under this mode, a
-    model in float64 computes in float64 throughout. Constants that a model makes in the default dtype stay as they are,
-    like its parameters: they are the same numbers in both.
-    """
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is Tensor.float:
-            func = Tensor.double
-        wider = [torch.float64 if x is torch.float32 else x for x in args]
-        return func(*wider, **{k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()})
 
 
 @dataclass

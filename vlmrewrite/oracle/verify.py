@@ -53,12 +53,6 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
     ]
 
 
-def planned_lengths(model: nn.Module) -> list[int]:
-    """Keys that each layer should have added to the cache in the last call with an image, by the plan alone."""
-    program, call, _ = last_call(model)
-    return [call.counts.size(entry.keys) for entry in program.plan.layers]
-
-
 @torch.no_grad()
 def verify_applied(model: nn.Module, inputs: dict[str, Any]) -> float:
     """The largest difference of a logit between a rewritten model and the oracle; see :func:`vlmrewrite.verify`.

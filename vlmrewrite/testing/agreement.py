@@ -11,11 +11,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from vlmrewrite.api import applied
 from vlmrewrite.compat import generation_positions
-from vlmrewrite.oracle import InFloat64, LayerMasks, layer_masks, oracle_logits, planned_lengths
-from vlmrewrite.runtime import kept_tokens
+from vlmrewrite.oracle import LayerMasks, layer_masks, oracle_logits
+from vlmrewrite.runtime import kept_tokens, last_call
 
 SLACK = 8
 """How many times the oracle's own error in the model's dtype a rewritten model may be away from the oracle in fp64.
@@ -31,13 +32,30 @@ with 4 in place of 8 it would be 7e-5, some in every long run."""
 _DOUBLES: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
 
 
+class InFloat64(TorchFunctionMode):
+    """While it is active, what casts to float32 casts to float64.
+
+    Norms, rope and softmax of Hugging Face models compute in float32 whatever the model's dtype is; under this mode, a
+    model in float64 computes in float64 throughout. Constants that a model makes in the default dtype stay as they are,
+    like its parameters: they are the same numbers in both.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is Tensor.float:
+            func = Tensor.double
+        wider = [torch.float64 if x is torch.float32 else x for x in args]
+        return func(*wider, **{k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()})
+
+
 @dataclass(frozen=True)
 class Agreement:
     """How a run compares with the oracle.
 
     Attributes:
         error: largest absolute difference of a logit from the oracle in fp64 (see
-            :class:`vlmrewrite.oracle.hooks.InFloat64`).
+            :class:`InFloat64`).
         tolerance: what the oracle itself is off in the model's dtype, times :data:`SLACK`.
         tokens: generated tokens, int64 [B, n]; None for a plain forward.
         kv_lengths: keys each layer holds after generating; None for a plain forward.
@@ -92,7 +110,8 @@ def generation_agreement(
         )
         prompt = inputs["input_ids"].shape[1]
         masks = layer_masks(model, prompt + new_tokens - 1)
-        planned = [n + new_tokens - 1 for n in planned_lengths(model)]
+        program, call, _ = last_call(model)
+        planned = [call.counts.size(entry.keys) + new_tokens - 1 for entry in program.plan.layers]
         kept_tokens(model)
     longer = extended(model, inputs, out.sequences[:, prompt:-1])
     got = torch.stack(out.logits, 1)
