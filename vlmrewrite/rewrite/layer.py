@@ -93,7 +93,7 @@ class LayerNodes:
             return node
         key = (node, s, self._point() if inside else None)
         if key not in self._memo:
-            self._memo[key] = self._clone(node, s) if node in self._region else self._outside(node, s)
+            self._memo[key] = self._inside(node, s) if node in self._region else self._outside(node, s)
         return self._memo[key]
 
     def instead(self, node: Node, s: TokenSet, new: Node) -> None:
@@ -104,9 +104,9 @@ class LayerNodes:
     def _point(self) -> object:
         return self.stream, self.stream.version
 
-    def _clone(self, node: Node, s: TokenSet) -> Node:
-        reason = not_token_wise(node, self.anatomy.length)
-        if reason is not None and (s != All or hidden_write(node) is not None):
+    def _inside(self, node: Node, s: TokenSet) -> Node:
+        reason = hidden_write(node) if s == All else not_token_wise(node, self.anatomy.length)
+        if reason is not None:
             raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
         return self._copy(node, s)
 

@@ -235,5 +235,4 @@ class _Rewrite:
         if len(blocks):
             setattr(self.gm, BLOCKS, blocks)
         graph.eliminate_dead_code(is_impure_node=lambda n: n in frontier or writes(n))
-        graph.lint()
         self.gm.recompile()

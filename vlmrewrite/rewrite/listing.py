@@ -5,7 +5,6 @@ from __future__ import annotations
 from itertools import groupby
 from typing import TYPE_CHECKING
 
-from vlmrewrite.analysis import Layer, LayerCost
 from vlmrewrite.plan import describe, events
 from vlmrewrite.text import byte_size, span, table
 
@@ -15,42 +14,24 @@ if TYPE_CHECKING:
 
 def listing(program: Program) -> str:
     """The compact, layer-level listing of a program: token sets, shapes, and costs if a call is known."""
-    a = program.anatomy
+    a, plan = program.anatomy, program.plan
     head = f"program: {len(a.layers)} decoder layers, hidden {a.hidden}, {str(a.dtype).removeprefix('torch.')}"
     if program.call is None:
-        return f"{head}\n{program.plan}\n" + "\n".join(_shape(layer) for layer in _distinct(a.layers))
+        shapes = dict.fromkeys(
+            f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}" for x in a.layers
+        )
+        return "\n".join([head, str(plan), *shapes])
     counts = program.call.counts
-    lines = [f"{head}; {describe(counts)}"]
-    lines += events(program.plan)
     per_layer = program.costs(counts, program.call.past)
     rows = [["layers", "run on", "attend to", "tokens", "keys", "q", "k, v", "GFLOP", "K/V"]]
-    for layers, cost in _grouped(program, per_layer):
-        entry, layer = program.plan.layers[layers[0]], a.layers[layers[0]]
-        rows.append([span(layers), program.plan.render(entry.run_set), program.plan.render(entry.keys), str(cost.run),
-                     str(cost.keys), f"{layer.heads}x{layer.head_size}", f"{layer.kv_heads}x{layer.value_size}",
-                     f"{cost.flops / 1e9:.4g}", byte_size(cost.kv_bytes)])  # fmt: skip
-    lines += table(rows)
-    lines.append(
-        f"total: {sum(c.flops for c in per_layer) / 1e9:.4g} GFLOP, K/V {byte_size(sum(c.kv_bytes for c in per_layer))}"
-    )
-    return "\n".join(lines)
-
-
-def _grouped(program: Program, per_layer: list[LayerCost]) -> list[tuple[list[int], LayerCost]]:
-    def key(c: LayerCost) -> tuple[object, ...]:
-        entry = program.plan.layers[c.index]
-        return entry.run_set, entry.keys, c.flops, c.kv_bytes
-
-    out = []
-    for _, group in groupby(per_layer, key=key):
-        found = list(group)
-        out.append(([c.index for c in found], found[0]))
-    return out
-
-
-def _distinct(layers: tuple[Layer, ...]) -> list[Layer]:
-    return list({(x.heads, x.kv_heads, x.head_size, x.value_size): x for x in layers}.values())
-
-
-def _shape(layer: Layer) -> str:
-    return f"attention: q {layer.heads}x{layer.head_size}, k, v {layer.kv_heads}x{layer.value_size}"
+    for (run, keys, flops, kv_bytes), group in groupby(
+        per_layer, lambda c: (plan.layers[c.index].run_set, plan.layers[c.index].keys, c.flops, c.kv_bytes)
+    ):
+        cost, *more = group
+        layer, layers = a.layers[cost.index], span([c.index for c in (cost, *more)])
+        rows.append([layers, plan.render(run), plan.render(keys), str(cost.run), str(cost.keys),
+                     f"{layer.heads}x{layer.head_size}", f"{layer.kv_heads}x{layer.value_size}", f"{flops / 1e9:.4g}",
+                     byte_size(kv_bytes)])  # fmt: skip
+    flops, kv_bytes = sum(c.flops for c in per_layer), sum(c.kv_bytes for c in per_layer)
+    total = f"total: {flops / 1e9:.4g} GFLOP, K/V {byte_size(kv_bytes)}"
+    return "\n".join([f"{head}; {describe(counts)}", *events(plan), *table(rows), total])
