@@ -29,7 +29,7 @@ MOVED = {
     "testing.interpreter": ("testing.triton.interpreter",),
     "testing.oracle": ("oracle.hooks", "oracle.masks"),
     "tokens": ("plan.tokens", "plan"),
-    "traced": ("runtime.programs",),
+    "traced": ("runtime.session",),
     "words": ("plan.vocabulary",),
 }
 """Old module -> the modules that hold its names now, both without ``vlmrewrite.``."""

@@ -127,11 +127,11 @@ class Report:
 
 def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
     """What a recipe at work on a model did so far; see :func:`vlmrewrite.report`."""
-    one, latest = CAPTURES.get(model), session.latest.get()
+    one, latest = CAPTURES.get(model), session.latest
     return make_report(
         session.recipe.name,
         session.backend if latest is None else latest.executable.backend,
-        session.passes,
+        session.recipe.passes,
         program=None if latest is None else latest.program,
         call=None if latest is None else latest.call,
         held=() if latest is None else latest.given.held,

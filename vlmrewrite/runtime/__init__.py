@@ -6,8 +6,7 @@ In: the arguments of ``forward`` and ``generate``. Out: the model's own outputs.
 from vlmrewrite.runtime.facts import LastCall, Layout
 from vlmrewrite.runtime.install import SESSIONS, install_session, remove_session, session_of
 from vlmrewrite.runtime.last_call import Stage, kept_tokens, last_call, prompt_ends, routing
-from vlmrewrite.runtime.programs import trace
-from vlmrewrite.runtime.session import Session
+from vlmrewrite.runtime.session import Session, trace
 
 __all__ = [
     "SESSIONS",
@@ -15,7 +14,6 @@ __all__ = [
     "Layout",
     "Session",
     "Stage",
-    "install",
     "install_session",
     "kept_tokens",
     "last_call",

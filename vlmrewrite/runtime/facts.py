@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -210,40 +208,5 @@ def _of_copies(thw: Tensor | None, counts: TokenCounts) -> Tensor | None:
     if thw is None or len(thw) in (0, images) or images % len(thw):
         return thw
     copies, in_row = images // len(thw), Counter(counts.rows)
-    sources = range(0, len(counts.text), copies)
-    before = [0, *accumulate(in_row[row] for row in sources)]
-    which = [before[row // copies] + i for row, i in zip(counts.rows, counts.ordinals, strict=True)]
-    return thw[which] if before[-1] == len(thw) else thw
-
-
-class Latest:
-    """The last call with an image: of the thread that asks, or if it made none, of any."""
-
-    def __init__(self) -> None:
-        self._mine = threading.local()
-        self._any: LastCall | None = None
-
-    def set(self, call: LastCall) -> None:
-        """The thread's last call is this one."""
-        self._mine.call = self._any = call
-
-    def get(self) -> LastCall | None:
-        """The last call, or None."""
-        mine: LastCall | None = getattr(self._mine, "call", None)
-        return self._any if mine is None else mine
-
-
-class Tally:
-    """A count that threads add to without waiting for one another."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
-
-    def add(self) -> None:
-        """One more."""
-        me = threading.get_ident()
-        self._counts[me] = self._counts.get(me, 0) + 1
-
-    def total(self) -> int:
-        """Of all threads."""
-        return sum(list(self._counts.values()))
+    sizes = [in_row[row] for row in range(0, len(counts.text), copies)]
+    return torch.cat([of_row.repeat(copies, 1) for of_row in thw.split(sizes)]) if sum(sizes) == len(thw) else thw

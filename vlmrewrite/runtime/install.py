@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any, NoReturn, cast
 
 from torch import nn
+from transformers.utils.generic import can_return_tuple
 
 from vlmrewrite import capture
 from vlmrewrite.compat import inside_torch_compile
@@ -25,7 +26,7 @@ def install_session(model: nn.Module, session: Session) -> None:
     """Put a session on a model; :func:`remove_session` takes it off, also after a failure half way."""
     capture.register()
     session.undo.callback(swap_attention(model))
-    if "encoder_features" in session.wants:
+    if "encoder_features" in session.plan.needs():
         base = cast(nn.Module, model.base_model)
         encoder = cast(Callable[..., Any], base.get_image_features)
         base.__dict__["get_image_features"] = watched(model, encoder, session.encoded)
@@ -83,6 +84,7 @@ def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callabl
     return outer
 
 
+@can_return_tuple  # type: ignore[untyped-decorator]
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if inside_torch_compile():
         raise RuntimeError(
