@@ -15,7 +15,7 @@ MOVED = {
     "call": ("plan.call",),
     "choice": ("ops.choice",),
     "dialect": ("ops.attention", "ops.selection", "ops.scoring", "ops.library"),
-    "install": ("api", "runtime.last_call", "oracle.verify"),
+    "install": ("api", "runtime.install", "oracle.verify"),
     "layerwise": ("report.layer_profile",),
     "observer": ("report.observe",),
     "operators": ("ops.library",),

@@ -138,7 +138,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         given_up=() if latest is None else _given_up(latest),
         kernels={} if latest is None else latest.executable.choices,
         graphs={} if one is None else {"captured": len(one.call.graphs), "limit": limit()},
-        seconds={} if one is None else {"capture": one.call.seconds},
+        seconds={} if one is None else {"capture": sum(one.call.seconds)},
         plain_calls=session.text_calls.total(),
         compiled_calls=session.compiled_calls.total(),
         memory=peak_memory(session) if memory else {},

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import threading
 import warnings
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -113,11 +114,26 @@ class Session:
             kwargs = without_full_mask(kwargs)
             if resolve(self.backend, device) == "inductor":
                 self.compiled_calls[threading.get_ident()] += 1
-                return _compiled_text(model, cache, kwargs, self.kernels, device)
+                return self._compiled(model, cache, kwargs, device)
         kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
         with capture.running(cache, kernels):
             forward = type(model).forward
             return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
+
+    def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], device: torch.device) -> Any:
+        """The same behind a compiler."""
+        plain = kwargs.get("attention_mask") is None and not cache.holes()
+        given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        reserved = cache.reserve(given.shape[1])
+
+        def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
+            how = plain, reserved, self.kernels, device
+            step = graph.once(("decode", *how), lambda: DecodeStep.of(graph.gm, *how))
+            return step.run(cache, inputs, given.shape[1])
+
+        if not reserved:
+            cache.contiguous()
+        return captures_of(model).text(runner, model, cache, kwargs, None)
 
     def _with_images(self, model: nn.Module, cache: PositionCache, given: Given, kwargs: dict[str, Any]) -> Any:
         keep = kwargs.get("logits_to_keep")
@@ -167,30 +183,30 @@ class Session:
         return self.executables[key]
 
 
+SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def session_of(model: nn.Module) -> Session:
+    """The session of a rewritten model.
+
+    Raises:
+        ValueError: no recipe is applied to it.
+    """
+    try:
+        return SESSIONS[model]
+    except KeyError:
+        raise ValueError(
+            f"this {type(model).__name__} is not rewritten; expected a model that a recipe was applied to"
+            " (a copy of a rewritten model is not: apply to the copy of a restored one)"
+        ) from None
+
+
 def _at_the_end(kwargs: dict[str, Any], given: Given, keep: int) -> bool:
     """Whether the last prompt token of every row is among the last ``keep`` tokens of a call."""
     tokens: Tensor = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     if given.end is not None:
         return int(given.end.min()) >= int(tokens.shape[1]) - keep
-    return not isinstance(given.mask, Tensor) or given.mask.dim() != 2 or bool(given.mask[:, -keep:].any(1).all())
-
-
-def _compiled_text(
-    model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], kernels: Kernels, device: torch.device
-) -> Any:
-    """Run the model's forward without an image, compiled; ``kwargs`` are its other arguments."""
-    plain = kwargs.get("attention_mask") is None and not cache.holes()
-    given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    reserved = cache.reserve(given.shape[1])
-
-    def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-        made = functools.partial(DecodeStep.of, graph.gm, plain, reserved, kernels, device)
-        step = graph.once(("decode", plain, reserved, kernels, device), made)
-        return step.run(cache, inputs, given.shape[1])
-
-    if not reserved:
-        cache.contiguous()
-    return captures_of(model).text(runner, model, cache, kwargs, None)
+    return given.padding is None or bool(given.padding[:, -keep:].any(1).all())
 
 
 class _Stop(Exception):
