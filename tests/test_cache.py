@@ -413,7 +413,7 @@ def test_a_reset_frees_the_room():
 def as_they_are(monkeypatch):
     """The graphs that Inductor would get, run without it."""
     monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.runtime.session.inductor", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
 
 
 def steps(model, token, cache, n, mode=torch.no_grad):
@@ -483,7 +483,8 @@ def test_a_turn_with_an_image_after_decoding_keeps_no_old_room(as_they_are):
             assert all(layer.buffer is None for layer in cache.layers)
 
 
-def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged():
+def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged(monkeypatch):
+    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
     graph = torch.fx.Graph()
     *old, k, v, pos = (graph.placeholder(name) for name in ("keys", "values", "positions", "k", "v", "pos"))
     grown = graph.call_function(torch.ops.vlm.kv_append.default, (*old, k, v, pos))
@@ -491,14 +492,14 @@ def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged():
     total = graph.call_function(torch.sum, (old[0],))
     graph.output((*parts, total))
     gm = torch.fx.GraphModule({}, graph)
-    made = DecodeStep.of(gm, True)
+    made = DecodeStep.of(gm, True, True, "reference", torch.device("cpu"))
     assert not made.writes
     with torch.no_grad():
         cache = prefilled(5, layers=1)
         cache.reserve(2)
         layer = cache.layers[0]
         given = (layer.keys, layer.values, layer.positions, *tokens(2, 2, 9), torch.full((2, 2), 5))
-        out = made.run(made.graph_module, cache, given, 2)
+        out = made.run(cache, given, 2)
     expected = ops.kv_append(*given)
     assert all(map(torch.equal, out[:3], expected))
     assert layer.buffer is None

@@ -22,7 +22,7 @@ from vlmrewrite.passes.dape.matching import gains
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import Text, Vision
 from vlmrewrite.plan.vocabulary import Policy
-from vlmrewrite.runtime.install import session_of
+from vlmrewrite.runtime import session_of
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import logits_agreement
 from vlmrewrite.testing.models import Row

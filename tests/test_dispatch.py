@@ -15,7 +15,7 @@ from vlmrewrite.passes.visor.dispatch import Confidence
 from vlmrewrite.plan.blocks import ATTRIBUTE
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import Text
-from vlmrewrite.runtime.last_call import routing
+from vlmrewrite.runtime import routing
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row

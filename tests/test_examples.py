@@ -12,7 +12,7 @@ import torch
 import vlmrewrite as vr
 from vlmrewrite.passes import DAPE, DPVR, VISOR
 from vlmrewrite.plan.blocks import ATTRIBUTE
-from vlmrewrite.runtime.last_call import routing
+from vlmrewrite.runtime import routing
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 CHECKPOINT = EXAMPLES / "digits" / "checkpoint"

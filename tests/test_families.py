@@ -102,7 +102,7 @@ def test_anatomy(tiny: TinyVLM) -> None:
     assert all(a.exit is b.entry for a, b in itertools.pairwise(anatomy.layers))
     assert all(layer.append is not None for layer in anatomy.layers)
     assert anatomy.merge.target == "masked_scatter"
-    assert torch.equal(program.vision_mask()(*program.inputs), inputs["input_ids"] == tiny.image_token_id)
+    assert torch.equal(program.vision_mask(*program.inputs), inputs["input_ids"] == tiny.image_token_id)
     assert program.call is not None
     assert program.call.vision.shape == (batch, length)
     assert program.call.counts.images == tuple(n for row in _images(tiny, inputs) for n in row)

@@ -79,7 +79,7 @@ def test_first_calls_of_two_threads_at_once(tiny):
 def as_they_are(monkeypatch):
     """The graphs that Inductor would get, run without it: what is captured and how it is wired."""
     monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.runtime.session.inductor", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
 
 
 EACH = FAMILIES if settings.get_current_profile_name() == "long" else ("llava", "qwen2_5_vl", "gemma3")

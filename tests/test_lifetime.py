@@ -13,7 +13,7 @@ from transformers import DynamicCache
 import vlmrewrite as vr
 from vlmrewrite.capture import CAPTURES, dynamo
 from vlmrewrite.kvcache.cache import PositionCache
-from vlmrewrite.lower.lowering import lower
+from vlmrewrite.lower import by_kind, lower
 from vlmrewrite.ops import choice
 from vlmrewrite.ops.choice import Kernels
 from vlmrewrite.passes import STS, Stride
@@ -54,7 +54,7 @@ def test_captures_die_with_their_model(restore, features):
 def test_captures_of_text_die_with_their_model(monkeypatch):
     monkeypatch.setattr(session, "resolve", lambda *_: "inductor")
     monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.runtime.session.inductor", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
     refs = used(SOME, True)
     collect()
     assert [type(r()).__name__ for r in refs if r() is not None] == []
@@ -118,8 +118,8 @@ def test_opaque_operators_stay_in_the_lowered_graph(llava):
     left = {n.target for n in lowered.graph_module.graph.nodes if isinstance(n.target, torch._ops.OpOverload)}
     assert {torch.ops.vlm.sts_sample.default, torch.ops.vlm.top_attention.default} <= left
     assert not left & {torch.ops.vlm.attention.default, torch.ops.vlm.kv_append.default, torch.ops.vlm.select.default}
-    assert "compilers do not look into" in lowered.choices["sts_sample"][0]["why"]
-    assert "compilers do not look into" not in lowered.choices["attention"][0]["why"]
+    assert "compilers do not look into" in by_kind(lowered.counts)["sts_sample"][0]["why"]
+    assert "compilers do not look into" not in by_kind(lowered.counts)["attention"][0]["why"]
 
 
 def test_where_torch_compile_does_nothing_the_model_says_so(llava):

@@ -11,8 +11,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 import vlmrewrite as vr
 from vlmrewrite.cli.prompt import Shape, prompt_inputs
-from vlmrewrite.lower import Executable
-from vlmrewrite.lower.lowering import lower
+from vlmrewrite.lower.lowering import Executable, lower
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
 from vlmrewrite.report.memory import LiveBytes, Tail, peak_bytes
 from vlmrewrite.runtime import Layout

@@ -63,7 +63,7 @@ def apply(
     except Exception as e:
         e.add_note(f"for a decoder of {depth} layers")
         raise
-    session = Session(model, chosen, selected, picked, strict, plan, build(model, plan.blocks))
+    session = Session(chosen, selected, picked, strict, plan, build(model, plan.blocks))
     try:
         install_session(model, session)
     except BaseException:

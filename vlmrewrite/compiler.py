@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Literal
 
 import torch
-import torch.fx
 from torch import nn
 
 from vlmrewrite.analysis import analyse
+from vlmrewrite.capture import Graph
 from vlmrewrite.compat import inductor
 from vlmrewrite.lower import Executable, by_kind, lower
 from vlmrewrite.ops import Kernels
@@ -24,22 +24,22 @@ from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
 from vlmrewrite.rewrite import Program, check_sets, dispatch, legalize
 
 
-def program_of(gm: torch.fx.GraphModule, features: int, parameters: Mapping[str, tuple[int, str]]) -> Program:
-    """The program of a captured graph, without passes.
-
-    Args:
-        gm: the graph.
-        features: which of its inputs holds the vision features.
-        parameters: for each of its inputs that is a decoder layer's parameter, the layer and the name within it.
+def program_of(graph: Graph) -> Program:
+    """The program of a captured graph that was run with images, without passes; analysed once.
 
     Raises:
         ValueError: a part of the graph could not be recognised; the message names it.
     """
-    start = time.perf_counter()
-    anatomy = analyse(gm, features)
-    seconds = {"anatomy": time.perf_counter() - start}
-    plan = Plan(len(anatomy.layers), frozenset(FEATURES))
-    return Program(gm, anatomy, plan, seconds=seconds, parameters=dict(parameters))
+
+    def make() -> Program:
+        assert graph.features is not None, "it has not been run with images"
+        start = time.perf_counter()
+        anatomy = analyse(graph.gm, graph.features)
+        seconds = {"anatomy": time.perf_counter() - start}
+        plan = Plan(len(anatomy.layers), frozenset(FEATURES))
+        return Program(graph.gm, anatomy, plan, seconds=seconds, parameters=graph.parameters)
+
+    return graph.once("program", make)
 
 
 def rewrite(
@@ -97,7 +97,6 @@ def rewrite(
 def compile(
     program: Program,
     passes: Sequence[Pass],
-    *,
     strict: bool,
     blocks: nn.ModuleDict,
     kernels: Kernels,

@@ -15,7 +15,7 @@ MOVED = {
     "call": ("plan.call",),
     "choice": ("ops.choice",),
     "dialect": ("ops.attention", "ops.selection", "ops.scoring", "ops.library"),
-    "install": ("api", "runtime.last_call", "oracle.verify"),
+    "install": ("api", "runtime.install", "oracle.verify"),
     "layerwise": ("report.layer_profile",),
     "observer": ("report.observe",),
     "operators": ("ops.library",),
@@ -29,7 +29,7 @@ MOVED = {
     "testing.interpreter": ("testing.triton.interpreter",),
     "testing.oracle": ("oracle.hooks", "oracle.masks", "testing.agreement"),
     "tokens": ("plan.tokens", "plan"),
-    "traced": ("runtime.programs",),
+    "traced": ("runtime.session",),
     "words": ("plan.vocabulary",),
 }
 """Old module -> the modules that hold its names now, both without ``vlmrewrite.``."""

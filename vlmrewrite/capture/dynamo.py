@@ -76,12 +76,12 @@ class CapturedForward:
 
     Attributes:
         graphs: those captured so far.
-        seconds: what tracing them took.
+        seconds: what tracing each of them took.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.graphs: list[Graph] = []
-        self.seconds = 0.0
+        self.seconds: list[float] = []
         me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -89,21 +89,15 @@ class CapturedForward:
             this: Any = weakref.ref(graph)
             return lambda *inputs: _RUNNER.get()(this(), inputs)
 
-        def traced(seconds: float) -> None:
-            me().seconds += seconds
-
         # A code object of its own: Dynamo counts recompiles per code object, and models must not share the limit.
         own = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "vlmrewrite_entry")
-        self._compiled = captured(own, backend, limit, traced)
+        self._compiled = captured(own, backend, limit, self.seconds.append)
         # What Dynamo made of a code object keeps it alive, by way of the module's globals.
         weakref.finalize(self, forget_code, own.__code__).atexit = False
         self._forward, self._code = forward, own.__code__
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
-        self._absent = {
-            name: None
-            for name, p in inspect.signature(forward).parameters.items()
-            if p.default is None and name not in _OURS
-        }
+        parameters = inspect.signature(forward).parameters.values()
+        self._absent = {p.name: None for p in parameters if p.default is None and p.name not in _OURS}
 
     def __call__(
         self, runner: Runner, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], images: Encoded | None

@@ -3,7 +3,7 @@
 In: a rewritten program. Out: an :class:`Executable`.
 """
 
-from vlmrewrite.lower.decode_step import DecodeStep, positioned
+from vlmrewrite.lower.decode_step import DecodeStep
 from vlmrewrite.lower.lowering import Executable, by_kind, lower
 
-__all__ = ["DecodeStep", "Executable", "by_kind", "lower", "positioned"]
+__all__ = ["DecodeStep", "Executable", "by_kind", "lower"]

@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
 from torch import Tensor
 
 from vlmrewrite import ops
+from vlmrewrite.compat import inductor
 from vlmrewrite.kvcache import PositionCache
+from vlmrewrite.lower.lowering import lower
+from vlmrewrite.ops import Kernels
 
 
-def positioned(gm: torch.fx.GraphModule, plain: bool) -> torch.fx.GraphModule:
-    """A copy of a graph captured from a call without images, with each attention's positions taken from the cache.
+def _positioned(graph: torch.fx.Graph, plain: bool) -> None:
+    """Let each attention take the positions of its new tokens and of all from the cache.
 
-    Args:
-        gm: the captured graph, with a cache.
-        plain: no key of the cache is hidden from a query, except by causality.
-
-    Raises:
-        RuntimeError: an attention's keys do not come from the cache.
+    They are the same nodes for layers that hold the same tokens, which so have one mask and go on to share positions.
     """
-    graph = copy.deepcopy(gm.graph)
-    positions = _shared_positions(graph)
+    first: dict[Any, tuple[Any, torch.fx.Node]] = {}
+    for grown in graph.find_nodes(op="call_function", target=ops.KV_APPEND):
+        mine = [user for user in grown.users if user.args == (grown, 2)]
+        _, every = first.setdefault(grown.args[2], (grown.args[5], mine[0]))
+        for node in mine:
+            if node is not every:
+                node.replace_all_uses_with(every)
+                graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=ops.ATTENTION):
         append: Any = getattr(node.args[1], "args", (None,))[0]
         if getattr(append, "target", None) is not ops.KV_APPEND:
@@ -36,26 +39,7 @@ def positioned(gm: torch.fx.GraphModule, plain: bool) -> torch.fx.GraphModule:
                 " the cache, which is not supported"
             )
         q, k, v, mask, _, _, scale, _, *rest = node.args
-        node.args = (q, k, v, mask, *positions[append], scale, plain and mask is None, *rest)
-    return torch.fx.GraphModule(gm, graph)
-
-
-def _shared_positions(graph: torch.fx.Graph) -> dict[torch.fx.Node, tuple[Any, Any]]:
-    """For each append to a cache, the positions of its new tokens and of all.
-
-    They are the same nodes for layers that hold the same tokens, which so have one mask and go on to share positions.
-    """
-    first: dict[Any, tuple[Any, Any]] = {}
-    out = {}
-    for append in graph.find_nodes(op="call_function", target=ops.KV_APPEND):
-        with graph.inserting_after(append):
-            mine = graph.call_function(operator.getitem, (append, 2))
-        out[append] = first.setdefault(append.args[2], (append.args[5], mine))
-        for user in list(append.users):
-            if user.args == (append, 2) and user is not mine:
-                user.replace_all_uses_with(out[append][1])
-                graph.erase_node(user)
-    return out
+        node.args = (q, k, v, mask, *first[append.args[2]], scale, plain and mask is None, *rest)
 
 
 def kv_write(
@@ -73,26 +57,38 @@ def kv_write(
     return keys[:, :, :n], values[:, :, :n], torch.cat([positions, pos], 1)
 
 
-@dataclass(frozen=True)
-class DecodeStep:
-    """A graph captured from a call without images that takes buffers for the layers it appends to.
+class DecodeStep(NamedTuple):
+    """A graph captured from a call without images, compiled, that takes buffers for the layers it appends to.
 
     It returns None in place of their keys and values, which are views of what it was given.
 
     Attributes:
-        graph_module: the graph.
+        compiled: the graph, lowered and compiled.
         writes: for each layer that is written in place, where its keys and its values stand among the inputs.
         shown: for each output that is None, which of these layers it is of, and 0 for its keys or 1 for its values.
     """
 
-    graph_module: torch.fx.GraphModule
-    writes: tuple[tuple[int, int], ...]
+    compiled: Any
+    writes: list[tuple[int, int]]
     shown: dict[int, tuple[int, int]]
 
     @classmethod
-    def of(cls, gm: torch.fx.GraphModule, reserved: bool) -> DecodeStep:
-        """A copy of the graph; if the layers have room, each append to what only it reads of them is made in place."""
+    def of(
+        cls, gm: torch.fx.GraphModule, plain: bool, reserved: bool, kernels: Kernels, device: torch.device
+    ) -> DecodeStep:
+        """The step that a copy of a captured graph makes.
+
+        Args:
+            gm: the graph, with a cache.
+            plain: no key of the cache is hidden from a query, except by causality.
+            reserved: the layers have room: each append to what only it reads of them is made in place.
+            kernels, device: as for :func:`vlmrewrite.lower.lowering.lower`.
+
+        Raises:
+            RuntimeError: an attention's keys do not come from the cache, or it cannot be lowered so.
+        """
         graph = copy.deepcopy(gm.graph)
+        _positioned(graph, plain)
         inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         (output,) = graph.find_nodes(op="output")
         appends = graph.find_nodes(op="call_function", target=ops.KV_APPEND) if reserved else []
@@ -106,21 +102,21 @@ class DecodeStep:
                 shown[i] = written.index(source), item
                 outputs[i] = None
         output.args = (tuple(outputs),)
-        writes = tuple((inputs[n.args[0]], inputs[n.args[1]]) for n in written)
-        return cls(torch.fx.GraphModule(gm, graph), writes, shown)
+        writes = [(inputs[n.args[0]], inputs[n.args[1]]) for n in written]
+        return cls(inductor(lower(torch.fx.GraphModule(gm, graph), kernels, device).graph_module), writes, shown)
 
-    def run(self, run: Callable[..., Any], cache: PositionCache, inputs: Sequence[Any], t: int) -> Any:
-        """Run the graph, lowered and compiled to ``run``, on the captured inputs of a call with ``t`` tokens.
+    def run(self, cache: PositionCache, inputs: Sequence[Any], t: int) -> Any:
+        """Run it on the captured inputs of a call with ``t`` tokens.
 
-        Every layer has room for them (:meth:`vlmrewrite.kvcache.PositionCache.reserve`); one that is not written in
-        place loses its buffer.
+        Every layer has room for them (:meth:`vlmrewrite.kvcache.PositionCache.reserve`), if it is made for that; one
+        that is not written in place loses its buffer.
         """
         of_keys: dict[int, Any] = {id(layer.keys): layer.own() for layer in cache.layers}
         buffers = [of_keys[id(inputs[keys])] for keys, _ in self.writes]
         given = list(inputs)
         for buffer, (keys, values) in zip(buffers, self.writes, strict=True):
             given[keys], given[values] = buffer.keys, buffer.values
-        out = list(run(*given))
+        out = list(self.compiled(*given))
         grown = [buffer.show(buffer.shown[0].shape[2] + t) for buffer in buffers]
         for i, (layer, item) in self.shown.items():
             out[i] = grown[layer][item]

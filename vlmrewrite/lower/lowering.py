@@ -10,8 +10,8 @@ import copy
 import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.fx
@@ -25,8 +25,7 @@ from vlmrewrite.rewrite import Program, RunResult, with_blocks
 _PLAIN = "plain causal attention, PyTorch's own flash attention does it"
 
 
-@dataclass(frozen=True)
-class Executable:
+class Executable(NamedTuple):
     """One captured graph with a recipe applied.
 
     Attributes:
@@ -48,20 +47,11 @@ class Executable:
         return self.program.execute(self.parts, inputs, call)
 
 
-@dataclass(frozen=True)
-class Lowered:
-    """A graph that can be run or compiled, and what each kind of dialect operator became.
-
-    ``counts`` holds how many nodes of each kind of operator were given which choice.
-    """
+class Lowered(NamedTuple):
+    """A graph that can be run or compiled, and how many nodes of each kind of dialect operator became what."""
 
     graph_module: torch.fx.GraphModule
     counts: Counter[tuple[str, Choice]]
-
-    @property
-    def choices(self) -> dict[str, list[dict[str, Any]]]:
-        """See :func:`by_kind`."""
-        return by_kind(self.counts)
 
 
 def by_kind(counts: Counter[tuple[str, Choice]]) -> dict[str, list[dict[str, Any]]]:

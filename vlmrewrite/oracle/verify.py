@@ -59,10 +59,10 @@ def verify_applied(model: nn.Module, inputs: dict[str, Any]) -> float:
 
     Meanwhile there are hooks on the model's modules: no other thread may use it.
     """
-    latest = session_of(model).latest
-    before = latest.get()
+    session = session_of(model)
+    before = session.latest
     got = model(**inputs).logits
-    if latest.get() is before:
+    if session.latest is before:
         raise ValueError("no call with an image was made: the inputs hold none, and there is nothing to judge")
     masks = layer_masks(model)
     rewritten = model.__dict__.pop("forward")  # and what is left is its class's own

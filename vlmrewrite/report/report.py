@@ -127,18 +127,18 @@ class Report:
 
 def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
     """What a recipe at work on a model did so far; see :func:`vlmrewrite.report`."""
-    one, latest = CAPTURES.get(model), session.latest.get()
+    one, latest = CAPTURES.get(model), session.latest
     return make_report(
         session.recipe.name,
         session.backend if latest is None else latest.executable.backend,
-        session.passes,
+        session.recipe.passes,
         program=None if latest is None else latest.program,
         call=None if latest is None else latest.call,
         held=() if latest is None else latest.given.held,
         given_up=() if latest is None else _given_up(latest),
         kernels={} if latest is None else latest.executable.choices,
         graphs={} if one is None else {"captured": len(one.call.graphs), "limit": limit()},
-        seconds={} if one is None else {"capture": one.call.seconds},
+        seconds={} if one is None else {"capture": sum(one.call.seconds)},
         plain_calls=session.text_calls.total(),
         compiled_calls=session.compiled_calls.total(),
         memory=peak_memory(session) if memory else {},

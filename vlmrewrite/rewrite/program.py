@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,6 +70,7 @@ class Program:
     blocks: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     model: nn.Module | None = None
 
+    @cached_property
     def vision_mask(self) -> torch.fx.GraphModule:
         """The part of the graph that computes the vision-token mask, bool [B, T], from the same inputs."""
         graph = torch.fx.Graph()

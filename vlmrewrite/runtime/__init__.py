@@ -3,11 +3,9 @@
 In: the arguments of ``forward`` and ``generate``. Out: the model's own outputs.
 """
 
-from vlmrewrite.runtime.facts import LastCall, Layout
-from vlmrewrite.runtime.install import SESSIONS, install_session, remove_session, session_of
-from vlmrewrite.runtime.last_call import Stage, kept_tokens, last_call, prompt_ends, routing
-from vlmrewrite.runtime.programs import trace
-from vlmrewrite.runtime.session import Session
+from vlmrewrite.runtime.facts import LastCall, Layout, Stage
+from vlmrewrite.runtime.install import install_session, kept_tokens, last_call, prompt_ends, remove_session, routing
+from vlmrewrite.runtime.session import SESSIONS, Session, session_of, trace
 
 __all__ = [
     "SESSIONS",
@@ -15,7 +13,6 @@ __all__ = [
     "Layout",
     "Session",
     "Stage",
-    "install",
     "install_session",
     "kept_tokens",
     "last_call",

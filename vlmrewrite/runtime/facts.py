@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -46,9 +44,8 @@ class Prompt:
         thw = kwargs.get("image_grid_thw")
         given = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
         tokens = next((x for x in given if isinstance(x, Tensor) and x.dim() > 1), None)
-        if tokens is None:
-            return cls(None, thw)
-        prompt = cls(torch.full(tokens.shape[:1], tokens.shape[1] - 1, device=tokens.device), thw)
+        last = None if tokens is None else torch.full(tokens.shape[:1], tokens.shape[1] - 1, device=tokens.device)
+        prompt = cls(last, thw)
         prompt.see(kwargs.get("attention_mask"))
         return prompt
 
@@ -87,13 +84,12 @@ def current_prompt(owner: object) -> Prompt | None:
     return next((prompt for who, prompt in reversed(_PROMPTS.get()) if who == owner), None)
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """What a call with an image was given, as far as the captured graph's inputs do not say.
 
     Attributes:
         images: the encoded images.
-        mask: the attention mask, or None without padding.
+        padding: 1 for real tokens, [B, past + T]; None without padding, or with a mask of another form.
         past: logical length of the cache before the call.
         held: keys that each layer held before the call.
         thw: the model's image-grid input, int [I, 3], or None.
@@ -102,7 +98,7 @@ class Given:
     """
 
     images: Encoded
-    mask: Any
+    padding: Tensor | None
     past: int
     held: tuple[int, ...]
     thw: Tensor | None
@@ -125,8 +121,9 @@ class Given:
         rest = without_full_mask(rest)
         thw = encoded.get("image_grid_thw", rest.get("image_grid_thw", prompt.thw))
         held, mask = tuple(cache.kv_lengths()), rest.get("attention_mask")
+        padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         images = encoded_images(encoded["image"])
-        return cls(images, mask, cache.get_seq_length(), held, thw, prompt.end, encodings), rest
+        return cls(images, padding, cache.get_seq_length(), held, thw, prompt.end, encodings), rest
 
     def call(
         self, vision: Tensor, wants: Collection[str], reads_last: bool, config: Any
@@ -144,9 +141,8 @@ class Given:
                 end is known are not the call's.
         """
         found: dict[str, Tensor | str] = {}
-        padding = end = ends = None
-        if isinstance(self.mask, Tensor) and self.mask.dim() == 2:
-            padding = self.mask[:, -vision.shape[1] :].bool().to(vision.device)
+        end = ends = None
+        padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
         if "encoder_features" in wants:
             found["encoder_features"] = encoder_features(self.encodings, self.images)
         if self.end is not None:
@@ -180,8 +176,7 @@ class Layout(NamedTuple):
         return cls(tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
 
 
-@dataclass(frozen=True)
-class LastCall:
+class LastCall(NamedTuple):
     """A call with an image that has run: what ran, what came out of it, the call, and what it was given.
 
     ``inputs`` are the captured graph's flat inputs, a :class:`Layout` for each tensor;
@@ -204,46 +199,20 @@ class LastCall:
         return replace(whole, plan=self.result.plan, variants=whole.variants[ran[-1] : ran[-1] + 1], dispatch=None)
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Vision tokens that a run of layers works on: ``vision`` bool [B, T], in the logical sequence."""
+
+    name: str
+    layers: tuple[int, ...]
+    vision: Tensor
+
+
 def _of_copies(thw: Tensor | None, counts: TokenCounts) -> Tensor | None:
     """The grids of a call in which each row of the prompt stands several times: one for each image."""
     images = len(counts.images)
     if thw is None or len(thw) in (0, images) or images % len(thw):
         return thw
     copies, in_row = images // len(thw), Counter(counts.rows)
-    sources = range(0, len(counts.text), copies)
-    before = [0, *accumulate(in_row[row] for row in sources)]
-    which = [before[row // copies] + i for row, i in zip(counts.rows, counts.ordinals, strict=True)]
-    return thw[which] if before[-1] == len(thw) else thw
-
-
-class Latest:
-    """The last call with an image: of the thread that asks, or if it made none, of any."""
-
-    def __init__(self) -> None:
-        self._mine = threading.local()
-        self._any: LastCall | None = None
-
-    def set(self, call: LastCall) -> None:
-        """The thread's last call is this one."""
-        self._mine.call = self._any = call
-
-    def get(self) -> LastCall | None:
-        """The last call, or None."""
-        mine: LastCall | None = getattr(self._mine, "call", None)
-        return self._any if mine is None else mine
-
-
-class Tally:
-    """A count that threads add to without waiting for one another."""
-
-    def __init__(self) -> None:
-        self._counts: dict[int, int] = {}
-
-    def add(self) -> None:
-        """One more."""
-        me = threading.get_ident()
-        self._counts[me] = self._counts.get(me, 0) + 1
-
-    def total(self) -> int:
-        """Of all threads."""
-        return sum(list(self._counts.values()))
+    sizes = [in_row[row] for row in range(0, len(counts.text), copies)]
+    return torch.cat([of_row.repeat(copies, 1) for of_row in thw.split(sizes)]) if sum(sizes) == len(thw) else thw

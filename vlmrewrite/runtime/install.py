@@ -1,31 +1,35 @@
-"""A session's place on a model: its forward and generate, its blocks, its attention implementation."""
+"""A session's place on a model: its forward and generate, its blocks, its attention implementation; what it tells.
+
+What is told of the last call with an image is, in a process with several threads, of the thread that asks.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import types
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, cast
 
-from torch import nn
+from torch import Tensor, nn
+from transformers.utils.generic import can_return_tuple
 
 from vlmrewrite import capture
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import swap_attention, watched
-from vlmrewrite.plan import ATTRIBUTE
-from vlmrewrite.runtime.facts import ARGUMENT, Prompt, current_prompt, prompt_of
-from vlmrewrite.runtime.session import Session
-
-SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision, intersection
+from vlmrewrite.rewrite import Program
+from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
+from vlmrewrite.runtime.session import Session, session_of
 
 
 def install_session(model: nn.Module, session: Session) -> None:
     """Put a session on a model; :func:`remove_session` takes it off, also after a failure half way."""
     capture.register()
     session.undo.callback(swap_attention(model))
-    if "encoder_features" in session.wants:
+    if "encoder_features" in session.plan.needs():
         base = cast(nn.Module, model.base_model)
         encoder = cast(Callable[..., Any], base.get_image_features)
         base.__dict__["get_image_features"] = watched(model, encoder, session.encoded)
@@ -43,19 +47,62 @@ def remove_session(model: nn.Module, session: Session) -> None:
     session.undo.close()
 
 
-def session_of(model: nn.Module) -> Session:
-    """The session of a rewritten model.
+def routing(model: nn.Module) -> Tensor:
+    """What the chooser of a dispatch read in the last call with an image, with its gradient history: a router's scores.
 
     Raises:
-        ValueError: no recipe is applied to it.
+        ValueError: no recipe is applied, there was no such call yet, or nothing is read in the graph.
     """
-    try:
-        return SESSIONS[model]
-    except KeyError:
-        raise ValueError(
-            f"this {type(model).__name__} is not rewritten; expected a model that a recipe was applied to"
-            " (a copy of a rewritten model is not: apply to the copy of a restored one)"
-        ) from None
+    session = session_of(model)
+    value = session.last().result.value
+    if value is None:
+        raise ValueError(f"recipe {session.recipe.name!r} chooses nothing by a value in the graph")
+    return value
+
+
+def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]:
+    """What ran in the last call with an image, the call, and what each selection chose in it, bool [F].
+
+    Raises:
+        ValueError: no recipe is applied, or there was no such call yet.
+    """
+    ran = session_of(model).last()
+    return ran.program, ran.call, ran.result.chosen
+
+
+@contextlib.contextmanager
+def prompt_ends(model: nn.Module, column: Tensor) -> Iterator[None]:
+    """While the block runs, the prompts of calls with images end there, as they do in ``generate()``.
+
+    For training: the answers in ``input_ids`` are none of the prompt, by whose last token tokens and plans are chosen.
+
+    Args:
+        model: a rewritten model.
+        column: of each row's last prompt token, int64 [B].
+
+    Raises:
+        ValueError: no recipe is applied, or these are no columns; a call in the block has not as many rows.
+    """
+    if column.dim() != 1 or column.is_floating_point() or bool((column < 0).any()):
+        raise ValueError(f"prompts end at {column}; expected a column of each row, int64 [B]")
+    with prompt_of((session_of(model), "forward"), Prompt(column)):
+        yield
+
+
+def kept_tokens(model: nn.Module) -> list[Stage]:
+    """Which vision tokens each layer ran on in the last call with an image.
+
+    Raises:
+        ValueError: no recipe is applied, or there was no such call yet.
+    """
+    program, call, chosen = last_call(model)
+    stages: dict[TokenSet, list[int]] = {}
+    for entry in program.plan.layers:
+        stages.setdefault(entry.run_set, []).append(entry.index)
+    return [
+        Stage(program.plan.render(s), tuple(layers), call.members(intersection(Vision, s), chosen))
+        for s, layers in stages.items()
+    ]
 
 
 def _register(model: nn.Module, session: Session) -> None:
@@ -69,10 +116,9 @@ def _register(model: nn.Module, session: Session) -> None:
         for p in learning:
             p.requires_grad_(True)
 
+    model.requires_grad_(False)
     model.add_module(ATTRIBUTE, session.blocks)
     session.undo.callback(unregister)
-    for p in learning:
-        p.requires_grad_(False)
 
 
 def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,6 +129,7 @@ def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callabl
     return outer
 
 
+@can_return_tuple  # type: ignore[untyped-decorator]
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if inside_torch_compile():
         raise RuntimeError(

@@ -1,4 +1,7 @@
-"""A recipe at work on a model: what happens in one forward. What a call knows is its own, never the session's."""
+"""What happens in one forward: under a recipe, or to be captured only.
+
+What a call knows is its own, never the session's.
+"""
 
 from __future__ import annotations
 
@@ -6,55 +9,62 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+import weakref
+from collections import Counter
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.utils.generic import ModelOutput
 
-from vlmrewrite import capture
+from vlmrewrite import capture, hf
 from vlmrewrite.capture import Graph, captures_of
-from vlmrewrite.compat import inductor
-from vlmrewrite.compiler import compile
+from vlmrewrite.compiler import compile, program_of
 from vlmrewrite.hf import Encoding, refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.kvcache import PositionCache, adopted
-from vlmrewrite.lower import DecodeStep, Executable, lower, positioned
+from vlmrewrite.lower import DecodeStep, Executable
 from vlmrewrite.ops import Backend, Kernels, choose, resolve
-from vlmrewrite.plan import All, Pass, Plan
+from vlmrewrite.plan import All, Plan
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.runtime.facts import Given, LastCall, Latest, Layout, Prompt, Tally, current_prompt, prompt_of
-from vlmrewrite.runtime.programs import graph_program, vision_mask
+from vlmrewrite.rewrite import Program
+from vlmrewrite.runtime.facts import Given, LastCall, Layout, Prompt, current_prompt, prompt_of
 
 
+@dataclass(eq=False)
 class Session:
-    """A recipe applied to a model."""
+    """A recipe applied to a model.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        recipe: Recipe,
-        backend: Backend,
-        kernels: Kernels,
-        strict: bool,
-        plan: Plan,
-        blocks: nn.ModuleDict,
-    ) -> None:
-        self.recipe, self.backend, self.kernels, self.strict = recipe, backend, kernels, strict
-        self.passes: list[Pass] = list(recipe.passes)
-        self.blocks = blocks
-        self.executables: dict[tuple[Graph, frozenset[str], torch.device], Executable] = {}
-        self.latest = Latest()
-        self.text_calls, self.compiled_calls = Tally(), Tally()
-        self.undo = ExitStack()
-        self._thread = threading.local()
-        self.wants = plan.needs()
-        self.judges_logits, self.reads_last = plan.judges_logits, plan.reads_last
-        self.config: Any = model.config
-        self._lock = threading.RLock()
-        self._warned: set[str] = set()
+    Attributes:
+        recipe, backend, kernels, strict: what :func:`vlmrewrite.apply` was asked for.
+        plan: the recipe's, as far as it is known without a model's graph.
+        blocks: modules of the blocks that it asks for, by name.
+        executables: each captured graph under this recipe, for the missing facts about the images, and the device.
+        text_calls: calls without an image, by thread, so that none waits for another.
+        compiled_calls: those of them that a compiler ran.
+        undo: what takes the recipe off the model again.
+    """
+
+    recipe: Recipe
+    backend: Backend
+    kernels: Kernels
+    strict: bool
+    plan: Plan
+    blocks: nn.ModuleDict
+    executables: dict[tuple[Graph, frozenset[str], torch.device], Executable] = field(default_factory=dict)
+    text_calls: Counter[int] = field(default_factory=Counter)
+    compiled_calls: Counter[int] = field(default_factory=Counter)
+    undo: ExitStack = field(default_factory=ExitStack)
+    _thread: threading.local = field(default_factory=threading.local)
+    _any: LastCall | None = None
+    _lock: Any = field(default_factory=threading.RLock)
+    _warned: set[str] = field(default_factory=set)
+
+    @property
+    def latest(self) -> LastCall | None:
+        """The last call with an image: of the thread that asks, or if it made none, of any."""
+        return getattr(self._thread, "latest", self._any)
 
     def last(self) -> LastCall:
         """The last call with an image.
@@ -62,10 +72,9 @@ class Session:
         Raises:
             ValueError: there was none yet.
         """
-        latest = self.latest.get()
-        if latest is None:
+        if self.latest is None:
             raise ValueError("no call with an image was made since the recipe was applied")
-        return latest
+        return self.latest
 
     def encoded(self, encoding: Encoding) -> None:
         """Keep a run of the vision tower: with the generation or forward that made it, else as the thread's last."""
@@ -76,7 +85,7 @@ class Session:
             prompt.encodings.append(encoding)
 
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The model's forward under this recipe; its arguments and outputs."""
+        """The model's forward under this recipe; its arguments and its outputs, which are not made a tuple here."""
         if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
             raise NotImplementedError(
                 "gradient checkpointing is on, and the rewritten graph keeps its activations: call"
@@ -86,43 +95,53 @@ class Session:
         with prompt_of(self, own):
             kwargs = tidy(model, args, kwargs)
         encodings = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
-        return_dict = kwargs.pop("return_dict", None)
-        return_dict = model.config.return_dict if return_dict is None else return_dict  # type: ignore[union-attr]
         past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
         with adopted(past) as cache:
             keep = past is not None or wants_cache(model, use_cache)
             given, rest = Given.of(kwargs, cache, prompt, encodings)
             if given is None:
-                out = self._text(model, cache if keep else None, rest)
-            else:
-                if not keep:
-                    refuse_packed(kwargs)
-                out = self._with_images(model, cache, given, rest)
-                if not keep:
-                    out = type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
-        assert isinstance(out, ModelOutput)
-        return out if return_dict else out.to_tuple()
+                return self._text(model, cache if keep else None, rest)
+            if not keep:
+                refuse_packed(kwargs)
+            out = self._with_images(model, cache, given, rest)
+            return out if keep else type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
 
     def _text(self, model: nn.Module, cache: PositionCache | None, kwargs: dict[str, Any]) -> Any:
         """A call without an image: nothing is dropped, and what the cache holds is what each layer sees."""
-        self.text_calls.add()
-        one, keep, device = captures_of(model), cache is not None, next(model.parameters()).device
+        device = next(model.parameters()).device
+        self.text_calls[threading.get_ident()] += 1
         if cache is not None:
             kwargs = without_full_mask(kwargs)
             if resolve(self.backend, device) == "inductor":
-                self.compiled_calls.add()
-                return _compiled_text(model, cache, kwargs, self.kernels)
+                self.compiled_calls[threading.get_ident()] += 1
+                return self._compiled(model, cache, kwargs, device)
         kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
         with capture.running(cache, kernels):
-            return one.forward(model, past_key_values=cache, use_cache=keep, return_dict=True, **kwargs)
+            forward = type(model).forward
+            return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
+
+    def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], device: torch.device) -> Any:
+        """The same behind a compiler."""
+        plain = kwargs.get("attention_mask") is None and not cache.holes()
+        given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        reserved = cache.reserve(given.shape[1])
+
+        def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
+            how = plain, reserved, self.kernels, device
+            step = graph.once(("decode", *how), lambda: DecodeStep.of(graph.gm, *how))
+            return step.run(cache, inputs, given.shape[1])
+
+        if not reserved:
+            cache.contiguous()
+        return captures_of(model).text(runner, model, cache, kwargs, None)
 
     def _with_images(self, model: nn.Module, cache: PositionCache, given: Given, kwargs: dict[str, Any]) -> Any:
         keep = kwargs.get("logits_to_keep")
-        if self.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
+        if self.plan.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
             kwargs = kwargs | {"logits_to_keep": 0}
         one = captures_of(model)
         before = len(one.call.graphs)
-        out = one.call(functools.partial(self._run, given), model, cache, kwargs, given.images)
+        out = one.call(functools.partial(self._run, model.config, given), model, cache, kwargs, given.images)
         graphs, limit = len(one.call.graphs), capture.limit()
         if graphs > before and graphs >= limit - 2:
             warnings.warn(
@@ -132,35 +151,30 @@ class Session:
             )
         if isinstance(keep, int) and keep != kwargs["logits_to_keep"]:
             out["logits"] = out.logits[:, -keep:]
-        ran, layers = self.last(), cast(Any, cache.layers)
-        for layer, entry in zip(layers, ran.result.plan.layers, strict=False):
+        ran = self.last()
+        for layer, entry in zip(cache.layers, ran.result.plan.layers, strict=False):
             layer.holes = layer.holes or (entry.keys != All and not ran.call.counts.dense(entry.keys))
         return out
 
-    def _run(self, given: Given, graph: Graph, inputs: Sequence[Any]) -> Any:
-        vision = vision_mask(graph, inputs)
-        call, missing = given.call(vision, self.wants, self.reads_last, self.config)
+    def _run(self, config: Any, given: Given, graph: Graph, inputs: Sequence[Any]) -> Any:
+        vision = program_of(graph).vision_mask(*inputs)
+        call, missing = given.call(vision, self.plan.needs(), self.plan.reads_last, config)
         executable = self._executable(graph, missing, given.images.features.device)
         result = executable.run(inputs, call)
         kind = call.vision.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        kept = replace(result, out=None)
-        self.latest.set(LastCall(executable, kept, call, given, tuple(map(Layout.of, inputs)), autocast))
+        kept, layouts = replace(result, out=None), tuple(map(Layout.of, inputs))
+        self._thread.latest = self._any = LastCall(executable, kept, call, given, layouts, autocast)
         return result.out
 
     def _executable(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Executable:
-        """The graph under this recipe: one for each device, and for each set of missing facts about the images."""
+        """The graph under this recipe."""
         key = graph, frozenset(missing), device
         with contextlib.nullcontext() if key in self.executables else self._lock:
             if key not in self.executables:
+                program, backend = program_of(graph).lacking(missing), resolve(self.backend, device)
                 self.executables[key] = made = compile(
-                    graph_program(graph).lacking(missing),
-                    self.passes,
-                    strict=self.strict,
-                    blocks=self.blocks,
-                    kernels=self.kernels,
-                    backend=resolve(self.backend, device),
-                    device=device,
+                    program, self.recipe.passes, self.strict, self.blocks, self.kernels, backend, device
                 )
                 told = {f"{o.configuration} does nothing: {o.reason}" for o in made.program.outcomes if o.reason}
                 for message in sorted(told - self._warned):
@@ -169,29 +183,73 @@ class Session:
         return self.executables[key]
 
 
+SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+
+
+def session_of(model: nn.Module) -> Session:
+    """The session of a rewritten model.
+
+    Raises:
+        ValueError: no recipe is applied to it.
+    """
+    try:
+        return SESSIONS[model]
+    except KeyError:
+        raise ValueError(
+            f"this {type(model).__name__} is not rewritten; expected a model that a recipe was applied to"
+            " (a copy of a rewritten model is not: apply to the copy of a restored one)"
+        ) from None
+
+
 def _at_the_end(kwargs: dict[str, Any], given: Given, keep: int) -> bool:
     """Whether the last prompt token of every row is among the last ``keep`` tokens of a call."""
     tokens: Tensor = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     if given.end is not None:
         return int(given.end.min()) >= int(tokens.shape[1]) - keep
-    return not isinstance(given.mask, Tensor) or given.mask.dim() != 2 or bool(given.mask[:, -keep:].any(1).all())
+    return given.padding is None or bool(given.padding[:, -keep:].any(1).all())
 
 
-def _compiled_text(model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], kernels: Kernels) -> Any:
-    """Run the model's forward without an image, compiled; ``kwargs`` are its other arguments."""
-    plain = kwargs.get("attention_mask") is None and not cache.holes()
-    device = next(model.parameters()).device
-    given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-    reserved = cache.reserve(given.shape[1])
+class _Stop(Exception):
+    """Raised in place of running a graph that is only to be captured."""
 
-    def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-        def make() -> tuple[DecodeStep, Callable[..., Any]]:
-            step = DecodeStep.of(positioned(graph.gm, plain), reserved)
-            return step, inductor(lower(step.graph_module, kernels, device).graph_module)
 
-        step, run = graph.once(("decode", plain, kernels, device, reserved), make)
-        return step.run(run, cache, inputs, given.shape[1])
+def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
+    """Capture a model's forward for some inputs; nothing is installed, and the decoder is not run.
 
-    if not reserved:
-        cache.contiguous()
-    return captures_of(model).text(runner, model, cache, kwargs, None)
+    Args:
+        model: an unmodified model, on any device (the meta device too).
+        inputs: what the model's forward takes, with an image.
+
+    Raises:
+        ValueError: the inputs hold no image, or the graph could not be recognised.
+        RuntimeError: the forward could not be captured as one graph.
+    """
+    hf.check_support(model)
+    capture.register()
+    found: list[tuple[Graph, tuple[Any, ...]]] = []
+
+    def runner(graph: Graph, flat: Sequence[Any]) -> Any:
+        found.append((graph, tuple(flat)))
+        raise _Stop
+
+    with hf.attention_swapped(model), torch.no_grad():
+        kwargs = tidy(model, (), dict(inputs))
+        if kwargs.get("use_cache") is False:
+            refuse_packed(kwargs)
+        given, kwargs = Given.of(kwargs, PositionCache(), Prompt(), [])
+        if given is None:
+            raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
+        for name in ("past_key_values", "use_cache", "return_dict"):
+            kwargs.pop(name, None)
+        with contextlib.suppress(_Stop):
+            captures_of(model).call(runner, model, PositionCache(), kwargs, given.images)
+    graph, flat = found[0]
+    program, call = program_of(graph), None
+    vision = program.vision_mask(*flat)
+    if vision.is_meta:
+        grid = hf.grids(model.config, given.images.lengths, None)
+        missing = {"grid": grid} if isinstance(grid, str) else {}
+    else:
+        call, missing = given.call(vision, ["grid"], False, model.config)
+    missing["encoder_features"] = "a traced program does not hold them"
+    return replace(program.lacking(missing), call=call, inputs=flat, model=model)
