@@ -223,7 +223,7 @@ def test_a_wrong_edit_is_seen(wrong, at):
         got, masks = model(**inputs).logits, layer_masks(model)
     (edit,) = masks[at].edits
     other = [*masks]
-    other[at] = replace(masks[at], edits=(replace(edit, op=wrong),))
+    other[at] = replace(masks[at], edits=(replace(edit, edit=replace(edit.edit, op=wrong)),))
     real = inputs["attention_mask"].bool()
     right, false = (hooks.oracle_logits(tiny.model, inputs, m)[real] for m in (masks, other))
     error = (got[real] - right).abs().max()
@@ -285,6 +285,6 @@ def test_what_the_oracle_cannot_find():
     assert seen[0][2].shape == (6 * 36, models.HIDDEN)
     hooks.oracle_logits(tiny.model, inputs, masks)
     assert torch.equal(seen[0][2], seen[1][2])
-    masks[2].edits[0].facts["encoder_features"] = None
+    masks[2].edits[0].call.encoder_features = None
     with pytest.raises(NotImplementedError, match="cannot find 'encoder_features' on this model"):
         hooks.oracle_logits(tiny.model, inputs, masks)

@@ -3,8 +3,6 @@
 In: keys and values as a model's attention makes them. Out: all keys, values and positions of a layer.
 """
 
-from vlmrewrite.kvcache.buffer import Buffer
 from vlmrewrite.kvcache.cache import PositionCache, adopted
-from vlmrewrite.kvcache.layer import PositionLayer
 
-__all__ = ["Buffer", "PositionCache", "PositionLayer", "adopted"]
+__all__ = ["PositionCache", "adopted"]

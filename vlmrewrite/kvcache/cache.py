@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache
 
-from vlmrewrite.kvcache.buffer import Buffer
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
 
 
@@ -120,31 +119,14 @@ class PositionCache(Cache):
 
     def kv_bytes(self) -> int:
         """Bytes of the keys and values held, without the spare room."""
-        return _bytes(self.layers)
-
-    def allocated_bytes(self) -> int:
-        """Bytes of memory of keys and values, with the spare room."""
-        return _bytes(layer.own() or layer for layer in self.layers)
-
-
-def _bytes(holders: Iterable[PositionLayer | Buffer]) -> int:
-    return sum(x.nbytes for holder in holders for x in (holder.keys, holder.values) if x is not None)
+        return sum(x.nbytes for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
 
 
 @contextlib.contextmanager
-def _taken_over(cache: Cache) -> Iterator[PositionCache]:
-    """An empty cache as a :class:`PositionCache`, in place: its owner goes on with it. Undone if the block fails."""
-    before = cache.__class__, cache.__dict__
-    cache.__class__, cache.__dict__ = PositionCache, PositionCache().__dict__
-    try:
-        yield cast(PositionCache, cache)
-    except BaseException:
-        cache.__class__, cache.__dict__ = before
-        raise
+def adopted(given: Any) -> Iterator[PositionCache]:
+    """The cache of a call: a new one, or the one given, turned in place into a :class:`PositionCache`.
 
-
-def adopted(given: Any) -> contextlib.AbstractContextManager[PositionCache]:
-    """The cache of a call: the one given, turned into a :class:`PositionCache`, or a new one.
+    Its owner goes on with it. That is undone if the block fails.
 
     Raises:
         TypeError: it is no transformers cache.
@@ -152,7 +134,8 @@ def adopted(given: Any) -> contextlib.AbstractContextManager[PositionCache]:
         ValueError: it holds tokens that went through the unmodified model.
     """
     if given is None or isinstance(given, PositionCache):
-        return contextlib.nullcontext(PositionCache() if given is None else given)
+        yield PositionCache() if given is None else given
+        return
     if not isinstance(given, Cache):
         raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
     if type(given) is not DynamicCache or given.offloading:
@@ -165,4 +148,10 @@ def adopted(given: Any) -> contextlib.AbstractContextManager[PositionCache]:
             f"past_key_values holds {given.get_seq_length()} tokens that went through the unmodified model;"
             " start again with an empty cache"
         )
-    return _taken_over(given)
+    before = given.__class__, given.__dict__
+    given.__class__, given.__dict__ = PositionCache, PositionCache().__dict__  # type: ignore[assignment]
+    try:
+        yield cast(PositionCache, given)
+    except BaseException:
+        given.__class__, given.__dict__ = before
+        raise

@@ -1,4 +1,11 @@
-"""One layer's keys and values, with the logical position of each."""
+"""One layer's keys and values, with the logical position of each, and spare room behind them.
+
+A token is appended without copying those before it.
+A layer makes a buffer when it first appends, with room for a share of what it holds; where none is left it makes
+another. So the memory of a cache that grows is at most an eighth more than its tokens need (64 tokens, if that is
+more), of which one layer's is there twice while it moves; and a token that stays is copied some nine times in all, not
+once a step.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from vlmrewrite.kvcache.buffer import Buffer, alike
+from vlmrewrite.compat import memory_is_shared
 
 T = TypeVar("T")
 
@@ -24,6 +31,62 @@ def once(shared: Shared, objects: tuple[object, ...], make: Callable[[], T]) -> 
         shared[key] = objects, make()
     made: T = shared[key][1]
     return made
+
+
+SHARE, LEAST = 8, 64
+"""Buffer is made for an eighth more tokens than there are, and for at least 64 more."""
+
+
+class Buffer:
+    """Memory of a layer for more tokens than it holds; only for tensors that no gradient is recorded for.
+
+    A buffer never moves. It is made by copying, never around tensors that came from elsewhere, and it is an ordinary
+    tensor in inference mode too, so that it can be written to after it.
+
+    Attributes:
+        keys, values: [B, Hk, capacity, D] and [B, Hk, capacity, Dv], contiguous.
+        shown: the first tokens of both, what the layer holds. A layer that holds other tensors has no buffer.
+        written: how many tokens somebody may have been shown; after a crop more than are shown now.
+    """
+
+    def __init__(self, keys: Tensor, values: Tensor, more: int, rows: Tensor | None = None) -> None:
+        """Copy keys and values (of some rows) to where ``more`` tokens, and some to spare, can follow."""
+        batch, n = keys.shape[0] if rows is None else len(rows), keys.shape[2]
+        capacity = n + more + max(LEAST, (n + more) // SHARE)
+        with torch.inference_mode(False):
+            self.keys, self.values = (x.new_empty(batch, x.shape[1], capacity, x.shape[3]) for x in (keys, values))
+        self.written = 0
+        for new, old in zip(self.show(n), (keys, values), strict=True):
+            if rows is None:
+                new.copy_(old)
+            else:
+                torch.index_select(old, 0, rows, out=new)
+
+    def show(self, n: int) -> tuple[Tensor, Tensor]:
+        """The first ``n`` tokens, which the layer holds from now on."""
+        self.written = max(self.written, n)
+        # .data: no views to autograd, which would take each append for a change of what was shown before, nor to
+        # Dynamo, which would guard the buffer's shape too.
+        self.shown = self.keys.narrow(2, 0, n).data, self.values.narrow(2, 0, n).data
+        return self.shown
+
+    def takes(self, more: int) -> bool:
+        """Whether ``more`` tokens can be written after those shown, in sight of nobody, and one slot stay free.
+
+        (Were all slots in use, the strides of what is shown would be those of a tensor without spare room, and a
+        compiler would compile for it anew.)
+        """
+        n = self.shown[0].shape[2]
+        if n < self.written and not any(memory_is_shared(x, 2) for x in (self.keys, self.values)):
+            self.written = n
+        return n >= self.written and n + more < self.keys.shape[2]
+
+    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Write k [B, Hk, t, D] and v [B, Hk, t, Dv] after what is shown; :meth:`takes` said that they fit."""
+        n, t = self.shown[0].shape[2], k.shape[2]
+        self.keys.narrow(2, n, t).copy_(k)
+        self.values.narrow(2, n, t).copy_(v)
+        return self.show(n + t)
 
 
 class PositionLayer(DynamicLayer):
@@ -73,9 +136,13 @@ class PositionLayer(DynamicLayer):
         return pos if self.positions is None else torch.cat([self.positions, pos], 1)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
+        def kind(x: Tensor) -> object:
+            """All but length and strides: where it differs, concatenation converts, or raises."""
+            return x.shape[:2], x.shape[3], x.dtype, x.device
+
         if self.keys is None:
             self.keys, self.values = k, v
-        elif torch.is_grad_enabled() or not (alike(self.keys, k) and alike(self.values, v)):
+        elif torch.is_grad_enabled() or any(kind(x) != kind(y) for x, y in ((self.keys, k), (self.values, v))):
             self.buffer = None
             self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         else:

@@ -20,11 +20,11 @@ from vlmrewrite.oracle.masks import EditMask
 from vlmrewrite.plan import NEEDS
 
 
-def edited(edit: EditMask, stream: Tensor, merged: Tensor | None, paid: Callable[[Tensor], Tensor]) -> Tensor:
+def edited(mask: EditMask, stream: Tensor, merged: Tensor | None, paid: Callable[[Tensor], Tensor]) -> Tensor:
     """The stream behind an edit.
 
     Args:
-        edit: the edit.
+        mask: the edit, and its tokens.
         stream: [B, T, H], T at least the edit's n.
         merged: what entered the decoder, the vision features in it, [B, T, H], if that is known.
         paid: the layer's attention weights [B, heads, T, T] when only some keys, bool [B, T], can be seen.
@@ -35,14 +35,14 @@ def edited(edit: EditMask, stream: Tensor, merged: Tensor | None, paid: Callable
     Raises:
         NotImplementedError: it needs something that the oracle cannot find on this model.
     """
-    columns = edit.tokens.shape[1]
-    index, valid = _indexed(edit.tokens)
+    edit = mask.edit
+    index, valid = _indexed(mask.tokens)
     if not index.shape[1]:
         return stream
-    x = stream[:, :columns]
-    given = _Inputs(edit, x, stream.shape[1], merged, paid)
+    x = stream[:, : mask.tokens.shape[1]]
+    given = _Inputs(mask, x, stream.shape[1], merged, paid)
     inputs = [NEEDS[need].make(given) for need in edit.needs]
-    weights = [w.to(x.dtype) for w in edit.weights]
+    weights = [w.to(x.dtype) for w in mask.weights]
     hidden = torch.stack([row[at] for row, at in zip(x, index, strict=True)])
     new = REFERENCES.get(edit.op, edit.op)(hidden, index, valid, *inputs, *weights, *edit.options)
     out = stream.clone()
@@ -61,18 +61,14 @@ def _indexed(tokens: Tensor) -> tuple[Tensor, Tensor]:
 class _Inputs:
     """What the edit asks for; see :class:`vlmrewrite.plan.needs.Inputs`."""
 
-    edit: EditMask
+    mask: EditMask
     x: Tensor
     length: int
     merged: Tensor | None
     paid: Callable[[Tensor], Tensor]
 
     def fact(self, name: str) -> Tensor:
-        if name == "text":
-            return self.edit.text
-        if name == "flat":
-            return self.edit.vision.flatten().nonzero()[:, 0]
-        found = self.edit.facts.get(name)
+        found: Tensor | None = getattr(self.mask.call, name)
         if found is None:
             raise self._unknown(name)
         return found.to(self.x.dtype) if found.is_floating_point() else found
@@ -80,21 +76,21 @@ class _Inputs:
     def features(self) -> Tensor:
         if self.merged is None:
             raise self._unknown("features")
-        return self.merged[:, : self.x.shape[1]][self.edit.vision]
+        return self.merged[:, : self.x.shape[1]][self.mask.call.vision]
 
     def stream(self) -> Tensor:
         return self.x
 
     def prompt(self) -> Tensor:
-        return self.edit.text & (torch.arange(self.x.shape[1], device=self.x.device) <= self.edit.last[:, None])
+        return self.mask.call.text & (torch.arange(self.x.shape[1], device=self.x.device) <= self.mask.call.last)
 
     def attention(self, outside: bool) -> Tensor:
-        edit, columns = self.edit, self.x.shape[1]
-        seen = edit.vision & ~edit.tokens if outside else edit.tokens
+        call, tokens, columns = self.mask.call, self.mask.tokens, self.x.shape[1]
+        seen = call.vision & ~tokens if outside else tokens
         keys = torch.zeros(len(self.x), self.length, dtype=torch.bool, device=self.x.device)
-        keys[:, :columns] = edit.text | seen
-        weights = torch.stack([row[:, at] for row, at in zip(self.paid(keys), edit.last.tolist(), strict=True)])
-        return weights.mean(1)[:, :columns][edit.vision] * seen[edit.vision]
+        keys[:, :columns] = call.text | seen
+        weights = torch.stack([row[:, at] for row, at in zip(self.paid(keys), call.last[:, 0].tolist(), strict=True)])
+        return weights.mean(1)[:, :columns][call.vision] * seen[call.vision]
 
     def _unknown(self, name: str) -> NotImplementedError:
-        return NotImplementedError(f"the oracle cannot find {name!r} on this model, which {self.edit.op} needs")
+        return NotImplementedError(f"the oracle cannot find {name!r} on this model, which {self.mask.edit.op} needs")

@@ -41,10 +41,6 @@ class _State:
     merged: Tensor | None = None
     away: dict[int, Tensor] = field(default_factory=dict)
 
-    def remember(self, _: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
-        """A hook before the decoder: note what enters it."""
-        self.merged = kwargs.get("inputs_embeds")
-
     def rejoined(self, stream: Tensor, at: int, branches: Iterable[BranchMask]) -> Tensor:
         """The stream [B, T, H] with the tokens of those branches that rejoin at a layer."""
         for b in branches:
@@ -114,8 +110,12 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
     AttentionMaskInterface.register(NAME, _mask)
     blocks = [b.block for entry in layers for b in entry.branches if b.block is not None]
     state = _State()
+
+    def note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
+        state.merged = kwargs.get("inputs_embeds")
+
     with contextlib.ExitStack() as stack:
-        stack.enter_context(decoder.register_forward_pre_hook(state.remember, with_kwargs=True))
+        stack.enter_context(decoder.register_forward_pre_hook(note, with_kwargs=True))
         for i, (module, entry) in enumerate(zip(decoder.layers, layers, strict=True)):
             before, behind = _around(i, module, layers, state)
             stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
 from torch import Tensor, nn
+
+from vlmrewrite.plan import Call, Edit
 
 
 @dataclass(frozen=True)
@@ -53,23 +54,13 @@ class EditMask:
     """An operator on the hidden states of some tokens at a layer's entry, in the first n columns of the sequence.
 
     Attributes:
+        edit: the plan's, with the operator; one of the dialect stands for its reference.
         tokens: whose hidden states it replaces, bool [B, n].
-        op: see :class:`vlmrewrite.plan.vocabulary.Edit`; an operator of the dialect stands for its reference.
-        needs: the inputs it wants, see :class:`vlmrewrite.plan.Policy`.
-        text: the text tokens, bool [B, n].
-        vision: the vision tokens, bool [B, n].
-        last: column of each row's last prompt token, int64 [B].
-        facts: ``lengths``, ``ordinal``, ``grid`` and ``encoder_features``, as far as they are known.
+        call: what is known of the call.
         weights: parameters, cast to the stream's dtype.
-        options: further arguments.
     """
 
+    edit: Edit
     tokens: Tensor
-    op: Callable[..., Any]
-    needs: tuple[str, ...]
-    text: Tensor
-    vision: Tensor
-    last: Tensor
-    facts: Mapping[str, Tensor | None] = field(default_factory=dict)
+    call: Call
     weights: tuple[Tensor, ...] = ()
-    options: tuple[Any, ...] = ()

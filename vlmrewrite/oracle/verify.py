@@ -33,13 +33,9 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
         block = None if b.block is None else copy.deepcopy(program.blocks[b.block])
         return BranchMask(mask(b.tokens, later=False), b.rejoin, block)
 
-    facts: dict[str, Tensor | None] = {"lengths": call.lengths, "ordinal": call.ordinal}
-    facts |= {"grid": call.grid, "encoder_features": call.encoder_features}
-
     def edit(e: Edit) -> EditMask:
         weights = tuple(program.blocks.get_parameter(name).detach().clone() for name in e.weights)
-        tokens, last = call.members(e.tokens, chosen), call.last[:, 0]
-        return EditMask(tokens, e.op, e.needs, call.text, call.vision, last, facts, weights, e.options)
+        return EditMask(e, call.members(e.tokens, chosen), call, weights)
 
     return [
         LayerMasks(

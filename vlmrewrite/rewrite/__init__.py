@@ -3,18 +3,9 @@
 In: a captured graph, its anatomy and a plan. Out: a :class:`Program` whose graph does what the plan says.
 """
 
-from vlmrewrite.rewrite.dispatch import Dispatch, dispatch
+from vlmrewrite.rewrite.dispatch import dispatch
 from vlmrewrite.rewrite.legalize import legalize, with_blocks
 from vlmrewrite.rewrite.program import Program, RunResult
-from vlmrewrite.rewrite.verifier import check_sets, propagate_fakes
+from vlmrewrite.rewrite.verifier import check_sets
 
-__all__ = [
-    "Dispatch",
-    "Program",
-    "RunResult",
-    "check_sets",
-    "dispatch",
-    "legalize",
-    "propagate_fakes",
-    "with_blocks",
-]
+__all__ = ["Program", "RunResult", "check_sets", "dispatch", "legalize", "with_blocks"]

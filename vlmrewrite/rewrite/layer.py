@@ -68,10 +68,7 @@ class LayerNodes:
 
     def argument(self, node: Node | None, i: int) -> Node:
         """An argument of a captured node, in the copy."""
-        assert node is not None
-        found = node.args[i]
-        assert isinstance(found, Node)
-        return self.env[found]
+        return self.env[cast(Any, node).args[i]]
 
     def maybe(self, x: Any) -> Any:
         """The copy of a captured node, or the constant itself."""

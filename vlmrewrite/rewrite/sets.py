@@ -94,19 +94,15 @@ class Sets:
                 name = "last" if s == Last else "everywhere"
                 index, valid = emit.extra(name), emit.extra(f"{name}_valid")
             else:
-                member = emit.call(vlm.member.default, *self._membership(s))
+                if s.text_part() == Last:
+                    raise ValueError(f"the text part of {s} is neither all text nor none")
+                text, vision = emit.extra("text") if s.text_part() == Text else None, s.vision_part()
+                parts = (None, None) if vision == Nothing else (self._vision, self.which(vision))
+                member = emit.call(vlm.member.default, text, *parts)
                 both = emit.call(vlm.token_index.default, member, emit.extra("padding"), emit.extra("size", s))
                 index, valid = (emit.call(operator.getitem, both, i) for i in range(2))
             self._nodes[s] = SetNodes(index, valid, emit.call(vlm.positions.default, index, valid, past))
         return self._nodes[s]
-
-    def _membership(self, s: TokenSet) -> tuple[Node | None, Node | None, Node | None]:
-        """What ``vlm::member`` takes: text tokens, vision mask, and which vision tokens."""
-        text = self._emit.extra("text") if s.text_part() == Text else None
-        if s.text_part() == Last:
-            raise ValueError(f"the text part of {s} is neither all text nor none")
-        vision = s.vision_part()
-        return (text, None, None) if vision == Nothing else (text, self._vision, self.which(vision))
 
     def which(self, s: TokenSet) -> Node:
         """A vision set as bool [F]."""

@@ -38,10 +38,9 @@ def check_sets(anatomy: Anatomy, rewritten: Rewritten) -> None:
             if other is not None and other != tokens:
                 raise ValueError(f"{where(node)} runs on {tokens} but reads {source.name}, which is on {other}")
             x = value(source)
-            if other is None and isinstance(x, Tensor) and any(same(n, anatomy.length) for n in x.shape):
-                raise ValueError(f"{where(node)} runs on {tokens} but reads {source.name} of full length")
-            if other is None and isinstance(x, torch.SymInt) and same(x, anatomy.length):
-                raise ValueError(f"{where(node)} runs on {tokens} but uses the full length {source.name}")
+            sizes = x.shape if isinstance(x, Tensor) else [x] if isinstance(x, torch.SymInt) else []
+            if other is None and any(same(n, anatomy.length) for n in sizes):
+                raise ValueError(f"{where(node)} runs on {tokens} but reads {source.name}, of full length")
 
 
 def propagate_fakes(
