@@ -75,6 +75,7 @@ class CapturedForward:
     backend, nor what the backend holds.
 
     Attributes:
+        forward: the model's class's.
         graphs: those captured so far.
         seconds: what tracing each of them took.
     """
@@ -94,7 +95,7 @@ class CapturedForward:
         self._compiled = captured(own, backend, limit, self.seconds.append)
         # What Dynamo made of a code object keeps it alive, by way of the module's globals.
         weakref.finalize(self, forget_code, own.__code__).atexit = False
-        self._forward, self._code = forward, own.__code__
+        self.forward, self._code = forward, own.__code__
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
         parameters = inspect.signature(forward).parameters.values()
         self._absent = {p.name: None for p in parameters if p.default is None and p.name not in _OURS}
@@ -128,7 +129,7 @@ class CapturedForward:
             pooled = [images.features] if images.as_list else images.features
         token = _RUNNER.set(noted)
         try:
-            out = self._compiled(self._forward, model, cache, self._absent | kwargs, pooled)
+            out = self._compiled(self.forward, model, cache, self._absent | kwargs, pooled)
             if not ran:
                 raise NotCapturedError(
                     "another backend of torch.compile ran in place of the rewritten graph: leave"
@@ -204,7 +205,6 @@ class Captures:
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
-        self.forward = forward
         self.call, self.text = CapturedForward(forward), CapturedForward(forward)
 
 
@@ -228,6 +228,6 @@ def captures_of(model: nn.Module) -> Captures:
     forward = type(model).forward
     with _LOCK:
         found = CAPTURES.get(model)
-        if found is None or found.forward is not forward:
+        if found is None or found.call.forward is not forward:
             found = CAPTURES[model] = Captures(forward)
         return found

@@ -5,12 +5,12 @@ What is told of the last call with an image is, in a process with several thread
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import functools
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, cast
 
 from torch import Tensor, nn
@@ -70,8 +70,7 @@ def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]
     return ran.program, ran.call, ran.result.chosen
 
 
-@contextlib.contextmanager
-def prompt_ends(model: nn.Module, column: Tensor) -> Iterator[None]:
+def prompt_ends(model: nn.Module, column: Tensor) -> AbstractContextManager[None]:
     """While the block runs, the prompts of calls with images end there, as they do in ``generate()``.
 
     For training: the answers in ``input_ids`` are none of the prompt, by whose last token tokens and plans are chosen.
@@ -85,8 +84,7 @@ def prompt_ends(model: nn.Module, column: Tensor) -> Iterator[None]:
     """
     if column.dim() != 1 or column.is_floating_point() or bool((column < 0).any()):
         raise ValueError(f"prompts end at {column}; expected a column of each row, int64 [B]")
-    with prompt_of((session_of(model), "forward"), Prompt(column)):
-        yield
+    return prompt_of((session_of(model), "forward"), Prompt(column))
 
 
 def kept_tokens(model: nn.Module) -> list[Stage]:
