@@ -15,11 +15,9 @@ from vlmrewrite.analysis import Anatomy, axis, same, value, where
 from vlmrewrite.plan import All, TokenSet
 from vlmrewrite.rewrite.legalize import Rewritten
 
-_CROSSING = {
-    torch.ops.vlm.attention.default,
-    torch.ops.vlm.select.default,
-    torch.ops.vlm.restore.default,
-}
+vlm = torch.ops.vlm
+
+_CROSSING = {vlm.attention.default, vlm.select.default, vlm.restore.default}
 
 
 def check_sets(anatomy: Anatomy, rewritten: Rewritten) -> None:
