@@ -33,8 +33,6 @@ _OURS = ("past_key_values", "use_cache", "mm_encoder_outputs", "return_dict")
 _RUNNER: ContextVar[Runner] = ContextVar("vlmrewrite_runner")
 """What does the work of each graph in the call that is running."""
 
-_LOCK = threading.Lock()
-
 
 def limit() -> int:
     """How many graphs there may be of one model; torch._dynamo.config.recompile_limit raises it."""
@@ -226,8 +224,7 @@ CAPTURES: weakref.WeakKeyDictionary[nn.Module, Captures] = weakref.WeakKeyDictio
 def captures_of(model: nn.Module) -> Captures:
     """The model's captures; new if its class's forward has been exchanged since."""
     forward = type(model).forward
-    with _LOCK:
-        found = CAPTURES.get(model)
-        if found is None or found.call.forward is not forward:
-            found = CAPTURES[model] = Captures(forward)
-        return found
+    found = CAPTURES.get(model) or CAPTURES.setdefault(model, Captures(forward))  # at once for all threads, unlocked
+    if found.call.forward is not forward:
+        found = CAPTURES[model] = Captures(forward)
+    return found
