@@ -19,7 +19,7 @@ HAS_TORCH := import importlib.metadata as m; v = m.version("torch"); \
 	assert (2, 11) <= tuple(map(int, v.split(".")[:2])) < (2, 14); print(v)
 override OLDEST := .venv-oldest
 override OLDEST_PINS := torch==2.11.0 transformers==5.23.0 triton==3.6.0
-override QUICK := $(addprefix tests/,test_compat.py test_compat_dynamo.py test_capture.py test_threads.py \
+override QUICK := $(addprefix tests/,test_compat.py test_compat_dynamo.py test_compat_operators.py test_capture.py test_threads.py \
 	test_families.py test_ops.py kernels/test_contract.py)
 SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))
 

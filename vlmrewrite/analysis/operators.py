@@ -12,11 +12,12 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis.graph import closure, needed, reachable, value
+from vlmrewrite.compat import nn_functions, schema_of
 
 
 def _named(names: str) -> set[Any]:
     """The tensor methods and functions with these names."""
-    modules = (operator, torch, F, torch._C._nn, torch.linalg)
+    modules = (operator, torch, F, nn_functions(), torch.linalg)
     functions: set[Any] = {getattr(m, n) for m in modules for n in names.split() if hasattr(m, n)}
     return functions | {n for n in names.split() if hasattr(Tensor, n)}
 
@@ -128,8 +129,8 @@ def _shared(node: Node) -> list[Node]:
     inputs = [n for n in node.all_input_nodes if not is_number(n)]
     if written or is_number(node) or target in FRESH:
         return written
-    if isinstance(target, torch._ops.OpOverload):
-        return inputs if any(r.alias_info for r in target._schema.returns) else []
+    if (schema := schema_of(target)) is not None:
+        return inputs if any(r.alias_info for r in schema.returns) else []
     if target is operator.getitem and isinstance(value(inputs[0]), (tuple, list)) and not _shared(inputs[0]):
         return []  # one of several new tensors
     return inputs
@@ -139,8 +140,8 @@ def _written(node: Node) -> list[Node]:
     """The tensors that a node writes in place."""
     target = _target(node)
     inputs = [n for n in node.all_input_nodes if not is_number(n)]
-    if isinstance(target, torch._ops.OpOverload):
-        return inputs if target._schema.is_mutable else []
+    if (schema := schema_of(target)) is not None:
+        return inputs if schema.is_mutable else []
     if node.op not in ("call_function", "call_method"):
         return []
     name = name_of(target)

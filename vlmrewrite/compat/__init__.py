@@ -22,6 +22,7 @@ from vlmrewrite.compat.modules import (
     gpu_architecture,
     gpu_sleep,
     hooks_of,
+    initialise,
     is_compiled,
     memory_is_shared,
     set_attention_implementation,
@@ -29,14 +30,18 @@ from vlmrewrite.compat.modules import (
     tree_leaves,
     tree_unflatten,
 )
+from vlmrewrite.compat.operators import assert_scalar, dispatch_mode, fake_mode, nn_functions, schema_of
 from vlmrewrite.compat.private import TESTED, VersionError
 
 __all__ = [
     "TESTED",
     "VersionError",
+    "assert_scalar",
     "at_graph_limit",
     "attention_implementation",
     "captured",
+    "dispatch_mode",
+    "fake_mode",
     "forget_code",
     "generation_positions",
     "global_hooks",
@@ -46,9 +51,12 @@ __all__ = [
     "graphs_allowed",
     "hooks_of",
     "inductor",
+    "initialise",
     "inside_torch_compile",
     "is_compiled",
     "memory_is_shared",
+    "nn_functions",
+    "schema_of",
     "set_attention_implementation",
     "tracing_options",
     "tree_flatten",

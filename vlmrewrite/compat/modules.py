@@ -56,6 +56,11 @@ def is_compiled(model: Any) -> bool:
     return isinstance(model, compiled) or getattr(model, name, None) is not None
 
 
+def initialise(module: nn.Module, model: nn.Module) -> None:
+    """Give a module's parameters new values, as the model's class does."""
+    module.apply(attribute(model, "_init_weights", "transformers"))
+
+
 def gpu_sleep(cycles: int) -> None:
     """Let the current stream of the GPU do nothing for so many of its cycles."""
     find("torch.cuda", "_sleep")(cycles)

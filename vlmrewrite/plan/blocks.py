@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
+from vlmrewrite.compat import initialise
 from vlmrewrite.hf import decoder_layers
 
 ATTRIBUTE = "vlmrewrite_blocks"
@@ -41,7 +42,7 @@ class LayerCopy:
         shared = {id(m.config): m.config for m in layer.modules() if hasattr(m, "config")}
         block = copy.deepcopy(layer, shared)
         if self.init == "random":
-            block.apply(model._init_weights)  # type: ignore[arg-type]
+            initialise(block, model)
         return block.requires_grad_(True)
 
     def __str__(self) -> str:

@@ -9,10 +9,8 @@ from typing import Any, NamedTuple
 import torch
 import torch.fx
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from vlmrewrite.compat import tree_leaves
+from vlmrewrite.compat import dispatch_mode, fake_mode, tree_leaves
 from vlmrewrite.lower import lower
 from vlmrewrite.runtime import Layout, Session
 
@@ -20,14 +18,14 @@ _CUDA_BLOCK = 512
 """PyTorch's CUDA allocator hands out multiples of it."""
 
 
-class LiveBytes(TorchDispatchMode):
+class LiveBytes(dispatch_mode()):  # type: ignore[misc]
     """Counts the bytes of tensors that operators make while it is on: those alive ``now``, and their ``peak``.
 
     Tensors that operators are given and that it did not see being made count nothing, nor do views of them.
     """
 
     def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
+        super().__init__()
         self.peak = 0
         self._sizes: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
 
@@ -84,7 +82,7 @@ def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequ
         arguments: its, where a :class:`Layout` may stand for a tensor.
         tails: what runs after it, one after another; the head's results are kept, those of all tails but the last not.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with fake_mode() as mode:
         graphs = (head, *(t.graph for t in tails))
         weights = [mode.from_tensor(x) for gm in graphs for x in (*gm.parameters(), *gm.buffers())]
         given, *more = ([_fake(x, mode) for x in a] for a in (arguments, *(t.arguments for t in tails)))
@@ -97,7 +95,7 @@ def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequ
     return live.peak
 
 
-def _fake(x: Any, mode: FakeTensorMode) -> Any:
+def _fake(x: Any, mode: Any) -> Any:
     if isinstance(x, Layout):
         return torch.empty_strided(x.shape, x.stride, dtype=x.dtype, device=x.device)
     return mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x

@@ -18,6 +18,7 @@ from torch import nn
 from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, Layer, where, writes
+from vlmrewrite.compat import assert_scalar
 from vlmrewrite.plan import NEEDS, All, Branch, Edit, Extra, Last, LayerPlan, Plan, Selection, TokenSet
 from vlmrewrite.rewrite.layer import GraphInputs, LayerNodes
 from vlmrewrite.rewrite.sets import BLOCKS, Emitter, Sets, Stream
@@ -230,7 +231,7 @@ class _Rewrite:
         graph = self.gm.graph
         with graph.inserting_before(self.output):
             self.output.args = ((self.output.args[0], tuple(self.sets.chosen[s] for s in selections)),)
-        for node in graph.find_nodes(op="call_function", target=torch.ops.aten._assert_scalar.default):
+        for node in graph.find_nodes(op="call_function", target=assert_scalar()):
             graph.erase_node(node)  # the host has compared the number of tokens and features
         if len(blocks):
             setattr(self.gm, BLOCKS, blocks)

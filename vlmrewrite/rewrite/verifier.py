@@ -8,10 +8,10 @@ from typing import Any
 import torch
 import torch.fx
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, axis, same, value, where
+from vlmrewrite.compat import fake_mode
 from vlmrewrite.plan import All, TokenSet
 from vlmrewrite.rewrite.legalize import Rewritten
 
@@ -55,7 +55,7 @@ def propagate_fakes(
     Raises:
         ValueError: a node does not; the message names it. That is a bug in the rewrite, not in a plan.
     """
-    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+    with fake_mode() as mode:
         if any(isinstance(x, Tensor) and x.is_meta for x in arguments):  # then what the host adds is not there either
             arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
         fakes = (mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments)
