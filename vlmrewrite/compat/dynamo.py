@@ -12,7 +12,6 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.fx
-from torch import nn
 
 from vlmrewrite.compat.private import attribute, find, patched
 
@@ -106,7 +105,7 @@ def _behind_dynamo(
     if hasattr(context, "fullgraph"):  # counts frames for the whole process, in torch 2.13, so that threads miss theirs
         context.fullgraph = False  # what raises at a graph break is the callback
     made: Callable[..., Any] = context(function)
-    _blind_to_fx_tracing(made.forward if isinstance(made, nn.Module) else made)
+    _blind_to_fx_tracing(made)
     return made
 
 

@@ -21,7 +21,11 @@ def schema_of(target: object) -> Any:
 
     ``is_mutable`` says that it writes to its arguments, ``alias_info`` of one of its ``returns`` that it shares memory.
     """
-    return attribute(target, "_schema", "torch") if isinstance(target, find("torch._ops", "OpOverload")) else None
+    return (
+        attribute(target, "_schema", "torch")
+        if isinstance(target, attribute(torch, "_ops.OpOverload", "torch"))
+        else None
+    )
 
 
 def assert_scalar() -> Any:

@@ -25,9 +25,10 @@ def tidy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
     """
     kwargs = dict(zip(_argument_names(type(model).forward), args, strict=False)) | kwargs
     config: Any = model.config
+    configs = config, config.get_text_config()
     for name in ("output_attentions", "output_hidden_states"):
         asked = kwargs.pop(name, None)
-        set_in_config = asked is None and any(getattr(c, name, False) for c in (config, config.get_text_config()))
+        set_in_config = asked is None and any(getattr(c, name, False) for c in configs)
         if asked or set_in_config:
             raise NotImplementedError(
                 f"{name}=True{' (in the config)' * set_in_config} is not available while a recipe is applied; restore"

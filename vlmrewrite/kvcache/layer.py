@@ -1,10 +1,9 @@
 """One layer's keys and values, with the logical position of each, and spare room behind them.
 
-A token is appended without copying those before it.
-A layer makes a buffer when it first appends, with room for a share of what it holds; where none is left it makes
-another. So the memory of a cache that grows is at most an eighth more than its tokens need (64 tokens, if that is
-more), of which one layer's is there twice while it moves; and a token that stays is copied some nine times in all, not
-once a step.
+A token is appended without copying those before it. A layer makes a buffer when it first appends, with room for a share
+of what it holds; where none is left it makes another. So the memory of a cache that grows is at most an eighth more
+than its tokens need (64 tokens, if that is more), of which one layer's is there twice while it moves; and a token that
+stays is copied some nine times in all, not once a step.
 """
 
 from __future__ import annotations

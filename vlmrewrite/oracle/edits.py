@@ -68,6 +68,8 @@ class _Inputs:
     paid: Callable[[Tensor], Tensor]
 
     def fact(self, name: str) -> Tensor:
+        if name == "flat":
+            return self.mask.call.vision.flatten().nonzero()[:, 0]
         found: Tensor | None = getattr(self.mask.call, name)
         if found is None:
             raise self._unknown(name)

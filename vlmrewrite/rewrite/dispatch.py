@@ -82,14 +82,11 @@ def dispatch(variants: Sequence[Rewritten]) -> Dispatch:
         lacking = [n.name for n in r.frontier if of[n] not in common]
         if lacking:
             raise ValueError(f"the variants differ before the point where they part, in {', '.join(lacking)}")
-    crossing: dict[int, None] = {numbered[0][n]: None for n in first.frontier[:1]}
-    for r, of in zip(variants, numbered, strict=True):
-        for node in r.graph_module.graph.nodes:
-            if node.op == "output" or of[node] not in common:
-                crossing |= {of[n]: None for n in node.all_input_nodes if of[n] in common and n.op != "placeholder"}
-    order = list(crossing)
-    tails, takes = zip(*(_tail(r, of, common, order) for r, of in zip(variants, numbered, strict=True)), strict=True)
-    return Dispatch(_head(first, numbered[0], order), tails, takes)
+    cut = [_tail(r, of, common) for r, of in zip(variants, numbered, strict=True)]
+    value = [numbered[0][n] for n in first.frontier[:1]]
+    order = list(dict.fromkeys([*value, *(number for _, taken in cut for number in taken)]))
+    takes = tuple(tuple(map(order.index, taken)) for _, taken in cut)
+    return Dispatch(_head(first, numbered[0], order), tuple(tail for tail, _ in cut), takes)
 
 
 def _head(r: Rewritten, of: dict[Node, int], order: list[int]) -> torch.fx.GraphModule:
@@ -101,9 +98,8 @@ def _head(r: Rewritten, of: dict[Node, int], order: list[int]) -> torch.fx.Graph
     return with_blocks(r.graph_module, graph)
 
 
-def _tail(
-    r: Rewritten, of: dict[Node, int], common: set[int], order: list[int]
-) -> tuple[torch.fx.GraphModule, tuple[int, ...]]:
+def _tail(r: Rewritten, of: dict[Node, int], common: set[int]) -> tuple[torch.fx.GraphModule, list[int]]:
+    """What a variant does with values of the common part, and which of them it takes."""
     graph, env = torch.fx.Graph(), dict[Node, Node]()
     nodes = list(r.graph_module.graph.nodes)
     for node in nodes:
@@ -118,4 +114,4 @@ def _tail(
     for node in rest[:-1]:
         env[node] = graph.node_copy(node, env.__getitem__)
     graph.output(map_arg(rest[-1].args[0], env.__getitem__))
-    return with_blocks(r.graph_module, graph), tuple(order.index(number) for number in taken)
+    return with_blocks(r.graph_module, graph), list(taken)

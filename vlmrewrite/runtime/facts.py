@@ -29,13 +29,13 @@ class Prompt:
     Attributes:
         end: column of each row's last prompt token, int64 [B], or None. (Without a cache the sequence grows past it.)
         thw: the images' grids, int [I, 3], or None.
-        masked: whether ``end`` is that of a mask.
+        columns: length of the prompt, as long as its end is not that of a mask; then 0.
         encodings: the runs of the vision tower that it made.
     """
 
     end: Tensor | None = None
     thw: Tensor | None = None
-    masked: bool = False
+    columns: int = 0
     encodings: list[Encoding] = field(default_factory=list)
 
     @classmethod
@@ -45,7 +45,7 @@ class Prompt:
         given = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
         tokens = next((x for x in given if isinstance(x, Tensor) and x.dim() > 1), None)
         last = None if tokens is None else torch.full(tokens.shape[:1], tokens.shape[1] - 1, device=tokens.device)
-        prompt = cls(last, thw)
+        prompt = cls(last, thw, 0 if tokens is None else tokens.shape[1])
         prompt.see(kwargs.get("attention_mask"))
         return prompt
 
@@ -54,12 +54,12 @@ class Prompt:
 
         Without one among its arguments, ``generate()`` makes it: tokens that pad are none of the prompt.
         """
-        if self.end is None or self.masked or not isinstance(mask, Tensor) or mask.dim() != 2:
+        if self.end is None or not self.columns or not isinstance(mask, Tensor) or mask.dim() != 2:
             return
-        rows, columns = len(self.end), int(self.end[0]) + 1
+        rows, columns = len(self.end), self.columns
         if mask.shape[1] >= columns and not len(mask) % rows:
             at = torch.arange(columns, device=mask.device)
-            self.end, self.masked = (at * mask[:: len(mask) // rows, :columns].to(at)).amax(1), True
+            self.end, self.columns = (at * mask[:: len(mask) // rows, :columns].to(at)).amax(1), 0
 
 
 _PROMPTS: ContextVar[tuple[tuple[object, Prompt], ...]] = ContextVar("vlmrewrite_prompts", default=())
@@ -106,9 +106,7 @@ class Given(NamedTuple):
     encodings: list[Encoding]
 
     @classmethod
-    def of(
-        cls, kwargs: dict[str, Any], cache: PositionCache, prompt: Prompt, encodings: list[Encoding]
-    ) -> tuple[Given | None, dict[str, Any]]:
+    def of(cls, kwargs: dict[str, Any], cache: PositionCache, prompt: Prompt) -> tuple[Given | None, dict[str, Any]]:
         """What a call was given, None without an image, and its other arguments.
 
         Args:
@@ -123,7 +121,7 @@ class Given(NamedTuple):
         held, mask = tuple(cache.kv_lengths()), rest.get("attention_mask")
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
         images = encoded_images(encoded["image"])
-        return cls(images, padding, cache.get_seq_length(), held, thw, prompt.end, encodings), rest
+        return cls(images, padding, cache.get_seq_length(), held, thw, prompt.end, prompt.encodings), rest
 
     def call(
         self, vision: Tensor, wants: Collection[str], reads_last: bool, config: Any

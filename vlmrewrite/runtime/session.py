@@ -66,6 +66,10 @@ class Session:
         """The last call with an image: of the thread that asks, or if it made none, of any."""
         return getattr(self._thread, "latest", self._any)
 
+    @functools.cached_property
+    def _asked(self) -> tuple[set[str], bool]:
+        return self.plan.needs(), self.plan.reads_last
+
     def last(self) -> LastCall:
         """The last call with an image.
 
@@ -94,11 +98,11 @@ class Session:
         own = Prompt()
         with prompt_of(self, own):
             kwargs = tidy(model, args, kwargs)
-        encodings = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
+        known = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
         past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
         with adopted(past) as cache:
             keep = past is not None or wants_cache(model, use_cache)
-            given, rest = Given.of(kwargs, cache, prompt, encodings)
+            given, rest = Given.of(kwargs, cache, replace(prompt, encodings=known))
             if given is None:
                 return self._text(model, cache if keep else None, rest)
             if not keep:
@@ -158,7 +162,7 @@ class Session:
 
     def _run(self, config: Any, given: Given, graph: Graph, inputs: Sequence[Any]) -> Any:
         vision = program_of(graph).vision_mask(*inputs)
-        call, missing = given.call(vision, self.plan.needs(), self.plan.reads_last, config)
+        call, missing = given.call(vision, *self._asked, config)
         executable = self._executable(graph, missing, given.images.features.device)
         result = executable.run(inputs, call)
         kind = call.vision.device.type
@@ -236,7 +240,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         kwargs = tidy(model, (), dict(inputs))
         if kwargs.get("use_cache") is False:
             refuse_packed(kwargs)
-        given, kwargs = Given.of(kwargs, PositionCache(), Prompt(), [])
+        given, kwargs = Given.of(kwargs, PositionCache(), Prompt())
         if given is None:
             raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
         for name in ("past_key_values", "use_cache", "return_dict"):
