@@ -5,9 +5,11 @@
 #   VENV=path           the environment to use; it is made if it is not there. A torch >= 2.11 and < 2.14 that is
 #                       found in it, or in the Python that it is made from, is used as it is; otherwise the pinned
 #                       version is installed.
+#   WORKERS=4           how many processes run tests; as many as there are cores without it.
 #   ARGS="-k budget"    more arguments for the command that the target runs.
 
 VENV ?= .venv
+WORKERS ?= auto
 PYTHON ?=
 ARGS ?=
 
@@ -19,15 +21,16 @@ HAS_TORCH := import importlib.metadata as m; v = m.version("torch"); \
 	assert (2, 11) <= tuple(map(int, v.split(".")[:2])) < (2, 14); print(v)
 override OLDEST := .venv-oldest
 override OLDEST_PINS := torch==2.11.0 transformers==5.23.0 triton==3.6.0
-override QUICK := $(addprefix tests/,test_compat.py test_compat_dynamo.py test_compat_operators.py test_capture.py test_threads.py \
-	test_families.py test_ops.py kernels/test_contract.py)
+override OLDEST_TESTS := $(addprefix tests/,graph/test_compat.py graph/test_compat_dynamo.py unit/test_compat_operators.py \
+	graph/test_capture.py graph/test_threads.py models/test_families.py unit/test_ops.py kernels/test_contract.py)
+override QUICK := tests/unit tests/graph
 SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))
 
 # Whichever checkout an environment was made for, what runs is this one.
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test oldest lint format typecheck wheel clean
+.PHONY: help demo test quick oldest lint format typecheck wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -35,11 +38,14 @@ help: ## this list
 demo: $(READY) ## ask the bundled model about a scene, with and without a recipe; writes demo.png
 	$(BIN)/python examples/demo.py $(ARGS)
 
-test: $(READY) ## run the tests
-	$(BIN)/python -m pytest tests $(ARGS)
+test: $(READY) ## all tests, in WORKERS processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests $(ARGS)
+
+quick: $(READY) ## the tests of units and graphs that take no time, in WORKERS processes
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(QUICK) $(ARGS)
 
 oldest: $(OLDEST)/.vlmrewrite ## quick tests with the oldest torch, transformers and Triton (an environment of several GB)
-	$(OLDEST)/bin/python -m pytest -m "not slow" $(QUICK) $(ARGS)
+	$(OLDEST)/bin/python -m pytest -m "not slow" $(OLDEST_TESTS) $(ARGS)
 
 lint: $(READY) ## ruff: rules and format; who imports whom; the compiler's lines of code
 	$(BIN)/python -m ruff check .

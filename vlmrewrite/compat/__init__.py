@@ -1,7 +1,7 @@
 """Private interfaces of torch, transformers and Triton that are used, each behind one function with a test of its own.
 
 They may change with any release. Where one is missing, the error names it and the version that is installed; what the
-functions do is checked in ``tests/test_compat*.py``, which `make oldest` runs with the oldest versions too.
+functions do is checked in ``tests/*/test_compat*.py``, which `make oldest` runs with the oldest versions too.
 """
 
 from vlmrewrite.compat.dynamo import (

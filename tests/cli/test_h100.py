@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "h100.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "h100.py"
 
 
 @pytest.mark.slow

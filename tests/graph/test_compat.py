@@ -19,7 +19,7 @@ from vlmrewrite import compat
 from vlmrewrite.compat import dynamo, private
 from vlmrewrite.testing.models import TinyVLM
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def private_names(path: Path, own: set[str]) -> set[str]:

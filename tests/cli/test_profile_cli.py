@@ -11,7 +11,7 @@ from typer.testing import CliRunner, Result
 
 from vlmrewrite.cli.app import app
 
-DIGITS = Path(__file__).parent.parent / "examples" / "digits" / "checkpoint"
+DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "checkpoint"
 
 
 def run(*arguments: object) -> Result:

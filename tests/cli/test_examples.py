@@ -14,7 +14,7 @@ from vlmrewrite.passes import DAPE, DPVR, VISOR
 from vlmrewrite.plan.blocks import ATTRIBUTE
 from vlmrewrite.runtime import routing
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 CHECKPOINT = EXAMPLES / "digits" / "checkpoint"
 
 

@@ -14,7 +14,7 @@ from vlmrewrite.passes import Stride
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.registry import GROUP, find_pass, known_passes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def test_pyproject_names_every_package() -> None:

@@ -13,7 +13,7 @@ import vlmrewrite as vr
 from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.testing.models import FAMILIES, Row
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
+README = (Path(__file__).parents[2] / "README.md").read_text()
 BLOCKS = re.findall(r"^( *)```(\w*)\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
 PYTHON = [textwrap.dedent(code) for _, language, code in BLOCKS if language == "python"]
 YAML = [textwrap.dedent(code) for _, language, code in BLOCKS if language == "yaml"]

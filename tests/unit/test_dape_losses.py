@@ -20,7 +20,7 @@ from vlmrewrite.passes.dape.matching import aligned
 from vlmrewrite.plan.blocks import ATTRIBUTE
 from vlmrewrite.testing.models import FAMILIES, Row
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 BATCH = [Row(2, 1, 5), Row(0, 4, 4), Row(1, 3, 6), Row(3, 2, 4)]
 TRAINED = DAPE(budget=0.5, mode="inject", matching="learned")
 
