@@ -2,7 +2,7 @@
 
     python -m examples.digits.train                         # from the root of the repository; resumable
     python -m examples.digits.train --resume                # go on after an interruption
-    python -m examples.digits.train --steps 9 --out smoke --scratch smoke-scratch       # does it run?
+    python -m examples.digits.train --smoke --out smoke --scratch smoke-scratch         # does it run?
 
 Three stages, each with AdamW, warm-up and a cosine:
   A  the vision tower alone learns to name digit, colour and size of the scan under each patch;
@@ -65,6 +65,9 @@ class Stage:
     align: float = 0.0
     answer: float = 0.0
     tower_rate: float = 1.0  # learning rate of the tower, relative
+    variants: int = 12  # of each scan: as it is, and warped
+    backgrounds: int = 1500
+    held_out: int = 64  # scenes of a held-out batch
 
     def rate(self, step: int) -> float:
         """Learning rate: linear warm-up, then a cosine down to 2 %."""
@@ -176,12 +179,12 @@ def build_optimizer(tower: list[nn.Parameter], others: list[nn.Parameter], tower
 @torch.no_grad()
 def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool) -> dict[str, float]:
     """Teacher-forced accuracy on scenes of held-out scans: per kind of question, or the digit named per patch."""
-    sampler = SceneSampler(split_scans(held_out=True), 1, seed=20, n_backgrounds=400)
+    sampler = SceneSampler(split_scans(held_out=True), 1, seed=20, n_backgrounds=min(400, stage.backgrounds))
     hits: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     core = learner.model.model
     for _ in range(4):
-        batch = sampler.batch(64, stage.questions)
+        batch = sampler.batch(stage.held_out, stage.questions)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             hidden = core.vision_tower(batch.pixels).last_hidden_state[:, 1:]
             named = learner.heads[0](hidden).argmax(-1)
@@ -214,7 +217,7 @@ class Log:
 
 def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Path, log: Log, minutes: float) -> float:
     """Train one stage, from its snapshot in ``scratch`` if there is one. Returns the minutes used so far."""
-    sampler = SceneSampler(split_scans(held_out=False), 12, seed)
+    sampler = SceneSampler(split_scans(held_out=False), stage.variants, seed, stage.backgrounds)
     tower, others = trained(learner, stage)
     optimizer = build_optimizer(tower, others, stage.tower_rate)
     snapshot, step, mean = scratch / f"stage-{stage.name}.pt", 0, {}
@@ -272,7 +275,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast (for CPUs without bf16 instructions)")
     parser.add_argument("--compile", action="store_true", help="compile the layers (needs a C++ compiler)")
-    parser.add_argument("--steps", type=int, help="at most so many steps a stage")
+    parser.add_argument("--smoke", action="store_true", help="one step of each stage on one scene: does it run?")
     parser.add_argument("--questions", type=int, default=3000, help="held-out questions of the final evaluation")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
@@ -290,7 +293,8 @@ def main() -> None:
     parameters = sum(p.numel() for p in learner.model.parameters())
     log(parameters=parameters, seed=args.seed, bf16=not args.fp32, resume=args.resume)
     for i, stage in enumerate(STAGES):
-        stage = replace(stage, steps=min(stage.steps, args.steps or stage.steps))
+        if args.smoke:
+            stage = replace(stage, steps=1, scenes=1, variants=1, backgrounds=9, held_out=1)
         minutes = run_stage(learner, stage, args.seed + 100 * (i + 1), not args.fp32, args.scratch, log, minutes)
     save(learner.model, args.out)
     log(minutes=round(minutes, 1), questions=args.questions, final=final_accuracy(*load(args.out), args.questions))

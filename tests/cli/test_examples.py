@@ -35,12 +35,13 @@ def test_demo(tmp_path):
 
 
 def test_evaluate(tmp_path):
-    text = run("-m", "digits.evaluate", "-n", 40, "--batch", 40, "--json", tmp_path / "out.json")
+    text = run("-m", "digits.evaluate", "-n", 2, "--batch", 2, "--json", tmp_path / "out.json")
     assert all(name in text for name in ("unmodified", "STS", "Random", "Stride", "1/8"))
 
 
 def test_train_runs(tmp_path):
-    run("-m", "digits.train", "--steps", 1, "--questions", 12, "--out", tmp_path / "out", "--scratch", tmp_path / "s")
+    small = ("--smoke", "--questions", 2)
+    run("-m", "digits.train", *small, "--out", tmp_path / "out", "--scratch", tmp_path / "s")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
@@ -65,7 +66,7 @@ def test_configurations_can_be_read(name):
 
 
 def test_recipes(tmp_path):
-    arguments = ("-n", 8, "--batch", 8, "--prompts", 2, "--repeat", 1, "--json", tmp_path / "out.json")
+    arguments = ("-n", 2, "--batch", 2, "--prompts", 1, "--repeat", 1, "--json", tmp_path / "out.json")
     text = run("-m", "digits.recipes", *arguments, "--only", "dpvr", "visor-policy", "vtw-half")
     assert all(name in text for name in ("unmodified", "dpvr", "untrained", "visor-policy", "vtw-half"))
 
