@@ -18,7 +18,8 @@ if "TRITON_INTERPRET" not in os.environ and not torch.cuda.is_available():
 import pytest
 from hypothesis import HealthCheck, settings
 
-from vlmrewrite.testing.models import FAMILIES, TinyVLM
+from tests.small import family
+from vlmrewrite.testing.models import TinyVLM
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
 settings.register_profile("ci", max_examples=8, deadline=None, suppress_health_check=_SLOW, derandomize=True)
@@ -29,6 +30,7 @@ settings.load_profile("ci")
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 256  # one model is called in all ways there are
     yield
     gc.unfreeze()
 
@@ -41,11 +43,11 @@ def no_looking_at_what_stays() -> Iterator[None]:
     gc.freeze()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def llava() -> TinyVLM:
-    return FAMILIES["llava"]()
+    return family("llava")
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def llava_qwen2() -> TinyVLM:
-    return FAMILIES["llava_qwen2"]()
+    return family("llava_qwen2")

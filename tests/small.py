@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
+import torch
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmrewrite.plan.pipeline import run_passes
@@ -14,10 +17,23 @@ def planned(*passes, depth=8, features=frozenset()):
     return str(run_passes(Plan(depth, features), passes, strict=True)[0])
 
 
-def with_grid(name):
+def family(name, layers=4, dtype=torch.float32):
+    """One model for all tests of a process: what was captured of it stays. Who changes a model makes one of its own."""
+    return _family(name, layers, dtype)
+
+
+@functools.cache
+def _family(name, layers, dtype):
+    tiny = models.FAMILIES[name](layers=layers)
+    tiny.model.to(dtype)
+    return tiny
+
+
+@functools.cache
+def with_grid(name, dtype=torch.float32):
     """A model on whose grids there are regions: LLaVA with 36 tokens an image, the others as they are."""
     if name != "llava":
-        return models.FAMILIES[name]()
+        return family(name, dtype=dtype)
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(**models._tower(image_size=24, projection_dim=models.HIDDEN)),
         text_config=LlamaConfig(**models._decoder(4)),
@@ -25,4 +41,6 @@ def with_grid(name):
         image_seq_length=36,
         vision_feature_layer=-1,
     )
-    return models._tiny("llava", LlavaForConditionalGeneration, config, models._square(24, 36), 0)
+    tiny = models._tiny("llava", LlavaForConditionalGeneration, config, models._square(24, 36), 0)
+    tiny.model.to(dtype)
+    return tiny

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from tests.small import family
 from vlmrewrite.oracle import layer_masks
 from vlmrewrite.passes import DPVR, STS, VISOR, Random, Stride
 from vlmrewrite.passes.visor.allocate import spend
@@ -20,7 +21,7 @@ from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
 
-MODELS = {name: make() for name, make in FAMILIES.items()}
+MODELS = {name: family(name) for name in FAMILIES}
 TINY = MODELS["llava"]
 ROWS = [Row(1, 2, 3), Row(0, 3, 3), Row(3, 1, 3)]
 CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from tests.small import planned
+from tests.small import family, planned
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Random, Stride, ViCA
 from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy
 from vlmrewrite.plan.plan import Plan
@@ -17,7 +17,7 @@ from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
 
-MODELS = {name: make() for name, make in FAMILIES.items()}
+MODELS = {name: family(name) for name in FAMILIES}
 TINY = MODELS["llava"]
 NO_IMAGE = torch.tensor([[3, 4, 5]])
 ROWS = [Row(1, 2, 3), Row(0, 3, 3), Row(3, 1, 3)]

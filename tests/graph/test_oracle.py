@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
+from tests.small import family as shared
 from vlmrewrite.oracle import hooks
 from vlmrewrite.oracle.hooks import masked, mlp_of, oracle_logits
 from vlmrewrite.oracle.masks import LayerMasks
@@ -19,12 +20,8 @@ from vlmrewrite.testing.agreement import SLACK, InFloat64
 from vlmrewrite.testing.models import FAMILIES, Row
 
 BATCH = [Row(1, 12, 8), Row(2, 0, 3), Row(0, 7, 2)]
+family = functools.partial(shared, layers=3)
 EPS = torch.finfo(torch.float32).eps
-
-
-@functools.cache
-def family(name):
-    return FAMILIES[name](layers=3)
 
 
 @functools.cache

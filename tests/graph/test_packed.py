@@ -6,8 +6,9 @@ import pytest
 import torch
 
 import vlmrewrite as vr
+from tests.small import family
 from vlmrewrite.passes import Stride
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import Row
 
 SOME, EVERYTHING = [Stride(keep=4, at=1)], [Stride(keep=1_000_000, at=1)]
 
@@ -18,7 +19,7 @@ def packed(length: int, at: int) -> torch.Tensor:
 
 @pytest.fixture(scope="module")
 def qwen():
-    return FAMILIES["qwen2_5_vl"]()
+    return family("qwen2_5_vl")
 
 
 def close(got, expected):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 import vlmrewrite as vr
+from tests import small
 from vlmrewrite.hf.decoder import attention_swapped, decoder_configs
 from vlmrewrite.oracle.hooks import oracle_logits
 from vlmrewrite.oracle.masks import LayerMasks
@@ -34,15 +35,10 @@ PROFILE = LayerProfile(
 
 
 @cache
-def tiny(family: str) -> TinyVLM:
-    return FAMILIES[family]()
-
-
-@cache
 def measured(family: str) -> tuple[TinyVLM, dict[str, Any], LayerProfile]:
     """A left-padded batch with a row without images, and its profile."""
-    inputs = tiny(family).inputs(ROWS)
-    return tiny(family), inputs, profile(tiny(family).model, inputs)
+    inputs = small.family(family).inputs(ROWS)
+    return small.family(family), inputs, profile(small.family(family).model, inputs)
 
 
 def tokens(inputs: dict[str, Any], image: int = IMAGE) -> tuple[Tensor, Tensor]:
@@ -131,7 +127,7 @@ def test_a_layer_that_does_nothing() -> None:
         layer = model.get_decoder().layers[i]
         for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
             linear.weight.data.zero_()
-    found = profile(model, tiny("llava").inputs(ROWS))
+    found = profile(model, small.family("llava").inputs(ROWS))
     for i in (1, 3):
         assert [found.freeze_kl[i], found.hide_kl[i]] == pytest.approx([0.0] * 2, abs=1e-10)
         assert [found.vision_cosine[i], found.text_cosine[i]] == pytest.approx([1.0] * 2, abs=1e-6)

@@ -8,15 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from tests.small import planned
+from tests.small import family, planned
 from vlmrewrite.passes import STS, VISOR, DivPrune, FastV, Stride, ViCA
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import Text
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import generation_agreement
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import Row
 
-TINY = {name: FAMILIES[name]() for name in ("llava", "qwen2_5_vl")}
+TINY = {name: family(name) for name in ("llava", "qwen2_5_vl")}
 LLAVA = TINY["llava"].model
 
 

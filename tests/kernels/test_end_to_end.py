@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from tests.small import family
 from vlmrewrite.lower.lowering import lower
 from vlmrewrite.ops import device
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, DivPrune, FastV, Stride
@@ -15,7 +16,7 @@ from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
 
-MODELS = {name: FAMILIES[name]() for name in ("llava", "llava_qwen2", "gemma3", "qwen2_5_vl")}
+MODELS = {name: family(name) for name in ("llava", "llava_qwen2", "gemma3", "qwen2_5_vl")}
 EACH = {
     "sts": [STS(keep=4, refine=2)],
     "fastv": [FastV(keep=3, at=1)],

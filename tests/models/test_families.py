@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import vlmrewrite as vr
+from tests.small import family as shared
 from vlmrewrite.oracle.hooks import oracle_logits
 from vlmrewrite.oracle.masks import LayerMasks
 from vlmrewrite.passes import STS, Random, Stride
@@ -23,14 +24,9 @@ BATCH = [Row(1, 12, 8), Row(2, 0, 3), Row(0, 7, 2)]
 ONE = [Row(2, 1, 3)]
 TEXT = [Row(0, 4, 3), Row(0, 1, 1)]
 DEPTH = 3
+family = functools.partial(shared, layers=DEPTH)
 RECIPES: dict[str, list[vr.Pass]] = {"sts": [STS(keep=5, refine=3, at=1)], "controls": [Stride(0.5), Random(2, at=2)]}
 recipes = pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-
-
-@functools.cache
-def family(name: str) -> TinyVLM:
-    """One model for all tests: what was captured of it stays."""
-    return FAMILIES[name](layers=DEPTH)
 
 
 @pytest.fixture(params=FAMILIES)

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from tests.small import family
 from tests.small import planned as of_passes
 from vlmrewrite.passes import STS, VISOR, VTW, DivPrune, FastV, Random, ShortV, Stride, ViCA, divprune
 from vlmrewrite.passes.divprune import divprune_sample
@@ -24,9 +25,9 @@ from vlmrewrite.plan.tokens import All, Text, contains
 from vlmrewrite.recipe import Recipe, shipped_recipes
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import generation_agreement
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import Row
 
-TINY = FAMILIES["llava"]()
+TINY = family("llava")
 RELATIVES = [FastV(), DivPrune(), VTW(), ShortV([1, 2]), ViCA([0, 3]), VISOR([0], [2])]
 GREEDY = {"do_sample": False, "max_new_tokens": 3}
 planned = functools.partial(of_passes, features=frozenset(FEATURES))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -14,7 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor
 
 import vlmrewrite as vr
-from tests.small import with_grid
+from tests.small import with_grid as family
 from vlmrewrite.oracle import hooks, layer_masks
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
 from vlmrewrite.passes.dape import blocks, ops, technique
@@ -30,13 +29,6 @@ HALF = settings(max_examples=max(4, settings.default.max_examples // 2))
 BATCH = [Row(2, 1, 3), Row(0, 4, 2), Row(1, 3, 4), Row(3, 2, 1)]
 GRIDS = ["llava", "qwen2_5_vl", "gemma3", "internvl", "smolvlm"]
 NEAR = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 0.2, torch.float16: 0.03}
-
-
-@functools.cache
-def family(name, dtype=torch.float32):
-    tiny = with_grid(name)
-    tiny.model.to(dtype)
-    return tiny
 
 
 @contextlib.contextmanager

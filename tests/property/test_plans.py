@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 import vlmrewrite as vr
+from tests.small import family
 from vlmrewrite.oracle import hooks, layer_masks
 from vlmrewrite.passes import STS, FastV, Random, Stride
 from vlmrewrite.plan.tokens import All, Image, Text, Vision
@@ -24,13 +25,6 @@ from vlmrewrite.testing.strategies import Sets
 ONE, BATCH = [Row(2, 1, 3)], [Row(2, 1, 2), Row(0, 4, 2), Row(1, 3, 4)]
 OTHERS = [name for name in FAMILIES if name != "llava"]
 FEW = settings(max_examples=max(3, settings.default.max_examples // 7))
-
-
-@functools.cache
-def family(name, dtype=torch.float32):
-    tiny = FAMILIES[name]()
-    tiny.model.to(dtype)
-    return tiny
 
 
 @functools.cache
@@ -124,7 +118,7 @@ def test_narrowing_behind_a_selection_that_is_used_deeper():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_any_plan_in_sixteen_bits(dtype):
-    tiny = family("llava", dtype)
+    tiny = family("llava", dtype=dtype)
 
     @FEW
     @given(strategies.plans(4), strategies.sides(), st.integers(0, 99))

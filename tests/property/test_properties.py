@@ -9,23 +9,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from tests.small import family as model_of
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row, TinyVLM
 
-_MODELS: dict[tuple[str, int, torch.dtype], TinyVLM] = {}
 _LLAVA = [(name, depth) for name in ("llava", "llava_qwen2") for depth in (4, 4, 4, 2, 5)]
 _OTHERS = [(name, 4) for name in FAMILIES if not name.startswith("llava") or name == "llava_next"]
 _ANY = st.sampled_from(_LLAVA + _OTHERS[: len(_LLAVA) // 2])
-
-
-def model_of(name: str, depth: int, dtype: torch.dtype = torch.float32) -> TinyVLM:
-    key = name, depth, dtype
-    if key not in _MODELS:
-        made = FAMILIES[name](layers=depth)
-        made.model.to(dtype)
-        _MODELS[key] = made
-    return _MODELS[key]
 
 
 @given(st.data(), _ANY, strategies.rows(), strategies.sides(), st.integers(1, 4), st.integers(0, 99))

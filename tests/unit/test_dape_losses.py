@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import sys
 from pathlib import Path
@@ -13,21 +12,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from tests.small import family
 from vlmrewrite.passes import DAPE, VISOR, Stride
 from vlmrewrite.passes.dape.blocks import Matching
 from vlmrewrite.passes.dape.losses import contrast, dape_loss, occupancy
 from vlmrewrite.passes.dape.matching import aligned
 from vlmrewrite.plan.blocks import ATTRIBUTE
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import Row
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 BATCH = [Row(2, 1, 5), Row(0, 4, 4), Row(1, 3, 6), Row(3, 2, 4)]
 TRAINED = DAPE(budget=0.5, mode="inject", matching="learned")
-
-
-@functools.cache
-def family(name):
-    return FAMILIES[name]()
 
 
 def labelled(tiny, rows=BATCH, side="left", answer=2):
