@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.config import image_tokens
 from vlmrewrite.cli.loading import question, read_processor
+from vlmrewrite.cli.prompt import _NOT_ENCODED
 from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.registry import known_passes
 from vlmrewrite.testing.models import FAMILIES, IMAGE
@@ -139,8 +140,7 @@ def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     assert lines[at + 1 : at + 4] == [
         "  Stride(keep=8, at=0): matched",
         "  Random(keep=2, at=2, seed=0): matched",
-        "  STS(keep=192, refine=64, at=0.5, features='encoder'): REFUSED: the prompt is made up, and no"
-        " image went through the encoder; with images (vlmrewrite apply) one does",
+        "  STS(keep=192, refine=64, at=0.5, features='encoder'): REFUSED: " + _NOT_ENCODED,
     ]
     assert lines[at + 6 : at + 11] == [
         "stride = Vision.select(stride, keep=8) at layer 0",
@@ -159,7 +159,7 @@ def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     [
         (
             "- stride: {keep: 999}",
-            ["stride drops nothing: at layer 0, keep=999 is all", "this recipe saves no FLOPs on"],
+            ["stride drops nothing: at layer 0, keep=999 is", "this recipe saves no FLOPs on"],
         ),
         ("- stride: {keep: 4}\n- random: {keep: 5, at: 1}", ["random drops nothing: at layer 1, keep=5 is all that"]),
         ("- sts: {refine: null}", ["repulsion drops nothing: at layer 0, keep=192", "this recipe saves no FLOPs on"]),

@@ -116,7 +116,7 @@ def test_configurations_that_are_wrong(config: str, message: str, tmp_path: Path
                 ("bench", "--recipe sts-half"),
                 ("inspect", "--profile --prompt w10"),
             )
-            for prompt in ("", "  ", "\t\n")
+            for prompt in ("", " ", "\t\n")
         ),
         (["bench", "{folder}", *"--recipe sts-half --prompt p".split()], "expected both --image and --prompt, or"),
         (["bench", "{folder}", *"--recipe sts-half --json no/out.json".split()], "--json: expected a file in a folder"),
