@@ -14,7 +14,7 @@ from vlmrewrite import moved
 from vlmrewrite.api import applied, apply, calibrate, report, restore, verify
 from vlmrewrite.checkpoint import load_blocks, save_blocks
 from vlmrewrite.compiler import rewrite
-from vlmrewrite.plan import Pass, Plan
+from vlmrewrite.plan import Budget, Depth, Pass, Plan
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report
 from vlmrewrite.rewrite import Program
@@ -23,6 +23,8 @@ from vlmrewrite.runtime import Stage, kept_tokens, trace
 __version__ = "0.1.0"
 moved.register()
 __all__ = [
+    "Budget",
+    "Depth",
     "Pass",
     "Plan",
     "Program",

@@ -144,7 +144,9 @@ def report(model: nn.Module, *, memory: bool = False) -> Report:
     return report_on(model, session_of(model), memory)
 
 
-def verify(model: nn.Module, inputs: dict[str, Any], recipe: Any = None, **options: Any) -> float:
+def verify(
+    model: nn.Module, inputs: dict[str, Any], recipe: Any = None, *, strict: bool = True, **options: Any
+) -> float:
     """Run the oracle against the rewritten model.
 
     Args:
@@ -152,16 +154,24 @@ def verify(model: nn.Module, inputs: dict[str, Any], recipe: Any = None, **optio
             as they are, and the recipe stays applied.
         inputs: what the model's forward takes, with an image.
         recipe, options: as for :func:`apply`.
+        strict: raise when a pass is refused, for it has done nothing that could be judged; False: judge the others.
 
     Returns:
         the largest absolute difference of a logit at any token that is not padding.
 
     Raises:
-        ValueError: there is no recipe, or the inputs hold no image.
+        ValueError: there is no recipe, the inputs hold no image, or a pass was refused; or there are options and no
+            recipe to apply with them.
         NotImplementedError: the model's attention, or what an edit needs, is nothing that the oracle knows.
     """
     if recipe is not None:
-        with applied(model, recipe, **options):
-            return verify(model, inputs)
-    session_of(model)
-    return verify_applied(model, inputs)
+        with applied(model, recipe, strict=strict, **options):
+            return verify(model, inputs, strict=strict)
+    if options:
+        raise ValueError(f"expected {', '.join(options)} with a recipe to apply, got no recipe")
+    session = session_of(model)
+    error = verify_applied(model, inputs)
+    refused = [f"{o.configuration} was refused: {o.reason}" for o in session.last().program.outcomes if o.reason]
+    if strict and refused:
+        raise ValueError(f"{'; '.join(refused)} (strict=False judges the other passes)")
+    return error

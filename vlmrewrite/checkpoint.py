@@ -73,7 +73,7 @@ def load_blocks(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         current: Recipe | None = applied_recipe(model)
     except ValueError:
         current = None
-    if current is not None and current.passes != saved.passes:
+    if current is not None and repr(current.passes) != repr(saved.passes):  # 1 and 1.0 are not the same
         raise ValueError(
             f"these blocks belong to the passes {list(saved.passes)}; recipe {current.name!r}, which is applied, has"
             f" {list(current.passes)}"

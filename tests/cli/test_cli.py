@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.config import image_tokens
 from vlmrewrite.cli.loading import question, read_processor
+from vlmrewrite.cli.prompt import _NOT_ENCODED
 from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.registry import known_passes
 from vlmrewrite.testing.models import FAMILIES, IMAGE
@@ -139,7 +140,7 @@ def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     assert lines[at + 1 : at + 4] == [
         "  Stride(keep=8, at=0): matched",
         "  Random(keep=2, at=2, seed=0): matched",
-        "  STS(keep=192, refine=64, at=0.5, features='encoder'): REFUSED: a traced program does not hold them",
+        "  STS(keep=192, refine=64, at=0.5, features='encoder'): REFUSED: " + _NOT_ENCODED,
     ]
     assert lines[at + 6 : at + 11] == [
         "stride = Vision.select(stride, keep=8) at layer 0",
@@ -150,6 +151,33 @@ def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     ]
     assert any(line.split() == ["tokens", "a", "layer", "20", "9", "÷", "2.22"] for line in lines[at + 11 :])
     assert any(line.split()[:2] == ["K/V", "MiB"] and line.endswith("÷ 2.22") for line in lines[at + 11 :])
+    assert "note:" not in text
+
+
+@pytest.mark.parametrize(
+    ("passes", "notes"),
+    [
+        (
+            "- stride: {keep: 999}",
+            ["stride drops nothing: at layer 0, keep=999 is", "this recipe saves no FLOPs on"],
+        ),
+        ("- stride: {keep: 4}\n- random: {keep: 5, at: 1}", ["random drops nothing: at layer 1, keep=5 is all that"]),
+        ("- sts: {refine: null}", ["repulsion drops nothing: at layer 0, keep=192", "this recipe saves no FLOPs on"]),
+        ("- sts: {features: encoder}", ["this recipe saves no FLOPs on this prompt"]),
+        ("- stride: {keep: 15}", []),
+    ],
+    ids=str,
+)
+def test_inspect_tells_what_apply_tells(folder: Path, tmp_path: Path, passes: str, notes: list[str]) -> None:
+    mine = write(tmp_path / "mine.yaml", f"name: mine\npasses:\n{passes}\n")
+    text = output("inspect", folder / "config.json", "--recipe", mine, "--images", 2)
+    told = [line.removeprefix("note: ") for line in text.splitlines() if line.startswith("note: ")]
+    found = json.loads(output("inspect", folder / "config.json", "--recipe", mine, "--images", 2, "--json"))["notes"]
+    assert told == found
+    assert len(found) == len(notes)
+    assert all(note.startswith(start) for note, start in zip(found, notes, strict=True))
+    assert text.count("REFUSED") == ("encoder" in passes)
+    assert json.loads(output("inspect", folder / "config.json", "--json"))["notes"] == []
 
 
 @pytest.mark.parametrize(

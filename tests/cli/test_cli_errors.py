@@ -106,6 +106,18 @@ def test_configurations_that_are_wrong(config: str, message: str, tmp_path: Path
             ["bench", "{folder}", *"--recipe sts-half --new-tokens 1".split()],
             "--new-tokens: expected at least 2, got 1",
         ),
+        *(
+            (
+                [command, "{folder}", *f"{options} --image {{folder}}/picture.png --prompt".split(), prompt],
+                f"--prompt: expected a question about the images, got {prompt!r}",
+            )
+            for command, options in (
+                ("apply", "--recipe sts-half"),
+                ("bench", "--recipe sts-half"),
+                ("inspect", "--profile --prompt w10"),
+            )
+            for prompt in ("", " ", "\t\n")
+        ),
         (["bench", "{folder}", *"--recipe sts-half --prompt p".split()], "expected both --image and --prompt, or"),
         (["bench", "{folder}", *"--recipe sts-half --json no/out.json".split()], "--json: expected a file in a folder"),
     ],

@@ -249,3 +249,25 @@ def test_refused_passes_are_reported_and_strict_raises():
         tiny.model(**inputs)
     vr.restore(tiny.model)
     assert snapshot(tiny.model) == before
+
+
+@torch.no_grad()
+def test_a_prompt_without_a_token(llava):
+    inputs = llava.inputs([Row(1, 2, 3), Row(0, 3, 4), Row(0, 2, 2)])
+    inputs["attention_mask"][1:] = 0
+    empty = torch.zeros(1, 0, dtype=torch.int64)
+    with vr.applied(llava.model, [Stride(keep=4)]):
+        with pytest.raises(ValueError, match=r"no token in row 1, 2 of 3; expected a prompt in each row"):
+            llava.model.generate(**inputs, max_new_tokens=2)
+        for ask in (lambda: llava.model(input_ids=empty), lambda: llava.model.generate(empty, max_new_tokens=2)):
+            with pytest.raises(
+                ValueError, match=r"input_ids has the shape \(1, 0\); expected a row, and a token in each"
+            ):
+                ask()
+        with pytest.raises(ValueError, match=r"inputs_embeds has the shape \(0, 3, 32\)"):
+            llava.model(inputs_embeds=torch.zeros(0, 3, 32))
+        llava.model.generate(
+            **llava.inputs([Row(1, 2, 3), Row(2, 4, 1), Row(0, 3, 3)]), max_new_tokens=2, prefill_chunk_size=4
+        )
+    with pytest.raises(ValueError, match="input_ids has the shape"):
+        vr.trace(llava.model, {"input_ids": empty})

@@ -146,9 +146,9 @@ def test_agrees_with_the_oracle(name, rows, side, passes, generate):
     tiny = MODELS[name]
     inputs = tiny.inputs(rows, side=side)
     if side == "left" and generate:
-        generation_agreement(tiny.model, inputs, passes).check()
+        generation_agreement(tiny.model, inputs, passes, strict=False).check()
     else:
-        forward_agreement(tiny.model, inputs, passes).check()
+        forward_agreement(tiny.model, inputs, passes, strict=False).check()
 
 
 def test_kv_lengths():

@@ -180,4 +180,4 @@ def test_generation_agrees_with_the_oracle(data, family, visor, rows, side, seed
     )
     passes = data.draw(st.permutations([visor, *more]))
     tiny = TINY[family]
-    generation_agreement(tiny.model, tiny.inputs(rows, side=side, seed=seed), passes, 3).check()
+    generation_agreement(tiny.model, tiny.inputs(rows, side=side, seed=seed), passes, 3, strict=False).check()

@@ -49,7 +49,8 @@ def test_generation_by_kernels_agrees_with_the_oracle(name, passes):
 def test_compositions_by_kernels_agree_with_the_oracle(data, name, rows, side, seed):
     tiny = MODELS[name]
     passes = data.draw(strategies.techniques(4))
-    forward_agreement(tiny.model, tiny.inputs(rows, side=side, seed=seed), passes, kernels="triton").check()
+    inputs = tiny.inputs(rows, side=side, seed=seed)
+    forward_agreement(tiny.model, inputs, passes, kernels="triton", strict=False).check()
 
 
 def test_the_report_says_what_each_operator_became_and_why():

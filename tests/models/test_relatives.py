@@ -404,7 +404,7 @@ def relatives(draw, depth=4):
 @settings(max_examples=settings().max_examples * 3 // 4)
 @given(relatives(), strategies.rows(), strategies.sides(), st.integers(0, 99))
 def test_generation_agrees_with_the_oracle(passes, rows, side, seed):
-    generation_agreement(TINY.model, TINY.inputs(rows, side=side, seed=seed), passes, 3).check()
+    generation_agreement(TINY.model, TINY.inputs(rows, side=side, seed=seed), passes, 3, strict=False).check()
 
 
 @pytest.mark.parametrize("p", RELATIVES, ids=lambda p: p.name)

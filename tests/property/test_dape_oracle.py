@@ -124,7 +124,7 @@ def test_generation(p, gate, rows, side, new_tokens, seed):
 def test_compositions(passes, gate, rows, side, seed):
     tiny = family("llava")
     with learned(gate, seed):
-        generation_agreement(tiny.model, tiny.inputs(rows, side=side, seed=seed), passes, 2).check()
+        generation_agreement(tiny.model, tiny.inputs(rows, side=side, seed=seed), passes, 2, strict=False).check()
 
 
 @pytest.mark.parametrize("name", GRIDS[1:])

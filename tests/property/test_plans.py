@@ -107,7 +107,8 @@ def test_any_plan_in_other_families(name):
 )
 def test_a_pruning_pass_narrows_any_plan(plan, kind, keep, at, rows, seed):
     tiny = family("llava")
-    generation_agreement(tiny.model, tiny.inputs(rows, seed=seed), [plan, kind(keep=keep, at=at)], 2).check()
+    passes = [plan, kind(keep=keep, at=at)]  # it is refused where the plan leaves no vision tokens
+    generation_agreement(tiny.model, tiny.inputs(rows, seed=seed), passes, 2, strict=False).check()
 
 
 def test_narrowing_behind_a_selection_that_is_used_deeper():

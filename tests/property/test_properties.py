@@ -34,7 +34,8 @@ def test_compositions_of_techniques_agree_with_the_oracle(data, family, rows, si
     tiny = model_of(*family)
     passes = data.draw(strategies.techniques(family[1]))
     inputs = tiny.inputs(rows, side=side, seed=seed)
-    (generation_agreement if side == "left" else forward_agreement)(tiny.model, inputs, passes).check()
+    agreement = generation_agreement if side == "left" else forward_agreement
+    agreement(tiny.model, inputs, passes, strict=False).check()  # some leave nothing for those that come later
 
 
 @given(

@@ -133,6 +133,43 @@ def register(folder: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: 
     assert name in entry_points(group=GROUP).names
 
 
+NUMBERS = """
+from typing import ClassVar
+
+import vlmrewrite as vr
+from vlmrewrite.plan import frozen_pass
+
+
+@frozen_pass
+class Numbers:
+    name: ClassVar[str] = "numbers"
+    budget: vr.Budget
+    either: float | int
+    other: int | float
+    maybe: float | int | None
+    several: tuple[float | int, ...]
+    named: dict[str, int | float]
+    depth: vr.Depth = 0
+"""
+
+
+@pytest.mark.parametrize("one", [1, 1.0])
+def test_one_and_all_stay_apart_in_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, one: float) -> None:
+    """In every option whose type names both int and float: in Python, in a recipe file, and there and back."""
+    (tmp_path / "numbers_pass_module.py").write_text(NUMBERS)
+    register(tmp_path, monkeypatch, "numeric", "numbers", "numbers_pass_module:Numbers")
+    options = dict.fromkeys(("budget", "either", "other", "maybe"), one)
+    made = find_pass("numbers")(**options, several=(1, 1.0, one), named={"a": one})
+    path = tmp_path / "numbers.yaml"
+    Recipe(name="mine", passes=(made,)).to_yaml(path)
+    assert all(f"    {name}: {one}\n" in path.read_text() for name in options)
+    for found in (made, Recipe.load(path).passes[0]):
+        values = [getattr(found, name) for name in options] + [found.several[2], found.named["a"]]
+        assert [(type(x), x) for x in values] == [(type(one), one)] * 6
+        assert list(map(type, found.several[:2])) == [int, float]
+        assert type(found.depth) is int
+
+
 def test_a_name_that_vlmrewrite_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     register(tmp_path, monkeypatch, "greedy", "sts", "nowhere:STS")
     message = r"^expected one package to have a pass 'sts', got vlmrewrite, greedy; uninstall the others$"

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, ModelFolder, at_least, recipe_named
+from vlmrewrite.cli.options import Device, Dtype, ModelFolder, a_question, at_least, recipe_named
 
 
 @app.command()
@@ -25,6 +25,7 @@ def apply(
 ) -> None:
     """Answer a question about images without and with a recipe, and report what the recipe did."""
     chosen = recipe_named(recipe)
+    a_question("--prompt", prompt)
     at_least("--max-new-tokens", max_new_tokens, 1)
     from vlmrewrite.api import applied, report
     from vlmrewrite.cli import loading

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, ImageTokens, at_least, progress_bar, recipe_named, unset
+from vlmrewrite.cli.options import Device, Dtype, ImageTokens, a_question, at_least, progress_bar, recipe_named, unset
 from vlmrewrite.cli.terminal import print_table
 
 
@@ -66,6 +66,8 @@ def bench(
     made_up = {name: n for name, n in given.items() if n is not None}
     if bool(image) != (prompt is not None) or (image and made_up):
         raise ValueError("expected both --image and --prompt, or any of --text, --images, --rows, --image-tokens")
+    if prompt is not None:
+        a_question("--prompt", prompt)
     from vlmrewrite.bench import bench as measure
     from vlmrewrite.cli import loading
     from vlmrewrite.cli.config import config_file, read_config

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import AsJson, ImageTokens, Model, progress_bar, recipe_named, unset
+from vlmrewrite.cli.options import AsJson, ImageTokens, Model, a_question, progress_bar, recipe_named, unset
 from vlmrewrite.cli.terminal import print_json, print_table
 
 
@@ -77,12 +77,14 @@ def inspect(
     print(f"\nrecipe {chosen.name}")
     for p in found["passes"]:
         print(f"  {p['configuration']}: {'matched' if p['matched'] else 'REFUSED: ' + p['reason']}")
-    print(f"\n{planned}\n")
+    print(f"\n{dataclasses.replace(planned, outcomes=())}\n")  # the passes are told above
     table = []
     for label, key, unit in (("tokens a layer", "tokens", 1), ("GFLOP", "flops", 1e9), ("K/V MiB", "kv_bytes", 2**20)):
         before, after = (found["totals"][when][key] / unit for when in ("before", "after"))
         table.append([label, f"{before:.4g}", f"{after:.4g}", f"÷ {before / after:.2f}"])
     print_table(["prefill", "unmodified", chosen.name, "ratio"], table)
+    for note in found["notes"]:
+        print(f"note: {note}")
 
 
 def _profile(
@@ -91,6 +93,8 @@ def _profile(
     """Measure and print a model's profile."""
     if not images or not prompts:
         raise ValueError("--profile: expected --image and --prompt")
+    for prompt in prompts:
+        a_question("--prompt", prompt)
     from vlmrewrite.cli.profile import profile_folder
     from vlmrewrite.report import check_plot
 

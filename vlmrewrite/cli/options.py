@@ -53,6 +53,12 @@ def recipe_named(name: str) -> Recipe:
         raise Errors(str(e)) from e
 
 
+def a_question(option: str, value: str) -> None:
+    """Raise ValueError for a prompt that asks nothing."""
+    if not value.strip():
+        raise ValueError(f"{option}: expected a question about the images, got {value!r}")
+
+
 def at_least(option: str, value: int, least: int) -> None:
     """Raise ValueError for an option below its least value."""
     if value < least:

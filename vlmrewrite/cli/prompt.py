@@ -16,6 +16,8 @@ from vlmrewrite.plan import Call
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import trace
 
+_NOT_ENCODED = "the prompt is made up, and no image went through the encoder; with images (vlmrewrite apply) one does"
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -112,6 +114,7 @@ def captured_prompt(model: Any, shape: Shape) -> tuple[Program, dict[str, Any]]:
             refusals.setdefault(e.reason, form)
             continue
         call = Call(shape.vision(), None, [shape.image_tokens] * (shape.rows * shape.images))
-        return replace(program, call=call), inputs
+        known = program.plan.refusals | {"encoder_features": _NOT_ENCODED}
+        return replace(program.lacking(known), call=call), inputs
     reasons = " -- and ".join(f"with its image features as {form}: {cause}" for cause, form in refusals.items())
     raise CaptureError(f"no made-up prompt of {type(model).__name__} could be captured {reasons}", reasons)

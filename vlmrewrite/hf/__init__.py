@@ -13,7 +13,7 @@ from vlmrewrite.hf.decoder import (
     swap_attention,
 )
 from vlmrewrite.hf.grid import grids
-from vlmrewrite.hf.inputs import refuse_packed, tidy, wants_cache, without_full_mask
+from vlmrewrite.hf.inputs import refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
 from vlmrewrite.hf.support import check_support
 from vlmrewrite.hf.vision import Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
 
@@ -35,5 +35,6 @@ __all__ = [
     "tidy",
     "wants_cache",
     "watched",
+    "with_tokens",
     "without_full_mask",
 ]

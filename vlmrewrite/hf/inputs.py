@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from vlmrewrite.hf.vision import encode_images
+from vlmrewrite.hf.vision import Encoding, encode_images
 
 
 @functools.lru_cache(maxsize=64)
@@ -17,13 +17,26 @@ def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
-def tidy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def tidy(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    remember: Callable[[Encoding], None] | None = None,
+) -> dict[str, Any]:
     """A forward's arguments by name, images encoded.
+
+    Args:
+        model, args, kwargs: the model, and what its forward was given.
+        remember: told of the run of the vision tower, if there is one; see :func:`vlmrewrite.hf.watched`.
 
     Raises:
         NotImplementedError: attentions or hidden states are asked for, or there is a video.
+        ValueError: there is no token.
     """
     kwargs = dict(zip(_argument_names(type(model).forward), args, strict=False)) | kwargs
+    for name in ("input_ids", "inputs_embeds"):
+        if isinstance(x := kwargs.get(name), Tensor) and 0 in x.shape[:2]:
+            raise ValueError(f"{name} has the shape {tuple(x.shape)}; expected a row, and a token in each row")
     config: Any = model.config
     configs = config, config.get_text_config()
     for name in ("output_attentions", "output_hidden_states"):
@@ -34,7 +47,19 @@ def tidy(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dic
                 f"{name}=True{' (in the config)' * set_in_config} is not available while a recipe is applied; restore"
                 " the model first"
             )
-    return encode_images(model, kwargs)
+    return encode_images(model, kwargs, remember)
+
+
+def with_tokens(mask: Tensor) -> Tensor:
+    """The mask of whole prompts, [B, T], if each of them has a token.
+
+    Raises:
+        ValueError: a row is nothing but padding.
+    """
+    if not mask.is_meta and not bool(mask.any(1).all()):
+        empty = ", ".join(map(str, (~mask.bool().any(1)).nonzero()[:, 0].tolist()))
+        raise ValueError(f"attention_mask has no token in row {empty} of {len(mask)}; expected a prompt in each row")
+    return mask
 
 
 def without_full_mask(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -32,8 +32,15 @@ class Encoded:
 _PIXELS = ("pixel_values", "pixel_values_images", "image_patches")
 
 
-def encode_images(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+def encode_images(
+    model: nn.Module, kwargs: dict[str, Any], remember: Callable[[Encoding], None] | None = None
+) -> dict[str, Any]:
     """Replace pixels in a forward's arguments by the encoded images, as ``generate()`` does before it calls forward.
+
+    Args:
+        model: the model.
+        kwargs: its forward's arguments.
+        remember: told of the run of the vision tower, if there is one; see :func:`watched`.
 
     Raises:
         NotImplementedError: the call has video inputs.
@@ -49,6 +56,7 @@ def encode_images(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
     encoder: Any = cast(nn.Module, model.base_model).get_image_features
     names = [n for n in inspect.signature(encoder).parameters if n != "kwargs"]
     taken = {n: kwargs[n] for n in names if kwargs.get(n) is not None}
+    encoder = encoder if remember is None else watched(model, encoder, remember)
     position_ids = _position_ids(model, kwargs)
     rest = {k: v for k, v in kwargs.items() if k not in taken}
     if position_ids is not None:
@@ -156,7 +164,7 @@ def encoder_features(encodings: Sequence[Encoding], encoded: Encoded) -> Tensor 
         ValueError: the images were encoded elsewhere.
     """
     if not encodings:
-        return "no image was encoded yet"
+        return "the images were given encoded, and what went into the projector is not known: give their pixels"
     pairs = [pair for encoding in encodings for pair in encoding.pairs]
     found = []
     for piece in encoded.features.reshape(sum(encoded.lengths), -1).split(encoded.lengths):
@@ -173,7 +181,9 @@ def encoder_features(encodings: Sequence[Encoding], encoded: Encoded) -> Tensor 
 
 
 def _identical(x: Tensor, y: Tensor) -> bool:
-    """Whether two tensors are the same bit by bit, NaN included."""
+    """Whether two tensors are the same bit by bit, NaN included; on the meta device, where there are no bits: alike."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False
+    if x.is_meta:
+        return True
     return torch.equal(x.contiguous().view(torch.uint8), y.contiguous().view(torch.uint8))

@@ -6,7 +6,7 @@ In: tensors. Out: tensors. Which implementation a node gets is chosen in :mod:`v
 from vlmrewrite.ops.attention import ATTENTION, KV_APPEND, attend, attention, kv_append, visible
 from vlmrewrite.ops.choice import Backend, Choice, Kernels, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
-from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, define
+from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, define, replaced
 from vlmrewrite.ops.positional import (
     attention_blocks,
     kernel_attention,
@@ -43,6 +43,7 @@ __all__ = [
     "kv_append",
     "like_member",
     "per_image",
+    "replaced",
     "resolve",
     "seen_by_position",
     "select",

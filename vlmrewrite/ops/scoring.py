@@ -55,10 +55,17 @@ def attention_received(
 
 
 def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[Tensor, int, int], Tensor]) -> Tensor:
-    """The loop of a policy that looks at each image for itself.
+    """The loop of a policy that looks at each image for itself: what most references of policies are made of.
+
+        def loudest(features, member, lengths, keep):
+            return per_image(
+                member, lengths, keep, lambda left, k, i: features[left].norm(dim=1).argsort(descending=True)[:k]
+            )
 
     Args:
-        member, lengths, keep: what the policy was given, see :class:`vlmrewrite.plan.Policy`.
+        member: tokens that may be chosen, bool [F].
+        lengths: tokens of each image, int64 [I], sum F, on the CPU.
+        keep: how many to choose of each image, int64 [I], on the CPU; of an image that has fewer, all.
         choose: called as ``choose(left, k, i)`` for image ``i`` with the tokens that are left of it, int64 [m],
             ascending indices into F, and how many to choose, 1 <= k <= m; returns positions in ``left``, int64 [k].
 
@@ -76,12 +83,36 @@ def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[T
 
 
 def like_member(_: Tensor, member: Tensor, *__: object) -> Tensor:
-    """What a policy returns that goes by one tensor: bool [F]."""
+    """The fake of a policy's operator that goes by one tensor, for :func:`define`: the shape of what it returns.
+
+        define("loudest(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor", loudest, like_member)
+
+    Args:
+        _: what the policy goes by, such as the features [F, C].
+        member: tokens that may be chosen, bool [F].
+        *__: the other arguments of the operator.
+
+    Returns:
+        an empty tensor, bool [F], on the device of ``member``.
+    """
     return torch.empty_like(member)
 
 
 def greedy_flops(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, **_: object) -> int:
-    """FLOPs of a policy that measures the distance of all of an image's tokens to each that it chooses, 3 a channel."""
+    """FLOPs of a policy that measures the distance of all of an image's tokens to each that it chooses, 3 a channel.
+
+    For :func:`define` as ``flops``, with ``flops_by_value=True``.
+
+    Args:
+        features: [F, C].
+        member: tokens that may be chosen, bool [F].
+        lengths: tokens of each image, int64 [I], on the CPU.
+        keep: how many to choose of each image, int64 [I], on the CPU.
+        **_: what else the counter gives.
+
+    Returns:
+        their number.
+    """
     pairs = zip(lengths.tolist(), keep.tolist(), strict=True)
     total: int = 3 * features.shape[1] * sum(n * min(n, k) for n, k in pairs)
     return total

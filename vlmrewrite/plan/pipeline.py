@@ -28,6 +28,10 @@ def frozen_pass(cls: type[T]) -> type[T]:
             keep: Budget
             at: Depth = 0
 
+    An option of type `float` turns an int into a float. Where 1 and 1.0 mean different things, as in a budget (one
+    token, all tokens), give it the type :data:`vlmrewrite.Budget` or `int | float`: in Python and in recipe files it
+    then stays what was written.
+
     Making an instance raises a `ValueError` with one line for each field that is wrong, such as
     `Stride.keep: expected an int >= 1 (tokens per image) or ..., got 0`.
 
@@ -110,7 +114,7 @@ def run_passes(plan: Plan, passes: Sequence[Pass], *, strict: bool = False) -> t
             e.add_note(f"in pass {p!r}, on the plan:\n{plan}")
             raise
         if reason is not None and strict:
-            raise ValueError(f"{p!r} was refused: {reason}")
+            raise ValueError(f"{p!r} was refused: {reason} (strict=False passes it over)")
         outcomes.append(Outcome(p.name, repr(p), reason, time.perf_counter() - begun))
     return plan, outcomes
 

@@ -71,7 +71,7 @@ class TokenSet:
         """
         if has_text(self):
             raise ValueError(f"only vision tokens can be selected from, got {self}; take {self} & Vision")
-        return Selection(self, policy, keep, at)
+        return Selection(self, policy, keep, at, isinstance(keep, float))
 
 
 @dataclass(frozen=True)
@@ -113,12 +113,16 @@ class Image(TokenSet):
 
 @dataclass(frozen=True)
 class Selection(TokenSet):
-    """``keep`` tokens of each image, chosen from ``source`` by ``policy`` at layer ``at``."""
+    """``keep`` tokens of each image, chosen from ``source`` by ``policy`` at layer ``at``.
+
+    ``fraction``: whether ``keep`` is one, for 1 and 1.0 are equal to Python.
+    """
 
     source: TokenSet
     policy: Policy
     keep: Budget
     at: int
+    fraction: bool = False
 
     def expression(self, names: Mapping[Selection, str]) -> str:
         """Its name, or how it is chosen."""

@@ -13,7 +13,7 @@ from torch import nn
 from vlmrewrite.capture import CAPTURES, limit
 from vlmrewrite.plan import Call, Pass, describe
 from vlmrewrite.report.memory import peak_memory
-from vlmrewrite.report.summary import compared, verdicts
+from vlmrewrite.report.summary import compared, dropping_nothing, saving_nothing, verdicts
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import LastCall, Session
 from vlmrewrite.text import byte_size, span, table
@@ -140,6 +140,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         graphs={} if one is None else {"captured": len(one.call.graphs), "limit": limit()},
         seconds={} if one is None else {"capture": sum(one.call.seconds)},
         plain_calls=session.text_calls.total(),
+        continued_calls=sum(n for (_, continued), n in session.text_calls.items() if continued),
         compiled_calls=session.compiled_calls.total(),
         memory=peak_memory(session) if memory else {},
     )
@@ -162,6 +163,7 @@ def make_report(
     graphs: dict[str, int],
     seconds: dict[str, float],
     plain_calls: int,
+    continued_calls: int = 0,
     held: Sequence[int] = (),
     given_up: Sequence[Program] = (),
     compiled_calls: int = 0,
@@ -176,13 +178,23 @@ def make_report(
         given_up: variants of a dispatch that ran in that call before the one that was kept.
         kernels: what each kind of operator became.
         graphs, seconds: of capturing.
-        plain_calls: calls without an image; ``compiled_calls`` of them went through Inductor.
+        plain_calls: calls without an image; ``continued_calls`` of them went on from a cache, and ``compiled_calls``
+            went through Inductor.
         memory: peak bytes before and after, if known.
     """
     notes = []
-    if plain_calls:
-        how = f"; Inductor compiled {compiled_calls} of them" if compiled_calls else ""
-        notes.append(f"{plain_calls} calls without an image (text-only prompts and decode steps) ran unrewritten{how}")
+    if continued_calls:
+        notes.append(
+            f"{_calls(continued_calls)} on from a cache with no new image (decode steps, further turns) and ran all"
+            " layers, which is right: what was dropped is not in the cache, and there is nothing else to drop"
+        )
+    if text_calls := plain_calls - continued_calls:
+        notes.append(
+            f"{_calls(text_calls)} through the model as it is, prompts of text alone, which is right: they hold no"
+            " vision tokens to drop"
+        )
+    if compiled_calls:
+        notes.append(f"Inductor compiled {compiled_calls} of the {plain_calls} calls without a new image")
     if program is None or call is None:
         untried: tuple[dict[str, Any], ...] = tuple(
             {"name": p.name, "configuration": repr(p), "matched": None, "reason": None} for p in passes
@@ -196,8 +208,7 @@ def make_report(
             f"{len(given_up)} cheaper plan{'s' * (len(given_up) > 1)} ran in the last call and did not do: totals hold"
             f" their {wasted / 1e9:.4g} GFLOP"
         )
-    if totals["after"]["flops"] >= totals["before"]["flops"]:
-        notes.append("this recipe saves no FLOPs on the last call")
+    notes += dropping_nothing(program.plan, call.counts) + saving_nothing(totals, "the last call")
     summary = {
         "summary": describe(call.counts),
         "rows": len(call.counts.text),
@@ -221,6 +232,10 @@ def make_report(
         tuple(notes),
         memory or {},
     )
+
+
+def _calls(n: int) -> str:
+    return f"{n} call{'s' * (n != 1)} went"
 
 
 def _tail_flops(program: Program, call: Call, held: Sequence[int]) -> int:

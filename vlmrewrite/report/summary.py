@@ -39,6 +39,25 @@ def compared(
     return layers, totals
 
 
+def dropping_nothing(plan: Plan, counts: TokenCounts) -> list[str]:
+    """A line for each selection of a plan whose budget is all that there is to choose from, in every image."""
+    found = []
+    for one in plan.variants or (plan,):
+        for s in one.selections():
+            (kept, _), (left, _) = counts.per_image(s), counts.per_image(s.source)
+            if kept == left and any(left):
+                found.append(
+                    f"{one.render(s)} drops nothing: at layer {s.at}, keep={s.keep} is all that is left of each image,"
+                    f" at most {max(left)} tokens"
+                )
+    return list(dict.fromkeys(found))
+
+
+def saving_nothing(totals: dict[str, dict[str, float]], where: str) -> list[str]:
+    """A line if there are as many FLOPs after as before, or more."""
+    return [f"this recipe saves no FLOPs on {where}"] * (totals["after"]["flops"] >= totals["before"]["flops"])
+
+
 def verdicts(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
     """What became of each pass."""
     return [
@@ -48,7 +67,7 @@ def verdicts(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 
 
 def summary(program: Program) -> dict[str, Any]:
-    """What each layer works on and costs, before and after, and the totals; plain values.
+    """What each layer works on and costs, before and after, the totals, and what is to be noted; plain values.
 
     Raises:
         ValueError: the program's call is not known.
@@ -56,4 +75,7 @@ def summary(program: Program) -> dict[str, Any]:
     if program.call is None:
         raise ValueError("the program was captured from a call that is not known; expected one with a Call")
     layers, totals = compared(program, program.call.counts, program.call.past)
-    return {"passes": verdicts(program.outcomes), "layers": layers, "totals": totals, "seconds": program.seconds}
+    notes = dropping_nothing(program.plan, program.call.counts)
+    notes += saving_nothing(totals, "this prompt") if program.outcomes else []
+    told = {"passes": verdicts(program.outcomes), "layers": layers, "totals": totals, "seconds": program.seconds}
+    return told | {"notes": notes}

@@ -163,14 +163,16 @@ class Program:
         return costs(self.anatomy, self.plan, counts, past, held)
 
     def __str__(self) -> str:
-        """The compact, layer-level listing: token sets, shapes, and costs if a call is known."""
+        """The compact, layer-level listing: who was refused, token sets, shapes, and costs if a call is known."""
         a, plan = self.anatomy, self.plan
         head = f"program: {len(a.layers)} decoder layers, hidden {a.hidden}, {str(a.dtype).removeprefix('torch.')}"
+        told = [f"REFUSED {o.configuration}: {o.reason}" for o in self.outcomes if o.reason is not None]
+        told += ["no pass changes anything"] * (bool(self.outcomes) and str(plan) == str(Plan(plan.depth)))
         if self.call is None:
             shapes = dict.fromkeys(
                 f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}" for x in a.layers
             )
-            return "\n".join([head, str(plan), *shapes])
+            return "\n".join([head, *told, str(plan), *shapes])
         counts = self.call.counts
         per_layer = self.costs(counts, self.call.past)
         rows = [["layers", "run on", "attend to", "tokens", "keys", "q", "k, v", "GFLOP", "K/V"]]
@@ -184,4 +186,4 @@ class Program:
                          f"{flops / 1e9:.4g}", byte_size(size)])  # fmt: skip
         flops, kv_bytes = sum(c.flops for c in per_layer), sum(c.kv_bytes for c in per_layer)
         total = f"total: {flops / 1e9:.4g} GFLOP, K/V {byte_size(kv_bytes)}"
-        return "\n".join([f"{head}; {describe(counts)}", *events(plan), *table(rows), total])
+        return "\n".join([f"{head}; {describe(counts)}", *told, *events(plan), *table(rows), total])

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmrewrite.hf import Encoded, Encoding, encoded_images, encoder_features, grids, without_full_mask
+from vlmrewrite.hf import Encoded, Encoding, encoded_images, encoder_features, grids, with_tokens, without_full_mask
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.lower import Executable
 from vlmrewrite.plan import Call, TokenCounts
@@ -58,8 +58,8 @@ class Prompt:
             return
         rows, columns = len(self.end), self.columns
         if mask.shape[1] >= columns and not len(mask) % rows:
-            at = torch.arange(columns, device=mask.device)
-            self.end, self.columns = (at * mask[:: len(mask) // rows, :columns].to(at)).amax(1), 0
+            at, mask = torch.arange(columns, device=mask.device), with_tokens(mask[:: len(mask) // rows, :columns])
+            self.end, self.columns = (at * mask.to(at)).amax(1), 0
 
 
 _PROMPTS: ContextVar[tuple[tuple[object, Prompt], ...]] = ContextVar("vlmrewrite_prompts", default=())

@@ -25,8 +25,8 @@ from vlmrewrite.compiler import compile, program_of
 from vlmrewrite.hf import Encoding, refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.kvcache import PositionCache, adopted
 from vlmrewrite.lower import DecodeStep, Executable
-from vlmrewrite.ops import Backend, Kernels, choose, resolve
-from vlmrewrite.plan import All, Plan
+from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
+from vlmrewrite.plan import FEATURES, All, Plan
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import Given, LastCall, Layout, Prompt, current_prompt, prompt_of
@@ -40,8 +40,9 @@ class Session:
         recipe, backend, kernels, strict: what :func:`vlmrewrite.apply` was asked for.
         plan: the recipe's, as far as it is known without a model's graph.
         blocks: modules of the blocks that it asks for, by name.
-        executables: each captured graph under this recipe, for the missing facts about the images, and the device.
-        text_calls: calls without an image, by thread, so that none waits for another.
+        executables: each captured graph under this recipe, for the missing facts about the images, the device, and the
+            operators' definitions (see :func:`vlmrewrite.ops.replaced`).
+        text_calls: calls without an image, by thread, so that none waits for another, and whether a cache was there.
         compiled_calls: those of them that a compiler ran.
         undo: what takes the recipe off the model again.
     """
@@ -52,8 +53,8 @@ class Session:
     strict: bool
     plan: Plan
     blocks: nn.ModuleDict
-    executables: dict[tuple[Graph, frozenset[str], torch.device], Executable] = field(default_factory=dict)
-    text_calls: Counter[int] = field(default_factory=Counter)
+    executables: dict[tuple[Graph, frozenset[str], torch.device, int], Executable] = field(default_factory=dict)
+    text_calls: Counter[tuple[int, bool]] = field(default_factory=Counter)
     compiled_calls: Counter[int] = field(default_factory=Counter)
     undo: ExitStack = field(default_factory=ExitStack)
     _thread: threading.local = field(default_factory=threading.local)
@@ -113,7 +114,7 @@ class Session:
     def _text(self, model: nn.Module, cache: PositionCache | None, kwargs: dict[str, Any]) -> Any:
         """A call without an image: nothing is dropped, and what the cache holds is what each layer sees."""
         device = next(model.parameters()).device
-        self.text_calls[threading.get_ident()] += 1
+        self.text_calls[threading.get_ident(), cache is not None and cache.get_seq_length() > 0] += 1
         if cache is not None:
             kwargs = without_full_mask(kwargs)
             if resolve(self.backend, device) == "inductor":
@@ -132,7 +133,7 @@ class Session:
 
         def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
             how = plain, reserved, self.kernels, device
-            step = graph.once(("decode", *how), lambda: DecodeStep.of(graph.gm, *how))
+            step = graph.once(("decode", *how, replaced()), lambda: DecodeStep.of(graph.gm, *how))
             return step.run(cache, inputs, given.shape[1])
 
         if not reserved:
@@ -173,7 +174,7 @@ class Session:
 
     def _executable(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Executable:
         """The graph under this recipe."""
-        key = graph, frozenset(missing), device
+        key = graph, frozenset(missing), device, replaced()
         with contextlib.nullcontext() if key in self.executables else self._lock:
             if key not in self.executables:
                 program, backend = program_of(graph).lacking(missing), resolve(self.backend, device)
@@ -230,17 +231,17 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
     """
     hf.check_support(model)
     capture.register()
-    found: list[tuple[Graph, tuple[Any, ...]]] = []
+    found, prompt = list[tuple[Graph, tuple[Any, ...]]](), Prompt()
 
     def runner(graph: Graph, flat: Sequence[Any]) -> Any:
         found.append((graph, tuple(flat)))
         raise _Stop
 
     with hf.attention_swapped(model), torch.no_grad():
-        kwargs = tidy(model, (), dict(inputs))
+        kwargs = tidy(model, (), dict(inputs), prompt.encodings.append)
         if kwargs.get("use_cache") is False:
             refuse_packed(kwargs)
-        given, kwargs = Given.of(kwargs, PositionCache(), Prompt())
+        given, kwargs = Given.of(kwargs, PositionCache(), prompt)
         if given is None:
             raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
         for name in ("past_key_values", "use_cache", "return_dict"):
@@ -251,9 +252,9 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
     program, call = program_of(graph), None
     vision = program.vision_mask(*flat)
     if vision.is_meta:
+        encoded = hf.encoder_features(given.encodings, given.images)
         grid = hf.grids(model.config, given.images.lengths, None)
-        missing = {"grid": grid} if isinstance(grid, str) else {}
+        missing = {n: x for n, x in (("grid", grid), ("encoder_features", encoded)) if isinstance(x, str)}
     else:
-        call, missing = given.call(vision, ["grid"], False, model.config)
-    missing["encoder_features"] = "a traced program does not hold them"
+        call, missing = given.call(vision, FEATURES, False, model.config)
     return replace(program.lacking(missing), call=call, inputs=flat, model=model)

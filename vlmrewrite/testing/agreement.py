@@ -74,15 +74,21 @@ class Agreement:
         assert self.kv_lengths == self.planned, f"K/V lengths {self.kv_lengths}; {self.planned} were planned"
 
 
-def forward_agreement(model: nn.Module, inputs: dict[str, Any], recipe: Any, **options: Any) -> Agreement:
+def forward_agreement(
+    model: nn.Module, inputs: dict[str, Any], recipe: Any, *, strict: bool = True, **options: Any
+) -> Agreement:
     """Compare one plain forward, at every token that is not padding.
 
     Args:
         model: an unmodified model in eval mode.
         inputs: what its forward takes, with an image.
         recipe, options: as for :func:`vlmrewrite.apply`.
+        strict: raise when a pass is refused, for it has done nothing that could be compared; False: pass it over.
+
+    Raises:
+        ValueError: a pass is refused and ``strict`` is set.
     """
-    with torch.no_grad(), applied(model, recipe, **options):
+    with torch.no_grad(), applied(model, recipe, strict=strict, **options):
         got = model(**inputs).logits
         masks = layer_masks(model)
     real = inputs["attention_mask"].bool() if inputs.get("attention_mask") is not None else None
@@ -90,16 +96,19 @@ def forward_agreement(model: nn.Module, inputs: dict[str, Any], recipe: Any, **o
 
 
 def generation_agreement(
-    model: nn.Module, inputs: dict[str, Any], recipe: Any, new_tokens: int = 4, **options: Any
+    model: nn.Module, inputs: dict[str, Any], recipe: Any, new_tokens: int = 4, *, strict: bool = True, **options: Any
 ) -> Agreement:
     """Compare greedy generation, token by token: the oracle runs on the sequence that came out, without a cache.
 
     Args:
-        model, inputs, recipe, options: as for :func:`forward_agreement`.
+        model, inputs, recipe, strict, options: as for :func:`forward_agreement`.
         new_tokens: how many to generate.
+
+    Raises:
+        ValueError: a pass is refused and ``strict`` is set.
     """
     model_any: Any = model
-    with torch.no_grad(), applied(model, recipe, **options):
+    with torch.no_grad(), applied(model, recipe, strict=strict, **options):
         out = model_any.generate(
             **inputs,
             do_sample=False,

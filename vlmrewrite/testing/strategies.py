@@ -1,10 +1,13 @@
 """Hypothesis strategies: batches, budgets and passes, for property tests of models and of passes.
 
+    from vlmrewrite.testing import strategies
+
     @given(strategies.rows(), strategies.sides(), strategies.pass_lists(depth=4))
     def test_agrees_with_the_oracle(rows, side, passes):
         assert vr.verify(tiny.model, tiny.inputs(rows, side=side), passes) < tolerance
 
-Everything shrinks to one row with one image, the smallest budget and layer 0. Needs hypothesis.
+Everything shrinks to one row with one image, the smallest budget and layer 0. Needs hypothesis: ``pip install
+'vlmrewrite[testing]'``.
 """
 
 from __future__ import annotations
@@ -12,8 +15,16 @@ from __future__ import annotations
 from typing import Any, ClassVar, cast
 
 import torch
-from hypothesis import strategies as st
-from hypothesis.strategies import DrawFn, SearchStrategy
+
+try:
+    from hypothesis import strategies as st
+    from hypothesis.strategies import DrawFn, SearchStrategy
+except ModuleNotFoundError as e:
+    if e.name != "hypothesis":
+        raise
+    raise ImportError(
+        "vlmrewrite.testing.strategies needs hypothesis, which is not installed: pip install 'vlmrewrite[testing]'"
+    ) from e
 
 from vlmrewrite.plan import All, Budget, Depth, Image, Nothing, Pass, Plan, Policy, Text, TokenSet, Vision, frozen_pass
 from vlmrewrite.testing.models import Row, Side
