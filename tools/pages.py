@@ -101,7 +101,7 @@ def house() -> str:
     rows = []
     for place, group in enumerate(layers(), start=1):
         rows += [[str(place), f"`{name}`", _docstring_of(name)] for name in group]
-    return table(["", "folder or module", "what it is for"], rows)
+    return table(["place", "folder or module", "what it is for"], rows)
 
 
 def contracts() -> str:
@@ -266,7 +266,12 @@ def commands() -> str:
             usage = context.get_usage().removeprefix("Usage: ")
             records = [p.get_help_record(context) for p in command.get_params(context)]
         rows = [[f"`{name}`", " ".join(text.split()).replace("|", r"\|")] for name, text in filter(None, records)]
-        parts += [f"## {name}", listing(usage), inspect.cleandoc(command.help), table(["", ""], rows)]
+        parts += [
+            f"## {name}",
+            listing(usage),
+            inspect.cleandoc(command.help),
+            table(["argument or option", "what it is"], rows),
+        ]
     return "\n\n".join(parts)
 
 
