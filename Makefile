@@ -30,7 +30,7 @@ SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-package
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick oldest lint format typecheck wheel clean
+.PHONY: help demo test quick oldest lint format typecheck docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -60,12 +60,15 @@ format: $(READY) ## ruff: rewrite what `make lint` finds
 typecheck: $(READY) ## mypy --strict on vlmrewrite, passes, recipes and examples
 	$(BIN)/python -m mypy --strict
 
+docs: $(READY) ## the documentation, in strict mode, into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build $(ARGS)
+
 wheel: $(READY) ## build sdist and wheel into dist/
 	rm -rf build dist
 	$(BIN)/python -m build --quiet --no-isolation .
 
 clean: ## remove builds and caches (the environment stays)
-	rm -rf build dist *.egg-info demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -rf build dist site *.egg-info demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
 	find vlmrewrite passes recipes tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
@@ -97,7 +100,7 @@ $(READY): pyproject.toml constraints.txt
 	fi; \
 	"$(BIN)/python" -m pip --version >/dev/null 2>&1 || "$(BIN)/python" -m ensurepip; \
 	"$(BIN)/python" -m pip install -c "$$pins" 'setuptools>=77.0.3'; \
-	"$(BIN)/python" -m pip install -c "$$pins" --no-build-isolation -e '.[examples,dev]'; \
+	"$(BIN)/python" -m pip install -c "$$pins" --no-build-isolation -e '.[examples,dev,docs]'; \
 	touch "$@"
 
 # Of the Python that $(VENV) has, but with packages of its own: run it before a release, and when vlmrewrite/compat changes.

@@ -7,7 +7,7 @@
     print(vr.report(model))
     vr.restore(model)
 
-Everything else is in the README.
+Everything else is in the README and in docs/.
 """
 
 from vlmrewrite import moved

@@ -1,4 +1,4 @@
-"""The README's own code runs."""
+"""The code in the README and in the documentation's pages runs, and what they print is what is printed."""
 
 from __future__ import annotations
 
@@ -8,54 +8,103 @@ from pathlib import Path
 
 import pytest
 import torch
+from typer.testing import CliRunner
 
 import vlmrewrite as vr
+from tools import pages
+from vlmrewrite import passes
+from vlmrewrite.cli import app, prompt
 from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.testing.models import FAMILIES, Row
 
-README = (Path(__file__).parents[2] / "README.md").read_text()
-BLOCKS = re.findall(r"^( *)```(\w*)\n(.*?)^ *```", README, re.DOTALL | re.MULTILINE)
-PYTHON = [textwrap.dedent(code) for _, language, code in BLOCKS if language == "python"]
-YAML = [textwrap.dedent(code) for _, language, code in BLOCKS if language == "yaml"]
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
 
 
-def test_the_ten_line_example_compiles():
-    assert len([line for line in PYTHON[0].splitlines() if line]) <= 10
-    compile(PYTHON[0], "README.md", "exec")
+def blocks(text: str, language: str) -> list[str]:
+    found = re.findall(r"^( *)```(\w*)\n(.*?)^ *```", text, re.DOTALL | re.MULTILINE)
+    return [textwrap.dedent(code) for _, written, code in found if written == language]
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_pass_of_the_five_steps(llava):
+def page(name: str) -> str:
+    return (ROOT / "docs" / f"{name}.md").read_text()
+
+
+def test_the_ten_line_example_runs(monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    code = blocks(README, "python")[0]
+    assert len([line for line in code.splitlines() if line]) <= 10
     space: dict[str, object] = {"__name__": __name__}
-    for code in PYTHON[1:3]:
-        exec(compile(code, "README.md", "exec", dont_inherit=True), space)
-    loudest = space["Loudest"]
-    inputs = llava.inputs([Row(1), Row(2, 3, 1)], side="left")
-    assert "loudest = Vision.select(loudest, keep=3)" in str(
-        vr.rewrite(vr.trace(llava.model, inputs), [loudest(keep=3)])
-    )
-    assert vr.verify(llava.model, inputs, [loudest(keep=3), loudest(keep=2, at=2)]) < 1e-3
+    exec(compile(code, "README.md", "exec", dont_inherit=True), space)
+    answer, *report = capsys.readouterr().out.splitlines()
+    assert space["scene"].question in answer
+    assert any("repulsion" in line for line in report)
+    with pytest.raises(ValueError, match="is not rewritten"):
+        vr.report(space["model"])
+    assert 0 < vr.verify(space["model"], space["inputs"], "sts-half") < 1e-5  # as the README says of it
+
+
+@pytest.fixture(scope="module")
+def inspected():
+    """What `inspect` prints; the pages are made from the model that it captured."""
+    capture, made = prompt.captured_prompt, []
+
+    def captured_once(*arguments):
+        made.extend([] if made else [capture(*arguments)])
+        return made[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prompt, "captured_prompt", captured_once)
+        command = ["inspect", str(pages.CONFIG), "--recipe", "sts-128"]
+        done = CliRunner().invoke(app, command, catch_exceptions=False)
+        assert done.exit_code == 0
+        yield done.stdout
+        pages.captured.cache_clear()
+
+
+def test_before_and_after(inspected):
+    [listing] = [block for block in blocks(README, "") if block.startswith("program:")]
+    assert f"\n\n{listing}\n" in inspected
+    before, _, after = listing.split("\n\n")
+    assert pages.unmodified() == pages.listing(before)
+    assert pages.listing(after.strip()) in pages.technique(passes.STS, [passes.STS(keep=192, refine=64)])
+
+
+def test_the_plans_of_a_dispatch_are_shown(inspected):
+    text = pages.technique(passes.VISOR, [pages.shown()["visor"][1]])
+    assert "dispatch by Confidence(at=0, threshold=0.8) at layer 0 among\nvariant 0:\n" in text
+    assert text.count("\nvariant ") == 3
+    assert "**Source.** arXiv 2603.23495" in text
 
 
 def test_the_recipe_file(tmp_path):
     path = tmp_path / "mine.yaml"
-    path.write_text(YAML[0])
+    path.write_text(blocks(page("recipes"), "yaml")[0])
     assert vr.Recipe.from_yaml(path).name == "mine"
 
 
 def test_all_passes_and_recipes_are_listed():
-    from vlmrewrite import passes
-
     for name in [*shipped_recipes(), *(f"{p}(" for p in passes.__all__)]:
         assert f"`{name}" in README
 
 
 def test_blocks_are_trained_saved_and_loaded(llava, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    [code] = [code for code in PYTHON if "save_blocks" in code]
+    [code] = [code for code in blocks(page("training"), "python") if "save_blocks" in code]
     inputs = llava.inputs([Row(1)])
     other = FAMILIES["llava"]().model
     space = {"vr": vr, "torch": torch, "model": FAMILIES["llava"]().model, "other_model": other, "inputs": inputs}
-    exec(compile(code, "README.md", "exec"), space | {"labels": inputs["input_ids"]})
+    exec(compile(code, "training.md", "exec"), space | {"labels": inputs["input_ids"]})
     assert sorted(p.name for p in (tmp_path / "my-dpvr").iterdir()) == ["blocks.safetensors", "recipe.yaml"]
     assert "dpvr" in vr.report(other).recipe
+
+
+def test_the_testing_kit_of_the_page():
+    judge, number, properties = blocks(page("testing"), "python")
+    space: dict[str, object] = {"MyPass": passes.Stride, "__name__": __name__}
+    exec(compile(judge, "testing.md", "exec", dont_inherit=True), space)
+    space |= {"model": space["tiny"].model, "passes": [passes.Stride(keep=3)]}
+    exec(compile(number, "testing.md", "exec", dont_inherit=True), space)
+    assert 0 < space["found"].error <= space["found"].tolerance
+    exec(compile(properties, "testing.md", "exec", dont_inherit=True), space)
+    space["test_my_pass"]()

@@ -1,0 +1,1 @@
+"""The code of the tutorials in the documentation; tests run it."""
