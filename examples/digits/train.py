@@ -180,8 +180,7 @@ def build_optimizer(tower: list[nn.Parameter], others: list[nn.Parameter], tower
 def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool) -> dict[str, float]:
     """Teacher-forced accuracy on scenes of held-out scans: per kind of question, or the digit named per patch."""
     sampler = SceneSampler(split_scans(held_out=True), 1, seed=20, n_backgrounds=min(400, stage.backgrounds))
-    hits: Counter[str] = Counter()
-    asked: Counter[str] = Counter()
+    hits, asked = Counter[str](), Counter[str]()
     core = learner.model.model
     for _ in range(4):
         batch = sampler.batch(stage.held_out, stage.questions)
@@ -267,9 +266,7 @@ def main() -> None:
     """Run the stages, save, and measure what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the finished model")
-    parser.add_argument(
-        "--scratch", type=Path, default=Path(tempfile.gettempdir()) / "digits", help="folder of snapshots"
-    )
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir(), "digits"), help="of snapshots")
     parser.add_argument("--resume", action="store_true", help="go on from the snapshots in the scratch folder")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=2)
@@ -290,8 +287,12 @@ def main() -> None:
         for module in learner.modules():
             if isinstance(module, (CLIPEncoderLayer, LlamaDecoderLayer)):
                 module.compile(dynamic=False)
-    parameters = sum(p.numel() for p in learner.model.parameters())
-    log(parameters=parameters, seed=args.seed, bf16=not args.fp32, resume=args.resume)
+    log(
+        parameters=sum(p.numel() for p in learner.model.parameters()),
+        seed=args.seed,
+        bf16=not args.fp32,
+        resume=args.resume,
+    )
     for i, stage in enumerate(STAGES):
         if args.smoke:
             stage = replace(stage, steps=1, scenes=1, variants=1, backgrounds=9, held_out=1)
