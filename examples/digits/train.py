@@ -170,9 +170,8 @@ def build_optimizer(tower: list[nn.Parameter], others: list[nn.Parameter], tower
     """AdamW with weight decay on matrices only; each group's ``scale`` multiplies the learning rate."""
     groups = []
     for parameters, scale in ((tower, tower_rate), (others, 1.0)):
-        matrices, vectors = [p for p in parameters if p.ndim > 1], [p for p in parameters if p.ndim < 2]
-        groups.append({"params": matrices, "weight_decay": 0.05, "scale": scale})
-        groups.append({"params": vectors, "weight_decay": 0.0, "scale": scale})
+        groups.append({"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05, "scale": scale})
+        groups.append({"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "scale": scale})
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98))
 
 
@@ -287,12 +286,8 @@ def main() -> None:
         for module in learner.modules():
             if isinstance(module, (CLIPEncoderLayer, LlamaDecoderLayer)):
                 module.compile(dynamic=False)
-    log(
-        parameters=sum(p.numel() for p in learner.model.parameters()),
-        seed=args.seed,
-        bf16=not args.fp32,
-        resume=args.resume,
-    )
+    size = sum(p.numel() for p in learner.model.parameters())
+    log(parameters=size, seed=args.seed, bf16=not args.fp32, resume=args.resume)
     for i, stage in enumerate(STAGES):
         if args.smoke:
             stage = replace(stage, steps=1, scenes=1, variants=1, backgrounds=9, held_out=1)
