@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AyaVisionConfig, AyaVisionForConditionalGeneration, Cohere2Config, SiglipVisionConfig
 
 import vlmrewrite as vr
-from vlmrewrite.testing.agreement import generation_agreement
+from vlmrewrite.testing import generation_agreement
 from vlmrewrite.testing.models import IMAGE, PAD, VOCABULARY, Row, TinyVLM
 
 

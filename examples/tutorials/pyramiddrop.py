@@ -44,8 +44,7 @@ class PyramidDrop:
 def try_it() -> None:
     """Plan, numbers and generation of the pass, on a tiny model."""
     import vlmrewrite as vr
-    from vlmrewrite.testing.agreement import generation_agreement
-    from vlmrewrite.testing.models import FAMILIES, Row
+    from vlmrewrite.testing import FAMILIES, Row, generation_agreement
 
     tiny = FAMILIES["llava"](layers=4)
     inputs = tiny.inputs([Row(images=1), Row(images=2, before=3, after=1)], side="left")

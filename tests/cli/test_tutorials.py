@@ -16,8 +16,7 @@ from examples.tutorials.pyramiddrop import PyramidDrop
 from vlmrewrite.passes import VTW, FastV
 from vlmrewrite.plan import Plan, run_passes
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
-from vlmrewrite.testing.models import FAMILIES, Row, TinyVLM
+from vlmrewrite.testing import FAMILIES, Row, TinyVLM, forward_agreement, generation_agreement
 
 DOCS = Path(__file__).parents[2] / "docs"
 BATCH = [Row(images=1), Row(images=2, before=3, after=1), Row(images=0, before=4)]
