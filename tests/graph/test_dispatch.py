@@ -90,7 +90,7 @@ def test_agrees_with_the_oracle(name, rows, side, which, mlp, before, after):
     chain = [{**c, "sa_vision_mlp": mlp} for c in CHAIN]
     passes = [*before, VISOR(policy=always(which), chain=chain), *after]
     inputs = tiny.inputs(rows, side=side)
-    (generation_agreement if side == "left" else forward_agreement)(tiny.model, inputs, passes).check()
+    (generation_agreement if side == "left" else forward_agreement)(tiny.model, inputs, passes, strict=False).check()
 
 
 def test_confidence_escalates_until_it_is_reached():
