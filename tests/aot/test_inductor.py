@@ -58,6 +58,21 @@ def test_generation_agrees_with_eager(tiny, passes):
 
 @pytest.mark.slow
 @needs_compiler
+def test_a_padded_batch_agrees_with_eager(llava):
+    inputs = llava.inputs([Row(1), Row(2)], side="left")
+    with torch.no_grad():
+        with vr.applied(llava.model, [STS(keep=4, refine=2)], backend="eager"):
+            expected = llava.model(**inputs).logits
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Inductor's own
+            with vr.applied(llava.model, [STS(keep=4, refine=2)], backend="inductor"):
+                got = llava.model(**inputs).logits
+    real = inputs["attention_mask"].bool()
+    torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@needs_compiler
 def test_first_calls_of_two_threads_at_once(tiny):
     inputs, twin = [tiny.inputs([Row(1, 2, 3)]), tiny.inputs([Row(0, 0, 6)])], FAMILIES["llava"](layers=2)
     twin.model.load_state_dict(tiny.model.state_dict())

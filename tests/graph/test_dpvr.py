@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 import vlmrewrite as vr
 from tests.small import family, planned
-from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Random, Stride, ViCA
+from vlmrewrite.passes import DPVR, STS, FastV, Stride, ViCA
 from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import Text, Vision
-from vlmrewrite.testing import strategies
-from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
+from vlmrewrite.testing.agreement import generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
 
 MODELS = {name: family(name) for name in FAMILIES}
@@ -117,38 +114,6 @@ def test_a_prompt_without_an_image_is_untouched():
     expected = TINY.model(**inputs).logits
     with vr.applied(TINY.model, [DPVR(at=1)]):
         torch.testing.assert_close(TINY.model(**inputs).logits, expected)
-
-
-def lists():
-    dpvr = st.builds(
-        DPVR,
-        at=st.integers(0, 3),
-        fuse=st.integers(0, 1),
-        branch=st.sampled_from(["copy", "random", "identity"]),
-    )
-    other = st.one_of(
-        st.builds(Stride, keep=strategies.budgets(), at=strategies.depths(4)),
-        st.builds(Random, keep=strategies.budgets(), at=strategies.depths(4)),
-        st.builds(STS, keep=strategies.budgets(), refine=strategies.budgets(), at=strategies.depths(4)),
-        st.builds(VISOR, self_layers=st.just([0, 3]), cross_layers=st.sampled_from([[], [1], [1, 2]])),
-    )
-    return st.tuples(st.lists(other, max_size=1), dpvr, st.lists(other, max_size=1)).map(lambda t: [*t[0], t[1], *t[2]])
-
-
-@given(
-    st.sampled_from(["llava"] * 6 + sorted(MODELS)),
-    strategies.rows(images=1),
-    strategies.sides(),
-    lists(),
-    st.booleans(),
-)
-def test_agrees_with_the_oracle(name, rows, side, passes, generate):
-    tiny = MODELS[name]
-    inputs = tiny.inputs(rows, side=side)
-    if side == "left" and generate:
-        generation_agreement(tiny.model, inputs, passes, strict=False).check()
-    else:
-        forward_agreement(tiny.model, inputs, passes, strict=False).check()
 
 
 def test_kv_lengths():

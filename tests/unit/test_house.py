@@ -31,9 +31,8 @@ NAMED = {
 LONG = {
     "tests/kernels/test_attention.py": 370,
     "tests/kernels/test_sample.py": 350,
-    "tests/graph/test_cache.py": 520,
+    "tests/unit/test_cache.py": 450,
     "tests/graph/test_dape.py": 520,
-    "tests/graph/test_dispatch.py": 310,
     "tests/graph/test_profile.py": 310,
     "tests/models/test_relatives.py": 470,
     "tests/graph/test_tokenwise.py": 440,

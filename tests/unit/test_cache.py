@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import io
-import itertools
 import pickle
 
 import pytest
@@ -14,14 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from torch.nn.functional import scaled_dot_product_attention as attend
 
-import vlmrewrite as vr
 from vlmrewrite import ops
-from vlmrewrite.capture import CAPTURES
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.kvcache.layer import LEAST, SHARE, Buffer, PositionLayer
 from vlmrewrite.lower.decode_step import DecodeStep
-from vlmrewrite.passes import STS
-from vlmrewrite.testing.models import FAMILIES, Row
 
 HEADS, D, DV = 2, 4, 3
 MODES = {"no_grad": torch.no_grad, "inference": torch.inference_mode, "grad": torch.enable_grad}
@@ -412,80 +407,6 @@ def test_a_reset_frees_the_room():
     assert all(layer.buffer is None for layer in cache.layers)
     assert cache.kv_lengths() == [0, 0, 0]
     assert allocated(cache) == 0
-
-
-@pytest.fixture
-def as_they_are(monkeypatch):
-    """The graphs that Inductor would get, run without it."""
-    monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
-
-
-def steps(model, token, cache, n, mode=torch.no_grad):
-    """Logits, and where the cache lay after each step."""
-    logits, where = [], []
-    for _ in range(n):
-        with mode():
-            logits.append(model(input_ids=token, past_key_values=cache).logits.detach())
-        where.append(places(cache))
-    return torch.cat(logits, 1), where
-
-
-@pytest.mark.parametrize("rows", [[Row(1, 2, 3)], [Row(1, 2, 3), Row(1, 3, 2)]], ids=["one row", "two rows"])
-def test_compiled_decode_steps_write_in_place(as_they_are, rows):
-    """Through a buffer that is used up, a crop and a reordering, and in one graph."""
-    tiny = FAMILIES["llava"](layers=4)
-    inputs, token = tiny.inputs(rows, side="left"), torch.full((len(rows), 1), 9)
-    beams = torch.arange(len(rows)).flip(0)
-    results = []
-    for backend in ("eager", "inductor"):
-        with vr.applied(tiny.model, [STS(keep=6, refine=3, at=1)], backend=backend):
-            with torch.no_grad():
-                cache = tiny.model(**inputs).past_key_values
-            first, where = steps(tiny.model, token, cache, LEAST + 3)
-            assert [a == b for a, b in itertools.pairwise(where)].count(False) == 1  # the buffer was used up
-            cache.crop(-3)
-            with torch.no_grad():
-                cache.reorder_cache(beams)
-            held = places(cache)
-            second, where = steps(tiny.model, token, cache, 3)
-            assert where == [held] * 3
-            assert cache.layers[1].positions is cache.layers[2].positions
-            assert len(CAPTURES[tiny.model].text.graphs) == (backend == "inductor")
-            third, where = steps(tiny.model, token, cache, 2, torch.inference_mode)
-            assert where == [held] * 2
-            results.append(torch.cat([first, second, third], 1))
-    torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
-
-
-def test_compiled_decode_steps_with_gradients_concatenate(as_they_are):
-    tiny = FAMILIES["llava"](layers=2)
-    inputs, token = tiny.inputs([Row(1, 2, 3)]), torch.tensor([[9]])
-    grads = []
-    for backend in ("eager", "inductor"):
-        with vr.applied(tiny.model, [STS(keep=6, refine=3, at=1)], backend=backend):
-            with torch.no_grad():
-                cache = tiny.model(**inputs).past_key_values
-            steps(tiny.model, token, cache, 2)
-            before = [(layer.keys, layer.keys.clone()) for layer in cache.layers]
-            for _ in range(2):
-                out = tiny.model(input_ids=token, past_key_values=cache).logits
-            assert all(layer.buffer is None for layer in cache.layers)
-            steps(tiny.model, token, cache, 2)
-            assert all(torch.equal(x, y) for x, y in before)
-            grads.append(torch.autograd.grad(out.sum(), next(tiny.model.model.language_model.layers.parameters()))[0])
-    torch.testing.assert_close(*grads, atol=1e-5, rtol=1e-5)
-
-
-def test_a_turn_with_an_image_after_decoding_keeps_no_old_room(as_they_are):
-    tiny = FAMILIES["llava"](layers=2)
-    inputs, more = tiny.inputs([Row(1, 2, 3)]), tiny.inputs([Row(1, 1, 2)], seed=1)
-    for backend in ("eager", "inductor"):
-        with vr.applied(tiny.model, [STS(keep=6, refine=3, at=1)], backend=backend), torch.no_grad():
-            cache = tiny.model(**inputs).past_key_values
-            steps(tiny.model, torch.tensor([[9]]), cache, 2)
-            tiny.model(input_ids=more["input_ids"], pixel_values=more["pixel_values"], past_key_values=cache)
-            assert all(layer.buffer is None for layer in cache.layers)
 
 
 def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged(monkeypatch):
