@@ -1,0 +1,48 @@
+"""The list of seeded faults does not rot: each can still be applied, and still changes what the code does."""
+
+from __future__ import annotations
+
+import ast
+import re
+
+import pytest
+
+from tests.mutants.faults import ROOT, Fault, faults
+
+ALL = faults()
+
+
+def by_name(fault: Fault) -> str:
+    return fault.name
+
+
+@pytest.mark.parametrize("fault", ALL, ids=by_name)
+def test_a_fault_changes_code_that_is_there(fault: Fault) -> None:
+    text = (ROOT / fault.file).read_text()
+    before, after = ast.parse(text), ast.parse(fault.applied(text))
+    assert ast.dump(before) != ast.dump(after)
+
+
+@pytest.mark.parametrize("fault", ALL, ids=by_name)
+def test_what_is_said_of_a_fault(fault: Fault) -> None:
+    assert re.fullmatch(r"[A-Z].*\.", fault.wrong), "expected one sentence"
+    assert (ROOT / fault.file).resolve() == ROOT / fault.file, "expected the file itself, not a way through a link"
+    assert fault.near
+    for test in fault.near:
+        path, _, name = test.partition("::")
+        assert not name or f"\ndef {name}(" in (ROOT / path).read_text(), f"expected a test {test}"
+        assert path.split("/")[1] in ("unit", "graph", "property", "kernels"), f"{test} is in none of the tiers"
+
+
+def test_every_part_has_its_faults() -> None:
+    assert len({fault.name for fault in ALL}) == len(ALL) >= 40
+    parts = {fault.file.split("/")[-2 if fault.file.startswith("vlmrewrite/") else 0] for fault in ALL}
+    assert parts >= {"plan", "rewrite", "ops", "kvcache", "lower", "runtime", "capture", "hf", "analysis", "report"}
+    assert parts >= {"kernels", "passes"}
+
+
+@pytest.mark.parametrize("text", ["", "x = 1\nx = 1\n"])
+def test_a_text_that_is_not_there_once_is_refused(text: str) -> None:
+    fault = Fault("f", "k", "a.py", "x = 1", "x = 2", "W.", ())
+    with pytest.raises(ValueError, match=r"'f': expected its `old` once in a\.py, found it [02] times"):
+        fault.applied(text)
