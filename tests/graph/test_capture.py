@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import types
 import warnings
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from vlmrewrite import ops
 from vlmrewrite.analysis import analyse
 from vlmrewrite.capture import CAPTURES, dynamo, hooks
 from vlmrewrite.capture.dynamo import place_of
@@ -116,6 +118,18 @@ def test_keeping_all_is_the_original_attention_within_rounding(llava, rows, side
             got = llava.model(**inputs).logits
     budget = max(float((original - exact)[real].abs().max()), torch.finfo(torch.float32).eps * float(exact.abs().max()))
     assert float((got - exact)[real].abs().max()) <= 8 * budget
+
+
+def test_text_on_a_cache_keeps_the_softcap():
+    q, k, v = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    module, cache = types.SimpleNamespace(is_causal=True), PositionCache()
+    for t in (slice(0, 3), slice(3, 4)):  # a prompt, and a decode step
+        with hooks.running(cache):
+            keys, values = cache.update(k[:, :, t], v[:, :, t], 0)
+            got, _ = hooks.attention_forward(module, q[:, :, t], keys, values, None, softcap=0.5)
+        expected = ops.attention(q[:, :, t], k[:, :, : t.stop], v[:, :, : t.stop], softcap=0.5)
+        torch.testing.assert_close(got, expected)
+        assert (got - ops.attention(q[:, :, t], k[:, :, : t.stop], v[:, :, : t.stop])).abs().max() > 0.01
 
 
 def test_features_are_found_by_what_they_are_whatever_their_name():

@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 import vlmrewrite as vr
 from tests.small import planned
 from vlmrewrite.passes import STS, VISOR, DivPrune, FastV, Stride, ViCA
+from vlmrewrite.passes.visor.dispatch import Confidence
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import Text
+from vlmrewrite.runtime import prompt_ends
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
@@ -181,3 +183,19 @@ def test_generation_agrees_with_the_oracle(data, family, visor, rows, side, seed
     passes = data.draw(st.permutations([visor, *more]))
     tiny = TINY[family]
     generation_agreement(tiny.model, tiny.inputs(rows, side=side, seed=seed), passes, 3).check()
+
+
+@torch.no_grad()
+def test_a_plan_is_chosen_by_the_logits_at_each_prompts_end(llava, monkeypatch):
+    seen, then = [], Confidence.then
+    monkeypatch.setattr(Confidence, "then", lambda self, tried, *a: (seen.append(a[0]), then(self, tried, *a))[1])
+    inputs = llava.inputs([Row(1, 2, 3), Row(0, 3, 3), Row(3, 1, 3)], side="left")
+    ends = torch.tensor([0, -1, -2]) + inputs["input_ids"].shape[1] - 1
+    chain = [{"self_layers": [0]}, {"self_layers": [0, 1]}]
+    passes = [VISOR(policy="confidence", chain=chain, threshold=1e-6)]
+    with vr.applied(llava.model, passes) as model, prompt_ends(model, ends):
+        whole = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, whole[:, -1:])
+    assert len(seen) == 2
+    for logits in seen:
+        torch.testing.assert_close(logits, whole[range(3), ends])

@@ -75,6 +75,17 @@ def run(copy: Path, tests: Sequence[str], timeout: float) -> str | None:
     return failed[1]
 
 
+class _Unshrunk:
+    """A plugin: a property that fails is a property that fails; nobody is shown the smallest example of it."""
+
+    def pytest_collection(self) -> None:
+        from hypothesis import Phase, settings
+
+        name = settings.get_current_profile_name()
+        settings.register_profile(name, settings(), phases=[Phase.explicit, Phase.generate])
+        settings.load_profile(name)
+
+
 def _pytest(copy: Path, said: Path, tests: Sequence[str]) -> None:
     """In a process of its own: pytest on the copy, and on nothing of the checkout that it was copied from."""
     os.setsid()
@@ -90,7 +101,7 @@ def _pytest(copy: Path, said: Path, tests: Sequence[str]) -> None:
         del sys.modules[name]
     spec, code = importlib.util.find_spec("vlmrewrite"), UNUSABLE
     if spec is not None and spec.origin == str(copy / "vlmrewrite" / "__init__.py"):
-        code = int(pytest.main([*PYTEST, *tests]))
+        code = int(pytest.main([*PYTEST, *tests], [_Unshrunk()]))
     else:
         print(f"expected vlmrewrite to be imported from {copy}, found {spec and spec.origin}")
     sys.stdout.flush()
