@@ -227,6 +227,13 @@ def test_census():
     assert not CENSUS.dense(Text)
 
 
+def test_a_call_is_counted():
+    """Its second row is padded on the left, and ends in a vision token, which counts as text too."""
+    assert Call(VISION, PADDING, [3, 2, 6]).counts == TokenCounts(
+        length=9, text=(4, 2), images=(3, 2, 6), rows=(0, 0, 1), ordinals=(0, 1, 0), padded=True, overlap=True
+    )
+
+
 @given(st.integers(1, 600) | st.floats(0.001, 1), st.integers(0, 600))
 def test_a_fraction_keeps_at_least_one(keep, n):
     counts = TokenCounts(n + 1, (1,), (n,), (0,), (0,), False)
