@@ -30,7 +30,7 @@ SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-package
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick oldest lint format typecheck docs wheel clean
+.PHONY: help demo test quick mutants oldest lint format typecheck docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -43,6 +43,9 @@ test: $(READY) ## all tests, in WORKERS processes
 
 quick: $(READY) ## the tests of units and graphs that take no time, in WORKERS processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(QUICK) $(ARGS)
+
+mutants: $(READY) ## seeded faults, one at a time: which do the tests find? (hours; ARGS="--sample 3 --seed 1")
+	$(BIN)/python -m tests.mutants $(ARGS)
 
 oldest: $(OLDEST)/.vlmrewrite ## quick tests with the oldest torch, transformers and Triton (an environment of several GB)
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(OLDEST_TESTS) $(ARGS)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import os
+import types
 
 import pytest
 import torch
 import torch._dynamo
 
 import vlmrewrite as vr
+from vlmrewrite import ops
 from vlmrewrite.analysis import analyse
-from vlmrewrite.capture import CAPTURES, dynamo
+from vlmrewrite.capture import CAPTURES, dynamo, hooks
 from vlmrewrite.capture.dynamo import place_of
+from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.testing.models import FAMILIES, Row
 
@@ -73,6 +76,18 @@ def test_a_rewritten_graph_never_waits_for_the_device(name):
     tiny = FAMILIES[name]()
     program = vr.rewrite(vr.trace(tiny.model, tiny.inputs([Row(1)])), [STS(keep=0.5)])
     assert not [n for n in program.graph_module.graph.nodes if n.target in ("item", "tolist", "nonzero")]
+
+
+def test_text_on_a_cache_keeps_the_softcap():
+    q, k, v = torch.randn(3, 1, 2, 4, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    module, cache = types.SimpleNamespace(is_causal=True), PositionCache()
+    for t in (slice(0, 3), slice(3, 4)):  # a prompt, and a decode step
+        with hooks.running(cache):
+            keys, values = cache.update(k[:, :, t], v[:, :, t], 0)
+            got, _ = hooks.attention_forward(module, q[:, :, t], keys, values, None, softcap=0.5)
+        expected = ops.attention(q[:, :, t], k[:, :, : t.stop], v[:, :, : t.stop], softcap=0.5)
+        torch.testing.assert_close(got, expected)
+        assert (got - ops.attention(q[:, :, t], k[:, :, : t.stop], v[:, :, : t.stop])).abs().max() > 0.01
 
 
 def test_features_are_found_by_what_they_are_whatever_their_name():

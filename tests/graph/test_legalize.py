@@ -16,7 +16,7 @@ from vlmrewrite.lower.lowering import lower
 from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.plan.tokens import All, Text
 from vlmrewrite.rewrite.legalize import legalize
-from vlmrewrite.rewrite.verifier import propagate_fakes
+from vlmrewrite.rewrite.verifier import check_sets, propagate_fakes
 from vlmrewrite.testing.models import Row
 
 VLM = torch.ops.vlm
@@ -157,6 +157,17 @@ def test_what_mixes_tokens_is_refused(program):
     for node in layer.region - {layer.entry}:
         if node.target not in (VLM.attention.default, VLM.kv_append.default):
             assert tokenwise.not_token_wise(node, length) is None
+
+
+def test_a_node_that_mixes_token_sets_is_found(program):
+    made = vr.rewrite(program, [STS(keep=3, refine=2, at=2)]).variants[0]
+    check_sets(program.anatomy, made)
+    for node in made.graph_module.graph.find_nodes(op="call_method", target="transpose"):
+        (source,) = node.all_input_nodes
+        other = next(s for s in made.typed.values() if s not in (All, made.typed[node]))
+        mixed = replace(made, typed=made.typed | {node: other})
+        with pytest.raises(ValueError, match=f"node {node.name} .* but reads {source.name}, which is on "):
+            check_sets(program.anatomy, mixed)
 
 
 def test_every_node_holds_as_many_tokens_as_its_set(program):

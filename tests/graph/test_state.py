@@ -213,7 +213,9 @@ def test_a_recipe_that_cannot_do_its_work_in_a_call_says_so_once(qwen):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             qwen.model(**hidden)
+            assert [bool(s.vision.sum() == len(encoded.pooler_output[0])) for s in vr.kept_tokens(qwen.model)] == [True]
             qwen.model(**inputs)
+            assert vr.kept_tokens(qwen.model)[0].vision.sum() < len(encoded.pooler_output[0])
 
 
 # ---- an image that encodes to something that is not finite

@@ -8,8 +8,10 @@ import torch
 import vlmrewrite as vr
 from tests.small import family, planned
 from vlmrewrite.passes import STS, VISOR, FastV, Stride, ViCA
+from vlmrewrite.passes.visor.dispatch import Confidence
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import Text
+from vlmrewrite.runtime import prompt_ends
 from vlmrewrite.testing.models import Row
 
 TINY = {name: family(name) for name in ("llava", "qwen2_5_vl")}
@@ -152,3 +154,19 @@ def test_a_cross_layer_reads_vision_as_the_last_self_layer_left_it():
     for i, a in enumerate(results):
         for b in results[:i]:
             assert (a - b).abs().max() > 1e-2
+
+
+@torch.no_grad()
+def test_a_plan_is_chosen_by_the_logits_at_each_prompts_end(llava, monkeypatch):
+    seen, then = [], Confidence.then
+    monkeypatch.setattr(Confidence, "then", lambda self, tried, *a: (seen.append(a[0]), then(self, tried, *a))[1])
+    inputs = llava.inputs([Row(1, 2, 3), Row(0, 3, 3), Row(3, 1, 3)], side="left")
+    ends = torch.tensor([0, -1, -2]) + inputs["input_ids"].shape[1] - 1
+    chain = [{"self_layers": [0]}, {"self_layers": [0, 1]}]
+    passes = [VISOR(policy="confidence", chain=chain, threshold=1e-6)]
+    with vr.applied(llava.model, passes) as model, prompt_ends(model, ends):
+        whole = model(**inputs).logits
+        torch.testing.assert_close(model(**inputs, logits_to_keep=1).logits, whole[:, -1:])
+    assert len(seen) == 2
+    for logits in seen:
+        torch.testing.assert_close(logits, whole[range(3), ends])

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.small import planned
-from vlmrewrite.passes import STS, Random, Stride
+from vlmrewrite.passes import STS, FastV, Random, ShortV, Stride
 from vlmrewrite.plan.call import Call, TokenCounts
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import All, Image, Last, Nothing, Text, Vision, contains, substitute
@@ -29,6 +29,23 @@ def test_sts():
         "relevance = repulsion.select(relevance, keep=64) at layer 4\n"
         "layers 0-3     run_on Text | repulsion\n"
         "layers 4-7     run_on Text | relevance"
+    )
+
+
+def test_fastv():
+    assert planned(FastV(keep=0.5, at=2), depth=4) == (
+        "fastv = Vision.select(fastv, keep=0.5) at layer 2\n"
+        "layers 0-1     run_on All\n"
+        "layers 2-3     run_on Text | fastv"
+    )
+
+
+def test_shortv_lets_text_see_what_it_saw():
+    assert planned(Stride(keep=3, at=1), ShortV(layers=[0, 2]), depth=3) == (
+        "stride = Vision.select(stride, keep=3) at layer 1\n"
+        "layer 0        run_on Text, attend_to All\n"
+        "layer 1        run_on Text | stride\n"
+        "layer 2        run_on Text, attend_to Text | stride"
     )
 
 
@@ -208,6 +225,13 @@ def test_census():
     assert CENSUS.dense(Last)
     assert not CENSUS.dense(All)
     assert not CENSUS.dense(Text)
+
+
+def test_a_call_is_counted():
+    """Its second row is padded on the left, and ends in a vision token, which counts as text too."""
+    assert Call(VISION, PADDING, [3, 2, 6]).counts == TokenCounts(
+        length=9, text=(4, 2), images=(3, 2, 6), rows=(0, 0, 1), ordinals=(0, 1, 0), padded=True, overlap=True
+    )
 
 
 @given(st.integers(1, 600) | st.floats(0.001, 1), st.integers(0, 600))
