@@ -32,6 +32,7 @@ class LayerNodes:
 
     def __init__(self, anatomy: Anatomy, env: dict[Node, Node], emit: Emitter, sets: Sets, stream: Stream) -> None:
         self.anatomy, self.env, self.emit, self.sets, self.stream = anatomy, env, emit, sets, stream
+        self._captured = {copy: node for node, copy in env.items()}
         self._swapped: dict[Node, Node] = {}
         self._affected: set[Node] = set()
         self._memo: dict[tuple[Node, TokenSet, object], Node] = {}
@@ -102,8 +103,10 @@ class LayerNodes:
         return self.stream, self.stream.version
 
     def _inside(self, node: Node, s: TokenSet) -> Node:
-        reason = hidden_write(node) if s == All else not_token_wise(node, self.anatomy.length)
-        if reason is not None:
+        captured, asked = self._captured[node], "hidden write" if s == All else "not token-wise"
+        if asked not in captured.meta:  # a captured graph does not change
+            captured.meta[asked] = hidden_write(captured) if s == All else not_token_wise(captured, self.anatomy.length)
+        if (reason := captured.meta[asked]) is not None:
             raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
         return self._copy(node, s)
 
