@@ -171,8 +171,9 @@ def paid(tiny, inputs, masks, layer):
         visible = attention_mask & hooks._STATE.get().keys[module.layer_idx][:, None, None, :]
         bias = torch.zeros(visible.shape).masked_fill(~visible, torch.finfo(torch.float32).min)
         out, weights = eager_attention_forward(module, query, key, value, bias, scaling=scaling)
-        seen[module.layer_idx] = weights
-        return out, None
+        blind = ~visible.any(-1, keepdim=True)  # what sees no key gets nothing; eager attention averages over all keys
+        seen[module.layer_idx] = weights.masked_fill(blind, 0)
+        return out.masked_fill(blind.transpose(1, 2), 0), None
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(hooks, "_attention", attention)
