@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -13,8 +14,9 @@ import vlmrewrite as vr
 from vlmrewrite.analysis import tokenwise
 from vlmrewrite.analysis.graph import value
 from vlmrewrite.lower.lowering import lower
-from vlmrewrite.passes import STS, Random, Stride
-from vlmrewrite.plan.tokens import All, Text
+from vlmrewrite.passes import STS, VISOR, Random, Stride
+from vlmrewrite.plan import Edit, Plan, frozen_pass
+from vlmrewrite.plan.tokens import All, Text, Vision
 from vlmrewrite.rewrite.legalize import legalize
 from vlmrewrite.rewrite.verifier import check_sets, propagate_fakes
 from vlmrewrite.testing.models import Row
@@ -134,6 +136,28 @@ def test_an_error_in_a_pass_names_it(program):
     with pytest.raises(KeyError, match="inside") as caught:
         vr.rewrite(program, [Broken()])
     assert "in pass Broken(), on the plan:\nlayers 0-3" in caught.value.__notes__[0]
+
+
+@frozen_pass
+class TwoEdits:
+    name: ClassVar[str] = "two edits"
+
+    def refuse(self, plan: Plan) -> str | None:
+        return None
+
+    def change(self, plan: Plan) -> None:
+        plan.edit(Edit("doubled", Vision, lambda hidden, index, valid: 2 * hidden, 1))
+        plan.edit(Edit("raised", Vision, lambda hidden, index, valid: hidden + 1, 1))
+
+
+def test_edits_of_one_layer_are_done_in_order(llava):
+    assert vr.verify(llava.model, llava.inputs([Row(1), Row(2)], seed=1), [TwoEdits()]) < 1e-4
+
+
+def test_what_tokens_had_become_is_kept_when_they_bypass(llava):
+    """Layer 2 reads what layer 0 made of the vision tokens that are left, and layer 1 ran on none of."""
+    passes = [Stride(keep=4), VISOR(self_layers=[0], cross_layers=[2])]
+    assert vr.verify(llava.model, llava.inputs([Row(1), Row(2)], seed=1), passes) < 1e-4
 
 
 def test_what_mixes_tokens_is_refused(program):

@@ -136,3 +136,13 @@ def test_attention_received_from_several_tokens_is_the_mean_of_what_each_pays():
     torch.testing.assert_close(received(slice(None)), (each[0] + each[1]) / 2)
     assert each[0][:2].all()
     assert not each[0][2]
+
+
+def test_attention_received_is_computed_in_fp32():
+    q, k, at = randn(1, 4, 1, 64).bfloat16() * 4, randn(1, 2, 9, 64).bfloat16(), torch.arange(9)[None]
+
+    def received(q, k):
+        read = at, torch.ones(1, 9, dtype=torch.bool), torch.arange(8)
+        return attention_received(q, k, None, at[:, -1:], at, None, None, *read, 9)
+
+    torch.testing.assert_close(received(q, k), received(q.double(), k.double()), atol=1e-6, rtol=1e-5)
