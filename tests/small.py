@@ -44,3 +44,17 @@ def with_grid(name, dtype=torch.float32):
     tiny = models._tiny("llava", LlavaForConditionalGeneration, config, models._square(24, 36), 0)
     tiny.model.to(dtype)
     return tiny
+
+
+def token_of(i, tokens, rows, columns):
+    """The token that stands for location ``i``."""
+    if i in tokens:
+        return i
+    for size in (2, 4):
+        place = []
+        for x, n in ((i // columns, rows), (i % columns, columns)):
+            first = x - x % size
+            place.append(first + (0, 1, 1, 1)[min(size, n - first) - 1])
+        if place[0] * columns + place[1] in tokens:
+            return place[0] * columns + place[1]
+    raise AssertionError(f"nothing stands for {i}")

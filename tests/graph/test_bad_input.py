@@ -118,6 +118,7 @@ def test_restoring_what_is_not_applied(unchanged):
         vr.report(unchanged.model)
 
 
+@pytest.mark.slow
 def test_restore_gives_back_the_model(unchanged):
     inputs = unchanged.inputs([Row(1)])
     before = snapshot(unchanged.model)

@@ -68,6 +68,7 @@ PASSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "phi"])
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)
 def test_flops_are_those_that_run(llava, phi, name, passes):
@@ -84,6 +85,7 @@ def test_a_fused_projection_is_counted_once(phi):
     assert sum(layer.queries.values()) == 2 * text.hidden_size * (4 + 2 + 2) * (text.hidden_size // 4)
 
 
+@pytest.mark.slow
 def test_a_kept_cache_counts_as_long_as_it_is(llava):
     """The second turn attends to what each layer kept of the first; unmodified, it would attend to all of it."""
     passes, first, second = [STS(keep=6, refine=3, at=2)], llava.inputs([Row(1, 2, 3)]), llava.inputs([Row(1, 1, 3)])

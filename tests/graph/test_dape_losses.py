@@ -83,6 +83,7 @@ def test_the_soft_count_is_about_the_count_of_the_rule():
 # ---- a model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_every_parameter_of_the_blocks_learns_and_no_other(name, side):
@@ -108,6 +109,7 @@ def test_every_parameter_of_the_blocks_learns_and_no_other(name, side):
         assert all(n.startswith(ATTRIBUTE) for n in blocks)
 
 
+@pytest.mark.slow
 def test_regions_are_chosen_without_a_look_at_the_answer():
     tiny = family("llava")
     inputs = labelled(tiny)
@@ -140,6 +142,7 @@ def test_with_other_passes_and_a_target():
             assert many > 0.5
 
 
+@pytest.mark.slow
 def test_one_row_has_nothing_to_contrast():
     tiny = family("llava")
     with vr.applied(tiny.model, [TRAINED]) as model:
@@ -183,6 +186,7 @@ def digits():
     return model, scenes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("seed", "rate"), [(0, 3e-2), (1, 3e-2), (0, 1e-3)])
 def test_three_steps_on_the_bundled_model_reduce_the_loss(digits, seed, rate):
     bundled, scenes = digits

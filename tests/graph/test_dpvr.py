@@ -149,6 +149,7 @@ def answers(inputs):
     return labels
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("fuse", "learns"), [(1, True), (0, False)])
 def test_only_the_branch_learns_and_only_if_it_is_read(fuse, learns):
     model, inputs = FAMILIES["llava"]().model, TINY.inputs(ROWS)
@@ -178,6 +179,7 @@ def test_three_steps_reduce_the_loss():
     assert any("dpvr" in str(p) for p in vr.report(model).to_dict()["passes"])
 
 
+@pytest.mark.slow
 def test_blocks_are_saved_and_loaded(tmp_path):
     model, inputs = FAMILIES["llava"]().model, TINY.inputs(ROWS)
     recipe = [Stride(keep=0.5), DPVR(at=1, branch="random")]

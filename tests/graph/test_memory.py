@@ -52,6 +52,7 @@ def allocated(run):
     return out, most
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", EACH)
 def test_prediction_is_what_the_allocator_reports(monkeypatch, name, rows):
@@ -72,6 +73,7 @@ def test_prediction_is_what_the_allocator_reports(monkeypatch, name, rows):
     assert predicted == pytest.approx(seen, rel=0.05)
 
 
+@pytest.mark.slow
 def test_it_is_shown_and_can_be_saved():
     model = llava()
     inputs = prompt_inputs(model, Shape(144, text=16), as_list=True)
@@ -120,6 +122,7 @@ def test_a_head_and_its_tails():
     assert peak_bytes(head, [x._replace(device=torch.device("cuda"))]) == 2 * 512
 
 
+@pytest.mark.slow
 def test_it_is_that_of_the_call_whatever_is_cast_when_it_is_asked_for():
     model = llava()
     inputs = prompt_inputs(model, Shape(144, text=16), as_list=True)

@@ -41,6 +41,7 @@ def test_packed_sequences_with_images_are_refused(llava):
             vr.trace(llava.model, {**inputs, "position_ids": positions, "use_cache": False})
 
 
+@pytest.mark.slow
 def test_packed_multimodal_rope_is_refused(qwen):
     inputs = qwen.inputs([Row(1, 2, 6)])
     n = inputs["input_ids"].shape[1]
@@ -54,6 +55,7 @@ def test_packed_multimodal_rope_is_refused(qwen):
             qwen.model(**inputs, position_ids=fine, use_cache=False)
 
 
+@pytest.mark.slow
 def test_what_transformers_does_not_take_for_packed_is_not_refused(llava):
     """With a cache or a mask it masks nothing; so the logits are the unmodified model's."""
     inputs = llava.inputs([Row(1, 2, 6)])
@@ -66,6 +68,7 @@ def test_what_transformers_does_not_take_for_packed_is_not_refused(llava):
                 close(llava.model(**inputs, position_ids=positions, **more).logits, expected)
 
 
+@pytest.mark.slow
 def test_left_padding_is_not_refused(llava):
     inputs = llava.inputs([Row(1, 2, 6), Row(1, 2, 1)], side="left")
     positions = (inputs["attention_mask"].cumsum(-1) - 1).clamp(min=0)

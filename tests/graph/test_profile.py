@@ -50,6 +50,7 @@ def tokens(inputs: dict[str, Any], image: int = IMAGE) -> tuple[Tensor, Tensor]:
 # ---- against others
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 def test_attention_mass_and_cosines_are_those_of_hugging_face(family: str) -> None:
     model, inputs, found = measured(family)
@@ -78,6 +79,7 @@ def oracle_next_tokens(model: Any, inputs: dict[str, Any], hide: bool) -> Tensor
     return logits.double().log_softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
 def test_kls_are_those_of_the_oracle(family: str) -> None:
     model, inputs, found = measured(family)
@@ -121,6 +123,7 @@ def test_attention_mass_of_a_layer_with_groups_scale_softcap_and_masks() -> None
 # ---- identities
 
 
+@pytest.mark.slow
 def test_a_layer_that_does_nothing() -> None:
     model = FAMILIES["llava"]().model
     for i in (1, 3):
@@ -137,6 +140,7 @@ def test_a_layer_that_does_nothing() -> None:
     assert max(found.vision_cosine[0], found.vision_cosine[2]) < 0.99
 
 
+@pytest.mark.slow
 def test_the_same_inputs_give_the_same_profile() -> None:
     model, inputs, found = measured("llava")
     before = {name: x.clone() for name, x in inputs.items()}
@@ -144,6 +148,7 @@ def test_the_same_inputs_give_the_same_profile() -> None:
     assert all(torch.equal(inputs[name], x) for name, x in before.items())
 
 
+@pytest.mark.slow
 def test_padding_text_rows_and_the_cut_into_batches_do_not_matter() -> None:
     model, inputs, found = measured("llava")
     right = model.inputs(ROWS, side="right")
@@ -170,6 +175,7 @@ def state(model: Any) -> tuple[Any, ...]:
     return hooks, configs, weights, [m.training for m in model.modules()], set(model.__dict__), torch.is_grad_enabled()
 
 
+@pytest.mark.slow
 def test_the_model_is_left_as_it_was() -> None:
     model, inputs, found = measured("llava")
     ends_in_image = model.inputs([Row(images=1, before=2, after=0)])

@@ -32,7 +32,7 @@ LONG = {
     "tests/kernels/test_attention.py": 370,
     "tests/kernels/test_sample.py": 350,
     "tests/unit/test_cache.py": 450,
-    "tests/graph/test_dape.py": 520,
+    "tests/graph/test_dape.py": 420,
     "tests/models/test_relatives.py": 470,
     "tests/graph/test_tokenwise.py": 440,
     "vlmrewrite/report/layer_profile.py": 330,
