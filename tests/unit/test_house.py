@@ -33,6 +33,7 @@ LONG = {
     "tests/kernels/test_sample.py": 350,
     "tests/unit/test_cache.py": 450,
     "tests/graph/test_dape.py": 420,
+    "tests/graph/test_profile.py": 310,
     "tests/models/test_relatives.py": 470,
     "tests/graph/test_tokenwise.py": 440,
     "vlmrewrite/report/layer_profile.py": 330,
