@@ -34,7 +34,7 @@ def used(recipe, restore: bool) -> list[weakref.ref]:
     model, inputs = tiny.model, tiny.inputs([Row(1)])
     vr.apply(model, recipe)
     cache = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True).past_key_values
-    graph = next(iter(SESSIONS[model].executables))[0]
+    graph = next(iter(SESSIONS[model].executables))
     seen = [model, next(model.parameters()), CAPTURES[model], graph, graph.gm, SESSIONS[model], cache]
     if restore:
         vr.restore(model)

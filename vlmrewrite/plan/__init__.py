@@ -58,6 +58,7 @@ __all__ = [
     "intersection",
     "layer_index",
     "run_passes",
+    "text_part",
     "tokens_kept",
     "union",
     "vision_part",
