@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import pkgutil
 import sys
 import warnings
 from functools import partial
@@ -65,7 +66,7 @@ MOVED = {
     "testing.interleaving": "testing.triton.interleaving",
     "testing.interpreter": "testing.triton.interpreter",
     "testing.oracle": "oracle.hooks oracle.masks testing.agreement",
-    "tokens": "plan.tokens plan.needs plan.vocabulary plan",
+    "tokens": "plan.tokens plan.needs plan.vocabulary",
     "tokenwise": "analysis.operators analysis.tokenwise",
     "traced": "runtime.session capture.dynamo hf.inputs",
     "wellformed": "rewrite.verifier",
@@ -105,6 +106,11 @@ RENAMED = {
     "program.say": "plan.pipeline.run_passes",
     "session.Last": "runtime.facts.LastCall",
     "terminal.Complaints": "cli.terminal.Errors",
+    "tokens.difference": "plan.TokenSet.__sub__",
+    "tokens.intersection": "plan.TokenSet.__and__",
+    "tokens.text_part": "plan.TokenSet.text_part",
+    "tokens.union": "plan.TokenSet.__or__",
+    "tokens.vision_part": "plan.TokenSet.vision_part",
     "tokenwise.refuse": "analysis.tokenwise.not_token_wise",
     "traced.TRACED": "capture.dynamo.CAPTURES",
     "traced.Traced": "capture.dynamo.Captures",
@@ -154,7 +160,7 @@ def _find(old: str, name: str) -> Any:
     homes = () if name.startswith("_") else [(new, name) for new in (MOVED | LEFT)[old].split()]
     renamed, _, under = RENAMED.get(f"{old}.{name}", "").rpartition(".")
     for new, now in [(renamed, under)] if renamed else homes:
-        module = importlib.import_module(f"vlmrewrite.{new}")
+        module = pkgutil.resolve_name(f"vlmrewrite.{new}")
         if f"{old}.{name}" not in GONE and hasattr(module, now):
             warnings.warn(
                 f"vlmrewrite.{old}.{name} is now vlmrewrite.{new}.{now}; the old name goes with the next release",

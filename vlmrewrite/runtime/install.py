@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from vlmrewrite import capture
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, swap_attention, watched
-from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision, intersection
+from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
 from vlmrewrite.runtime.session import Session, session_of
@@ -105,8 +105,7 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     for entry in program.plan.layers:
         stages.setdefault(entry.run_set, []).append(entry.index)
     return [
-        Stage(program.plan.render(s), tuple(layers), call.members(intersection(Vision, s), chosen))
-        for s, layers in stages.items()
+        Stage(program.plan.render(s), tuple(layers), call.members(Vision & s, chosen)) for s, layers in stages.items()
     ]
 
 
@@ -123,11 +122,7 @@ def _register(undo: ExitStack, model: nn.Module, blocks: nn.ModuleDict) -> None:
 
 
 def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
-    def outer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return method(self, *args, **kwargs)
-
-    return outer
+    return functools.wraps(own)(lambda *args, **kwargs: method(*args, **kwargs))
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
