@@ -21,4 +21,4 @@ from vlmrewrite.passes.vtw import VTW
 
 __all__ = ["DAPE", "DPVR", "STS", "VISOR", "VTW", "DivPrune", "FastV", "Random", "ShortV", "Stride", "ViCA"]
 
-moved.register("passes")
+moved.register(__name__)

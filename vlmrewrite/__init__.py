@@ -21,7 +21,7 @@ from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Stage, kept_tokens, trace
 
 __version__ = "0.1.0"
-moved.register()
+moved.register(__name__)
 __all__ = [
     "Budget",
     "Depth",

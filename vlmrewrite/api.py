@@ -64,11 +64,7 @@ def apply(
         e.add_note(f"for a decoder of {depth} layers")
         raise
     session = Session(chosen, selected, picked, strict, plan, build(model, plan.blocks))
-    try:
-        install_session(model, session)
-    except BaseException:
-        remove_session(model, session)
-        raise
+    install_session(model, session)
     SESSIONS[model] = session
     return model
 
@@ -105,7 +101,8 @@ def restore(model: nn.Module) -> nn.Module:
     Raises:
         ValueError: no recipe is applied to it.
     """
-    remove_session(model, session_of(model))
+    session_of(model)
+    remove_session(model)
     del SESSIONS[model]
     return model
 

@@ -73,6 +73,7 @@ def rewrite(
             legalize(program.captured, program.anatomy, variant, modules, program.parameters)
             for variant in plan.variants or (plan,)
         ]
+        cut = dispatch(variants) if plan.variants else None
         times.append(time.perf_counter())
         for variant in variants:
             check_sets(program.anatomy, variant)
@@ -80,7 +81,7 @@ def rewrite(
             program,
             plan=plan,
             variants=tuple(variants),
-            dispatch=dispatch(variants) if plan.variants else None,
+            dispatch=cut,
             outcomes=(*program.outcomes, *outcomes),
             blocks=modules,
         )

@@ -73,7 +73,7 @@ def split_scans(held_out: bool) -> Scans:
 def enlarge(images: NDArray[np.float32], variants: int, seed: int) -> dict[int, Pixels]:
     """Scans at every size of ``SIZES``: side -> [variants, n, side, side]; variant 0 is plain, others are warped."""
     generator = torch.Generator().manual_seed(seed)
-    framed = F.pad(torch.from_numpy(images)[:, None], (1, 1, 1, 1))  # [n, 1, 10, 10]: buffer for the warp
+    framed = F.pad(torch.from_numpy(images)[:, None], (1, 1, 1, 1))  # [n, 1, 10, 10]: room for the warp
     n, out = len(images), {}
     for side in SIZES:
         rendered = []

@@ -18,6 +18,7 @@ detail adds nothing. The loss to train them by is :func:`vlmrewrite.passes.dape.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from functools import reduce
 from typing import Annotated, ClassVar, Literal
@@ -35,11 +36,8 @@ from vlmrewrite.plan import (
     TokenSet,
     Vision,
     Weights,
-    difference,
     frozen_pass,
     layer_index,
-    union,
-    vision_part,
 )
 
 DEPTHS = (0.125, 0.25, 0.5)
@@ -88,7 +86,7 @@ class DAPE:
             return gone
         stages = self._stages(plan)
         for layer in (0, *(layer for layer, _ in stages)):
-            left = reduce(union, (vision_part(x) for entry in plan.layers[layer:] for x in entry.sets()))
+            left = reduce(operator.or_, (x.vision_part() for entry in plan.layers[layer:] for x in entry.sets()))
             if left != Vision:
                 return f"an earlier pass leaves {plan.render(left)} from layer {layer} on; expected whole images"
         if stages and plan.branches:
@@ -133,6 +131,6 @@ class DAPE:
         if not more:
             return tokens
         policy = Policy("split", ops.SPLIT, ("attention_outside", "features", "grid"))
-        added = difference(Vision, tokens).select(policy, more, at=layer)
+        added = (Vision - tokens).select(policy, more, at=layer)
         plan.edit(Edit("pool", added, POOL, layer, POOL_NEEDS))
         return plan.widen(tokens, added, layer)

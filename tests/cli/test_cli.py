@@ -127,6 +127,24 @@ def test_inspect_of_a_configuration(family: str, tokens: int, source: str | None
     assert found["totals"]["before"] == found["totals"]["after"]
 
 
+def test_inspect_with_a_recipe_that_dispatches(folder: Path) -> None:
+    arguments = "inspect", folder / "config.json", "--recipe", "visor-policy", "--text", 4, "--dtype", "float32"
+    lines = [line.rstrip() for line in output(*arguments).splitlines()]
+    at = lines.index("dispatch by Confidence(at=0, threshold=0.8) at layer 0 among")
+    assert [line for line in lines[at:] if line.startswith("variant")] == ["variant 0:", "variant 1:", "variant 2:"]
+    assert sum(line.startswith("total: ") for line in lines[at:]) == 3
+    assert [line.split()[:2] for line in lines if line.startswith("prefill")] == [["prefill", "unmodified"]]
+    (kv,) = (line for line in lines if line.startswith("K/V MiB"))
+    ratios = [float(part.split()[0]) for part in kv.split("÷")[1:]]
+    assert ratios[0] > ratios[1] > ratios[2] == 1.0
+    found = json.loads(output(*arguments, "--json"))
+    assert found["chooser"] == "Confidence(at=0, threshold=0.8)"
+    assert [v["totals"]["after"]["kv_bytes"] for v in found["variants"]] == sorted(
+        v["totals"]["after"]["kv_bytes"] for v in found["variants"]
+    )
+    assert found["totals"] == found["variants"][-1]["totals"]
+
+
 def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     mine = write(
         tmp_path / "mine.yaml",

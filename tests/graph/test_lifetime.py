@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import threading
 import weakref
 
 import pytest
@@ -34,7 +35,7 @@ def used(recipe, restore: bool) -> list[weakref.ref]:
     model, inputs = tiny.model, tiny.inputs([Row(1)])
     vr.apply(model, recipe)
     cache = model.generate(**inputs, max_new_tokens=3, return_dict_in_generate=True).past_key_values
-    graph = next(iter(SESSIONS[model].executables))[0]
+    graph = next(iter(SESSIONS[model].executables))
     seen = [model, next(model.parameters()), CAPTURES[model], graph, graph.gm, SESSIONS[model], cache]
     if restore:
         vr.restore(model)
@@ -132,3 +133,52 @@ def test_where_torch_compile_does_nothing_the_model_says_so(llava):
         llava.model(**inputs)
     with vr.applied(llava.model, SOME):
         llava.model(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "off", [lambda: FlopCounterMode(display=False), lambda: torch.compiler.set_stance("force_eager")]
+)
+def test_graphs_that_were_forgotten_are_not_counted_nor_kept(off):
+    tiny = FAMILIES["llava"]()
+    model, inputs = tiny.model, tiny.inputs([Row(1)])
+    with vr.applied(model, SOME):
+        expected = model(**inputs).logits
+        for _ in range(3):
+            made_of = SESSIONS[model].executables
+            graph, made = next(iter(made_of.items()))
+            seen = [weakref.ref(x) for x in (graph, graph.gm)]
+            del graph, made
+            with off(), pytest.raises(RuntimeError, match="torch.compile does nothing here"):
+                model(**inputs)
+            assert vr.report(model).graphs["captured"] == 0
+            assert vr.report(model).seconds.get("capture", 0) == 0
+            assert torch.equal(model(**inputs).logits, expected)
+            gc.collect()
+            assert [r() for r in seen] == [None, None]
+            assert vr.report(model).graphs["captured"] == len(made_of) == 1
+
+
+@torch.no_grad()
+def test_graphs_live_as_long_as_the_call_that_runs_them(monkeypatch):
+    """Another thread has them forgotten meanwhile."""
+    tiny = FAMILIES["llava"]()
+    model, inputs = tiny.model, tiny.inputs([Row(1)])
+    with vr.applied(model, SOME):
+        expected, run = model(**inputs).logits, session.Session._run
+
+        def forgetting(self, *args):
+            thread = threading.Thread(target=elsewhere)
+            thread.start()
+            thread.join()
+            return run(self, *args)
+
+        def elsewhere():
+            with FlopCounterMode(display=False), pytest.raises(RuntimeError, match="does nothing here"):
+                model(**inputs)
+
+        monkeypatch.setattr(session.Session, "_run", forgetting)
+        assert torch.equal(model(**inputs).logits, expected)
+        monkeypatch.undo()
+        assert torch.equal(model(**inputs).logits, expected)
+        assert vr.report(model).graphs["captured"] == 1

@@ -86,7 +86,7 @@ class CapturedForward:
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
             me().graphs.append(graph := Graph(gm))
             this: Any = weakref.ref(graph)
-            return lambda *inputs: _RUNNER.get()(this(), inputs)
+            return lambda *inputs: _RUNNER.get()(this(), inputs)  # None: forgotten by another thread as it was traced
 
         # A code object of its own: Dynamo counts recompiles per code object, and models must not share the limit.
         own = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "vlmrewrite_entry")
@@ -113,8 +113,11 @@ class CapturedForward:
             RuntimeError: the forward could not be captured as one graph, or something else ran in place of the graph.
         """
         ran: list[Graph] = []
+        graphs = self.graphs  # they live as long as this call, whatever another thread forgets
 
-        def noted(graph: Graph, inputs: Sequence[Any]) -> Any:
+        def noted(graph: Graph | None, inputs: Sequence[Any]) -> Any:
+            if graph is None:
+                raise NotCapturedError("another thread called this model where torch.compile does nothing: call again")
             ran.append(graph)
             if images is not None and graph.features is None:
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
@@ -136,10 +139,11 @@ class CapturedForward:
             return out
         except NotCapturedError:
             forget_code(self._code)  # or Dynamo would never look at it again
+            self.graphs, self.seconds[:] = [], []
             raise
         except at_graph_limit() as e:
             raise RuntimeError(
-                f"{len(self.graphs)} graphs of this model were compiled and the limit is reached; raise"
+                f"{len(graphs)} graphs of this model were compiled and the limit is reached; raise"
                 f" torch._dynamo.config.recompile_limit above it{_hooked(model)}. The unrewritten model is not run in"
                 " its place."
             ) from e

@@ -1,5 +1,6 @@
 """The command line: what there is, what a recipe would do to a model, what it does, and what that costs."""
 
+from vlmrewrite import moved
 from vlmrewrite.cli import apply as apply
 from vlmrewrite.cli import bench as bench
 from vlmrewrite.cli import inspect as inspect
@@ -7,3 +8,5 @@ from vlmrewrite.cli import listing as listing
 from vlmrewrite.cli.app import app
 
 __all__ = ["app"]
+
+moved.register(__name__)

@@ -79,10 +79,15 @@ def inspect(
         print(f"  {p['configuration']}: {'matched' if p['matched'] else 'REFUSED: ' + p['reason']}")
     print(f"\n{dataclasses.replace(planned, outcomes=())}\n")  # the passes are told above
     table = []
+    dispatches, every = "variants" in found, [each["totals"] for each in found.get("variants", [found])]
     for label, key, unit in (("tokens a layer", "tokens", 1), ("GFLOP", "flops", 1e9), ("K/V MiB", "kv_bytes", 2**20)):
-        before, after = (found["totals"][when][key] / unit for when in ("before", "after"))
-        table.append([label, f"{before:.4g}", f"{after:.4g}", f"÷ {before / after:.2f}"])
-    print_table(["prefill", "unmodified", chosen.name, "ratio"], table)
+        row = [label, f"{found['totals']['before'][key] / unit:.4g}"]
+        for totals in every:
+            after, ratio = totals["after"][key] / unit, totals["before"][key] / totals["after"][key]
+            row += [f"{after:.4g}, ÷ {ratio:.2f}"] if dispatches else [f"{after:.4g}", f"÷ {ratio:.2f}"]
+        table.append(row)
+    headings = [f"variant {i}" for i in range(len(every))] if dispatches else [chosen.name, "ratio"]
+    print_table(["prefill", "unmodified", *headings], table)
     for note in found["notes"]:
         print(f"note: {note}")
 

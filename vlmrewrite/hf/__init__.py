@@ -14,10 +14,11 @@ from vlmrewrite.hf.decoder import (
 )
 from vlmrewrite.hf.grid import grids
 from vlmrewrite.hf.inputs import refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
-from vlmrewrite.hf.support import check_support
+from vlmrewrite.hf.support import APPLIED, check_support
 from vlmrewrite.hf.vision import Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
 
 __all__ = [
+    "APPLIED",
     "IMPLEMENTATION",
     "Encoded",
     "Encoding",

@@ -82,15 +82,13 @@ def swap_attention(
         what undoes it; it holds no reference to the model.
 
     Raises:
-        ValueError: vlmrewrite's is used there already, on behalf of another model.
+        ValueError: vlmrewrite's is used there already, on behalf of another model, or in a module that was copied or
+            taken from one.
     """
     roots = [model, *blocks]
     modules = [m for root in roots for m in root.modules() if m is not model and "config" in vars(m)]
-    if name == IMPLEMENTATION and any(attention_implementation(m.config) == name for m in modules):
-        raise ValueError(
-            f"another model, that a recipe is applied to, has modules of this {type(model).__name__} too: call"
-            " vlmrewrite.restore on it first"
-        )
+    if name == IMPLEMENTATION:
+        _refuse_used(model)
     read = decoder_configs(model) + [m.config for block in roots[1:] for m in block.modules() if "config" in vars(m)]
     copies = {id(c): _private(model, name, c) for c in {id(c): c for c in read}.values()}
     for copied in copies.values():
@@ -101,6 +99,9 @@ def swap_attention(
         if parts:
             copies[key] = _private(model, name, config)
             vars(copies[key]).update(parts)
+    known = _COPIES[model]
+    for stale in [key for key in known if key[0] == name and key[1] not in copies]:  # of blocks, of replaced configs
+        del known[stale]
     before = [(m, m.config) for m in modules if id(m.config) in copies]
     for module, config in before:
         vars(module)["config"] = copies[id(config)]
@@ -110,6 +111,25 @@ def swap_attention(
             vars(module)["config"] = config
 
     return undo
+
+
+def _refuse_used(model: nn.Module) -> None:
+    """Raise what :func:`swap_attention` raises."""
+    found = [(path, m) for path, m in model.named_modules() if m is not model and "config" in vars(m)]
+    for path, module in found:
+        if attention_implementation(module.config) != IMPLEMENTATION:
+            continue
+        others = [known for other, known in list(_COPIES.items()) if other is not model]
+        if any(module.config is copied for known in others for _, copied in known.values()):
+            raise ValueError(
+                f"another model, that a recipe is applied to, has modules of this {type(model).__name__} too: call"
+                " vlmrewrite.restore on it first"
+            )
+        raise ValueError(
+            f"{path} of this {type(model).__name__}, a {type(module).__name__}, has vlmrewrite's attention in its"
+            " config: it was copied while a recipe was applied, or taken from such a model; expected one of a restored"
+            " model"
+        )
 
 
 def _private(model: nn.Module, name: str, config: Any) -> Any:

@@ -12,6 +12,9 @@ from vlmrewrite.compat import attention_implementation, is_compiled
 
 _ATTENTION = ("eager", "sdpa")
 
+APPLIED = "vlmrewrite_undo"
+"""Attribute of a model that a recipe is applied to: what takes it off again; None in a copy of such a model."""
+
 
 def check_support(model: Any) -> int:
     """Check that a model can be rewritten, without changing it.
@@ -67,6 +70,15 @@ def _check_kind(model: Any) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
+    if vars(model).get(APPLIED) is not None:
+        raise ValueError(
+            f"a recipe is applied to this {type(model).__name__} already; call vlmrewrite.restore(model) first"
+        )
+    if APPLIED in vars(model):
+        raise ValueError(
+            f"this {type(model).__name__} is a copy of one that a recipe was applied to; expected an unmodified model:"
+            " restore the other one and copy it again"
+        )
     for name in ("forward", "generate"):
         if name in model.__dict__:
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Everything that happens before the captured forward: encode the images, make position ids, tidy the arguments."""
+"""Everything that happens before the captured forward: encode the images, make position ids."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from vlmrewrite import moved
 from vlmrewrite.kernels.launch import LOG2E, capped, splits
 
 
@@ -156,3 +157,6 @@ def decode_attention(
             DV=size_v, BLOCK_DV=block_dv, BLOCK_S=triton.next_power_of_2(parts), CHUNK=16, num_warps=4,
         )  # fmt: skip
     return out
+
+
+moved.register(__name__)

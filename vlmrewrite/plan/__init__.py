@@ -7,16 +7,12 @@ Nothing here knows of graphs.
 from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy, Weights, build
 from vlmrewrite.plan.budget import Budget, Depth, Layers, check_depth, chosen_layers, layer_index, tokens_kept
 from vlmrewrite.plan.call import Call, Extra, TokenCounts, describe
-from vlmrewrite.plan.listing import events
+from vlmrewrite.plan.listing import dispatched, events
 from vlmrewrite.plan.needs import FEATURES, NEEDS
 from vlmrewrite.plan.pipeline import Outcome, Pass, frozen_pass, run_passes
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import All, Image, Last, Nothing, Pair, Selection, Text, TokenSet, Vision, contains
 from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
-
-union, intersection, difference = TokenSet.__or__, TokenSet.__and__, TokenSet.__sub__
-text_part, vision_part = TokenSet.text_part, TokenSet.vision_part
-"""What token sets can do, as functions."""
 
 __all__ = [
     "ATTRIBUTE",
@@ -52,13 +48,10 @@ __all__ = [
     "chosen_layers",
     "contains",
     "describe",
-    "difference",
+    "dispatched",
     "events",
     "frozen_pass",
-    "intersection",
     "layer_index",
     "run_passes",
     "tokens_kept",
-    "union",
-    "vision_part",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import groupby
 from typing import TYPE_CHECKING
 
@@ -36,11 +37,16 @@ def events(plan: Plan) -> list[str]:
     return lines
 
 
+def dispatched(plan: Plan, variants: Iterable[object]) -> list[str]:
+    """Who chooses among the plans of a dispatch, and what is said of each."""
+    head = f"dispatch by {plan.chooser} at layer {plan.parts_at} among"
+    return [head, *(f"variant {i}:\n{v}" for i, v in enumerate(variants))]
+
+
 def listing(plan: Plan) -> str:
     """What happens, and what each run of layers does."""
     if plan.variants:
-        head = f"dispatch by {plan.chooser} at layer {plan.parts_at} among"
-        return "\n".join([head, *(f"variant {i}:\n{v}" for i, v in enumerate(plan.variants))])
+        return "\n".join(dispatched(plan, plan.variants))
     lines = events(plan)
     for (run, keys, mlp), group in groupby(plan.layers, key=LayerPlan.sets):
         found = [e.index for e in group]

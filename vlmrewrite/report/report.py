@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 from vlmrewrite.capture import CAPTURES, limit
-from vlmrewrite.plan import Call, Pass, describe
+from vlmrewrite.plan import Call, Pass, Plan, describe
 from vlmrewrite.report.memory import peak_memory
 from vlmrewrite.report.summary import compared, dropping_nothing, saving_nothing, verdicts
 from vlmrewrite.rewrite import Program
@@ -91,11 +91,12 @@ class Report:
 
     def _layer_table(self) -> list[str]:
         rows = [["layers", "run on", "tokens", "keys", "GFLOP", "of", "K/V", "of"]]
-        keys = ("run_on", "tokens", "keys", "flops", "flops_before", "kv_bytes", "kv_bytes_before")
+        keys = ("run_on", "mlp_on", "tokens", "keys", "flops", "flops_before", "kv_bytes", "kv_bytes_before")
         for _, group in groupby(self.layers, key=lambda x: tuple(x[k] for k in keys)):
             same = list(group)
             x = same[0]
-            rows.append([span([s["layer"] for s in same]), x["run_on"], str(x["tokens"]), str(x["keys"]),
+            where = x["run_on"] + f", MLP {x['mlp_on']}" * (x["mlp_on"] != x["run_on"])
+            rows.append([span([s["layer"] for s in same]), where, str(x["tokens"]), str(x["keys"]),
                          f"{x['flops'] / 1e9:.4g}", f"{x['flops_before'] / 1e9:.4g}", byte_size(x["kv_bytes"]),
                          byte_size(x["kv_bytes_before"])])  # fmt: skip
         return table(rows)
@@ -136,6 +137,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         call=None if latest is None else latest.call,
         held=() if latest is None else latest.given.held,
         given_up=() if latest is None else _given_up(latest),
+        dispatch=None if latest is None or not latest.result.ran else latest.executable.program.plan,
         kernels={} if latest is None else latest.executable.choices,
         graphs={} if one is None else {"captured": len(one.call.graphs), "limit": limit()},
         seconds={} if one is None else {"capture": sum(one.call.seconds)},
@@ -166,6 +168,7 @@ def make_report(
     continued_calls: int = 0,
     held: Sequence[int] = (),
     given_up: Sequence[Program] = (),
+    dispatch: Plan | None = None,
     compiled_calls: int = 0,
     memory: dict[str, int] | None = None,
 ) -> Report:
@@ -176,6 +179,7 @@ def make_report(
         program, call, held: of the last call with an image, if any; ``held`` as for
             :func:`vlmrewrite.analysis.costs`.
         given_up: variants of a dispatch that ran in that call before the one that was kept.
+        dispatch: the plan that dispatches among variants, of which ``program`` is the one that was kept.
         kernels: what each kind of operator became.
         graphs, seconds: of capturing.
         plain_calls: calls without an image; ``continued_calls`` of them went on from a cache, and ``compiled_calls``
@@ -217,7 +221,10 @@ def make_report(
         "past": call.past,
     }
     seconds = {**seconds, **program.seconds}
-    plan = str(program.plan)
+    if dispatch is not None:
+        kept = next(i for i, variant in enumerate(dispatch.variants) if variant is program.plan)
+        notes.append(f"layers and totals are those of variant {kept} of the plan, which the last call kept")
+    plan = str(program.plan if dispatch is None else dispatch)
     return Report(
         recipe,
         backend,

@@ -25,6 +25,7 @@ def compared(
     for a, b in zip(after, before, strict=True):
         entry = plan.layers[a.index]
         sets = {"layer": a.index, "run_on": plan.render(entry.run_set), "attend_to": plan.render(entry.keys)}
+        sets["mlp_on"] = plan.render(entry.sets()[2])
         now = {"tokens": a.run, "keys": a.keys, "flops": a.flops, "kv_bytes": a.kv_bytes}
         then = {"tokens": b.run, "keys": b.keys, "flops": b.flops, "kv_bytes": b.kv_bytes}
         layers.append(sets | now | {f"{k}_before": v for k, v in then.items()})
@@ -69,13 +70,18 @@ def verdicts(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
 def summary(program: Program) -> dict[str, Any]:
     """What each layer works on and costs, before and after, the totals, and what is to be noted; plain values.
 
+    Of a dispatch, ``variants`` holds layers and totals of each of its plans, and those outside are the last one's, the
+    most demanding; ``chooser`` says who chooses.
+
     Raises:
         ValueError: the program's call is not known.
     """
     if program.call is None:
         raise ValueError("the program was captured from a call that is not known; expected one with a Call")
-    layers, totals = compared(program, program.call.counts, program.call.past)
+    plans = program.plan.variants or (program.plan,)
+    found = [compared(replace(program, plan=plan), program.call.counts, program.call.past) for plan in plans]
+    each = [{"layers": layers, "totals": totals} for layers, totals in found]
     notes = dropping_nothing(program.plan, program.call.counts)
-    notes += saving_nothing(totals, "this prompt") if program.outcomes else []
-    told = {"passes": verdicts(program.outcomes), "layers": layers, "totals": totals, "seconds": program.seconds}
-    return told | {"notes": notes}
+    notes += saving_nothing(found[0][1], "this prompt") if program.outcomes else []
+    about = {"passes": verdicts(program.outcomes), **each[-1], "seconds": program.seconds, "notes": notes}
+    return about | ({"variants": each, "chooser": str(program.plan.chooser)} if program.plan.variants else {})

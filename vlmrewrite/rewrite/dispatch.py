@@ -9,7 +9,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch.fx
 from torch.fx import Node
@@ -48,8 +48,7 @@ def in_range(chooser: Chooser, i: object, n: int) -> int:
     return i
 
 
-@dataclass(frozen=True)
-class _Number:
+class _Number(NamedTuple):
     value: int
 
 
@@ -63,8 +62,8 @@ def _numbered(variants: Sequence[Rewritten]) -> list[dict[Node, int]]:
         of = {node: known.setdefault(key, len(known)) for node, key in zip(inputs, keys, strict=True)}
         for node in r.graph_module.graph.nodes:
             if node.op not in ("placeholder", "output"):
-                args: Any = map_arg((node.args, node.kwargs), lambda n: _Number(of[n]))  # type: ignore[arg-type, return-value]  # noqa: B023
-                key = node.op, node.target, repr(args)  # in which 1, 1.0 and True are not the same
+                args: Any = map_arg((node.args, node.kwargs), lambda n: _Number(of[n]))  # noqa: B023
+                key = node.op, node.target, repr(args)  # torch.fx writes the code from it; 1, 1.0, True differ
                 of[node] = known.setdefault(key, len(known))
         found.append(of)
     return found

@@ -13,7 +13,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from vlmrewrite.analysis import Anatomy, LayerCost, costs
-from vlmrewrite.plan import FEATURES, Call, Outcome, Plan, Selection, TokenCounts, describe, events
+from vlmrewrite.plan import FEATURES, Call, Outcome, Plan, Selection, TokenCounts, describe, dispatched, events
 from vlmrewrite.rewrite.dispatch import Dispatch, in_range
 from vlmrewrite.rewrite.legalize import Rewritten
 from vlmrewrite.rewrite.verifier import propagate_fakes
@@ -163,26 +163,27 @@ class Program:
         return costs(self.anatomy, self.plan, counts, past, held)
 
     def __str__(self) -> str:
-        """The compact, layer-level listing: who was refused, token sets, shapes, and costs if a call is known."""
+        """The layer-level listing of all plans: who was refused, sets, shapes, and costs if a call is known."""
         a, plan = self.anatomy, self.plan
         head = f"program: {len(a.layers)} decoder layers, hidden {a.hidden}, {str(a.dtype).removeprefix('torch.')}"
         told = [f"REFUSED {o.configuration}: {o.reason}" for o in self.outcomes if o.reason is not None]
         told += ["no pass changes anything"] * (bool(self.outcomes) and str(plan) == str(Plan(plan.depth)))
         if self.call is None:
-            shapes = dict.fromkeys(
-                f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}" for x in a.layers
-            )
+            shapes = {f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}": x for x in a.layers}
             return "\n".join([head, *told, str(plan), *shapes])
         counts = self.call.counts
+        if plan.variants:
+            each = (str(replace(self, plan=variant, outcomes=())).partition("\n")[2] for variant in plan.variants)
+            return "\n".join([f"{head}; {describe(counts)}", *told, *dispatched(plan, each)])
         per_layer = self.costs(counts, self.call.past)
         rows = [["layers", "run on", "attend to", "tokens", "keys", "q", "k, v", "GFLOP", "K/V"]]
-        for (run, keys, flops, size), group in groupby(
-            per_layer, lambda c: (plan.layers[c.index].run_set, plan.layers[c.index].keys, c.flops, c.kv_bytes)
-        ):
+        for alike, group in groupby(per_layer, lambda c: (*plan.layers[c.index].sets(), c.flops, c.kv_bytes)):
+            run, keys, mlp, flops, size = alike
             cost, *more = group
             layer, layers = a.layers[cost.index], span([c.index for c in (cost, *more)])
             q, kv = f"{layer.heads}x{layer.head_size}", f"{layer.kv_heads}x{layer.value_size}"
-            rows.append([layers, plan.render(run), plan.render(keys), str(cost.run), str(cost.keys), q, kv,
+            where = plan.render(run) + f", MLP {plan.render(mlp)}" * (mlp != run)
+            rows.append([layers, where, plan.render(keys), str(cost.run), str(cost.keys), q, kv,
                          f"{flops / 1e9:.4g}", byte_size(size)])  # fmt: skip
         flops, kv_bytes = sum(c.flops for c in per_layer), sum(c.kv_bytes for c in per_layer)
         total = f"total: {flops / 1e9:.4g} GFLOP, K/V {byte_size(kv_bytes)}"

@@ -8,43 +8,50 @@ from __future__ import annotations
 import copy
 import functools
 import types
-import weakref
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from typing import Any, NoReturn, cast
+from contextlib import AbstractContextManager, ExitStack
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
 from vlmrewrite import capture
 from vlmrewrite.compat import inside_torch_compile
-from vlmrewrite.hf import swap_attention, watched
-from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision, intersection
+from vlmrewrite.hf import APPLIED, swap_attention, watched
+from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
 from vlmrewrite.runtime.session import Session, session_of
 
 
 def install_session(model: nn.Module, session: Session) -> None:
-    """Put a session on a model; :func:`remove_session` takes it off, also after a failure half way."""
+    """Put a session on a model; :func:`remove_session` takes it off. A failure half way leaves the model as it was."""
     capture.register()
-    session.undo.callback(swap_attention(model))
-    if "encoder_features" in session.plan.needs():
-        base = cast(nn.Module, model.base_model)
-        encoder = cast(Callable[..., Any], base.get_image_features)
-        base.__dict__["get_image_features"] = watched(model, encoder, session.encoded)
-        session.undo.callback(base.__dict__.pop, "get_image_features", None)
-    if session.blocks:
-        _register(model, session)
-    for name, method in _METHODS.items():
-        model.__dict__[name] = types.MethodType(_in_place_of(getattr(type(model), name, method), method), model)
+    with ExitStack() as undo:
+        undo.callback(swap_attention(model))
+        if "encoder_features" in session.plan.needs():
+            base: Any = model.base_model
+            _put(undo, base, "get_image_features", watched(model, base.get_image_features, session.encoded))
+        if session.blocks:
+            _register(undo, model, session.blocks)
+        prepare: Callable[..., Any] = model.prepare_inputs_for_generation  # type: ignore[assignment]
+        _put(undo, model, "prepare_inputs_for_generation", _prepared(session, prepare))
+        for name, method in _METHODS.items():
+            _put(undo, model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
+        undo.callback(vars(model).pop, APPLIED)
+        vars(model)[APPLIED] = undo.pop_all()
 
 
-def remove_session(model: nn.Module, session: Session) -> None:
+def remove_session(model: nn.Module) -> None:
     """Give back the model as it was."""
-    for name in _METHODS:
-        model.__dict__.pop(name, None)
-    session.undo.close()
+    vars(model)[APPLIED].close()
+
+
+def _put(undo: ExitStack, module: nn.Module, name: str, value: object) -> None:
+    """Let a module have an attribute of its own, until what was there before is put back."""
+    own = vars(module)
+    undo.callback(own.__setitem__, name, own[name]) if name in own else undo.callback(own.pop, name, None)
+    own[name] = value
 
 
 def routing(model: nn.Module) -> Tensor:
@@ -98,33 +105,24 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     for entry in program.plan.layers:
         stages.setdefault(entry.run_set, []).append(entry.index)
     return [
-        Stage(program.plan.render(s), tuple(layers), call.members(intersection(Vision, s), chosen))
-        for s, layers in stages.items()
+        Stage(program.plan.render(s), tuple(layers), call.members(Vision & s, chosen)) for s, layers in stages.items()
     ]
 
 
-def _register(model: nn.Module, session: Session) -> None:
+def _register(undo: ExitStack, model: nn.Module, blocks: nn.ModuleDict) -> None:
     """Make the recipe's blocks part of the model, and the only part that learns."""
     if hasattr(model, ATTRIBUTE):
         raise ValueError(f"{type(model).__name__} has an attribute {ATTRIBUTE!r} already; expected an unmodified model")
-    learning, this = [p for p in model.parameters() if p.requires_grad], weakref.ref(model)
-
-    def unregister() -> None:
-        delattr(this(), ATTRIBUTE)
-        for p in learning:
-            p.requires_grad_(True)
-
+    for p in model.parameters():
+        if p.requires_grad:
+            undo.callback(p.requires_grad_, True)
     model.requires_grad_(False)
-    model.add_module(ATTRIBUTE, session.blocks)
-    session.undo.callback(unregister)
+    model.add_module(ATTRIBUTE, blocks)
+    undo.callback(delattr, model, ATTRIBUTE)
 
 
 def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(own)
-    def outer(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return method(self, *args, **kwargs)
-
-    return outer
+    return functools.wraps(own)(lambda *args, **kwargs: method(*args, **kwargs))
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
@@ -144,22 +142,29 @@ def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return type(self).generate(self, *args, **kwargs)  # type: ignore[attr-defined]
 
 
-def _prepare(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def _prepared(session: Session, own: Callable[..., Any]) -> Callable[..., Any]:
     """What generate gives to its next forward, and to no forward that others call meanwhile."""
-    inputs = type(self).prepare_inputs_for_generation(self, *args, **kwargs)  # type: ignore[attr-defined]
-    prompt = current_prompt(session_of(self))
-    if prompt is None:
-        return inputs
-    prompt.see(kwargs.get("attention_mask"))
-    return inputs | {ARGUMENT: prompt}
+
+    @functools.wraps(own)
+    def prepare(*args: Any, **kwargs: Any) -> Any:
+        inputs, prompt = own(*args, **kwargs), current_prompt(session)
+        if prompt is None:
+            return inputs
+        prompt.see(kwargs.get("attention_mask"))
+        return inputs | {ARGUMENT: prompt}
+
+    return prepare
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy that says, when it is called, that it is not rewritten."""
     made = type(self).__new__(type(self))
     memo[id(self)] = made
-    state = {name: x for name, x in vars(self).items() if name not in ("__deepcopy__", "__reduce_ex__")}
-    vars(made).update(copy.deepcopy(state, memo))
+    own = vars(self).keys() - {"prepare_inputs_for_generation", *_METHODS} | {"forward", "generate"}
+    vars(made).update(copy.deepcopy({name: x for name, x in vars(self).items() if name in own}, memo))
+    if "encoder_features" in session_of(self).plan.needs():
+        del vars(made.base_model)["get_image_features"]  # it runs this model's
+    vars(made)[APPLIED] = None
     return made
 
 
@@ -176,9 +181,8 @@ def _refusing(what: str) -> Callable[..., Any]:
 _METHODS: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "generate": _generate,
-    "prepare_inputs_for_generation": _prepare,
     "set_attn_implementation": _refusing("runs vlmrewrite's attention while it is: its implementation cannot be set"),
     "__deepcopy__": _deepcopy,
-    "__reduce_ex__": _refusing("cannot be pickled while it is (save_pretrained and state_dict can be used)"),
+    "__reduce_ex__": _refusing("cannot be pickled or copied while it is (save_pretrained and state_dict can be used)"),
 }
 """What stands on a rewritten model in place of its class's own."""

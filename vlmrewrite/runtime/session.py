@@ -9,12 +9,11 @@ import contextlib
 import functools
 import threading
 import warnings
-import weakref
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -41,10 +40,9 @@ class Session:
         plan: the recipe's, as far as it is known without a model's graph.
         blocks: modules of the blocks that it asks for, by name.
         executables: each captured graph under this recipe, for the missing facts about the images, the device, and the
-            operators' definitions (see :func:`vlmrewrite.ops.replaced`).
+            operators' definitions (see :func:`vlmrewrite.ops.replaced`); they die with the graph.
         text_calls: calls without an image, by thread, so that none waits for another, and whether a cache was there.
         compiled_calls: those of them that a compiler ran.
-        undo: what takes the recipe off the model again.
     """
 
     recipe: Recipe
@@ -53,10 +51,9 @@ class Session:
     strict: bool
     plan: Plan
     blocks: nn.ModuleDict
-    executables: dict[tuple[Graph, frozenset[str], torch.device, int], Executable] = field(default_factory=dict)
+    executables: WeakKeyDictionary[Graph, dict[Any, Executable]] = field(default_factory=WeakKeyDictionary)
     text_calls: Counter[tuple[int, bool]] = field(default_factory=Counter)
     compiled_calls: Counter[int] = field(default_factory=Counter)
-    undo: ExitStack = field(default_factory=ExitStack)
     _thread: threading.local = field(default_factory=threading.local)
     _any: LastCall | None = None
     _lock: Any = field(default_factory=threading.RLock)
@@ -174,21 +171,20 @@ class Session:
 
     def _executable(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Executable:
         """The graph under this recipe."""
-        key = graph, frozenset(missing), device, replaced()
-        with contextlib.nullcontext() if key in self.executables else self._lock:
-            if key not in self.executables:
+        made, key = self.executables.setdefault(graph, {}), (frozenset(missing), device, replaced())
+        with contextlib.nullcontext() if key in made else self._lock:
+            if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self.backend, device)
-                self.executables[key] = made = compile(
-                    program, self.recipe.passes, self.strict, self.blocks, self.kernels, backend, device
-                )
-                told = {f"{o.configuration} does nothing: {o.reason}" for o in made.program.outcomes if o.reason}
+                new = compile(program, self.recipe.passes, self.strict, self.blocks, self.kernels, backend, device)
+                made[key] = new
+                told = {f"{o.configuration} does nothing: {o.reason}" for o in new.program.outcomes if o.reason}
                 for message in sorted(told - self._warned):
                     warnings.warn(f"recipe {self.recipe.name!r}: {message}", stacklevel=2)
                 self._warned |= told
-        return self.executables[key]
+        return made[key]
 
 
-SESSIONS: weakref.WeakKeyDictionary[nn.Module, Session] = weakref.WeakKeyDictionary()
+SESSIONS: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 
 
 def session_of(model: nn.Module) -> Session:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from vlmrewrite import moved
+
 if TYPE_CHECKING:
     from vlmrewrite.testing.agreement import (
         Agreement,
@@ -74,3 +76,6 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted({*globals(), *_NAMES, *__all__})
+
+
+moved.register(__name__)
