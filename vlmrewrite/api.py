@@ -130,6 +130,8 @@ def applied(model: nn.Module, recipe: Any, **options: Any) -> Iterator[nn.Module
 def report(model: nn.Module, *, memory: bool = False) -> Report:
     """What was done to a model: passes matched and refused, costs per layer before and after, times.
 
+    Costs are those of the last call with an image; of which, if threads made several, :func:`kept_tokens` says.
+
     Args:
         model: a rewritten model.
         memory: also predict the peak memory of the last call with an image, by running its graph on fake tensors:

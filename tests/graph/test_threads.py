@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextvars
+import functools
 import os
+import queue
 import sys
 import threading
 
@@ -14,6 +18,7 @@ from torch._dynamo.variables import lazy
 
 import vlmrewrite as vr
 from vlmrewrite.passes import DAPE, STS, FastV, Stride
+from vlmrewrite.runtime import last_call, prompt_ends
 from vlmrewrite.testing.models import FAMILIES, Row
 
 HOW = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
@@ -109,6 +114,91 @@ def test_what_was_kept_is_that_of_the_thread_that_asks(tiny, prompts):
         rounds = at_once(*(lambda xs=xs: [kept(xs[0]) for _ in range(10)] for xs in prompts))
         for got, expected in zip(rounds, alone, strict=True):
             assert all(torch.equal(a, b) for one in got for a, b in zip(one, expected, strict=True))
+
+
+def run(job):
+    """Run a job in a thread that is started now, to its end."""
+    thread = threading.Thread(target=job)
+    thread.start()
+    thread.join()
+
+
+class Worker:
+    """A thread that stays, and does one job after another."""
+
+    def __init__(self):
+        self.jobs, self.done = queue.SimpleQueue(), queue.SimpleQueue()
+        threading.Thread(target=self.work, daemon=True).start()
+
+    def work(self):
+        while (job := self.jobs.get()) is not None:
+            self.done.put(job())
+
+    def __call__(self, job):
+        self.jobs.put(job)
+        return self.done.get(timeout=300)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("asks", ["main", "another"])
+def test_the_last_call_is_also_that_of_a_thread_started_since(tiny, prompts, asks):
+    model, (x, y, z) = tiny.model, prompts[0]
+
+    def told():
+        stages, report = vr.kept_tokens(model), vr.report(model)
+        assert report.call["length"] == stages[0].vision.shape[1]
+        return stages[0].vision.shape[1]
+
+    def check():
+        length = {name: inputs["input_ids"].shape[1] for name, inputs in zip("xyz", (x, y, z), strict=True)}
+        model(**x)
+        run(lambda: model.generate(**y, **HOW))  # as a streamer does
+        assert told() == length["y"]
+        worker = Worker()  # as a streamer does, whose thread is not waited for
+        worker(lambda: model.generate(**z, **HOW))
+        assert told() == length["z"]
+        model(**x)
+        assert told() == length["x"]
+        worker(lambda: model(**y))  # beside this thread since before its call
+        assert told() == length["x"]
+        assert worker(told) == length["y"]
+        run(lambda: run(lambda: model(**z)))
+        assert told() == length["z"]
+        worker.jobs.put(None)
+
+    with vr.applied(model, RECIPES["fastv"]):
+        if asks == "main":
+            check()
+        else:
+            at_once(torch.no_grad()(check))
+
+
+@torch.no_grad()
+def test_a_thread_that_made_no_call_is_told_of_the_newest(tiny, prompts):
+    model, found = tiny.model, []
+    with vr.applied(model, RECIPES["fastv"]):
+        for x in prompts[0][:2]:
+            model(**x)
+            run(lambda: found.append(vr.kept_tokens(model)[0].vision.shape[1]))
+    assert found == [x["input_ids"].shape[1] for x in prompts[0][:2]]
+
+
+@torch.no_grad()
+def test_the_ends_of_prompts_reach_another_thread_in_a_copy_of_the_context(tiny, prompts):
+    model, x, found = tiny.model, prompts[0][0], []
+    end = torch.tensor([x["input_ids"].shape[1] - 3])
+
+    def job():
+        with torch.no_grad():
+            model(**x)
+        found.append(last_call(model)[1].last.item())
+
+    with vr.applied(model, RECIPES["fastv"]), prompt_ends(model, end):
+        job()
+        run(job)
+        run(functools.partial(contextvars.copy_context().run, job))
+        asyncio.run(asyncio.to_thread(job))  # which copies the context
+    assert found == [int(end), int(end) + 2, int(end), int(end)]
 
 
 def test_first_calls_at_once_capture_and_rewrite_once(prompts):

@@ -244,8 +244,7 @@ def costs(
         past: logical length of the cache before the call.
         held: keys that each layer held before the call; without it, all of ``past``.
     """
-    batch = len(counts.text)
-    out = []
+    batch, out = len(counts.text), []
     for layer, entry in zip(anatomy.layers, plan.layers, strict=True):
         before = held[layer.index] if held else past
         run, keys, mlp = entry.sets()

@@ -40,9 +40,8 @@ def same(a: Any, b: Any) -> bool:
 
 def where(node: Node) -> str:
     """The node with the source line it was captured from, for error messages."""
-    lines = (node.meta.get("stack_trace") or "").strip().splitlines()
-    at = " / ".join(line.strip() for line in lines[-2:]) or "no source line"
-    return f"node {node.name} ({at})"
+    lines = [x.strip() for x in (node.meta.get("stack_trace") or "").splitlines() if x.strip(" ^~")]
+    return f"node {node.name} ({' / '.join(lines[-2:]) or 'no source line'})"
 
 
 def closure(start: Iterable[Node], near: Callable[[Node], Iterable[Node]]) -> set[Node]:

@@ -13,8 +13,8 @@ from vlmrewrite.hf.decoder import (
     swap_attention,
 )
 from vlmrewrite.hf.grid import grids
-from vlmrewrite.hf.inputs import refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
-from vlmrewrite.hf.support import APPLIED, check_support
+from vlmrewrite.hf.inputs import prompt_end, refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
+from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
 from vlmrewrite.hf.vision import Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
 
 __all__ = [
@@ -31,6 +31,8 @@ __all__ = [
     "encoder_features",
     "grids",
     "parameter_inputs",
+    "prompt_end",
+    "refuse_checkpointing",
     "refuse_packed",
     "swap_attention",
     "tidy",

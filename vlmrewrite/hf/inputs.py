@@ -7,7 +7,9 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache
 
 from vlmrewrite.hf.vision import Encoding, encode_images
 
@@ -60,6 +62,25 @@ def with_tokens(mask: Tensor) -> Tensor:
         empty = ", ".join(map(str, (~mask.bool().any(1)).nonzero()[:, 0].tolist()))
         raise ValueError(f"attention_mask has no token in row {empty} of {len(mask)}; expected a prompt in each row")
     return mask
+
+
+def prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | None, int]:
+    """Where the sequence ends in a call of ``generate``: its last column, for each row, int64 [B], and how many it has.
+
+    None and 0 without tokens. Columns count from the start of the sequence, what a cache holds of it included.
+
+    On a kept cache, ``generate`` takes ids as wide as the mask, or without a mask, for the whole sequence, and narrower
+    ones for what is new. Embeddings are always the whole sequence.
+    """
+    given = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
+    tokens = next((x for x in given if isinstance(x, Tensor) and x.dim() > 1), None)
+    past, mask = kwargs.get("past_key_values"), kwargs.get("attention_mask")
+    if tokens is None:
+        return None, 0
+    columns = tokens.shape[1]
+    if tokens.dim() == 2 and isinstance(past, Cache) and isinstance(mask, Tensor) and mask.shape[1] != columns:
+        columns += past.get_seq_length()
+    return torch.full(tokens.shape[:1], columns - 1, device=tokens.device), columns
 
 
 def without_full_mask(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -105,8 +105,7 @@ class PositionLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.positions: Any = None
         self.buffer: Buffer | None = None
-        self.seen = 0
-        self.holes = False
+        self.seen, self.holes = 0, False
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: the first update brings the tensors."""

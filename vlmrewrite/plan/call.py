@@ -194,8 +194,7 @@ class Call:
     @cached_property
     def everywhere(self) -> Tensor:
         """Every column, int64 [B, T]."""
-        columns = torch.arange(self.length, device=self.vision.device)
-        return columns[None].expand(self.vision.shape[0], -1)
+        return torch.arange(self.length, device=self.vision.device)[None].expand(self.vision.shape[0], -1)
 
     @cached_property
     def everywhere_valid(self) -> Tensor:

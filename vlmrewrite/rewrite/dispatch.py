@@ -71,8 +71,7 @@ def _numbered(variants: Sequence[Rewritten]) -> list[dict[Node, int]]:
 
 def dispatch(variants: Sequence[Rewritten]) -> Dispatch:
     """Cut the rewritten graphs of a plan's variants where their ``frontier`` is; the graphs are not changed."""
-    numbered = _numbered(variants)
-    first = variants[0]
+    numbered, first = _numbered(variants), variants[0]
     common = {numbered[0][n] for n in needed(first.frontier)}
     for node, number in numbered[0].items():
         if node.target is operator.getitem and numbered[0][node.all_input_nodes[0]] in common:

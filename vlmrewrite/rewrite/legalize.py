@@ -17,7 +17,7 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from vlmrewrite.analysis import Anatomy, Layer, where, writes
+from vlmrewrite.analysis import Anatomy, Layer, hidden_write, reachable, where, writes
 from vlmrewrite.compat import assert_scalar
 from vlmrewrite.plan import NEEDS, All, Branch, Edit, Extra, Last, LayerPlan, Plan, Selection, TokenSet
 from vlmrewrite.rewrite.layer import GraphInputs, LayerNodes
@@ -64,12 +64,12 @@ def legalize(
     """
     plan.check()
     work = _Rewrite(gm, anatomy, parameters or {})
-    selections, frontier = plan.selections(), tuple[Node, ...]()
+    selections = plan.selections()
     for layer, entry in zip(anatomy.layers, plan.layers, strict=True):
         at = layer.index
         work.nodes.enter(layer)
         if plan.chooser is not None and at == plan.parts_at:
-            frontier = work.part(plan)
+            work.part(plan)
         for branch in (b for b in plan.branches if b.leave < at == b.rejoin):
             work.rejoin(branch)
         for s in (s for s in selections if s.at == at):
@@ -79,12 +79,11 @@ def legalize(
         for branch in (b for b in plan.branches if b.leave == at):
             work.leave(branch)
         work.rewrite(layer, entry)
-        if layer is anatomy.layers[-1]:
-            for branch in (b for b in plan.branches if b.rejoin == at + 1):
-                work.rejoin(branch)
+        for branch in (b for b in plan.branches if b.rejoin == at + 1 == len(anatomy.layers)):
+            work.rejoin(branch)
         work.expose(layer)
-    work.finish(selections, frontier, blocks or nn.ModuleDict())
-    return Rewritten(work.gm, tuple(work.emit.extras), tuple(selections), work.emit.typed, frontier)
+    work.finish(selections, blocks)
+    return Rewritten(work.gm, tuple(work.emit.extras), tuple(selections), work.emit.typed, work.frontier)
 
 
 def with_blocks(gm: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.GraphModule:
@@ -108,20 +107,21 @@ class _Rewrite:
         self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets)
         self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream)
         self._parameters = {env[n]: parameters[n.name] for n in env if n.op == "placeholder" and n.name in parameters}
-        self._regions = {env[n] for layer in anatomy.layers for n in layer.region}
-        self._originals = set(graph.nodes)
+        self._outside = set(graph.nodes) - {env[n] for layer in anatomy.layers for n in layer.region}
+        self._replaced: dict[Node, int] = {}
         self._away: dict[Branch, Node] = {}
+        self.frontier: tuple[Node, ...] = ()
 
     # ---- at a layer's entry
 
-    def part(self, plan: Plan) -> tuple[Node, ...]:
-        """What a dispatch's chooser reads, and the stream as it is, with what is away from it."""
+    def part(self, plan: Plan) -> None:
+        """Remember what a dispatch's chooser reads, and the stream as it is, with what is away from it."""
         assert plan.chooser is not None
         away = (self._away[b] for b in plan.branches if b in self._away and b.rejoin >= self.nodes.layer.index)
-        here = (*self.stream.nodes(), *away)
-        if plan.chooser.op is None:
-            return here
-        return self.emit.call(plan.chooser.op, self.stream.view(Last), *self._weights(plan.chooser)), *here
+        self.frontier = (*self.stream.nodes(), *away)
+        if plan.chooser.op is not None:
+            read = self.emit.call(plan.chooser.op, self.stream.view(Last), *self._weights(plan.chooser))
+            self.frontier = (read, *self.frontier)
 
     def choose(self, s: Selection) -> None:
         """Let a selection's policy choose."""
@@ -178,6 +178,7 @@ class _Rewrite:
         if run == keys == mlp == All and not self.stream.changed and not nodes.past:
             self.stream.full = exit
             return
+        self._replaced |= {nodes.env[n]: layer.index for n in layer.region - {layer.entry}}
         k, v = (nodes.new_key(i, keys) for i in range(2))
         k_pos = self.sets[keys].positions
         if layer.append is not None:
@@ -217,23 +218,31 @@ class _Rewrite:
         nodes.instead(nodes.env[old], run, new)
 
     def expose(self, layer: Layer) -> None:
-        """Give readers of the stream outside the layers (the final norm, requested hidden states) the joined one."""
-        if not self.stream.changed:
+        """Give readers of the stream outside the layers (the final norm, hooks that keep it) the joined one."""
+        exit, anchor = self.nodes.env[layer.exit], self.emit.anchor
+        readers = self._outside & exit.users.keys()
+        if not self.stream.changed or not readers:
             return
-        exit, last = self.nodes.env[layer.exit], layer is self.anatomy.layers[-1]
-        outside = [u for u in exit.users if u not in self._regions and u in self._originals]
-        readers = [u for u in outside if last or u is self.output]
-        if readers:
-            exit.replace_all_uses_with(self.stream.joined(), delete_user_cb=lambda u: u in readers)
+        early = sorted(n for n in reachable(readers) if n < anchor)
+        for node in early:
+            if reason := hidden_write(node):
+                raise ValueError(f"a hook behind layer {layer.index} cannot read the stream, {where(node)}: {reason}")
+        exit.replace_all_uses_with(self.stream.joined(), delete_user_cb=readers.__contains__)
+        for node in early:
+            anchor.prepend(node)
 
-    def finish(self, selections: list[Selection], frontier: tuple[Node, ...], blocks: nn.ModuleDict) -> None:
+    def finish(self, selections: list[Selection], blocks: nn.ModuleDict | None) -> None:
         """Return what the selections chose too, and drop what nobody reads."""
-        graph = self.gm.graph
-        with graph.inserting_before(self.output):
-            self.output.args = ((self.output.args[0], tuple(self.sets.chosen[s] for s in selections)),)
+        graph = self.emit.graph
+        if blocks:
+            setattr(self.gm, BLOCKS, blocks)
+        self.output.args = ((self.output.args[0], tuple(self.sets.chosen[s] for s in selections)),)
         for node in graph.find_nodes(op="call_function", target=assert_scalar()):
             graph.erase_node(node)  # the host has compared the number of tokens and features
-        if len(blocks):
-            setattr(self.gm, BLOCKS, blocks)
-        graph.eliminate_dead_code(is_impure_node=lambda n: n in frontier or writes(n))
+        graph.eliminate_dead_code(is_impure_node=lambda n: n in self.frontier or writes(n))
+        for node in (n for n in graph.nodes if n in self._replaced and self._outside & n.users.keys()):
+            raise ValueError(
+                f"layer {self._replaced[node]} is rewritten, and {where(node)} in it is read by a hook, or returned:"
+                " expected hooks that read what goes into and comes out of whole layers, or none"
+            )
         self.gm.recompile()

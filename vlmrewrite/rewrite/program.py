@@ -74,8 +74,7 @@ class Program:
     @cached_property
     def vision_mask(self) -> torch.fx.GraphModule:
         """The part of the graph that computes the vision-token mask, bool [B, T], from the same inputs."""
-        graph = torch.fx.Graph()
-        env: dict[torch.fx.Node, torch.fx.Node] = {}
+        graph, env = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
         graph.graph_copy(self.captured.graph, env)
         graph.output(env[self.anatomy.vision])
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
@@ -83,8 +82,7 @@ class Program:
 
     def lacking(self, missing: Mapping[str, str]) -> Program:
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""
-        plan = Plan(len(self.anatomy.layers), frozenset(FEATURES) - missing.keys(), dict(missing))
-        return replace(self, plan=plan)
+        return replace(self, plan=Plan(self.plan.depth, frozenset(FEATURES) - missing.keys(), dict(missing)))
 
     @property
     def graph_module(self) -> torch.fx.GraphModule:

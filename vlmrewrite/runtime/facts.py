@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -12,10 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmrewrite.hf import Encoded, Encoding, encoded_images, encoder_features, grids, with_tokens, without_full_mask
+from vlmrewrite import hf
+from vlmrewrite.hf import Encoded, Encoding
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.lower import Executable
-from vlmrewrite.plan import Call, TokenCounts
+from vlmrewrite.plan import Call
 from vlmrewrite.rewrite import Program, RunResult
 
 ARGUMENT = "vlmrewrite_prompt"
@@ -28,8 +28,9 @@ class Prompt:
 
     Attributes:
         end: column of each row's last prompt token, int64 [B], or None. (Without a cache the sequence grows past it.)
+            Columns are counted from the start of the sequence, what a cache holds of it included.
         thw: the images' grids, int [I, 3], or None.
-        columns: length of the prompt, as long as its end is not that of a mask; then 0.
+        columns: where the prompt ends in the sequence, as long as its end is not that of a mask; then 0.
         encodings: the runs of the vision tower that it made.
     """
 
@@ -41,11 +42,8 @@ class Prompt:
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
         """That of a call of ``generate``."""
-        thw = kwargs.get("image_grid_thw")
-        given = (*args[:1], *(kwargs.get(name) for name in ("inputs", "input_ids", "inputs_embeds")))
-        tokens = next((x for x in given if isinstance(x, Tensor) and x.dim() > 1), None)
-        last = None if tokens is None else torch.full(tokens.shape[:1], tokens.shape[1] - 1, device=tokens.device)
-        prompt = cls(last, thw, 0 if tokens is None else tokens.shape[1])
+        last, columns = hf.prompt_end(args, kwargs)
+        prompt = cls(last, kwargs.get("image_grid_thw"), columns)
         prompt.see(kwargs.get("attention_mask"))
         return prompt
 
@@ -58,7 +56,7 @@ class Prompt:
             return
         rows, columns = len(self.end), self.columns
         if mask.shape[1] >= columns and not len(mask) % rows:
-            at, mask = torch.arange(columns, device=mask.device), with_tokens(mask[:: len(mask) // rows, :columns])
+            at, mask = torch.arange(columns, device=mask.device), hf.with_tokens(mask[:: len(mask) // rows, :columns])
             self.end, self.columns = (at * mask.to(at)).amax(1), 0
 
 
@@ -93,7 +91,7 @@ class Given(NamedTuple):
         past: logical length of the cache before the call.
         held: keys that each layer held before the call.
         thw: the model's image-grid input, int [I, 3], or None.
-        end: column of each row's last prompt token, int64 [B], or None: the last real token.
+        end: column of each row's last prompt token, as in :class:`Prompt`, or None: the last real token.
         encodings: runs of the vision tower that the images may come from.
     """
 
@@ -116,11 +114,11 @@ class Given(NamedTuple):
         rest = {name: x for name, x in kwargs.items() if name != "mm_encoder_outputs"}
         if encoded.get("image") is None:
             return None, rest
-        rest = without_full_mask(rest)
+        rest = hf.without_full_mask(rest)
         thw = encoded.get("image_grid_thw", rest.get("image_grid_thw", prompt.thw))
         held, mask = tuple(cache.kv_lengths()), rest.get("attention_mask")
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        images = encoded_images(encoded["image"])
+        images = hf.encoded_images(encoded["image"])
         return cls(images, padding, cache.get_seq_length(), held, thw, prompt.end, prompt.encodings), rest
 
     def call(
@@ -142,7 +140,7 @@ class Given(NamedTuple):
         end = ends = None
         padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
         if "encoder_features" in wants:
-            found["encoder_features"] = encoder_features(self.encodings, self.images)
+            found["encoder_features"] = hf.encoder_features(self.encodings, self.images)
         if self.end is not None:
             if len(vision) % len(self.end):
                 raise ValueError(f"ends of {len(self.end)} prompts were given for a call of {len(vision)} rows")
@@ -153,7 +151,7 @@ class Given(NamedTuple):
             end = end if bool(here.all()) else None
         call = Call(vision, padding, self.images.lengths, self.past, end, ends=ends)
         if "grid" in wants:
-            found["grid"] = grids(config, call.counts.images, _of_copies(self.thw, call.counts))
+            found["grid"] = hf.grids(config, call.counts.images, self.thw, call.counts.rows, len(vision))
         for name, fact in found.items():
             if not isinstance(fact, str):
                 setattr(call, name, fact)
@@ -204,13 +202,3 @@ class Stage:
     name: str
     layers: tuple[int, ...]
     vision: Tensor
-
-
-def _of_copies(thw: Tensor | None, counts: TokenCounts) -> Tensor | None:
-    """The grids of a call in which each row of the prompt stands several times: one for each image."""
-    images = len(counts.images)
-    if thw is None or len(thw) in (0, images) or images % len(thw):
-        return thw
-    copies, in_row = images // len(thw), Counter(counts.rows)
-    sizes = [in_row[row] for row in range(0, len(counts.text), copies)]
-    return torch.cat([of_row.repeat(copies, 1) for of_row in thw.split(sizes)]) if sum(sizes) == len(thw) else thw

@@ -1,6 +1,6 @@
 """A session's place on a model: its forward and generate, its blocks, its attention implementation; what it tells.
 
-What is told of the last call with an image is, in a process with several threads, of the thread that asks.
+Which call is the last one in a process with several threads, :func:`kept_tokens` says.
 """
 
 from __future__ import annotations
@@ -81,10 +81,13 @@ def prompt_ends(model: nn.Module, column: Tensor) -> AbstractContextManager[None
     """While the block runs, the prompts of calls with images end there, as they do in ``generate()``.
 
     For training: the answers in ``input_ids`` are none of the prompt, by whose last token tokens and plans are chosen.
+    It holds for this context (see :mod:`contextvars`), and so not for calls that the block makes in another thread. A
+    thread whose target is ``contextvars.copy_context().run``, and ``asyncio.to_thread``, take the context along.
 
     Args:
         model: a rewritten model.
-        column: of each row's last prompt token, int64 [B].
+        column: of each row's last prompt token, int64 [B], counted from the start of the sequence: on a cache, what it
+            holds is part of it.
 
     Raises:
         ValueError: no recipe is applied, or these are no columns; a call in the block has not as many rows.
@@ -96,6 +99,10 @@ def prompt_ends(model: nn.Module, column: Tensor) -> AbstractContextManager[None
 
 def kept_tokens(model: nn.Module) -> list[Stage]:
     """Which vision tokens each layer ran on in the last call with an image.
+
+    Of several threads, the one that asks is told of its own last call, or of a newer one by a thread that was started
+    after that call (as for a streamer), never of one by a thread that ran beside it already: there, ask in the thread
+    that made the call. A thread that made no call is told of the newest of all.
 
     Raises:
         ValueError: no recipe is applied, or there was no such call yet.

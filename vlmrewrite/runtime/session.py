@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -55,14 +55,24 @@ class Session:
     text_calls: Counter[tuple[int, bool]] = field(default_factory=Counter)
     compiled_calls: Counter[int] = field(default_factory=Counter)
     _thread: threading.local = field(default_factory=threading.local)
+    _latest: Any = field(default_factory=WeakKeyDictionary)
     _any: LastCall | None = None
     _lock: Any = field(default_factory=threading.RLock)
+    _telling: Any = field(default_factory=threading.Lock)
     _warned: set[str] = field(default_factory=set)
 
     @property
     def latest(self) -> LastCall | None:
-        """The last call with an image: of the thread that asks, or if it made none, of any."""
-        return getattr(self._thread, "latest", self._any)
+        """The last call with an image, for the thread that asks: see :func:`vlmrewrite.kept_tokens`."""
+        return self._latest.get(threading.current_thread(), (self._any,))[0]  # type: ignore[no-any-return]
+
+    def _tell(self, ran: LastCall) -> None:
+        """Let the call be the latest, but for threads that made theirs when this one ran beside them already."""
+        me = threading.current_thread()
+        with self._telling:
+            for told in (x for x in self._latest.values() if me not in x[1]):
+                told[0] = ran
+            self._latest[me], self._any = [ran, WeakSet(threading.enumerate())], ran
 
     @functools.cached_property
     def _asked(self) -> tuple[set[str], bool]:
@@ -88,11 +98,7 @@ class Session:
 
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward under this recipe; its arguments and its outputs, which are not made a tuple here."""
-        if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-            raise NotImplementedError(
-                "gradient checkpointing is on, and the rewritten graph keeps its activations: call"
-                " model.gradient_checkpointing_disable()"
-            )
+        hf.refuse_checkpointing(model)
         own = Prompt()
         with prompt_of(self, own):
             kwargs = tidy(model, args, kwargs)
@@ -141,9 +147,9 @@ class Session:
         keep = kwargs.get("logits_to_keep")
         if self.plan.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
             kwargs = kwargs | {"logits_to_keep": 0}
-        one = captures_of(model)
+        one, told = captures_of(model), list[LastCall]()
         before = len(one.call.graphs)
-        out = one.call(functools.partial(self._run, model.config, given), model, cache, kwargs, given.images)
+        out = one.call(functools.partial(self._run, model.config, given, told), model, cache, kwargs, given.images)
         graphs, limit = len(one.call.graphs), capture.limit()
         if graphs > before and graphs >= limit - 2:
             warnings.warn(
@@ -153,12 +159,13 @@ class Session:
             )
         if isinstance(keep, int) and keep != kwargs["logits_to_keep"]:
             out["logits"] = out.logits[:, -keep:]
-        ran = self.last()
+        ran = told[0]
+        self._tell(ran)
         for layer, entry in zip(cache.layers, ran.result.plan.layers, strict=False):
             layer.holes = layer.holes or (entry.keys != All and not ran.call.counts.dense(entry.keys))
         return out
 
-    def _run(self, config: Any, given: Given, graph: Graph, inputs: Sequence[Any]) -> Any:
+    def _run(self, config: Any, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
         vision = program_of(graph).vision_mask(*inputs)
         call, missing = given.call(vision, *self._asked, config)
         executable = self._executable(graph, missing, given.images.features.device)
@@ -166,7 +173,7 @@ class Session:
         kind = call.vision.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         kept, layouts = replace(result, out=None), tuple(map(Layout.of, inputs))
-        self._thread.latest = self._any = LastCall(executable, kept, call, given, layouts, autocast)
+        told.append(LastCall(executable, kept, call, given, layouts, autocast))
         return result.out
 
     def _executable(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Executable:
@@ -206,7 +213,7 @@ def _at_the_end(kwargs: dict[str, Any], given: Given, keep: int) -> bool:
     """Whether the last prompt token of every row is among the last ``keep`` tokens of a call."""
     tokens: Tensor = kwargs["input_ids"] if kwargs.get("input_ids") is not None else kwargs["inputs_embeds"]
     if given.end is not None:
-        return int(given.end.min()) >= int(tokens.shape[1]) - keep
+        return int(given.end.min()) >= given.past + int(tokens.shape[1]) - keep
     return given.padding is None or bool(given.padding[:, -keep:].any(1).all())
 
 
@@ -240,8 +247,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         given, kwargs = Given.of(kwargs, PositionCache(), prompt)
         if given is None:
             raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
-        for name in ("past_key_values", "use_cache", "return_dict"):
-            kwargs.pop(name, None)
+        kwargs = {k: x for k, x in kwargs.items() if k not in ("past_key_values", "use_cache", "return_dict")}
         with contextlib.suppress(_Stop):
             captures_of(model).call(runner, model, PositionCache(), kwargs, given.images)
     graph, flat = found[0]
