@@ -19,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.small import family
+from vlmrewrite.capture import dynamo
 from vlmrewrite.testing.models import TinyVLM
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
@@ -30,7 +31,7 @@ settings.load_profile("ci")
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
-    torch._dynamo.config.recompile_limit = 256  # one model is called in all ways there are
+    dynamo.LIMIT = 256  # all tests share a model, and call it in all ways there are
     yield
     gc.unfreeze()
 

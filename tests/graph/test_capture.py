@@ -22,6 +22,7 @@ from vlmrewrite.testing.models import FAMILIES, Row
 SOME = [STS(keep=4, refine=2)]
 
 
+@pytest.mark.slow
 def test_ten_lengths_and_three_batch_sizes_make_a_handful_of_graphs():
     tiny = FAMILIES["llava"]()
     with vr.applied(tiny.model, SOME):
@@ -41,6 +42,7 @@ def test_applying_again_captures_nothing():
     assert len(CAPTURES[tiny.model].call.graphs) == 1
 
 
+@pytest.mark.slow
 def test_models_do_not_share_a_limit():
     counts = []
     for _ in range(3):
@@ -51,6 +53,7 @@ def test_models_do_not_share_a_limit():
     assert counts == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_the_limit_is_announced_and_never_passed_in_silence(monkeypatch):
     monkeypatch.setattr(dynamo, "LIMIT", 2)
     tiny = FAMILIES["llava"]()
@@ -71,6 +74,7 @@ def test_no_option_is_left_changed(llava):
     assert llava.model.config.text_config._attn_implementation in ("sdpa", "eager")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "gemma3"])
 def test_a_rewritten_graph_never_waits_for_the_device(name):
     tiny = FAMILIES[name]()
@@ -114,6 +118,7 @@ def test_features_are_exactly_one_input():
             place_of(x, inputs)
 
 
+@pytest.mark.slow
 def test_encoder_features(llava):
     """Selection by what the projector takes: the same policy, run by hand on the tower's output."""
     from vlmrewrite.passes.sts import sts_sample

@@ -54,6 +54,7 @@ def test_plan():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_policy_chooses_and_later_passes_hold_for_every_plan(which):
     passes = [VISOR(policy=always(which), chain=CHAIN)]
@@ -91,6 +92,7 @@ def test_confidence_escalates_until_it_is_reached():
     assert Confidence(0, 0.9).then(2, logits, ~images, 3) is None
 
 
+@pytest.mark.slow
 def test_logits_of_the_last_tokens_only():
     inputs = TINY.inputs(ROWS)
     with vr.applied(TINY.model, [VISOR(policy="confidence", chain=CHAIN, threshold=1.0)]) as model:
@@ -110,6 +112,7 @@ def test_what_plans_share_runs_once():
     assert program.run()[0][program.anatomy.logits].shape[0] == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nonsense", [7, -1, "two", 0.5, None, torch.tensor([0.25, 0.5]), torch.zeros(2, 9)])
 def test_a_policy_that_returns_nonsense(nonsense):
     inputs = TINY.inputs([Row(1), Row(1)])
@@ -146,6 +149,7 @@ def test_bad_options(options, message):
         VISOR(**options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("visor", "message"),
     [
@@ -179,6 +183,7 @@ def test_dispatching_twice():
         Plan(4).dispatch(Confidence(2, 0.5), [a, b])
 
 
+@pytest.mark.slow
 def test_an_untrained_router_chooses_the_most_demanding_and_a_trained_one_what_it_learnt():
     model, inputs = FAMILIES["llava"]().model, TINY.inputs([Row(1, 2, 3), Row(2, 1, 3)])
     vr.apply(model, [VISOR(policy="router", chain=CHAIN)])
@@ -206,6 +211,7 @@ def test_an_untrained_router_chooses_the_most_demanding_and_a_trained_one_what_i
     assert not hasattr(model, ATTRIBUTE)
 
 
+@pytest.mark.slow
 def test_routing_without_a_router():
     with vr.applied(TINY.model, [VISOR(policy="confidence", chain=CHAIN)]) as model:
         with pytest.raises(ValueError, match="no call with an image"):
@@ -224,6 +230,7 @@ def test_a_budget_is_spent_where_it_matters():
     assert spend(0.05, freeze, hide, share) == ([], [])
 
 
+@pytest.mark.slow
 def test_a_budget_is_measured_once_and_kept_in_the_recipe(tmp_path):
     inputs = TINY.inputs(ROWS)
     recipe = vr.calibrate(TINY.model, [VISOR(budget=0.5, calibration=inputs)])
@@ -239,6 +246,7 @@ def test_a_budget_is_measured_once_and_kept_in_the_recipe(tmp_path):
         assert kinds(model) == ["self"] * 4
 
 
+@pytest.mark.slow
 def test_vision_without_the_mlp():
     passes = [VISOR(self_layers=[0, 1, 2, 3], sa_vision_mlp=False)]
     plan = Plan(4)
@@ -249,6 +257,7 @@ def test_vision_without_the_mlp():
         generation_agreement(tiny.model, tiny.inputs(ROWS), [*passes, Random(keep=3, at=2)]).check()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.15, 0.2, 0.5])
 def test_confidence_is_that_of_the_first_token(threshold):
     """Whether or not later tokens, or padding, are what the model gives logits of."""

@@ -52,6 +52,7 @@ def test_captures_die_with_their_model(restore, features):
     assert {name for name in vars(dynamo) if "compiled_fn" in name} <= before
 
 
+@pytest.mark.slow
 def test_captures_of_text_die_with_their_model(monkeypatch):
     monkeypatch.setattr(session, "resolve", lambda *_: "inductor")
     monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
@@ -123,6 +124,7 @@ def test_opaque_operators_stay_in_the_lowered_graph(llava):
     assert "compilers do not look into" not in by_kind(lowered.counts)["attention"][0]["why"]
 
 
+@pytest.mark.slow
 def test_where_torch_compile_does_nothing_the_model_says_so(llava):
     inputs = llava.inputs([Row(1)])
     with (

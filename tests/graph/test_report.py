@@ -25,6 +25,7 @@ def test_before_any_call(llava):
             vr.kept_tokens(llava.model)
 
 
+@pytest.mark.slow
 def test_after_a_call(llava):
     inputs = llava.inputs([Row(1, 2, 3), Row(1, 2, 3)])
     n = int((inputs["input_ids"] == llava.image_token_id).sum()) // 2

@@ -38,6 +38,7 @@ class Inside(LogitsProcessor):
         return scores
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", [[FastV(keep=2, at=1)], [STS(keep=6, refine=2, at=1)], [DAPE(budget=0.5)]])
 @pytest.mark.parametrize("family", ["llava", "qwen"])
@@ -86,6 +87,7 @@ def test_a_call_inside_a_generation_without_a_cache_is_as_outside(llava, recipe,
 # ---- where a prompt ends, however it is given
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("cache", [True, False], ids=["cache", "no cache"])
 def test_a_prompt_ends_where_it_ends_however_it_is_given(llava, cache):
@@ -158,6 +160,7 @@ def test_of_two_models_with_one_decoder_one_can_be_rewritten(llava):
 # ---- a config that two models share
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_second_model_of_the_same_config_is_not_touched(llava):
     model, inputs, how = llava.model, llava.inputs([Row(1, 2, 3), Row(1, 5, 4)]), {"max_new_tokens": 4}
@@ -183,6 +186,7 @@ def test_a_second_model_of_the_same_config_is_not_touched(llava):
 # ---- several sequences of a prompt
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "how",
@@ -201,6 +205,7 @@ def test_every_copy_of_a_row_keeps_what_the_row_keeps_alone(qwen, rows, how):
             assert torch.equal(got.vision, expected.repeat_interleave(copies, 0))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_recipe_that_cannot_do_its_work_in_a_call_says_so_once(qwen):
     inputs = qwen.inputs([Row(1, 1, 2)], seed=3)

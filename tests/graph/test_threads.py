@@ -84,6 +84,7 @@ def prompts(tiny):
     return few, many
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES)
 def test_each_thread_gets_what_it_gets_alone(tiny, prompts, recipe):
     model = tiny.model
@@ -201,6 +202,7 @@ def test_the_ends_of_prompts_reach_another_thread_in_a_copy_of_the_context(tiny,
     assert found == [int(end), int(end) + 2, int(end), int(end)]
 
 
+@pytest.mark.slow
 def test_first_calls_at_once_capture_and_rewrite_once(prompts):
     tiny = FAMILIES["llava"]()
     with vr.applied(tiny.model, [Stride(keep=4)]):
@@ -210,6 +212,7 @@ def test_first_calls_at_once_capture_and_rewrite_once(prompts):
         assert vr.report(tiny.model).graphs["captured"] <= 2
 
 
+@pytest.mark.slow
 def test_threads_on_models_of_their_own(prompts):
     models, before = {"llava": [FastV(keep=2, at=1)], "qwen2_5_vl": [DAPE(budget=0.5)]}, settings()
     made = {name: FAMILIES[name](layers=3) for name in models}
