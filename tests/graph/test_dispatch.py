@@ -89,6 +89,7 @@ def test_confidence_escalates_until_it_is_reached():
     logits = torch.tensor([[9.0, 0.0], [0.0, 0.0]])
     assert Confidence(0, 0.9).then(0, logits, images, 3) is None
     assert Confidence(0, 0.9).then(0, logits, ~images, 3) == 1
+    assert Confidence(0, 0.9).then(0, logits, images | True, 3) == 1
     assert Confidence(0, 0.9).then(2, logits, ~images, 3) is None
 
 

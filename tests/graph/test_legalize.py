@@ -19,6 +19,7 @@ from vlmrewrite.plan import Edit, Plan, frozen_pass
 from vlmrewrite.plan.tokens import All, Text, Vision
 from vlmrewrite.rewrite.legalize import legalize
 from vlmrewrite.rewrite.verifier import check_sets, propagate_fakes
+from vlmrewrite.testing.agreement import generation_agreement
 from vlmrewrite.testing.models import Row
 
 VLM = torch.ops.vlm
@@ -158,6 +159,18 @@ def test_what_tokens_had_become_is_kept_when_they_bypass(llava):
     """Layer 2 reads what layer 0 made of the vision tokens that are left, and layer 1 ran on none of."""
     passes = [Stride(keep=4), VISOR(self_layers=[0], cross_layers=[2])]
     assert vr.verify(llava.model, llava.inputs([Row(1), Row(2)], seed=1), passes) < 1e-4
+
+
+def test_empty_slots_of_a_cache_are_not_seen_without_padding_either(llava):
+    """Two rows of one length, of which one keeps fewer tokens: no mask says so, only the positions in the cache."""
+    one = llava.inputs([Row(1, 1, 0)])["input_ids"].shape[1] - 1  # tokens of an image
+    inputs = llava.inputs([Row(2, 1, 2), Row(1, 1, 3 + one)], seed=1, side="left")
+    assert inputs["attention_mask"].all()
+    generation_agreement(llava.model, inputs, [Stride(keep=2)], 3).check()
+    with torch.no_grad(), vr.applied(llava.model, [Stride(keep=2)]) as model:
+        cache = model(**inputs).past_key_values
+    assert cache.layers[1].holes
+    assert (cache.layers[1].positions < 0).any(1).tolist() == [True, False]
 
 
 def test_what_mixes_tokens_is_refused(program):

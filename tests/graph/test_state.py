@@ -223,6 +223,21 @@ def test_a_recipe_that_cannot_do_its_work_in_a_call_says_so_once(qwen):
             assert vr.kept_tokens(qwen.model)[0].vision.sum() < len(encoded.pooler_output[0])
 
 
+@torch.no_grad()
+def test_a_call_that_has_what_an_earlier_one_lacked_is_rewritten(llava):
+    inputs = llava.inputs([Row(1, 1, 2)], seed=3)
+    encoded = llava.model.model.get_image_features(inputs["pixel_values"], return_dict=True)
+    hidden = {k: v for k, v in inputs.items() if k != "pixel_values"} | {"mm_encoder_outputs": {"image": encoded}}
+    kept = []
+    with vr.applied(llava.model, [STS(keep=3, refine=None, features="encoder")]) as model:
+        with pytest.warns(UserWarning, match="does nothing: no image was encoded yet"):
+            model(**hidden)
+        for given in (hidden, inputs):
+            model(**given)
+            kept.append(int(vr.kept_tokens(model)[0].vision.sum()))
+    assert kept == [len(encoded.pooler_output[0]), 3]
+
+
 # ---- an image that encodes to something that is not finite
 
 PASSES = {

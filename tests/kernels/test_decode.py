@@ -82,6 +82,13 @@ def test_against_the_reference(device, drawn):
         check()
 
 
+@pytest.mark.parametrize("window", [1, 7, 64])
+def test_each_query_has_a_window_of_its_own(device, window):
+    keys = slots(2, 150, 0.0)
+    args = [randn(2, 4, 3, 16), randn(2, 2, 150, 16, seed=1), randn(2, 2, 150, 16, seed=2), keys[:, -3:], keys]
+    close(kernels.decode_attention(*(x.to(device) for x in args), window=window), args, {"window": window})
+
+
 @pytest.mark.parametrize("m", [40, 700])
 @pytest.mark.parametrize("d", [80, 128])
 def test_nothing_is_written_beside_the_outputs(monkeypatch, device, m, d):

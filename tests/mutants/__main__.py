@@ -57,8 +57,10 @@ def chosen(names: Sequence[str], sample: int | None, seed: str) -> list[Fault]:
     """The faults that are meant.
 
     Raises:
-        ValueError: there is no fault of that name.
+        ValueError: there is no fault of that name, or the sample is empty.
     """
+    if sample is not None and sample < 1:
+        raise ValueError(f"expected a sample of at least 1 fault, got {sample}")
     every = {fault.name: fault for fault in faults()}
     if unknown := [name for name in names if name not in every]:
         raise ValueError(f"there is no fault {unknown[0]!r}; expected one of {', '.join(every)}")
@@ -76,7 +78,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--timeout", type=float, default=3600, metavar="SECONDS", help="for one fault (default: 3600)")
     args = parser.parse_args(arguments)
     FORKS.set_forkserver_preload(["tests.mutants.preload"])
-    some = chosen(args.only, args.sample, args.seed)
+    try:
+        some = chosen(args.only, args.sample, args.seed)
+    except ValueError as e:
+        parser.error(str(e))
     verdicts = []
     with ThreadPoolExecutor(args.jobs) as pool:
         for verdict in pool.map(lambda fault: judge(fault, args.timeout), some):

@@ -75,3 +75,5 @@ def test_a_sample_is_that_of_its_seed() -> None:
     assert chosen([ALL[1].name], None, "0") == [ALL[1]]
     with pytest.raises(ValueError, match="there is no fault 'typo'; expected one of budget-rounds-down, "):
         chosen(["typo"], None, "0")
+    with pytest.raises(ValueError, match="expected a sample of at least 1 fault, got 0"):
+        chosen([], 0, "0")

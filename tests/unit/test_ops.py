@@ -146,6 +146,13 @@ def test_visibility_follows_logical_positions(batch, length, past, data):
                 assert bool(seen[b, 0, i, j]) == (at >= 0 and at <= past + i and bool(bits[b, at]))
 
 
+def test_empty_slots_of_a_set_are_nowhere():
+    full, part = torch.zeros(2, 5, 1), torch.arange(1.0, 7.0).view(2, 3, 1)
+    new = VLM.restore.default(full, part, INDEX, VALID)[..., 0]
+    assert new.tolist() == [[1, 0, 2, 0, 0], [0, 4, 5, 0, 6]]  # at 3 of the first row, what fills the set up
+    assert VLM.positions.default(INDEX, VALID, 4).tolist() == [[4, 6, -1], [5, 6, 8]]
+
+
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("heads", [2, 4])
 def test_plain_attention_is_masked_attention(heads, softcap):

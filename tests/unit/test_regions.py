@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vlmrewrite.hf import grids
 from vlmrewrite.passes.dape import matching, regions
 from vlmrewrite.passes.dape.regions import SCALES
 
@@ -173,6 +175,11 @@ def test_a_budget_that_the_grid_cannot_meet():
 def test_a_grid_that_does_not_fit():
     with pytest.raises(ValueError, match=r"^the grids \[\[4, 4\]\] do not account for images of \[15\] tokens$"):
         regions.representatives(torch.tensor([15]), torch.tensor([[4, 4]]))
+
+
+def test_the_grid_of_an_image_that_is_wider_than_high():
+    config = SimpleNamespace(vision_config=SimpleNamespace(spatial_merge_size=2))
+    assert grids(config, [6, 4], torch.tensor([[1, 4, 6], [1, 8, 2]])).tolist() == [[2, 3], [4, 1]]
 
 
 # ---- matches
