@@ -18,6 +18,7 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
+from vlmrewrite.cli import prompt
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.config import image_tokens
 from vlmrewrite.cli.loading import question, read_processor
@@ -172,6 +173,22 @@ def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     assert "note:" not in text
 
 
+CAPTURED: dict[str, Any] = {}
+
+
+@pytest.fixture
+def captured_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One capture for each shape of prompt: all these tests are of one configuration."""
+    capture = prompt.captured_prompt
+
+    def once(model: Any, shape: prompt.Shape) -> Any:
+        if str(shape) not in CAPTURED:
+            CAPTURED[str(shape)] = capture(model, shape)
+        return CAPTURED[str(shape)]
+
+    monkeypatch.setattr(prompt, "captured_prompt", once)
+
+
 @pytest.mark.parametrize(
     ("passes", "notes"),
     [
@@ -186,6 +203,7 @@ def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     ],
     ids=str,
 )
+@pytest.mark.usefixtures("captured_once")
 def test_inspect_tells_what_apply_tells(folder: Path, tmp_path: Path, passes: str, notes: list[str]) -> None:
     mine = write(tmp_path / "mine.yaml", f"name: mine\npasses:\n{passes}\n")
     text = output("inspect", folder / "config.json", "--recipe", mine, "--images", 2)

@@ -86,8 +86,9 @@ def test_flops_are_known_of_both_operators(device, name):
 
 
 def test_every_kernel_is_here_and_has_the_schema_of_its_operator():
-    assert sorted(op._schema.name.removeprefix("vlm::") for op in KERNELS) == CALLS
-    for op, kernel in KERNELS.items():
+    ours = {op: kernel for op, kernel in KERNELS.items() if REFERENCES[op].__module__.startswith("vlmrewrite.")}
+    assert sorted(op._schema.name.removeprefix("vlm::") for op in ours) == CALLS
+    for op, kernel in ours.items():
         assert str(op._schema).replace("vlm::", "vlm_triton::") == str(kernel._schema)
 
 

@@ -8,9 +8,10 @@ a node becomes is decided once, in lowering.
 from __future__ import annotations
 
 import importlib
-import sys
+import inspect
 import threading
 from collections.abc import Callable
+from types import FrameType
 from typing import Any, NamedTuple
 
 import torch
@@ -95,7 +96,7 @@ def define(
             earlier definition holds.
     """
     global _replaced
-    name, owner = schema.split("(", 1)[0].strip(), str(sys._getframe(1).f_globals.get("__name__"))
+    name, owner = schema.split("(", 1)[0].strip(), _module_of(inspect.currentframe())
     if owner.partition(".")[0] != "vlmrewrite":
         importlib.import_module("vlmrewrite.passes")  # whose operators have their names before anybody else takes them
     new = _Definition(schema, owner, reference, fake, kernel, kernel_fake, backward)
@@ -115,6 +116,12 @@ def define(
             register_flop_formula(packets, get_raw=flops_by_value)(flops)
         if old is not None and old[2:] != new[2:]:
             _replaced += 1  # last: what is lowered at the new count takes the new definition
+
+
+def _module_of(frame: FrameType | None) -> str:
+    """The name of the module that called what runs in a frame."""
+    caller = None if frame is None else frame.f_back
+    return str(caller.f_globals.get("__name__") if caller is not None else None)
 
 
 def _check_same(name: str, old: _Definition, new: _Definition) -> None:
