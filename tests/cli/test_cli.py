@@ -256,8 +256,8 @@ def test_image_tokens_and_chat_templates_in_prompts(folder: Path) -> None:
     processor: Any = read_processor(folder)
     picture = Image.open(folder / "picture.png")
     expected = [IMAGE] * 16 + [10]
-    for prompt in ("w10", "<image> w10"):
-        assert question(processor, prompt, [picture])["input_ids"].tolist() == [expected]
+    for asked in ("w10", "<image> w10"):
+        assert question(processor, asked, [picture])["input_ids"].tolist() == [expected]
     assert question(processor, "w10 <image> w11", [picture])["input_ids"].tolist() == [[10, *[IMAGE] * 16, 11]]
     processor.chat_template = (
         "{% for m in messages %}w12 {% for c in m['content'] %}"
