@@ -11,6 +11,9 @@ from vlmrewrite.plan.pipeline import run_passes
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.testing import models
 
+CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
+"""Configurations of VISOR to choose among, from the cheapest to the most demanding."""
+
 
 def planned(*passes, depth=8, features=frozenset()):
     """The text of the plan that passes make, none of which refuses."""
@@ -58,3 +61,22 @@ def token_of(i, tokens, rows, columns):
         if place[0] * columns + place[1] in tokens:
             return place[0] * columns + place[1]
     raise AssertionError(f"nothing stands for {i}")
+
+
+def always(which):
+    """A policy for VISOR that chooses one configuration for every row."""
+
+    def policy(hidden):
+        return torch.full((hidden.shape[0],), which)
+
+    return policy
+
+
+def real(inputs):
+    """The tokens that are not padding, bool [B, T]."""
+    return inputs["attention_mask"].bool()
+
+
+def places(cache):
+    """Where each layer's keys and values lie in memory."""
+    return [x.data_ptr() for layer in cache.layers for x in (layer.keys, layer.values)]

@@ -8,22 +8,11 @@ import pytest
 import torch
 
 import vlmrewrite as vr
+from tests.small import places
 from vlmrewrite.capture import CAPTURES
-from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.kvcache.layer import LEAST
 from vlmrewrite.passes import STS
 from vlmrewrite.testing.models import FAMILIES, Row
-
-
-def places(cache: PositionCache) -> list[int]:
-    return [x.data_ptr() for layer in cache.layers for x in (layer.keys, layer.values)]
-
-
-@pytest.fixture
-def as_they_are(monkeypatch):
-    """The graphs that Inductor would get, run without it."""
-    monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
 
 
 def steps(model, token, cache, n, mode=torch.no_grad):

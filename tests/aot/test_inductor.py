@@ -90,13 +90,6 @@ def test_first_calls_of_two_threads_at_once(tiny):
     assert counters["stats"]["unique_graphs"] == 4  # captured and compiled, of images and of text, each as one piece
 
 
-@pytest.fixture
-def as_they_are(monkeypatch):
-    """The graphs that Inductor would get, run without it: what is captured and how it is wired."""
-    monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
-
-
 EACH = FAMILIES if settings.get_current_profile_name() == "long" else ("llava", "qwen2_5_vl", "gemma3")
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from PIL import Image
-from saved_llava import WORDS, saved_llava
+from saved_llava import WORDS
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -36,11 +36,6 @@ def output(*arguments: object) -> str:
     done = run(*arguments)
     assert done.exit_code == 0, done.output
     return done.stdout
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llava(tmp_path_factory.mktemp("llava"))
 
 
 def write(path: Path, text: str) -> Path:

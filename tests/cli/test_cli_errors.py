@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from saved_llava import saved_llava
 from typer.testing import CliRunner
 
 from vlmrewrite.cli.app import app
@@ -19,11 +18,6 @@ def refused(*arguments: object) -> list[str]:
     assert lines
     assert all(line.startswith("error: ") for line in lines)
     return [line.removeprefix("error: ") for line in lines]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llava(tmp_path_factory.mktemp("llava"))
 
 
 def write(path: Path, text: str) -> Path:

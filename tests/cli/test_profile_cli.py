@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from saved_llava import saved_llava
 from typer.testing import CliRunner, Result
 
 from vlmrewrite.cli.app import app
@@ -16,11 +15,6 @@ DIGITS = Path(__file__).parents[2] / "examples" / "digits" / "checkpoint"
 
 def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["inspect", *map(str, arguments)], catch_exceptions=False)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return saved_llava(tmp_path_factory.mktemp("llava"))
 
 
 def test_inspect_of_the_bundled_model(tmp_path: Path) -> None:

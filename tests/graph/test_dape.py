@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import vlmrewrite as vr
 from tests.small import planned as of_passes
-from tests.small import token_of
+from tests.small import real, token_of
 from tests.small import with_grid as family
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Stride
 from vlmrewrite.passes.dape import regions
@@ -29,10 +29,6 @@ HALF = settings(max_examples=max(4, settings.default.max_examples // 2))
 BATCH = [Row(2, 1, 3), Row(0, 4, 2), Row(1, 3, 4), Row(3, 2, 1)]
 GRIDS = frozenset({"features", "grid"})
 planned = functools.partial(of_passes, features=GRIDS)
-
-
-def real(inputs):
-    return inputs["attention_mask"].bool()
 
 
 # ---- the plan

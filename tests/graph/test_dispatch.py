@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import vlmrewrite as vr
-from tests.small import family
+from tests.small import CHAIN, always, family
 from vlmrewrite.oracle import layer_masks
 from vlmrewrite.passes import DPVR, STS, VISOR, Random
 from vlmrewrite.passes.visor.allocate import spend
@@ -21,15 +21,7 @@ from vlmrewrite.testing.models import FAMILIES, Row
 MODELS = {name: family(name) for name in FAMILIES}
 TINY = MODELS["llava"]
 ROWS = [Row(1, 2, 3), Row(0, 3, 3), Row(3, 1, 3)]
-CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
 KINDS = [["cross", "text", "cross", "text"], ["self", "text", "cross", "text"], ["self"] * 4]
-
-
-def always(which):
-    def policy(hidden):
-        return torch.full((hidden.shape[0],), which)
-
-    return policy
 
 
 def kinds(model):

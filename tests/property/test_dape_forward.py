@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from tests.small import token_of
+from tests.small import real, token_of
 from tests.small import with_grid as family
 from vlmrewrite.oracle import LayerMasks, layer_masks
 from vlmrewrite.oracle.hooks import oracle_logits
@@ -21,10 +21,6 @@ from vlmrewrite.testing.models import Row
 FEW = settings(max_examples=max(4, settings.default.max_examples // 3))
 HALF = settings(max_examples=max(4, settings.default.max_examples // 2))
 BATCH = [Row(2, 1, 3), Row(0, 4, 2), Row(1, 3, 4), Row(3, 2, 1)]
-
-
-def real(inputs):
-    return inputs["attention_mask"].bool()
 
 
 def images_of(vision, grids):

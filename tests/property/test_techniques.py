@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from tests.small import family
+from tests.small import CHAIN, always, family
 from vlmrewrite.capture import hooks
 from vlmrewrite.hf import decoder
 from vlmrewrite.kvcache.cache import PositionCache
@@ -17,15 +17,6 @@ from vlmrewrite.passes import DPVR, STS, VISOR, DivPrune, Random, Stride
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES
-
-CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
-
-
-def always(which):
-    def policy(hidden):
-        return torch.full((hidden.shape[0],), which)
-
-    return policy
 
 
 def lists():

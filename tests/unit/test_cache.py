@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 from torch.nn.functional import scaled_dot_product_attention as attend
 
+from tests.small import places
 from vlmrewrite import ops
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.kvcache.layer import LEAST, SHARE, Buffer, PositionLayer
@@ -46,10 +47,6 @@ def prefilled(n: int, layers: int = 3) -> PositionCache:
     cache = PositionCache()
     forward(cache, n, 0, layers)
     return cache
-
-
-def places(cache: PositionCache) -> list[int]:
-    return [x.data_ptr() for layer in cache.layers for x in (layer.keys, layer.values)]
 
 
 class Plain:
