@@ -10,6 +10,7 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 from vlmrewrite.plan.pipeline import run_passes
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.testing import models
+from vlmrewrite.testing.models import tiny
 
 CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
 """Configurations of VISOR to choose among, from the cheapest to the most demanding."""
@@ -27,9 +28,9 @@ def family(name, layers=4, dtype=torch.float32):
 
 @functools.cache
 def _family(name, layers, dtype):
-    tiny = models.FAMILIES[name](layers=layers)
-    tiny.model.to(dtype)
-    return tiny
+    made = models.FAMILIES[name](layers=layers)
+    made.model.to(dtype)
+    return made
 
 
 @functools.cache
@@ -38,15 +39,15 @@ def with_grid(name, dtype=torch.float32):
     if name != "llava":
         return family(name, dtype=dtype)
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**models._tower(image_size=24, projection_dim=models.HIDDEN)),
-        text_config=LlamaConfig(**models._decoder(4)),
+        vision_config=CLIPVisionConfig(**tiny.tower_sizes(image_size=24, projection_dim=models.HIDDEN)),
+        text_config=LlamaConfig(**tiny.decoder_sizes(4)),
         image_token_index=models.IMAGE,
         image_seq_length=36,
         vision_feature_layer=-1,
     )
-    tiny = models._tiny("llava", LlavaForConditionalGeneration, config, models._square(24, 36), 0)
-    tiny.model.to(dtype)
-    return tiny
+    made = tiny.tiny_model("llava", LlavaForConditionalGeneration, config, tiny.square(24, 36), 0)
+    made.model.to(dtype)
+    return made
 
 
 def token_of(i, tokens, rows, columns):

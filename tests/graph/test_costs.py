@@ -12,7 +12,9 @@ from vlmrewrite.passes import DAPE, STS, Random, Stride
 from vlmrewrite.plan.pipeline import frozen_pass
 from vlmrewrite.plan.tokens import All, Image, Text
 from vlmrewrite.plan.vocabulary import LayerPlan
-from vlmrewrite.testing.models import Row, _decoder, _llava
+from vlmrewrite.testing.models import Row
+from vlmrewrite.testing.models.families import llava_of
+from vlmrewrite.testing.models.tiny import decoder_sizes
 
 ROWS = [Row(2, 2, 3), Row(2, 2, 3)]
 
@@ -38,7 +40,7 @@ class Written:
 @pytest.fixture(scope="module")
 def phi():
     """A decoder whose q, k and v are one linear map, and whose MLP's two first halves are another."""
-    return _llava("llava_phi3", Phi3Config(**_decoder(4)), 0)
+    return llava_of("llava_phi3", Phi3Config(**decoder_sizes(4)), 0)
 
 
 def counted(program, *args, **kwargs) -> int:

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
         generation_agreement,
         logits_agreement,
     )
-    from vlmrewrite.testing.models import FAMILIES, Row, Side, TinyVLM
+    from vlmrewrite.testing.models import FAMILIES, ZOO, Row, Side, TinyVLM
     from vlmrewrite.testing.strategies import (
         Sets,
         budgets,
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 _NAMES = {
     "agreement": "Agreement InFloat64 extended forward_agreement generation_agreement logits_agreement",
-    "models": "FAMILIES Row Side TinyVLM",
+    "models": "FAMILIES ZOO Row Side TinyVLM",
     "strategies": "Sets budgets depths pass_lists plans policies rows sides techniques",
     "triton": "",
 }
@@ -44,6 +44,7 @@ _HOMES = {name: module for module, names in _NAMES.items() for name in names.spl
 
 __all__ = [
     "FAMILIES",
+    "ZOO",
     "Agreement",
     "InFloat64",
     "Row",

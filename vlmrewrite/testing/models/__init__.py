@@ -1,0 +1,88 @@
+"""Tiny vision-language models with random weights, and inputs as their processors would make them.
+
+    tiny = FAMILIES["qwen2_5_vl"]()
+    inputs = tiny.inputs([Row(images=2, before=3, after=4), Row(images=0, before=9, after=1)], side="left")
+    logits = tiny.model(**inputs).logits
+
+The models are built from the configuration classes of their families, in fp32 on the CPU. Their weights are so large
+that attention is far from uniform and that a missing vision token shows in the logits. ``FAMILIES`` are the seven that
+all tests run through; ``ZOO`` is every family of transformers that has a builder, those seven among them.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable, Iterator, Mapping
+
+from vlmrewrite.testing.models.families import gemma3, internvl, llava, llava_next, llava_qwen2, qwen2_5_vl, smolvlm
+from vlmrewrite.testing.models.tiny import (
+    END,
+    HIDDEN,
+    IMAGE,
+    PAD,
+    START,
+    TILE,
+    VIDEO,
+    VOCABULARY,
+    Pictures,
+    Row,
+    Side,
+    TinyVLM,
+)
+
+Builder = Callable[..., TinyVLM]
+
+FAMILIES: dict[str, Builder] = {
+    f.__name__: f for f in (llava, llava_qwen2, llava_next, qwen2_5_vl, internvl, smolvlm, gemma3)
+}
+"""The builder of each of the seven families, ``(layers=4, seed=0)``."""
+
+_ZOO = {
+    "families": "gemma3 internvl llava llava_next llava_qwen2 qwen2_5_vl smolvlm",
+}
+
+
+class _Zoo(Mapping[str, Builder]):
+    """Builders by family; the module of one, and with it transformers' own, is loaded when it is asked for."""
+
+    def __init__(self, modules: Mapping[str, str]) -> None:
+        self._homes = {name: module for module, names in modules.items() for name in names.split()}
+
+    def __getitem__(self, name: str) -> Builder:
+        builder: Builder = getattr(importlib.import_module(f"{__name__}.{self._homes[name]}"), name)
+        return builder
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(sorted(self._homes))
+
+    def __len__(self) -> int:
+        return len(self._homes)
+
+
+ZOO: Mapping[str, Builder] = _Zoo(_ZOO)
+"""The builder of each family that has one, ``(layers=4, seed=0)``."""
+
+__all__ = [
+    "END",
+    "FAMILIES",
+    "HIDDEN",
+    "IMAGE",
+    "PAD",
+    "START",
+    "TILE",
+    "VIDEO",
+    "VOCABULARY",
+    "ZOO",
+    "Builder",
+    "Pictures",
+    "Row",
+    "Side",
+    "TinyVLM",
+    "gemma3",
+    "internvl",
+    "llava",
+    "llava_next",
+    "llava_qwen2",
+    "qwen2_5_vl",
+    "smolvlm",
+]
