@@ -30,7 +30,7 @@ SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-package
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick mutants oldest lint format typecheck docs wheel clean
+.PHONY: help demo test quick aot mutants oldest lint format typecheck docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -39,10 +39,13 @@ demo: $(READY) ## ask the bundled model about a scene, with and without a recipe
 	$(BIN)/python examples/demo.py $(ARGS)
 
 test: $(READY) ## all tests, in WORKERS processes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder tests $(ARGS)
 
 quick: $(READY) ## the tests of units and graphs that take no time, in WORKERS processes
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(QUICK) $(ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(QUICK) $(ARGS)
+
+aot: $(READY) ## compile all kernels for GPUs that are not there, in every configuration
+	$(BIN)/python -m pytest tests/aot/test_aot.py --every-config $(ARGS)
 
 mutants: $(READY) ## seeded faults, one at a time: which do the tests find? (hours; ARGS="--sample 3 --seed 1")
 	$(BIN)/python -m tests.mutants $(ARGS)

@@ -28,6 +28,10 @@ settings.register_profile("long", max_examples=700, deadline=None, suppress_heal
 settings.load_profile("ci")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--every-config", action="store_true", help="compile kernels in every configuration (minutes)")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)

@@ -9,12 +9,14 @@ import types
 import pytest
 import torch
 import torch._dynamo
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import vlmrewrite as vr
 from vlmrewrite import ops
 from vlmrewrite.analysis import analyse
 from vlmrewrite.capture import CAPTURES, dynamo, hooks
 from vlmrewrite.capture.dynamo import place_of
+from vlmrewrite.hf import encoded_images
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.testing.models import FAMILIES, Row
@@ -99,23 +101,27 @@ def test_features_are_found_by_what_they_are_whatever_their_name():
     inputs = tiny.inputs([Row(1), Row(2)])
     program = vr.trace(tiny.model, inputs)
     entering = program.captured.graph.find_nodes(op="placeholder")
-    at = entering.index(program.anatomy.features)
+    (merge,) = program.anatomy.merges
+    at = entering.index(merge.features)
     features = torch.cat(tiny.model.model.get_image_features(inputs["pixel_values"]).pooler_output)
     assert torch.equal(program.inputs[at].flatten(0, -2), features)
     for i, node in enumerate(entering):
         node.name = f"input_{i}"
-    again = analyse(program.captured, at)
-    assert (again.merge, again.layers) == (program.anatomy.merge, program.anatomy.layers)
+    again = analyse(program.captured, {"image": at})
+    assert (again.merges, again.layers) == (program.anatomy.merges, program.anatomy.layers)
     with pytest.raises(ValueError, match="the first attention node does not depend on the vision features"):
-        analyse(program.captured, len(entering) - 1)
+        analyse(program.captured, {"image": len(entering) - 1})
 
 
 def test_features_are_exactly_one_input():
-    x = torch.zeros(2, 3)
-    assert place_of(x, [x.clone(), 3, x[:], x]) == 3
-    for inputs, n in (([x.clone(), x.view(2, 3)], 0), ([x, x], 2)):
-        with pytest.raises(ValueError, match=f"{n} of the graph's inputs are the vision features; expected 1"):
-            place_of(x, inputs)
+    x, y = torch.zeros(2, 3), torch.zeros(2, 2, 3)
+    images = encoded_images(BaseModelOutputWithPooling(last_hidden_state=y, pooler_output=x))
+    assert place_of("image", images, [x.clone(), 3, x[:], x, y]) == (3, "pooler_output")
+    assert place_of("image", images, [x.clone(), y]) == (1, "last_hidden_state")
+    with pytest.raises(ValueError, match="2 of the graph's inputs are the image features, pooler_output; expected 1"):
+        place_of("image", images, [x, x])
+    with pytest.raises(ValueError, match="none of the graph's inputs is the video features; expected one of pooler_"):
+        place_of("video", images, [x.clone(), x.view(2, 3)])
 
 
 @pytest.mark.slow

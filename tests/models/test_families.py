@@ -97,7 +97,7 @@ def test_anatomy(tiny: TinyVLM) -> None:
     assert all(x.heads == 4 and x.kv_heads == 2 and x.head_size == x.value_size == 8 for x in anatomy.layers)
     assert all(a.exit is b.entry for a, b in itertools.pairwise(anatomy.layers))
     assert all(layer.append is not None for layer in anatomy.layers)
-    assert anatomy.merge.target == "masked_scatter"
+    assert [(m.modality, m.node.target) for m in anatomy.merges] == [("image", "masked_scatter")]
     assert torch.equal(program.vision_mask(*program.inputs), inputs["input_ids"] == tiny.image_token_id)
     assert program.call is not None
     assert program.call.vision.shape == (batch, length)

@@ -1,7 +1,7 @@
 """Anatomy: where the vision tokens live in a captured graph, found by structure alone; and what its layers cost.
 
-The merge is where vision features enter a stream shaped [B, T, H]; the residual stream is the chain of dominators
-from there to the logits; a decoder layer lies between the stream nodes that dominate one attention node and the next.
+A merge is where vision features enter a stream shaped [B, T, H]; the residual stream is the chain of dominators from
+there to the logits; a decoder layer lies between the stream nodes that dominate one attention node and the next.
 No module name is looked at.
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import operator
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, cast
@@ -70,14 +70,30 @@ class Layer:
 
 
 @dataclass(frozen=True)
+class Merge:
+    """Where vision features, of images or of videos, enter the stream.
+
+    Attributes:
+        modality: ``"image"`` or ``"video"``.
+        features: the features as they enter the graph, [F, C] or [I, N, C].
+        merged: the features as they are written into the stream, same tokens.
+        node: what writes them, [B, T, H].
+        mask: where, bool [B, T].
+    """
+
+    modality: str
+    features: Node
+    merged: Node
+    node: Node
+    mask: Node
+
+
+@dataclass(frozen=True)
 class Anatomy:
     """Read-only facts about a captured graph.
 
     Attributes:
-        features: the vision features as they enter the graph, [F, C] or [I, N, C].
-        merged_features: the features as they are written into the stream, same tokens.
-        merge: the node that writes them, [B, T, H].
-        vision: the vision-token mask, bool [B, T].
+        merges: those of images and videos, in the order in which they happen.
         layers: the decoder layers in order.
         length: the symbolic (or constant) size of the token axis.
         batch: the size of the batch axis.
@@ -85,10 +101,7 @@ class Anatomy:
         logits: which of the graph's outputs holds the logits (or the last hidden state).
     """
 
-    features: Node
-    merged_features: Node
-    merge: Node
-    vision: Node
+    merges: tuple[Merge, ...]
     layers: tuple[Layer, ...]
     length: object
     batch: object
@@ -97,12 +110,12 @@ class Anatomy:
     logits: int
 
 
-def analyse(gm: GraphModule, features: int) -> Anatomy:
-    """Find the merge, the residual stream and the layers of a captured forward.
+def analyse(gm: GraphModule, features: Mapping[str, int]) -> Anatomy:
+    """Find the merges, the residual stream and the layers of a captured forward.
 
     Args:
         gm: the captured graph.
-        features: which of its inputs holds the vision features.
+        features: for images and videos, if there are any, which of its inputs holds the vision features.
 
     Raises:
         ValueError: a part could not be recognised; the message names it, with the node and its source line.
@@ -110,36 +123,39 @@ def analyse(gm: GraphModule, features: int) -> Anatomy:
     attentions = [n for n in gm.graph.nodes if n.target is ATTENTION]
     if not attentions:
         raise ValueError("no attention node was captured; expected one per decoder layer")
-    entering = gm.graph.find_nodes(op="placeholder")[features]
-    seeing = reachable([entering])
-    merge = _merge(entering, seeing, attentions[0])
-    stream = value(merge)
+    inputs = gm.graph.find_nodes(op="placeholder")
+    found = [_merge(modality, inputs[at], attentions[0]) for modality, at in features.items()]
+    merges = tuple(sorted(found, key=lambda merge: merge.node))
+    stream = value(merges[-1].node)
     batch, length, hidden = stream.shape
-    if not isinstance(length, torch.SymInt):
-        raise ValueError(f"the token axis was specialised to {length} in the graph at {where(merge)}")
-    merged = next(n for n in merge.all_input_nodes if n in seeing)
-    vision = _vision(merge, seeing, length)
     outputs: Any = gm.graph.output_node().args[0]
     logits = _logits(outputs, attentions[-1])
-    layers = _layers(merge, outputs[logits], attentions)
-    return Anatomy(entering, merged, merge, vision, layers, length, batch, int(hidden), stream.dtype, logits)
+    layers = _layers(merges[-1].node, outputs[logits], attentions)
+    return Anatomy(merges, layers, length, batch, int(hidden), stream.dtype, logits)
 
 
-def _merge(features: Node, seeing: set[Node], attention: Node) -> Node:
+def _merge(modality: str, features: Node, attention: Node) -> Merge:
     """The first [B, T, H] node, dominating the first attention node, that joins the features to other tensors."""
+    seeing = reachable([features])
     if attention not in seeing:
         raise ValueError(f"the first attention node does not depend on the vision features: {where(attention)}")
     for node in nx.shortest_path(_dominators(features, seeing), features, attention)[1:]:
         x = value(node)
         joins = any(n not in seeing and isinstance(value(n), Tensor) for n in node.all_input_nodes)
         if isinstance(x, Tensor) and x.dim() == 3 and joins:
-            return node
+            length: object = x.shape[1]
+            if not isinstance(length, torch.SymInt):
+                raise ValueError(f"the token axis was specialised to {length} in the graph at {where(node)}")
+            merged = next(n for n in node.all_input_nodes if n in seeing)
+            return Merge(modality, features, merged, node, _vision(node, seeing, length))
     raise ValueError(f"found no node that writes the vision features ({where(features)}) into a [B, T, H] stream")
 
 
 def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
     """The bool [B, T] vision mask behind the merge, the nearest one that the features do not flow through."""
-    queue = [n for n in merge.all_input_nodes if n not in seeing]
+    inputs = [n for n in merge.all_input_nodes if n not in seeing]
+    masks = [n for n in inputs if isinstance(x := value(n), Tensor) and x.dtype == torch.bool]
+    queue = masks or inputs  # behind the stream, there may be the mask of another merge
     for node in queue:
         x = value(node)
         if isinstance(x, Tensor) and x.dtype == torch.bool:

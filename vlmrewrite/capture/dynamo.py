@@ -7,14 +7,13 @@ import re
 import threading
 import types
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.fx
-from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPooling
+from torch import nn
 
 from vlmrewrite.compat import at_graph_limit, captured, forget_code, global_hooks, graph_limit, hooks_of, untraceable
 from vlmrewrite.errors import CaptureError
@@ -44,7 +43,8 @@ class Graph:
 
     Attributes:
         gm: the graph.
-        features: which of its inputs holds the vision features; None before its first run, and of a graph of text.
+        features: for images and videos, if it takes them, which of its inputs holds the vision features, and the name
+            of this tensor in the vision tower's output; None before its first run, and of a graph of text.
         parameters: for each of its inputs that is a decoder layer's parameter, the layer and the name within it.
         derived: what later stages made of it, by their own keys; it dies with the graph.
         lock: held while something is derived.
@@ -52,7 +52,7 @@ class Graph:
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         self.gm = gm
-        self.features: int | None = None
+        self.features: dict[str, tuple[int, str]] | None = None
         self.parameters: dict[str, tuple[int, str]] = {}
         self.derived: dict[object, Any] = {}
         self.lock = threading.RLock()
@@ -99,14 +99,19 @@ class CapturedForward:
         self._absent = {p.name: None for p in parameters if p.default is None and p.name not in _OURS}
 
     def __call__(
-        self, runner: Runner, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], images: Encoded | None
+        self,
+        runner: Runner,
+        model: nn.Module,
+        cache: PositionCache,
+        kwargs: dict[str, Any],
+        images: Mapping[str, Encoded] | None,
     ) -> Any:
         """Run (and trace if new) the forward.
 
         Args:
             runner: does the work of the graph in this call; given the graph and its flat inputs.
             model, cache, kwargs: what the forward takes.
-            images: those of the call; None for a decode step, or a prompt of text.
+            images: images and videos of the call; None for a decode step, or a prompt of text.
 
         Raises:
             ValueError: the images' features are not exactly one of the graph's inputs.
@@ -121,16 +126,16 @@ class CapturedForward:
             ran.append(graph)
             if images is not None and graph.features is None:
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
-                graph.features = place_of(images.features, inputs)
+                graph.features = {name: place_of(name, one, inputs) for name, one in images.items()}
             return runner(graph, inputs)
 
-        pooled: Any = None
+        outputs: Any = None
         if images is not None:
             cache.contiguous()
-            pooled = [images.features] if images.as_list else images.features
+            outputs = {name: one.output for name, one in images.items()}
         token = _RUNNER.set(noted)
         try:
-            out = self._compiled(self.forward, model, cache, self._absent | kwargs, pooled)
+            out = self._compiled(self.forward, model, cache, self._absent | kwargs, outputs)
             if not ran:
                 raise NotCapturedError(
                     "another backend of torch.compile ran in place of the rewritten graph: leave"
@@ -155,12 +160,12 @@ class CapturedForward:
 
 
 def _entry(
-    forward: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], pooled: Any
+    forward: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], outputs: Any
 ) -> Any:
-    """What is traced: a forward, with its images encoded.
+    """What is traced: a forward, with its images and videos encoded.
 
     Args:
-        pooled: the features, [I, N, C] or a list of one [F, C]; None for a decode step, or a prompt without an image.
+        outputs: of the vision tower, by modality; None for a decode step, or a prompt without an image.
     """
     global_hooks()  # read, so that Dynamo guards on it
     if not torch.compiler.is_dynamo_compiling():
@@ -168,8 +173,8 @@ def _entry(
             "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
             " active (FlopCounterMode is one), torch.compiler.set_stance('force_eager'), or TORCH_COMPILE_DISABLE=1"
         )
-    if pooled is not None:
-        kwargs = kwargs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
+    if outputs is not None:
+        kwargs = kwargs | {"mm_encoder_outputs": outputs}
     return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
 
 
@@ -210,16 +215,22 @@ class Captures:
         self.call, self.text = CapturedForward(forward), CapturedForward(forward)
 
 
-def place_of(features: Tensor, inputs: Sequence[Any]) -> int:
-    """Which of a graph's flat inputs the vision features are: the very tensor, not one like it.
+def place_of(modality: str, images: Encoded, inputs: Sequence[Any]) -> tuple[int, str]:
+    """Which of a graph's flat inputs the vision features are: the very tensor, not one like it; and its name.
 
     Raises:
         ValueError: none, or more than one.
     """
-    found = [i for i, x in enumerate(inputs) if x is features]
-    if len(found) != 1:
-        raise ValueError(f"{len(found)} of the graph's inputs are the vision features; expected 1: is there an image?")
-    return found[0]
+    for name, features in images.candidates.items():
+        found = [i for i, x in enumerate(inputs) if x is features]
+        if len(found) > 1:
+            raise ValueError(f"{len(found)} of the graph's inputs are the {modality} features, {name}; expected 1")
+        if found:
+            return found[0], name
+    raise ValueError(
+        f"none of the graph's inputs is the {modality} features; expected one of {', '.join(images.candidates)}: does"
+        f" the prompt have {modality} tokens?"
+    )
 
 
 CAPTURES: weakref.WeakKeyDictionary[nn.Module, Captures] = weakref.WeakKeyDictionary()

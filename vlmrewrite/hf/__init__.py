@@ -12,16 +12,18 @@ from vlmrewrite.hf.decoder import (
     parameter_inputs,
     swap_attention,
 )
-from vlmrewrite.hf.grid import grids
+from vlmrewrite.hf.grid import Sizes, frame_grids, grids
 from vlmrewrite.hf.inputs import prompt_end, refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
 from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
-from vlmrewrite.hf.vision import Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
+from vlmrewrite.hf.vision import MODALITIES, Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
 
 __all__ = [
     "APPLIED",
     "IMPLEMENTATION",
+    "MODALITIES",
     "Encoded",
     "Encoding",
+    "Sizes",
     "attention_swapped",
     "check_support",
     "decoder_configs",
@@ -29,6 +31,7 @@ __all__ = [
     "encode_images",
     "encoded_images",
     "encoder_features",
+    "frame_grids",
     "grids",
     "parameter_inputs",
     "prompt_end",

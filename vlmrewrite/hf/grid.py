@@ -4,11 +4,79 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a model's inputs say about the sizes of images and videos.
+
+    Attributes:
+        images, videos: frames, rows and columns of patches of each one, before ``spatial_merge_size``, int [I, 3].
+        frames: how many frames each video has, where there is no grid of it.
+    """
+
+    images: Tensor | None = None
+    videos: Tensor | None = None
+    frames: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, inputs: Mapping[str, Any]) -> Sizes:
+        """That of a forward's, or a generation's, arguments."""
+        pixels, given = inputs.get("pixel_values_videos"), [inputs.get(f"{m}_grid_thw") for m in ("image", "video")]
+        known = isinstance(pixels, Tensor) and pixels.dim() == 5
+        return cls(given[0], given[1], (pixels.shape[1],) * len(pixels) if known else ())  # type: ignore[union-attr, arg-type]
+
+    def __bool__(self) -> bool:
+        return self != Sizes()
+
+    def video_frames(self) -> tuple[int, ...]:
+        """How many frames each video has, as far as it is known."""
+        return self.frames if self.videos is None else tuple(self.videos[:, 0].tolist())
+
+
+def frame_grids(
+    config: Any, frames: Sequence[Sequence[int]], videos: Sequence[bool], rows: Sequence[int], batch: int, sizes: Sizes
+) -> list[tuple[int, int]] | str:
+    """Rows and columns of each frame's vision tokens, in row-major order, or the reason why they are not known.
+
+    Args:
+        config: the model's.
+        frames: tokens of each frame of each image and video, in order.
+        videos: which of them are videos.
+        rows, batch: as for :func:`grids`, of images and videos.
+        sizes: what the model's inputs say.
+    """
+    images = [i for i, video in enumerate(videos) if not video]
+    lengths, of_rows = [sum(frames[i]) for i in images], [rows[i] for i in images]
+    found = grids(config, lengths, sizes.images, of_rows, batch) if images else torch.empty(0, 2)
+    if isinstance(found, str):
+        return found
+    of_image, of_video = iter(found.tolist()), iter([] if sizes.videos is None else _merged(config, sizes.videos))
+    made: list[tuple[int, int]] = []
+    for of_frames, video in zip(frames, videos, strict=True):
+        if not video:
+            made.append(tuple(next(of_image)))
+            continue
+        t, h, w = next(of_video, (0, 0, 0))
+        if t == len(of_frames) and set(of_frames) == {h * w}:
+            made += [(h, w)] * t
+            continue
+        each = grids(config, of_frames, None)
+        if isinstance(each, str):
+            return f"of a video, {each}"
+        made += map(tuple, each.tolist())
+    return made
+
+
+def _merged(config: Any, thw: Tensor) -> list[tuple[int, int, int]]:
+    merge = int(getattr(getattr(config, "vision_config", None), "spatial_merge_size", 1))
+    return [(int(t), int(h) // merge, int(w) // merge) for t, h, w in thw.tolist()]
 
 
 def grids(
@@ -30,8 +98,7 @@ def grids(
     vision = getattr(config, "vision_config", None)
     if thw is not None:
         thw = _of_copies(thw, rows, batch)
-        merge = int(getattr(vision, "spatial_merge_size", 1))
-        sizes = [(int(t), int(h) // merge, int(w) // merge) for t, h, w in thw.tolist()]
+        sizes = _merged(config, thw)
         if [t * h * w for t, h, w in sizes] != list(lengths) or any(t != 1 for t, _, _ in sizes):
             return f"the image grids {thw.tolist()} do not account for images of {list(lengths)} tokens"
         return torch.tensor([(h, w) for _, h, w in sizes], dtype=torch.int64, device="cpu")

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from vlmrewrite.hf.grid import Sizes
 from vlmrewrite.hf.vision import Encoding, encode_images
 
 
@@ -24,15 +25,15 @@ def tidy(
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     remember: Callable[[Encoding], None] | None = None,
-) -> dict[str, Any]:
-    """A forward's arguments by name, images encoded.
+) -> tuple[dict[str, Any], Sizes]:
+    """A forward's arguments by name, images encoded, and what they say about sizes.
 
     Args:
         model, args, kwargs: the model, and what its forward was given.
         remember: told of the run of the vision tower, if there is one; see :func:`vlmrewrite.hf.watched`.
 
     Raises:
-        NotImplementedError: attentions or hidden states are asked for, or there is a video.
+        NotImplementedError: attentions or hidden states are asked for.
         ValueError: there is no token.
     """
     kwargs = dict(zip(_argument_names(type(model).forward), args, strict=False)) | kwargs
@@ -49,7 +50,7 @@ def tidy(
                 f"{name}=True{' (in the config)' * set_in_config} is not available while a recipe is applied; restore"
                 " the model first"
             )
-    return encode_images(model, kwargs, remember)
+    return encode_images(model, kwargs, remember), Sizes.of(kwargs)
 
 
 def with_tokens(mask: Tensor) -> Tensor:

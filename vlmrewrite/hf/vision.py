@@ -7,62 +7,98 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 
-@dataclass
-class Encoded:
-    """Images as the decoder takes them.
+class EncoderOutput:
+    """What a vision tower gave, as the decoder reads it: the fields of transformers' own output, by attribute or name.
 
-    Attributes:
-        features: [F, C] (``as_list``), or [I, N, C] as one tensor.
-        lengths: tokens of each image.
+    Not a ``ModelOutput``, which looks at its fields as it is made: a captured forward depends on those that it reads.
     """
 
-    features: Tensor
-    as_list: bool
-    lengths: list[int]
+    def __init__(self, fields: Mapping[str, Any]) -> None:
+        self.__dict__.update(fields)
+
+    def __getitem__(self, name: str) -> Any:
+        return getattr(self, name)
 
 
-_PIXELS = ("pixel_values", "pixel_values_images", "image_patches")
+@dataclass
+class Encoded:
+    """Images, or videos, as the decoder takes them.
+
+    Attributes:
+        output: what the decoder reads. A list with a tensor for each image is a list of one tensor.
+        candidates: by name, tensors of it that may be the features, [F, C] or [I, N, C], the likeliest first.
+        lengths: for each of them, the tokens of each image.
+    """
+
+    output: EncoderOutput
+    candidates: dict[str, Tensor]
+    lengths: dict[str, list[int]]
+
+    @property
+    def features(self) -> Tensor:
+        """The likeliest candidate."""
+        return next(iter(self.candidates.values()))
+
+
+_PIXELS = {
+    "image": ("pixel_values", "pixel_values_images", "image_patches"),
+    "video": ("pixel_values_videos",),
+}
+
+MODALITIES = tuple(_PIXELS)
+"""What a vision tower encodes, as ``mm_encoder_outputs`` names it."""
 
 
 def encode_images(
     model: nn.Module, kwargs: dict[str, Any], remember: Callable[[Encoding], None] | None = None
 ) -> dict[str, Any]:
-    """Replace pixels in a forward's arguments by the encoded images, as ``generate()`` does before it calls forward.
+    """Replace pixels in a forward's arguments by encoded images and videos, as ``generate()`` does before its forward.
 
     Args:
         model: the model.
         kwargs: its forward's arguments.
-        remember: told of the run of the vision tower, if there is one; see :func:`watched`.
+        remember: told of each run of the vision tower; see :func:`watched`.
 
     Raises:
-        NotImplementedError: the call has video inputs.
-        ValueError: pixels and encoded images were both given.
+        ValueError: pixels and encoded images were both given, or pixels of videos to a model that takes none.
     """
-    if kwargs.get("pixel_values_videos") is not None or (kwargs.get("mm_encoder_outputs") or {}).get("video"):
-        raise NotImplementedError("video inputs are not rewritten; restore the model to run them")
-    given = [name for name in _PIXELS if kwargs.get(name) is not None]
-    if not given:
+    given = {m: [n for n in names if kwargs.get(n) is not None] for m, names in _PIXELS.items()}
+    before = dict(kwargs.get("mm_encoder_outputs") or {})
+    outputs, taken = dict(before), set[str]()
+    for modality, names in given.items():
+        if not names:
+            continue
+        if before.get(modality) is not None:
+            raise ValueError(f"both {names[0]} and mm_encoder_outputs were given; expected one of them")
+        encoder: Any = getattr(model.base_model, f"get_{modality}_features", None)
+        if encoder is None:
+            raise ValueError(f"{names[0]} was given, and {type(model).__name__} encodes no {modality}s; expected none")
+        arguments = _arguments(encoder, names[0], kwargs)
+        encoder = encoder if remember is None else watched(model, encoder, remember)
+        outputs[modality] = encoder(**arguments, return_dict=True)
+        taken |= arguments.keys() | {names[0]}
+    if not taken:
         return kwargs
-    if (kwargs.get("mm_encoder_outputs") or {}).get("image") is not None:
-        raise ValueError(f"both {given[0]} and mm_encoder_outputs were given; expected one of them")
-    encoder: Any = cast(nn.Module, model.base_model).get_image_features
-    names = [n for n in inspect.signature(encoder).parameters if n != "kwargs"]
-    taken = {n: kwargs[n] for n in names if kwargs.get(n) is not None}
-    encoder = encoder if remember is None else watched(model, encoder, remember)
     position_ids = _position_ids(model, kwargs)
-    rest = {k: v for k, v in kwargs.items() if k not in taken}
-    if position_ids is not None:
-        rest["position_ids"] = position_ids
-    encoded = {"image": encoder(**taken, return_dict=True), "image_grid_thw": taken.get("image_grid_thw")}
-    return rest | {"mm_encoder_outputs": encoded}
+    rest = {k: v for k, v in kwargs.items() if k not in taken} | {"mm_encoder_outputs": outputs}
+    return rest if position_ids is None else rest | {"position_ids": position_ids}
+
+
+def _arguments(encoder: Callable[..., Any], pixels: str, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What an encoder takes of a forward's arguments; None for what it must be given and the forward was not."""
+    parameters = {n: p for n, p in inspect.signature(encoder).parameters.items() if p.kind != p.VAR_KEYWORD}
+    taken = {n: kwargs.get(n) for n, p in parameters.items() if kwargs.get(n) is not None or p.default is p.empty}
+    if pixels not in parameters:  # the forward calls it otherwise
+        taken[next(iter(parameters))] = kwargs[pixels]
+    return taken
 
 
 def _position_ids(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
@@ -77,22 +113,39 @@ def _position_ids(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
     return compute(**given)  # type: ignore[no-any-return]
 
 
+_OF_THE_TOWER = ("hidden_states", "attentions", "router_logits")
+
+
 def encoded_images(output: Any) -> Encoded:
-    """Read the projected features out of what ``get_image_features`` returned.
+    """Read the projected features out of what ``get_image_features`` or ``get_video_features`` returned.
 
     Raises:
-        ValueError: there is no ``pooler_output`` of a known form.
+        ValueError: no tensor of it has a known form.
     """
-    pooled = getattr(output, "pooler_output", None)
-    if isinstance(pooled, Tensor) and pooled.dim() == 3:
-        return Encoded(pooled, False, [pooled.shape[1]] * pooled.shape[0])
-    if isinstance(pooled, Tensor) and pooled.dim() == 2:
-        return Encoded(pooled, False, [pooled.shape[0]])
-    if isinstance(pooled, (list, tuple)) and pooled and all(isinstance(x, Tensor) for x in pooled):
-        flat = [x.reshape(-1, x.shape[-1]) for x in pooled]
-        return Encoded(torch.cat(flat), True, [len(x) for x in flat])
-    kind = type(pooled).__name__ if not isinstance(pooled, Tensor) else f"a tensor of shape {tuple(pooled.shape)}"
-    raise ValueError(f"pooler_output of the vision tower is {kind}; expected [I, N, C] or one [N, C] per image")
+    fields = {name: x for name, x in vars(output).items() if name not in _OF_THE_TOWER}
+    likely = dict.fromkeys(n for n in ("pooler_output", "last_hidden_state", *fields) if n in fields)
+    candidates: dict[str, Tensor] = {}
+    lengths: dict[str, list[int]] = {}
+
+    def handed(name: str, x: Any) -> Any:
+        """A field, or a part of one, as the decoder gets it."""
+        if isinstance(x, Tensor) and x.dim() in (2, 3):
+            candidates[name], lengths[name] = x, [x.shape[1]] * len(x) if x.dim() == 3 else [len(x)]
+        if not isinstance(x, (list, tuple)) or not x:
+            return x
+        if all(isinstance(y, Tensor) and y.dim() > 1 for y in x):
+            sizes = [y.shape[:-1].numel() for y in x]
+            if sizes == next(iter(lengths.values()), sizes):  # of each image, and not of each layer
+                candidates[name], lengths[name] = torch.cat([y.reshape(-1, y.shape[-1]) for y in x]), sizes
+                return [candidates[name]]
+        return [handed(f"{name}[{i}]", y) for i, y in enumerate(x)]
+
+    read = {name: handed(name, fields[name]) for name in likely}
+    if not candidates:
+        pooled = fields.get("pooler_output")
+        kind = type(pooled).__name__ if not isinstance(pooled, Tensor) else f"a tensor of shape {tuple(pooled.shape)}"
+        raise ValueError(f"pooler_output of the vision tower is {kind}; expected [I, N, C] or one [N, C] per image")
+    return Encoded(EncoderOutput(read), candidates, lengths)
 
 
 @dataclass
@@ -122,7 +175,7 @@ def watched(model: nn.Module, encoder: Callable[..., Any], remember: Callable[[E
     this: Any = weakref.proxy(model)
 
     @functools.wraps(encoder)
-    def get_image_features(*args: Any, **kwargs: Any) -> Any:
+    def get_features(*args: Any, **kwargs: Any) -> Any:
         calls: list[tuple[str, Tensor]] = []
         me = threading.get_ident()
 
@@ -140,22 +193,27 @@ def watched(model: nn.Module, encoder: Callable[..., Any], remember: Callable[[E
         remember(_encoding(calls, encoded_images(out)))
         return out
 
-    return get_image_features
+    return get_features
 
 
 def _encoding(calls: list[tuple[str, Tensor]], encoded: Encoded) -> Encoding:
     if not calls:
         return Encoding([], "the vision tower's output does not go through a projector of its own")
     name, x = calls[-1]
-    tokens, total = x.shape[:-1].numel(), sum(encoded.lengths)
+    lengths = next(iter(encoded.lengths.values()))
+    tokens, total = x.shape[:-1].numel(), sum(lengths)
     if x.dim() < 2 or tokens != total:
         return Encoding([], f"{name} takes {tokens} vectors of shape {tuple(x.shape)} for {total} vision tokens")
-    whole, taken = (y.reshape(total, -1).split(encoded.lengths) for y in (encoded.features, x))
+    whole, taken = (y.reshape(total, -1).split(lengths) for y in (encoded.features, x))
     return Encoding(list(zip(whole, taken, strict=True)))
 
 
-def encoder_features(encodings: Sequence[Encoding], encoded: Encoded) -> Tensor | str:
+def encoder_features(encodings: Sequence[Encoding], features: Tensor, lengths: Sequence[int]) -> Tensor | str:
     """The encoder features [F, C'] of these projected features, whatever order or repetition they come in.
+
+    Args:
+        encodings: runs of the vision tower that they may come from.
+        features, lengths: [F, C] or [I, N, C], and the tokens of each image.
 
     Returns:
         the features, or why they are not known.
@@ -167,7 +225,7 @@ def encoder_features(encodings: Sequence[Encoding], encoded: Encoded) -> Tensor 
         return "the images were given encoded, and what went into the projector is not known: give their pixels"
     pairs = [pair for encoding in encodings for pair in encoding.pairs]
     found = []
-    for piece in encoded.features.reshape(sum(encoded.lengths), -1).split(encoded.lengths):
+    for piece in features.reshape(sum(lengths), -1).split(list(lengths)):
         match = next((taken for projected, taken in pairs if _identical(projected, piece)), None)
         if match is None:
             for reason in (encoding.missing for encoding in encodings if encoding.missing):

@@ -70,7 +70,7 @@ class _Inputs:
     def fact(self, name: str) -> Tensor:
         if name == "flat":
             return self.mask.call.vision.flatten().nonzero()[:, 0]
-        found: Tensor | None = getattr(self.mask.call, name)
+        found: Tensor | None = self.mask.call.fact(name, "frame")
         if found is None:
             raise self._unknown(name)
         return found.to(self.x.dtype) if found.is_floating_point() else found

@@ -5,19 +5,37 @@ Nothing here knows of graphs.
 """
 
 from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy, Weights, build
-from vlmrewrite.plan.budget import Budget, Depth, Layers, check_depth, chosen_layers, layer_index, tokens_kept
-from vlmrewrite.plan.call import Call, Extra, TokenCounts, describe
+from vlmrewrite.plan.budget import Budget, Depth, Layers, Per, check_depth, chosen_layers, layer_index, tokens_kept
+from vlmrewrite.plan.call import GROUPED, Call, Extra
+from vlmrewrite.plan.counts import PER, TokenCounts, describe
 from vlmrewrite.plan.listing import dispatched, events
 from vlmrewrite.plan.needs import FEATURES, NEEDS
 from vlmrewrite.plan.pipeline import Outcome, Pass, frozen_pass, run_passes
 from vlmrewrite.plan.plan import Plan
-from vlmrewrite.plan.tokens import All, Image, Last, Nothing, Pair, Selection, Text, TokenSet, Vision, contains
+from vlmrewrite.plan.tokens import (
+    All,
+    Frame,
+    Image,
+    Images,
+    Last,
+    Nothing,
+    Pair,
+    Selection,
+    Text,
+    TokenSet,
+    Video,
+    Videos,
+    Vision,
+    contains,
+)
 from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
 
 __all__ = [
     "ATTRIBUTE",
     "FEATURES",
+    "GROUPED",
     "NEEDS",
+    "PER",
     "All",
     "Branch",
     "Budget",
@@ -26,7 +44,9 @@ __all__ = [
     "Depth",
     "Edit",
     "Extra",
+    "Frame",
     "Image",
+    "Images",
     "Last",
     "LayerCopy",
     "LayerPlan",
@@ -35,12 +55,15 @@ __all__ = [
     "Outcome",
     "Pair",
     "Pass",
+    "Per",
     "Plan",
     "Policy",
     "Selection",
     "Text",
     "TokenCounts",
     "TokenSet",
+    "Video",
+    "Videos",
     "Vision",
     "Weights",
     "build",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Annotated, TypeGuard
+from typing import Annotated, Literal, TypeGuard
 
 from pydantic import PlainValidator
 
@@ -36,6 +36,9 @@ def check_depth(value: object, alternative: str = "") -> int | float:
 
 Budget = Annotated[int | float, PlainValidator(_budget)]
 """How many vision tokens to keep: an `int` >= 1 is tokens per image, a `float` in (0, 1] a fraction of each image's."""
+
+Per = Literal["frame", "image", "row"]
+"""What a budget is of: each frame (an image is one), each image or whole video, or all of a row together."""
 
 Depth = Annotated[int | float, PlainValidator(check_depth)]
 """Before which decoder layer: an `int` >= 0 is the layer, a `float` in [0, 1) a fraction of the decoder's depth."""

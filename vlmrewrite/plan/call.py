@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -11,82 +10,37 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vlmrewrite.plan.budget import tokens_kept
-from vlmrewrite.plan.tokens import All, Image, Last, Pair, Selection, Text, TokenSet, Vision, contains, has_text
+from vlmrewrite.plan.counts import TokenCounts
+from vlmrewrite.plan.tokens import (
+    All,
+    Frame,
+    Image,
+    Images,
+    Last,
+    Pair,
+    Selection,
+    Text,
+    TokenSet,
+    Video,
+    Videos,
+    Vision,
+)
+
+GROUPED = ("lengths", "ordinal", "grid", "frames")
+"""Facts that are of groups of tokens; see :data:`vlmrewrite.plan.counts.PER`."""
 
 
-def _on_host(numbers: Sequence[int]) -> Tensor:
+def _frames(tokens: Tensor, known: int) -> tuple[int, ...]:
+    """Tokens of each frame of a video, whose tokens stand there in the sequence."""
+    pieces = tokens.tensor_split((tokens[1:] != tokens[:-1] + 1).nonzero()[:, 0] + 1)
+    if len(pieces) > 1 or known < 2:
+        return tuple(map(len, pieces))
+    size, more = divmod(len(tokens), known)
+    return (*[size] * (known - 1), size + more)  # what marks the end of it belongs to the last one
+
+
+def _on_host(numbers: Sequence[Any]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.int64, device="cpu")
-
-
-def describe(counts: TokenCounts) -> str:
-    """A call in one line."""
-    rows, images = len(counts.text), len(counts.images)
-    return (
-        f"{rows} row{'s' * (rows != 1)} of {counts.length} tokens, {images} image{'s' * (images != 1)},"
-        f" {sum(counts.images)} vision tokens" + (", padded" if counts.padded else "")
-    )
-
-
-@dataclass(frozen=True)
-class TokenCounts:
-    """What the host knows of one call before it runs: int only, no tensors.
-
-    Args:
-        length: T, tokens of the logical sequence that this call adds.
-        text: text tokens of each row.
-        images: vision tokens of each image, rows in order.
-        rows: the row of each image.
-        ordinals: number of each image within its row.
-        padded: whether any row has padding.
-        overlap: whether a row's last prompt token is a vision token, and so counts as text too.
-    """
-
-    length: int
-    text: tuple[int, ...]
-    images: tuple[int, ...]
-    rows: tuple[int, ...]
-    ordinals: tuple[int, ...]
-    padded: bool
-    overlap: bool = False
-
-    def per_image(self, s: TokenSet) -> tuple[tuple[int, ...], bool]:
-        """Members among each image's tokens, and whether that is exact or an upper bound."""
-        s = s.vision_part()
-        if isinstance(s, Selection):
-            left, exact = self.per_image(s.source)
-            return tuple(min(m, tokens_kept(s.keep, n)) for m, n in zip(left, self.images, strict=True)), exact
-        if not isinstance(s, Pair):
-            each = zip(self.images, self.ordinals, strict=True)
-            return tuple(n if s in (Vision, Image(ordinal)) else 0 for n, ordinal in each), True
-        (a, exact_a), (b, exact_b) = self.per_image(s.left), self.per_image(s.right)
-        if s.symbol == "|":
-            both = tuple(min(x + y, n) for x, y, n in zip(a, b, self.images, strict=True))
-            return both, exact_a and exact_b and not (any(a) and any(b))
-        if s.symbol == "&":
-            return tuple(map(min, a, b)), not (any(a) and any(b))
-        if exact_a and exact_b and contains(s.left, s.right):
-            return tuple(map(operator.sub, a, b)), True
-        return a, exact_a and not any(b)
-
-    def per_row(self, s: TokenSet) -> tuple[tuple[int, ...], bool]:
-        """Members in each row, and whether that is exact or an upper bound."""
-        if s in (Last, All):
-            return (1 if s == Last else self.length,) * len(self.text), True
-        (images, exact), with_text = self.per_image(s), has_text(s)
-        rows = list(self.text) if with_text else [0] * len(self.text)
-        for row, n in zip(self.rows, images, strict=True):
-            rows[row] += n
-        return tuple(min(n, self.length) for n in rows), exact and not (self.overlap and with_text and any(images))
-
-    def size(self, s: TokenSet) -> int:
-        """n: length of the set's index, the same for all rows."""
-        return max(self.per_row(s)[0])
-
-    def dense(self, s: TokenSet) -> bool:
-        """Whether the index holds nothing but members in every row."""
-        rows, exact = self.per_row(s)
-        return exact and len(set(rows)) == 1 and not (s == All and self.padded)
 
 
 @dataclass
@@ -100,7 +54,11 @@ class Call:
         past: logical length of the cache before the call.
         prompt_end: column of each row's last prompt token, int64 [B], or None: the last real token.
         encoder_features: what the projector took, [F, C'], or None.
-        grid: rows and columns of each image's tokens, int64 [I, 2] on the CPU, or None; see :mod:`vlmrewrite.hf.grid`.
+        grids: rows and columns of each frame's tokens, or None; see :mod:`vlmrewrite.hf.grid`.
+        ends: rows whose last prompt token is in this call, bool [B], or None: all.
+        videos: the vision tokens that are videos', bool [B, T], or None without a video.
+        video_lengths: tokens of each video.
+        video_frames: frames of each video, where that is known; a video that text cuts has a frame in each piece.
     """
 
     vision: Tensor
@@ -109,13 +67,27 @@ class Call:
     past: int = 0
     prompt_end: Tensor | None = None
     encoder_features: Tensor | None = None
-    grid: Tensor | None = None
+    grids: list[tuple[int, int]] | None = None
     ends: Tensor | None = None
+    videos: Tensor | None = None
+    video_lengths: Sequence[int] = ()
+    video_frames: Sequence[int] | None = None
 
     def __post_init__(self) -> None:
-        found, given = len(self.flat), sum(self.feature_lengths)
-        if found != given:
-            raise ValueError(f"image features and image tokens do not match: {found} image tokens, {given} features")
+        video = 0 if self.videos is None else int(self.of_videos.sum())
+        each = ("image", len(self.flat) - video, self.feature_lengths), ("video", video, self.video_lengths)
+        for what, found, lengths in each:
+            if found != sum(lengths):
+                raise ValueError(
+                    f"{what} features and {what} tokens do not match: {found} {what} tokens, {sum(lengths)} features"
+                )
+
+    @cached_property
+    def of_videos(self) -> Tensor:
+        """Which of the vision tokens are videos', bool [F]."""
+        if self.videos is None:
+            return torch.zeros_like(self.flat, dtype=torch.bool)
+        return self.videos.flatten()[self.flat]
 
     @property
     def length(self) -> int:
@@ -136,22 +108,63 @@ class Call:
 
     @cached_property
     def counts(self) -> TokenCounts:
-        """The counts; an image is an entry of the tower's output, cut where other tokens stand in between."""
+        """The counts.
+
+        An image is an entry of the tower's output, cut where other tokens stand in between. A video is a whole entry;
+        where other tokens stand in between, there are frames between them, else it has as many as it is known to have.
+        """
         flat = self.flat.cpu()
-        entry = _on_host(range(len(self.feature_lengths))).repeat_interleave(_on_host(self.feature_lengths))
-        cut = (flat[1:] != flat[:-1] + 1) | (entry[1:] != entry[:-1]) | (flat[1:] % self.length == 0)
-        images = [image for image in flat.tensor_split(cut.nonzero()[:, 0] + 1) if len(image)]
+        of_videos = torch.zeros_like(flat, dtype=torch.bool) if self.videos is None else self.of_videos.cpu()
+        lengths = torch.empty_like(flat)
+        for which, given, first in ((~of_videos, self.feature_lengths, 0), (of_videos, self.video_lengths, len(flat))):
+            entries = _on_host(range(first, first + len(given)))
+            lengths[which] = entries.repeat_interleave(_on_host(given))
+        ends_entry = (lengths[1:] != lengths[:-1]) | (flat[1:] // self.length != flat[:-1] // self.length)
+        gap = flat[1:] != flat[:-1] + 1
+        cut = (ends_entry | (gap & ~of_videos[1:])).nonzero()[:, 0] + 1
+        images = [image for image in flat.tensor_split(cut) if len(image)]
         rows = [int(image[0]) // self.length for image in images]
+        videos = [bool(x[0]) for x in of_videos.tensor_split(cut) if len(x)]
+        known = iter(self.video_frames or ())
+        frames = tuple(
+            _frames(image, next(known, 1)) if video else (len(image),)
+            for image, video in zip(images, videos, strict=True)
+        )
         *text, overlap = torch.cat([self.text.sum(1), (self.vision & self.text).any()[None]]).tolist()  # at once
+        kinds = list(zip(rows, videos, strict=True))
         return TokenCounts(
             length=self.length,
             text=tuple(text),
             images=tuple(map(len, images)),
             rows=tuple(rows),
-            ordinals=tuple(rows[:i].count(row) for i, row in enumerate(rows)),
+            ordinals=tuple(kinds[:i].count(kind) for i, kind in enumerate(kinds)),
             padded=self.padding is not None,
             overlap=bool(overlap),
+            videos=tuple(videos) if any(videos) else (),
+            frames=frames if any(videos) else (),
         )
+
+    def fact(self, name: str, per: str = "image") -> Any:
+        """A fact of the call by its name; of each frame, image or row, if it is one of groups."""
+        if name == "lengths":
+            return _on_host(self.counts.sizes(per))
+        if name in ("ordinal", "frames"):
+            return _on_host(self.counts.numbers(per) if name == "ordinal" else self.counts.frames_of(per))
+        return self._grid(per) if name == "grid" and self.grids is not None else getattr(self, name)
+
+    def _grid(self, per: str) -> Tensor:
+        """Rows and columns of each group's tokens, int64 [I, 2]; a video's frames stand below one another."""
+        assert self.grids is not None
+        each, found = iter(self.grids), []
+        for n in self.counts.frames_of(per):
+            sizes = [next(each) for _ in range(n)]
+            found.append((sum(h for h, _ in sizes), sizes[0][1]))
+        return _on_host(found).reshape(-1, 2)
+
+    @property
+    def grid(self) -> Tensor | None:
+        """Rows and columns of each frame's tokens, int64 [frames, 2] on the CPU, or None."""
+        return None if self.grids is None else self._grid("frame")
 
     @cached_property
     def lengths(self) -> Tensor:
@@ -160,13 +173,21 @@ class Call:
 
     @cached_property
     def ordinal(self) -> Tensor:
-        """Number of each image within its row, int64 [I], on the CPU."""
+        """Number of each image, or video, within its row, int64 [I], on the CPU."""
         return _on_host(self.counts.ordinals)
 
     @cached_property
     def image_of_token(self) -> Tensor:
-        """Number within its row of each vision token's image, int64 [F]."""
-        return self.ordinal.repeat_interleave(self.lengths).to(self.vision.device)
+        """Number within its row of each vision token's image; below 0, -1 - number, of its video; int64 [F]."""
+        of_token = self.ordinal.repeat_interleave(self.lengths).to(self.vision.device)
+        return torch.where(self.of_videos, -1 - of_token, of_token)
+
+    @cached_property
+    def frame(self) -> Tensor:
+        """Number of each vision token's frame within its video, 0 in an image; int64 [F]."""
+        counts = self.counts
+        numbers = _on_host([i for image in counts.each for i in range(len(image))])
+        return numbers.repeat_interleave(_on_host(counts.sizes("frame"))).to(self.vision.device)
 
     @cached_property
     def vision_tokens(self) -> Tensor:
@@ -206,31 +227,40 @@ class Call:
         if isinstance(s, Pair):
             left, right = self.members(s.left, chosen), self.members(s.right, chosen)
             return left | right if s.symbol == "|" else left & (~right if s.symbol == "-" else right)
-        if isinstance(s, (Selection, Image)):
-            which = chosen[s] if isinstance(s, Selection) else self.image_of_token == s.index
+        if isinstance(s, (Selection, Image, Video, Frame)) or s in (Images, Videos):
+            which = chosen[s] if isinstance(s, Selection) else self._which(s)
             return torch.zeros_like(self.vision).masked_scatter(self.vision, which)
         if s == Last:
             return torch.zeros_like(self.vision).scatter(1, self.last, self.last_valid)
         known: dict[TokenSet, Tensor] = {All: self.everywhere_valid, Text: self.text, Vision: self.vision}
         return known.get(s, torch.zeros_like(self.vision))
 
+    def _which(self, s: TokenSet) -> Tensor:
+        """The tokens of some images, bool [F]."""
+        if isinstance(s, Image):
+            return self.image_of_token == s.index
+        if isinstance(s, Video):
+            return self.image_of_token == -1 - s.index
+        return (self.frame == s.index) & self.of_videos if isinstance(s, Frame) else self.of_videos == (s == Videos)
+
     def fill(self, extra: Extra) -> Any:
         """The value of one additional graph input."""
         if extra.subject is None:
-            return getattr(self, extra.kind)
+            return self.fact(extra.kind, extra.per)
         if extra.kind == "size":
             return max(1, self.counts.size(extra.subject))
         if extra.kind == "dense":
             return self.counts.dense(extra.subject)
-        return _on_host(self.counts.per_image(extra.subject)[0])
+        return _on_host(self.counts.per_group(extra.subject, extra.per)[0])
 
 
 class Extra(NamedTuple):
     """An input of the rewritten graph beyond the captured ones, filled in for each call by the host.
 
     ``kind`` is ``"size"`` or ``"dense"`` (of ``subject``, a token set), ``"keep"`` (of a selection), or the name of a
-    field of :class:`vlmrewrite.plan.call.Call`.
+    fact of the :class:`vlmrewrite.plan.call.Call`; ``per`` is what the fact, or the selection, goes by.
     """
 
     kind: str
     subject: TokenSet | None = None
+    per: str = "image"

@@ -1,5 +1,8 @@
 """What a policy or an edit may ask for, each declared once.
 
+An image, in what is said of each one, is what a selection's budget is of: an image or a whole video, whose frames stand
+below one another; with ``per="frame"`` one frame; with ``per="row"`` all of a row. For an edit it is one frame.
+
 The rewrite makes it in the graph, the oracle in the eager model, by an :class:`Inputs` of its own: they share no code.
 """
 
@@ -62,6 +65,8 @@ NEEDS = {
     ),
     "ordinal": Need("number of each image within its row, int64 [I], on the CPU", lambda x: x.fact("ordinal")),
     "grid": Need("rows, columns of each image's tokens, int64 [I, 2], CPU", lambda x: x.fact("grid"), optional=True),
+    "frames": Need("frames of each image, int64 [I], on the CPU", lambda x: x.fact("frames")),
+    "frame": Need("number of each vision token's frame within its video, int64 [F]", lambda x: x.fact("frame")),
     "stream": Need("hidden states at that layer's entry, [B, T, H]", lambda x: x.stream()),
     "text": Need("the text tokens, bool [B, T]", lambda x: x.fact("text")),
     "prompt": Need("the text tokens up to the last prompt token, bool [B, T]", lambda x: x.prompt()),

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
 from vlmrewrite.plan.blocks import Block, LayerCopy
-from vlmrewrite.plan.budget import Budget, Depth, layer_index
+from vlmrewrite.plan.budget import Budget, Depth, Per, layer_index
 from vlmrewrite.plan.listing import labels, listing
 from vlmrewrite.plan.needs import NEEDS
 from vlmrewrite.plan.tokens import Nothing, Selection, TokenSet, as_of, has_text, narrowed, selections, substitute
@@ -78,8 +78,10 @@ class Plan:
             return None
         return f"an earlier pass leaves no vision tokens from layer {layer_index(at, self.depth)} on"
 
-    def narrow(self, policy: Policy, keep: Budget, at: Depth = 0) -> TokenSet:
+    def narrow(self, policy: Policy, keep: Budget, at: Depth = 0, per: Per = "image") -> TokenSet:
         """From layer ``at`` on, go on with ``keep`` vision tokens of each image, chosen by ``policy`` of what is left.
+
+        Of each frame, or of a row, if that is what ``per`` says; see :meth:`TokenSet.select`.
 
         Layers keep their kind: one that runs on text alone still does, one that attends to more than it runs on too.
         Selections that an earlier pass made at deeper layers then choose from these.
@@ -96,7 +98,7 @@ class Plan:
             raise ValueError(f"nothing to select from: {self.exhausted(layer)}")
         if isinstance(keep, float) and keep == 1.0:
             return left
-        chosen = left.select(policy, keep, at=layer)
+        chosen = left.select(policy, keep, at=layer, per=per)
         change = partial(narrowed, left=left, chosen=chosen)
         for entry in self.layers[layer:]:
             entry.change(change)

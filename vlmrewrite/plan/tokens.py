@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from vlmrewrite.plan.budget import Budget
+from vlmrewrite.plan.budget import Budget, Per
 
 if TYPE_CHECKING:
     from vlmrewrite.plan.vocabulary import Policy
@@ -63,15 +63,22 @@ class TokenSet:
     def __str__(self) -> str:
         return self.expression({})
 
-    def select(self, policy: Policy, keep: Budget, *, at: int = 0) -> Selection:
+    def select(self, policy: Policy, keep: Budget, *, at: int = 0, per: Per = "image") -> Selection:
         """Choose ``keep`` tokens per image (int), or a fraction of each image's tokens (float), at layer ``at``.
+
+        Args:
+            policy: how they are chosen.
+            keep: how many.
+            at: before which layer.
+            per: what the budget is of: a ``"frame"`` (an image is one), an ``"image"`` (or a whole video), or all
+                images and videos of a ``"row"`` together.
 
         Raises:
             ValueError: the set contains text, which is never dropped.
         """
         if has_text(self):
             raise ValueError(f"only vision tokens can be selected from, got {self}; take {self} & Vision")
-        return Selection(self, policy, keep, at, isinstance(keep, float))
+        return Selection(self, policy, keep, at, isinstance(keep, float), per)
 
 
 @dataclass(frozen=True)
@@ -90,6 +97,12 @@ Text = _Word("Text")
 
 Vision = _Word("Vision")
 """Every vision token."""
+
+Images = _Word("Images")
+"""Every vision token of an image."""
+
+Videos = _Word("Videos")
+"""Every vision token of a video."""
 
 Last = _Word("Last")
 """The last prompt token of each row."""
@@ -112,10 +125,32 @@ class Image(TokenSet):
 
 
 @dataclass(frozen=True)
+class Video(TokenSet):
+    """The vision tokens of the ``index``-th video of each row, from 0."""
+
+    index: int
+
+    def expression(self, names: Mapping[Selection, str]) -> str:
+        """Its number."""
+        return f"Video({self.index})"
+
+
+@dataclass(frozen=True)
+class Frame(TokenSet):
+    """The vision tokens of the ``index``-th frame of each video, from 0."""
+
+    index: int
+
+    def expression(self, names: Mapping[Selection, str]) -> str:
+        """Its number."""
+        return f"Frame({self.index})"
+
+
+@dataclass(frozen=True)
 class Selection(TokenSet):
     """``keep`` tokens of each image, chosen from ``source`` by ``policy`` at layer ``at``.
 
-    ``fraction``: whether ``keep`` is one, for 1 and 1.0 are equal to Python.
+    ``fraction``: whether ``keep`` is one, for 1 and 1.0 are equal to Python. ``per``: what the budget is of.
     """
 
     source: TokenSet
@@ -123,13 +158,15 @@ class Selection(TokenSet):
     keep: Budget
     at: int
     fraction: bool = False
+    per: Per = "image"
 
     def expression(self, names: Mapping[Selection, str]) -> str:
         """Its name, or how it is chosen."""
         if self in names:
             return names[self]
         options = "".join(f", {x}" for x in self.policy.options)
-        return f"{_inner(self.source, names)}.{self.policy.name}({self.keep}, at={self.at}{options})"
+        per = "" if self.per == "image" else f", per={self.per}"
+        return f"{_inner(self.source, names)}.{self.policy.name}({self.keep}, at={self.at}{per}{options})"
 
 
 @dataclass(frozen=True)
@@ -185,6 +222,8 @@ def _either(a: TokenSet, b: TokenSet) -> TokenSet:
         return a
     if _within(a, b):
         return b
+    if all(any(_within(x, s) for s in (a, b)) for x in (Images, Videos)):
+        return Vision
     return Union(*sorted((a, b), key=str))
 
 
@@ -201,6 +240,8 @@ def _without(a: TokenSet, b: TokenSet) -> TokenSet:
         return Nothing
     if isinstance(b, Difference) and b.left == a:
         return _both(a, b.right)
+    if a == Vision and b in (Images, Videos):
+        return Videos if b == Images else Images
     return a if _disjoint(a, b) else Difference(a, b)
 
 
@@ -208,6 +249,8 @@ def _around(s: TokenSet) -> tuple[TokenSet, ...]:
     """Sets that hold all of a vision set, by its expression."""
     if isinstance(s, Selection):
         return (s.source,)
+    if isinstance(s, (Image, Video, Frame)):
+        return (Images if isinstance(s, Image) else Videos,)
     if isinstance(s, Intersection):
         return (s.left, s.right)
     return (s.left,) if isinstance(s, Difference) else ()
@@ -232,8 +275,10 @@ def _disjoint(a: TokenSet, b: TokenSet) -> bool:
     """Whether two vision sets have no token in common, as far as the expressions alone tell."""
     if Nothing in (a, b):
         return True
-    if isinstance(a, Image) and isinstance(b, Image):
-        return a.index != b.index
+    if isinstance(a, (Image, Video, Frame)) and type(a) is type(b):
+        return a != b
+    if {a, b} == {Images, Videos}:
+        return True
     for x, y in ((a, b), (b, a)):
         if any(_disjoint(s, y) for s in _around(x)) or (isinstance(x, Difference) and _within(y, x.right)):
             return True

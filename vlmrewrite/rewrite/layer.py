@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, Layer, axis, hidden_write, not_token_wise, reachable, same, value, where
-from vlmrewrite.plan import NEEDS, All, Last, TokenSet
+from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet
 from vlmrewrite.rewrite.sets import Emitter, Sets, Stream
 
 _VIEWS = {"unsqueeze", "to", "contiguous", "float", "type_as"}
@@ -147,21 +147,26 @@ class LayerNodes:
 class GraphInputs:
     """What a policy or an edit asks for, made in the graph at the entry of the layer at hand.
 
-    See :class:`vlmrewrite.plan.needs.Inputs`. ``tokens`` are a policy's source or an edit's tokens.
+    See :class:`vlmrewrite.plan.needs.Inputs`. ``tokens`` are a policy's source or an edit's tokens; ``per`` is what
+    facts about images are given for.
     """
 
     tokens: TokenSet
     nodes: LayerNodes
+    per: str
 
     def fact(self, name: str) -> Node:
         """An input of the graph."""
-        return self.nodes.emit.extra(name)
+        return self.nodes.emit.extra(name, per=self.per if name in GROUPED else "image")
 
     def features(self) -> Node:
-        """As the merge takes them, [F, C]."""
-        captured = self.nodes.anatomy.merged_features
-        node, dims = self.nodes.env[captured], cast(Tensor, value(captured)).dim()
-        return node if dims == 2 else self.nodes.emit.call(torch.flatten, node, 0, dims - 2)
+        """As the merge takes them, [F, C]; of images and videos, as they stand in the stream behind both merges."""
+        emit, merges = self.nodes.emit, self.nodes.anatomy.merges
+        if len(merges) > 1:
+            stream = emit.call(torch.flatten, self.nodes.env[merges[-1].node], 0, 1)
+            return emit.call(torch.index_select, stream, 0, emit.extra("flat"))
+        node, dims = self.nodes.env[merges[0].merged], cast(Tensor, value(merges[0].merged)).dim()
+        return node if dims == 2 else emit.call(torch.flatten, node, 0, dims - 2)
 
     def stream(self) -> Node:
         """The whole stream, up to date."""

@@ -103,7 +103,7 @@ class _Rewrite:
         self.output = graph.output(graph.graph_copy(gm.graph, env))
         self.gm, self.anatomy = torch.fx.GraphModule(gm, graph), anatomy
         self.emit = Emitter(graph, env[anatomy.layers[-1].exit].next)
-        self.sets = Sets(self.emit, env[anatomy.vision])
+        self.sets = Sets(self.emit, *(env[merge.mask] for merge in anatomy.merges))
         self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets)
         self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream)
         self._parameters = {env[n]: parameters[n.name] for n in env if n.op == "placeholder" and n.name in parameters}
@@ -125,21 +125,21 @@ class _Rewrite:
 
     def choose(self, s: Selection) -> None:
         """Let a selection's policy choose."""
-        given = self.sets.which(s.source), self.emit.extra("lengths"), self.emit.extra("keep", s)
-        inputs = self._inputs(s.policy.needs, s.source)
+        given = self.sets.which(s.source), self.emit.extra("lengths", per=s.per), self.emit.extra("keep", s, s.per)
+        inputs = self._inputs(s.policy.needs, s.source, s.per)
         chosen = self.emit.call(s.policy.op, *inputs, *given, *self._weights(s.policy), *s.policy.options)
         self.sets.chosen[s] = self.emit.call(vlm.checked.default, chosen, *given, s.policy.name)
 
     def edit(self, edit: Edit) -> None:
         """Replace the hidden states of an edit's tokens."""
-        inputs, s = self._inputs(edit.needs, edit.tokens), self.sets[edit.tokens]
+        inputs, s = self._inputs(edit.needs, edit.tokens, "frame"), self.sets[edit.tokens]
         x = self.stream.view(edit.tokens)
         new = self.emit.call(edit.op, x, s.index, s.valid, *inputs, *self._weights(edit), *edit.options)
         new.meta["edit"] = edit.name
         self.stream.write(edit.tokens, new)
 
-    def _inputs(self, needs: tuple[str, ...], tokens: TokenSet) -> list[Node]:
-        return [NEEDS[need].make(GraphInputs(tokens, self.nodes)) for need in needs]
+    def _inputs(self, needs: tuple[str, ...], tokens: TokenSet, per: str) -> list[Node]:
+        return [NEEDS[need].make(GraphInputs(tokens, self.nodes, per)) for need in needs]
 
     def _weights(self, of: Any) -> list[Node]:
         return [self.emit.weight(name) for name in of.weights]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -71,12 +72,17 @@ class Program:
     blocks: nn.ModuleDict = field(default_factory=nn.ModuleDict)
     model: nn.Module | None = None
 
-    @cached_property
-    def vision_mask(self) -> torch.fx.GraphModule:
-        """The part of the graph that computes the vision-token mask, bool [B, T], from the same inputs."""
+    def vision_mask(self, *inputs: Any) -> Tensor:
+        """The mask of all vision tokens, bool [B, T], for the captured graph's flat inputs."""
+        masks = self.vision_masks(*inputs)
+        return functools.reduce(operator.or_, masks)  # type: ignore[no-any-return]
+
+    @functools.cached_property
+    def vision_masks(self) -> torch.fx.GraphModule:
+        """The part of the graph that computes the masks of vision tokens, bool [B, T], one for each merge."""
         graph, env = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
         graph.graph_copy(self.captured.graph, env)
-        graph.output(env[self.anatomy.vision])
+        graph.output(tuple(env[merge.mask] for merge in self.anatomy.merges))
         graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
         return torch.fx.GraphModule(self.captured, graph)
 

@@ -13,7 +13,22 @@ import torch
 import torch.fx
 from torch.fx import Node
 
-from vlmrewrite.plan import All, Extra, Image, Last, Nothing, Pair, Text, TokenSet, Vision, contains
+from vlmrewrite.plan import (
+    All,
+    Extra,
+    Frame,
+    Image,
+    Images,
+    Last,
+    Nothing,
+    Pair,
+    Text,
+    TokenSet,
+    Video,
+    Videos,
+    Vision,
+    contains,
+)
 
 BLOCKS = "vlm_blocks"
 """Where a rewritten graph finds the plan's blocks."""
@@ -50,9 +65,9 @@ class Emitter:
         with self.graph.inserting_before(self.anchor):
             return self.graph.create_node("get_attr", f"{BLOCKS}.{name}")
 
-    def extra(self, kind: str, subject: TokenSet | None = None) -> Node:
+    def extra(self, kind: str, subject: TokenSet | None = None, per: str = "image") -> Node:
         """An input that the host fills in; see :class:`Extra`."""
-        key = Extra(kind, subject)
+        key = Extra(kind, subject, per)
         if key not in self.extras:
             with self.graph.inserting_after(self._last_input):
                 self._last_input = self.graph.placeholder(f"vlm_{kind}_{len(self.extras)}")
@@ -74,14 +89,14 @@ class Sets:
 
     Args:
         emit: adds what they need.
-        vision: the node that computes the vision-token mask, bool [B, T].
+        vision: the nodes that compute the masks of vision tokens, of images and of videos, bool [B, T].
 
     Attributes:
         chosen: vision sets as bool [F]; legalize adds what selections choose.
     """
 
-    def __init__(self, emit: Emitter, vision: Node) -> None:
-        self._emit, self._vision = emit, vision
+    def __init__(self, emit: Emitter, *vision: Node) -> None:
+        self._emit, self._masks = emit, vision
         self._nodes: dict[TokenSet, SetNodes] = {}
         self.chosen: dict[TokenSet, Node] = {}
 
@@ -97,12 +112,18 @@ class Sets:
                 if s.text_part() == Last:
                     raise ValueError(f"the text part of {s} is neither all text nor none")
                 text, vision = emit.extra("text") if s.text_part() == Text else None, s.vision_part()
-                parts = (None, None) if vision == Nothing else (self._vision, self.which(vision))
+                parts = (None, None) if vision == Nothing else (self._vision(), self.which(vision))
                 member = emit.call(vlm.member.default, text, *parts)
                 both = emit.call(vlm.token_index.default, member, emit.extra("padding"), emit.extra("size", s))
                 index, valid = (emit.call(operator.getitem, both, i) for i in range(2))
             self._nodes[s] = SetNodes(index, valid, emit.call(vlm.positions.default, index, valid, past))
         return self._nodes[s]
+
+    def _vision(self) -> Node:
+        """The mask of all vision tokens."""
+        while len(self._masks) > 1:
+            self._masks = (self._emit.call(operator.or_, *self._masks[:2]), *self._masks[2:])
+        return self._masks[0]
 
     def which(self, s: TokenSet) -> Node:
         """A vision set as bool [F]."""
@@ -110,8 +131,15 @@ class Sets:
             emit = self._emit
             if s == Vision:
                 node = emit.extra("vision_tokens")
-            elif isinstance(s, Image):
-                node = emit.call(operator.eq, emit.extra("image_of_token"), s.index)
+            elif isinstance(s, (Image, Video)):
+                number = s.index if isinstance(s, Image) else -1 - s.index
+                node = emit.call(operator.eq, emit.extra("image_of_token"), number)
+            elif s in (Images, Videos):
+                node = emit.extra("of_videos")
+                node = node if s == Videos else emit.call(operator.invert, node)
+            elif isinstance(s, Frame):
+                node = emit.call(operator.eq, emit.extra("frame"), s.index)
+                node = emit.call(operator.and_, node, self.which(Videos))
             elif isinstance(s, Pair):
                 left, right = self.which(s.left), self.which(s.right)
                 right = emit.call(operator.invert, right) if s.symbol == "-" else right

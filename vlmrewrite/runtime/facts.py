@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+import functools
+import operator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -12,6 +14,8 @@ import torch
 from torch import Tensor
 
 from vlmrewrite import hf
+from vlmrewrite.capture import Graph
+from vlmrewrite.compiler import program_of
 from vlmrewrite.hf import Encoded, Encoding
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.lower import Executable
@@ -29,13 +33,13 @@ class Prompt:
     Attributes:
         end: column of each row's last prompt token, int64 [B], or None. (Without a cache the sequence grows past it.)
             Columns are counted from the start of the sequence, what a cache holds of it included.
-        thw: the images' grids, int [I, 3], or None.
+        sizes: what its arguments say about sizes of images and videos.
         columns: where the prompt ends in the sequence, as long as its end is not that of a mask; then 0.
         encodings: the runs of the vision tower that it made.
     """
 
     end: Tensor | None = None
-    thw: Tensor | None = None
+    sizes: hf.Sizes = field(default_factory=hf.Sizes)
     columns: int = 0
     encodings: list[Encoding] = field(default_factory=list)
 
@@ -43,7 +47,7 @@ class Prompt:
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
         """That of a call of ``generate``."""
         last, columns = hf.prompt_end(args, kwargs)
-        prompt = cls(last, kwargs.get("image_grid_thw"), columns)
+        prompt = cls(last, hf.Sizes.of(kwargs), columns)
         prompt.see(kwargs.get("attention_mask"))
         return prompt
 
@@ -86,20 +90,20 @@ class Given(NamedTuple):
     """What a call with an image was given, as far as the captured graph's inputs do not say.
 
     Attributes:
-        images: the encoded images.
+        images: the encoded images and videos, by modality.
         padding: 1 for real tokens, [B, past + T]; None without padding, or with a mask of another form.
         past: logical length of the cache before the call.
         held: keys that each layer held before the call.
-        thw: the model's image-grid input, int [I, 3], or None.
+        sizes: what is known about sizes of images and videos.
         end: column of each row's last prompt token, as in :class:`Prompt`, or None: the last real token.
         encodings: runs of the vision tower that the images may come from.
     """
 
-    images: Encoded
+    images: dict[str, Encoded]
     padding: Tensor | None
     past: int
     held: tuple[int, ...]
-    thw: Tensor | None
+    sizes: hf.Sizes
     end: Tensor | None
     encodings: list[Encoding]
 
@@ -110,24 +114,25 @@ class Given(NamedTuple):
         Args:
             kwargs: a forward's arguments, images encoded; see :func:`vlmrewrite.hf.tidy`.
         """
-        encoded = kwargs.get("mm_encoder_outputs") or {}
+        outputs = kwargs.get("mm_encoder_outputs") or {}
+        images = {m: hf.encoded_images(outputs[m]) for m in hf.MODALITIES if outputs.get(m) is not None}
         rest = {name: x for name, x in kwargs.items() if name != "mm_encoder_outputs"}
-        if encoded.get("image") is None:
+        if not images:
             return None, rest
         rest = hf.without_full_mask(rest)
-        thw = encoded.get("image_grid_thw", rest.get("image_grid_thw", prompt.thw))
         held, mask = tuple(cache.kv_lengths()), rest.get("attention_mask")
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        images = hf.encoded_images(encoded["image"])
-        return cls(images, padding, cache.get_seq_length(), held, thw, prompt.end, prompt.encodings), rest
+        return cls(images, padding, cache.get_seq_length(), held, prompt.sizes, prompt.end, prompt.encodings), rest
 
     def call(
-        self, vision: Tensor, wants: Collection[str], reads_last: bool, config: Any
-    ) -> tuple[Call, dict[str, str]]:
+        self, graph: Graph, inputs: Sequence[Any], wants: Collection[str], reads_last: bool, config: Any
+    ) -> tuple[Call | None, dict[str, str]]:
         """The call as its plan needs it, and which of the facts asked for are missing, with the reason.
 
+        On the meta device, where it is not known which tokens are vision, there is no call.
+
         Args:
-            vision: the vision-token mask, bool [B, T].
+            graph, inputs: what was captured, and its flat inputs.
             wants: what the recipe's policies and edits ask for.
             reads_last: whether something is read at the last prompt token.
             config: the model's.
@@ -136,11 +141,25 @@ class Given(NamedTuple):
             ValueError: the encoder's features are wanted, and the images were encoded elsewhere; or the prompts whose
                 end is known are not the call's.
         """
-        found: dict[str, Tensor | str] = {}
+        program = program_of(graph)
+        masks = {m.modality: x for m, x in zip(program.anatomy.merges, program.vision_masks(*inputs), strict=True)}
+        vision = functools.reduce(operator.or_, masks.values())
+        assert graph.features is not None
+        features = {m: self.images[m].candidates[name] for m, (_, name) in graph.features.items()}
+        lengths = {m: self.images[m].lengths[name] for m, (_, name) in graph.features.items()}
+        found: dict[str, Any] = {}
+        taken: dict[str, Tensor] = {}
+        for modality in features if "encoder_features" in wants else ():
+            one = hf.encoder_features(self.encodings, features[modality], lengths[modality])
+            if isinstance(one, str):
+                found["encoder_features"] = one
+            else:
+                taken[modality] = one
+        if vision.is_meta:
+            found["grid"] = hf.grids(config, lengths.get("image", ()), None)
+            return None, {name: fact for name, fact in found.items() if isinstance(fact, str)}
         end = ends = None
         padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
-        if "encoder_features" in wants:
-            found["encoder_features"] = hf.encoder_features(self.encodings, self.images)
         if self.end is not None:
             if len(vision) % len(self.end):
                 raise ValueError(f"ends of {len(self.end)} prompts were given for a call of {len(vision)} rows")
@@ -149,13 +168,34 @@ class Given(NamedTuple):
             here = (end >= 0) & (end < vision.shape[1])
             ends = None if reads_last else here
             end = end if bool(here.all()) else None
-        call = Call(vision, padding, self.images.lengths, self.past, end, ends=ends)
+        frames, videos = self.sizes.video_frames(), lengths.get("video", ())
+        call = Call(
+            vision,
+            padding,
+            lengths.get("image", []),
+            self.past,
+            end,
+            ends=ends,
+            videos=masks.get("video"),
+            video_lengths=videos,
+            video_frames=frames if len(frames) == len(videos) else None,
+        )
+        if taken and "encoder_features" not in found:
+            call.encoder_features = _in_order(taken, call.of_videos)
         if "grid" in wants:
-            found["grid"] = hf.grids(config, call.counts.images, self.thw, call.counts.rows, len(vision))
-        for name, fact in found.items():
-            if not isinstance(fact, str):
-                setattr(call, name, fact)
+            counts = call.counts
+            found["grid"] = hf.frame_grids(config, counts.each, counts.are_videos, counts.rows, len(vision), self.sizes)
+            call.grids = None if isinstance(found["grid"], str) else found["grid"]
         return call, {name: fact for name, fact in found.items() if isinstance(fact, str)}
+
+
+def _in_order(of: dict[str, Tensor], of_videos: Tensor) -> Tensor:
+    """What belongs to the vision tokens of images and of videos, as these stand in the sequence, [F, ...]."""
+    if len(of) == 1:
+        return next(iter(of.values()))
+    out = of["image"].new_empty(len(of_videos), *of["image"].shape[1:])
+    out[~of_videos], out[of_videos] = of["image"], of["video"]
+    return out
 
 
 class Layout(NamedTuple):

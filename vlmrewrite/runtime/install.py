@@ -17,7 +17,7 @@ from transformers.utils.generic import can_return_tuple
 
 from vlmrewrite import capture
 from vlmrewrite.compat import inside_torch_compile
-from vlmrewrite.hf import APPLIED, swap_attention, watched
+from vlmrewrite.hf import APPLIED, MODALITIES, swap_attention, watched
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
@@ -30,8 +30,8 @@ def install_session(model: nn.Module, session: Session) -> None:
     with ExitStack() as undo:
         undo.callback(swap_attention(model))
         if "encoder_features" in session.plan.needs():
-            base: Any = model.base_model
-            _put(undo, base, "get_image_features", watched(model, base.get_image_features, session.encoded))
+            for name, encoder in _encoders(model):
+                _put(undo, model.base_model, name, watched(model, encoder, session.encoded))  # type: ignore[arg-type]
         if session.blocks:
             _register(undo, model, session.blocks)
         prepare: Callable[..., Any] = model.prepare_inputs_for_generation  # type: ignore[assignment]
@@ -40,6 +40,12 @@ def install_session(model: nn.Module, session: Session) -> None:
             _put(undo, model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
         undo.callback(vars(model).pop, APPLIED)
         vars(model)[APPLIED] = undo.pop_all()
+
+
+def _encoders(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
+    """The methods that encode images and videos, by name."""
+    names = [f"get_{modality}_features" for modality in MODALITIES]
+    return [(n, getattr(model.base_model, n)) for n in names if hasattr(model.base_model, n)]
 
 
 def remove_session(model: nn.Module) -> None:
@@ -170,7 +176,8 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     own = vars(self).keys() - {"prepare_inputs_for_generation", *_METHODS} | {"forward", "generate"}
     vars(made).update(copy.deepcopy({name: x for name, x in vars(self).items() if name in own}, memo))
     if "encoder_features" in session_of(self).plan.needs():
-        del vars(made.base_model)["get_image_features"]  # it runs this model's
+        for name, _ in _encoders(self):
+            del vars(made.base_model)[name]  # it runs this model's
     vars(made)[APPLIED] = None
     return made
 

@@ -101,12 +101,12 @@ class Session:
         hf.refuse_checkpointing(model)
         own = Prompt()
         with prompt_of(self, own):
-            kwargs = tidy(model, args, kwargs)
+            kwargs, sizes = tidy(model, args, kwargs)
         known = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
         past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
         with adopted(past) as cache:
             keep = past is not None or wants_cache(model, use_cache)
-            given, rest = Given.of(kwargs, cache, replace(prompt, encodings=known))
+            given, rest = Given.of(kwargs, cache, replace(prompt, encodings=known, sizes=sizes or prompt.sizes))
             if given is None:
                 return self._text(model, cache if keep else None, rest)
             if not keep:
@@ -166,9 +166,9 @@ class Session:
         return out
 
     def _run(self, config: Any, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
-        vision = program_of(graph).vision_mask(*inputs)
-        call, missing = given.call(vision, *self._asked, config)
-        executable = self._executable(graph, missing, given.images.features.device)
+        call, missing = given.call(graph, inputs, *self._asked, config)
+        assert call is not None, "a call on the meta device runs nothing"
+        executable = self._executable(graph, missing, call.vision.device)
         result = executable.run(inputs, call)
         kind = call.vision.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -241,7 +241,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         raise _Stop
 
     with hf.attention_swapped(model), torch.no_grad():
-        kwargs = tidy(model, (), dict(inputs), prompt.encodings.append)
+        kwargs, prompt.sizes = tidy(model, (), dict(inputs), prompt.encodings.append)
         if kwargs.get("use_cache") is False:
             refuse_packed(kwargs)
         given, kwargs = Given.of(kwargs, PositionCache(), prompt)
@@ -251,12 +251,6 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         with contextlib.suppress(_Stop):
             captures_of(model).call(runner, model, PositionCache(), kwargs, given.images)
     graph, flat = found[0]
-    program, call = program_of(graph), None
-    vision = program.vision_mask(*flat)
-    if vision.is_meta:
-        encoded = hf.encoder_features(given.encodings, given.images)
-        grid = hf.grids(model.config, given.images.lengths, None)
-        missing = {n: x for n, x in (("grid", grid), ("encoder_features", encoded)) if isinstance(x, str)}
-    else:
-        call, missing = given.call(vision, FEATURES, False, model.config)
+    program = program_of(graph)
+    call, missing = given.call(graph, flat, FEATURES, False, model.config)
     return replace(program.lacking(missing), call=call, inputs=flat, model=model)

@@ -95,7 +95,7 @@ def llava_next(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 
 def qwen2_5_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
-    """Qwen2.5-VL: images of any size, 4 to 12 tokens each, multimodal rope."""
+    """Qwen2.5-VL: images of any size, 4 to 12 tokens each, videos of 8 to 16 tokens, multimodal rope."""
     tower = tower_sizes(depth=2, num_heads=2, window_size=16, out_hidden_size=HIDDEN, fullatt_block_indexes=[1])
     del tower["num_hidden_layers"], tower["num_attention_heads"]
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -116,7 +116,19 @@ def qwen2_5_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
         ids = [[START, *[IMAGE] * (n // 4), END] for n in patches]
         return ids, {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
 
-    return tiny_model("qwen2_5_vl", Qwen2_5_VLForConditionalGeneration, config, pictures, seed, "mm_token_type_ids")
+    def clips(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        options = [(2, 4, 4), (3, 4, 4), (2, 4, 8)]
+        grids = [options[choice(generator, len(options))] for _ in range(sum(counts))]
+        patches = [t * h * w for t, h, w in grids]
+        pixels = torch.randn(sum(patches), 3 * 2 * 4 * 4, generator=generator)
+        ids = [[START, *[VIDEO] * (n // 4), END] for n in patches]
+        seconds = torch.ones(len(grids))
+        inputs = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor(grids)}
+        return ids, inputs | {"second_per_grid_ts": seconds}
+
+    video = {"video_token_id": VIDEO, "clips": clips}
+    kind = Qwen2_5_VLForConditionalGeneration
+    return tiny_model("qwen2_5_vl", kind, config, pictures, seed, "mm_token_type_ids", **video)
 
 
 def internvl(layers: int = 4, seed: int = 0) -> TinyVLM:

@@ -13,6 +13,7 @@ import dataclasses
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import sys
@@ -101,10 +102,14 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def dry_run(target: GPUTarget = SM90) -> Iterator[list[Compiled]]:
+def dry_run(target: GPUTarget = SM90, largest: bool = False) -> Iterator[list[Compiled]]:
     """Within it, launching a kernel compiles it for ``target``, in all configurations, and runs nothing.
 
     Tensors may be on any device, meta among them. What is compiled is cached on disk beside what Triton caches.
+
+    Args:
+        target: the GPU.
+        largest: compile only the configuration of the largest blocks, stages counted: it needs the most shared memory.
 
     Yields:
         A list that grows by one entry for each kernel and configuration; an exception of the compiler is an entry too.
@@ -140,7 +145,8 @@ def dry_run(target: GPUTarget = SM90) -> Iterator[list[Compiled]]:
 
     def all_configs(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.nargs, made = dict(zip(self.arg_names, args, strict=False)), None
-        for choice in self.prune_configs(kwargs):
+        choices = self.prune_configs(kwargs)
+        for choice in [max(choices, key=_size)] if largest else choices:
             config[0] = ", ".join(f"{k}={v}" for k, v in choice.all_kwargs().items())
             made = self.fn.run(*args, **kwargs, **choice.all_kwargs())
         self.nargs = config[0] = None
@@ -156,6 +162,10 @@ def dry_run(target: GPUTarget = SM90) -> Iterator[list[Compiled]]:
     finally:
         JITFunction.run, Autotuner.run, CUDABackend.make_cubin = run, tune, assemble
         triton.runtime.driver._active = active
+
+
+def _size(choice: triton.Config) -> int:
+    return int(choice.num_stages) * math.prod(n for n in choice.kwargs.values() if type(n) is int and n > 0)
 
 
 def _check_grid(grid: Any, named: dict[str, Any]) -> None:
@@ -197,10 +207,12 @@ def cases(files: Iterable[str | Path]) -> dict[str, Callable[[], object]]:
     return found
 
 
-def compiled(calls: dict[str, Callable[[], object]], target: GPUTarget) -> Iterator[tuple[str, list[Compiled]]]:
+def compiled(
+    calls: dict[str, Callable[[], object]], target: GPUTarget, largest: bool = False
+) -> Iterator[tuple[str, list[Compiled]]]:
     """Run cases in a dry run; for each its name and what it compiled, or the error that ended it."""
     for name, call in calls.items():
-        with dry_run(target) as log:
+        with dry_run(target, largest) as log:
             try:
                 call()
             except Exception as error:
@@ -215,11 +227,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=main.__doc__)
     parser.add_argument("files", nargs="+", metavar="CASES.py", help="files with a function cases()")
     parser.add_argument("--target", choices=sorted(TARGETS), default="sm_90")
+    parser.add_argument("--largest", action="store_true", help="only each kernel's configuration of the largest blocks")
     parser.add_argument("--json", action="store_true", help="one object a line instead of a table")
     options = parser.parse_args()
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
     faults = 0
-    for case, log in compiled(cases(options.files), TARGETS[options.target]):
+    for case, log in compiled(cases(options.files), TARGETS[options.target], options.largest):
         for one in log:
             faults += bool(one.faults())
             if options.json:
