@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vlmrewrite.ops import define, greedy_flops, like_member, per_image
-from vlmrewrite.plan import Budget, Plan, Policy, frozen_pass
+from vlmrewrite.plan import Budget, Per, Plan, Policy, frozen_pass
 
 BLOCK = 512
 
@@ -86,11 +86,14 @@ class DivPrune:
 
     Args:
         keep: int tokens per image, or float fraction of each image's tokens.
+        per: what the budget is of: each ``"frame"`` (an image is one), each ``"image"`` or whole video, or all of a
+            ``"row"`` together.
     """
 
     name: ClassVar[str] = "divprune"
 
     keep: Budget = 0.1
+    per: Per = "image"
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left."""
@@ -98,4 +101,4 @@ class DivPrune:
 
     def change(self, plan: Plan) -> None:
         """One selection on the projected features."""
-        plan.narrow(Policy("divprune", torch.ops.vlm.divprune_sample.default, ("features",)), self.keep)
+        plan.narrow(Policy("divprune", torch.ops.vlm.divprune_sample.default, ("features",)), self.keep, per=self.per)

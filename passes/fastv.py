@@ -16,7 +16,7 @@ from typing import ClassVar
 
 import torch
 
-from vlmrewrite.plan import Budget, Depth, Plan, Policy, frozen_pass
+from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 
 @frozen_pass
@@ -26,12 +26,15 @@ class FastV:
     Args:
         keep: int tokens per image, or float fraction of each image's tokens; the paper's R is ``1 - keep``.
         at: layer (int) or fraction of the depth (float), the paper's K.
+        per: what the budget is of: each ``"frame"`` (an image is one), each ``"image"`` or whole video, or all of a
+            ``"row"`` together.
     """
 
     name: ClassVar[str] = "fastv"
 
     keep: Budget = 0.5
     at: Depth = 2
+    per: Per = "image"
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left from layer ``at`` on."""
@@ -39,4 +42,6 @@ class FastV:
 
     def change(self, plan: Plan) -> None:
         """One selection, by the operator of STS's second stage."""
-        plan.narrow(Policy("fastv", torch.ops.vlm.top_attention.default, ("attention",)), self.keep, self.at)
+        plan.narrow(
+            Policy("fastv", torch.ops.vlm.top_attention.default, ("attention",)), self.keep, self.at, per=self.per
+        )

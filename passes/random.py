@@ -14,7 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from vlmrewrite.ops import define, like_member, per_image
-from vlmrewrite.plan import Budget, Depth, Plan, Policy, frozen_pass
+from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 
 def random_sample(ordinal: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, seed: int) -> Tensor:
@@ -54,6 +54,8 @@ class Random:
         keep: int tokens per image, or float fraction of each image's tokens.
         at: layer (int) or fraction of the depth (float).
         seed: int in 0 .. 2**32 - 1; the same seed keeps the same tokens.
+        per: what the budget is of: each ``"frame"`` (an image is one), each ``"image"`` or whole video, or all of a
+            ``"row"`` together.
     """
 
     name: ClassVar[str] = "random"
@@ -61,6 +63,7 @@ class Random:
     keep: Budget
     at: Depth = 0
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    per: Per = "image"
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left from layer ``at`` on."""
@@ -69,4 +72,4 @@ class Random:
     def change(self, plan: Plan) -> None:
         """One selection."""
         op = torch.ops.vlm.random_sample.default
-        plan.narrow(Policy("random", op, ("ordinal",), (self.seed,)), self.keep, self.at)
+        plan.narrow(Policy("random", op, ("ordinal",), (self.seed,)), self.keep, self.at, per=self.per)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.ops import define, per_image
-from vlmrewrite.plan import Budget, Depth, Plan, Policy, frozen_pass
+from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 
 def stride_sample(member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
@@ -44,12 +44,15 @@ class Stride:
     Args:
         keep: int tokens per image, or float fraction of each image's tokens.
         at: layer (int) or fraction of the depth (float).
+        per: what the budget is of: each ``"frame"`` (an image is one), each ``"image"`` or whole video, or all of a
+            ``"row"`` together.
     """
 
     name: ClassVar[str] = "stride"
 
     keep: Budget
     at: Depth = 0
+    per: Per = "image"
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left from layer ``at`` on."""
@@ -57,4 +60,4 @@ class Stride:
 
     def change(self, plan: Plan) -> None:
         """One selection."""
-        plan.narrow(Policy("stride", torch.ops.vlm.stride_sample.default), self.keep, self.at)
+        plan.narrow(Policy("stride", torch.ops.vlm.stride_sample.default), self.keep, self.at, per=self.per)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.ops import define, greedy_flops, like_member, per_image
-from vlmrewrite.plan import Budget, Depth, Plan, Policy, frozen_pass
+from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 EPSILON = 1e-6
 
@@ -76,6 +76,8 @@ class STS:
         refine: budget from layer ``at`` on, or None for the first stage alone.
         at: layer (int) or fraction of the depth (float) of the second stage; the paper uses half.
         features: ``"projected"`` (what enters the decoder) or ``"encoder"`` (what the projector takes).
+        per: what the budget is of: each ``"frame"`` (an image is one), each ``"image"`` or whole video, or all of a
+            ``"row"`` together.
     """
 
     name: ClassVar[str] = "sts"
@@ -84,6 +86,7 @@ class STS:
     refine: Budget | None = 64
     at: Depth = 0.5
     features: Literal["projected", "encoder"] = "projected"
+    per: Per = "image"
 
     def refuse(self, plan: Plan) -> str | None:
         """The features asked for are not there, or no vision tokens are."""
@@ -94,6 +97,11 @@ class STS:
     def change(self, plan: Plan) -> None:
         """Two selections: repulsion before layer 0, attention at layer ``at``."""
         kind = "features" if self.features == "projected" else "encoder_features"
-        plan.narrow(Policy("repulsion", torch.ops.vlm.sts_sample.default, (kind,)), self.keep)
+        plan.narrow(Policy("repulsion", torch.ops.vlm.sts_sample.default, (kind,)), self.keep, per=self.per)
         if self.refine is not None and plan.exhausted(self.at) is None:
-            plan.narrow(Policy("relevance", torch.ops.vlm.top_attention.default, ("attention",)), self.refine, self.at)
+            plan.narrow(
+                Policy("relevance", torch.ops.vlm.top_attention.default, ("attention",)),
+                self.refine,
+                self.at,
+                per=self.per,
+            )

@@ -63,7 +63,7 @@ class DAPE:
 
     Args:
         budget: regions: int tokens per image, or float fraction of each image's tokens; at least one for each block of
-            4 x 4 tokens. 1.0 is the original.
+            4 x 4 tokens. 1.0 is the original. A frame of a video counts as an image.
         detail: shares of the budget, one for each of the layers at 1/8, 1/4 and 1/2 of the depth (layer 1 at the
             earliest): how many tokens are added there, or how many regions take up detail.
         mode: ``"split"``: regions are split, new tokens enter as they left the projector, averaged over their part;
@@ -110,7 +110,7 @@ class DAPE:
         block = plan.block(Weights(Matching), "matching") if self.matching == "learned" else ""
         weights = tuple(f"{block}.{name}" for name in Matching.NAMES) if block else ()
         op, needs = ops.COVER, ("features", "stream", "prompt", "flat", "grid")
-        cover = plan.narrow(Policy("cover", op, needs, weights=weights), self.budget)
+        cover = plan.narrow(Policy("cover", op, needs, weights=weights), self.budget, per="frame")
         plan.edit(Edit("pool", cover, POOL, 0, (*POOL_NEEDS, "prompt") if weights else POOL_NEEDS, weights))
         tokens: TokenSet = cover
         for layer, share in self._stages(plan):
@@ -131,6 +131,6 @@ class DAPE:
         if not more:
             return tokens
         policy = Policy("split", ops.SPLIT, ("attention_outside", "features", "grid"))
-        added = (Vision - tokens).select(policy, more, at=layer)
+        added = (Vision - tokens).select(policy, more, at=layer, per="frame")
         plan.edit(Edit("pool", added, POOL, layer, POOL_NEEDS))
         return plan.widen(tokens, added, layer)

@@ -288,7 +288,7 @@ def test_algebra_token_by_token(a, b, combine):
 
 
 def videos():
-    """Two rows: an image of 3, a video of two frames of 3 and one of 2 and 2 with text between; a video of 5, two of 2."""
+    """An image of 3, a video of frames of 3 and 3, one of 2 and 2 with text between; a video of 5, two images of 2."""
     kinds = ["i i i t v v v v v v t w w t w w t".split(), "t t t v v v v v t i i t i i t t t".split()]
     of = torch.tensor([[x in "vw" for x in row] for row in kinds])
     return Call(

@@ -16,7 +16,7 @@ from vlmrewrite.ops.positional import (
     seen_by_position,
     unhidden,
 )
-from vlmrewrite.ops.scoring import greedy_flops, like_member, per_image
+from vlmrewrite.ops.scoring import greedy_flops, like_member, per_image, shared_out
 from vlmrewrite.ops.selection import select, token_index
 
 __all__ = [
@@ -47,6 +47,7 @@ __all__ = [
     "resolve",
     "seen_by_position",
     "select",
+    "shared_out",
     "token_index",
     "unfit",
     "unhidden",

@@ -82,6 +82,33 @@ def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[T
     return chosen
 
 
+def shared_out(weights: Tensor, room: Tensor, total: int) -> Tensor:
+    """A total in whole parts, as near to the proportions of ``weights`` as there is room.
+
+    What the largest parts cannot take goes to the others in their proportions; what is left of rounding, one each, to
+    those with the largest remainder, ties to the first.
+
+    Args:
+        weights: float [T], 0 or larger, not all 0.
+        room: the most that each can be, int64 [T].
+        total: at most the sum of ``room``.
+
+    Returns:
+        int64 [T] on the CPU, sum ``total``.
+    """
+    weights, room = weights.double().cpu().clamp(min=1e-300), room.cpu()
+    parts = torch.zeros_like(room)
+    while left := total - int(parts.sum()):
+        ideal = left * weights.where(parts < room, 0.0) / weights.where(parts < room, 0.0).sum()
+        more = torch.minimum(ideal.floor().long(), room - parts)
+        if not bool(more.any()):
+            fraction = ideal.where(parts < room, -1.0)
+            more.scatter_(0, fraction.argsort(descending=True, stable=True)[:left], 1)
+            more.masked_fill_(parts >= room, 0)
+        parts += more
+    return parts
+
+
 def like_member(_: Tensor, member: Tensor, *__: object) -> Tensor:
     """The fake of a policy's operator that goes by one tensor, for :func:`define`: the shape of what it returns.
 
