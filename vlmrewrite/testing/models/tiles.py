@@ -86,7 +86,7 @@ def padded(flat: Pictures, size: int, tokens: int) -> Pictures:
 
 
 def aya_vision(layers: int = 4, seed: int = 0) -> TinyVLM:
-    """Aya Vision: a marker before each tile of 4 tokens; attention beside the MLP, full without rope, or windows of 8."""
+    """Aya Vision: a marker before each tile of 4 tokens; attention beside the MLP, in windows of 8 or without rope."""
     config = AyaVisionConfig(
         vision_config=SiglipVisionConfig(**tower_sizes(image_size=16, vision_use_head=False)),
         text_config=_cohere2(layers),
