@@ -39,6 +39,13 @@ FAMILIES: dict[str, Builder] = {
 
 _ZOO = {
     "families": "gemma3 internvl llava llava_next llava_qwen2 qwen2_5_vl smolvlm",
+    "gemmas": "gemma3n gemma4 gemma4_moe gemma4_unified paligemma paligemma_gemma2",
+    "granites": "granite4_vision granite_docling",
+    "grids": "cohere_compass lfm3_vl",
+    "llavas": "llava_next_video llava_onevision video_llava vipllava",
+    "pixtrals": "lighton_ocr llava_pixtral mistral3 mistral3_mistral4 mistral_large4",
+    "tiles": "aya_vision cohere2_vision idefics2 idefics3 lfm2_vl llama4",
+    "towers": "deepseek_vl deepseek_vl_hybrid fast_vlm got_ocr2 perception_lm",
 }
 
 
