@@ -42,7 +42,7 @@ def same(a: Any, b: Any) -> bool:
 
 def darker(inputs: dict[str, Any]) -> dict[str, Any]:
     """Other images: what is bright in them is a quarter as bright, so that numbers of rows and columns stay such."""
-    floats = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point()}
+    floats = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point() and "mask" not in k}
     return {k: torch.where(v > 0, v / 4, v) if k in floats else v for k, v in inputs.items()}
 
 

@@ -13,10 +13,14 @@ from transformers import (
     AriaTextConfig,
     FuyuConfig,
     FuyuForCausalLM,
+    HyperCLOVAXVisionV2Config,
+    HyperCLOVAXVisionV2ForConditionalGeneration,
     Molmo2Config,
     Molmo2ForConditionalGeneration,
     Ovis2Config,
     Ovis2ForConditionalGeneration,
+    Phi4MultimodalConfig,
+    Phi4MultimodalForCausalLM,
     Qwen2Config,
 )
 
@@ -28,6 +32,7 @@ from vlmrewrite.testing.models.tiny import (
     TILE,
     VIDEO,
     VOCABULARY,
+    Pictures,
     TinyVLM,
     choice,
     decoder_sizes,
@@ -158,10 +163,8 @@ def molmo2(layers: int = 4, seed: int = 0) -> TinyVLM:
     def clips(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
         frames = [2 + choice(generator, 2) for _ in range(sum(counts))]
         pixels = torch.randn(sum(frames), 16, 4 * 4 * 3, generator=generator)
-        one = _pools(torch.arange(16).view(4, 4))
-        ids = [
-            [i for _ in range(n) for i in [*text_tokens(2, generator), frame, *[patch] * 4, frame_end]] for n in frames
-        ]
+        one, view = _pools(torch.arange(16).view(4, 4)), [frame, *[patch] * 4, frame_end]
+        ids = [[i for _ in range(n) for i in (*text_tokens(2, generator), *view)] for n in frames]
         return ids, {
             "pixel_values_videos": pixels,
             "video_token_pooling": torch.cat([one + 16 * i for i in range(len(pixels))]),
@@ -173,6 +176,76 @@ def molmo2(layers: int = 4, seed: int = 0) -> TinyVLM:
 
     more: dict[str, Any] = {"clips": clips, "video_token_id": patch, "finish": finish}
     return tiny_model("molmo2", Molmo2ForConditionalGeneration, config, pictures, seed, **more)
+
+
+def phi4_multimodal(layers: int = 4, seed: int = 0) -> TinyVLM:
+    """Phi-4 multimodal: the decoder encodes images itself; a small view and crops, masks of their padding, longrope.
+
+    A learned token ends each row and stands between crops and view: 9 to 19 tokens an image. Queries, keys and values
+    are one projection, half of a head has rope.
+    """
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    factors = {"short_factor": [1.0, 1.5], "long_factor": [1.0, 4.0]}
+    audio = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_blocks": 1, "num_attention_heads": 2}
+    channels = dict.fromkeys(["ext_pw_out_channel", "depthwise_separable_out_channel", "nemo_conv_channels"], HIDDEN)
+    config = Phi4MultimodalConfig(
+        **decoder_sizes(layers, rope_parameters=rope | factors, original_max_position_embeddings=256),
+        vision_config=tower_sizes(image_size=16, crop_size=16, image_token_id=IMAGE) | {"num_hidden_layers": 2},
+        audio_config={**audio, **channels, "input_size": 16, "audio_token_id": END, "feature_layer": -1},
+    )
+
+    def pictures(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        options = [(4, 4), (4, 6), (7, 4), (2, 8)]  # patches of the whole image; crops have 4 × 4
+        grids = [options[choice(generator, len(options))] for _ in range(sum(counts))]
+        crops = [(-(-h // 4), -(-w // 4)) for h, w in grids]
+        most = 1 + max(h * w for h, w in crops)
+        pixels, masks = torch.zeros(len(grids), most, 3, 16, 16), torch.ones(len(grids), most, 4, 4)
+        lengths = []
+        for i, ((h, w), (rows, columns)) in enumerate(zip(grids, crops, strict=True)):
+            whole = torch.zeros(4 * rows, 4 * columns)
+            whole[:h, :w] = 1
+            masks[i, 1 : 1 + rows * columns] = whole.unfold(0, 4, 4).unfold(1, 4, 4).flatten(0, 1)
+            pixels[i, : 1 + rows * columns] = torch.randn(1 + rows * columns, 3, 16, 16, generator=generator)
+            lengths.append(2 * 3 + 1 + -(-h // 2) * (-(-w // 2) + 1))
+        sizes = 16 * torch.tensor(crops)
+        inputs = {"image_pixel_values": pixels, "image_sizes": sizes, "image_attention_mask": masks}
+        return [[IMAGE] * n for n in lengths], inputs
+
+    kind = Phi4MultimodalForCausalLM
+    return tiny_model("phi4_multimodal", kind, config, pictures, seed, image_token_id=IMAGE)
+
+
+def hyperclovax_vision_v2(layers: int = 4, seed: int = 0) -> TinyVLM:
+    """HyperCLOVA X Vision: the tower of Qwen2.5-VL, plain rope, norms behind attention and MLP too, and multipliers.
+
+    Images of any size, 4 to 12 tokens each; videos of 2 or 3 such frames.
+    """
+    tower = tower_sizes(depth=2, num_heads=2, window_size=16, out_hidden_size=HIDDEN, fullatt_block_indexes=[1])
+    del tower["num_hidden_layers"], tower["num_attention_heads"]
+    scales = {"embedding_multiplier": 2.0, "attention_multiplier": 0.3, "residual_multiplier": 0.5}
+    config = HyperCLOVAXVisionV2Config(
+        vision_config={"model_type": "qwen2_5_vl_vision", **tower},
+        text_config={"model_type": "hyperclovax", **decoder_sizes(layers, **scales, logits_scaling=0.5)},
+        image_token_id=IMAGE,
+        video_token_id=VIDEO,
+        tie_word_embeddings=False,
+    )
+
+    def patches(frames: Sequence[int], token: int, names: Sequence[str]) -> Pictures:
+        def make(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+            options = [(t, h, w) for t in frames for h, w in [(4, 4), (4, 8), (6, 8), (6, 4)]]
+            grids = torch.tensor([options[choice(generator, len(options))] for _ in range(sum(counts))])
+            numbers = grids.prod(1).tolist()
+            pixels = torch.randn(sum(numbers), 3 * 2 * 4 * 4, generator=generator)
+            return [[START, *[token] * (n // 4), END] for n in numbers], {names[0]: pixels, names[1]: grids}
+
+        return make
+
+    pictures = patches([1], IMAGE, ["pixel_values", "image_grid_thw"])
+    clips = patches([2, 3], VIDEO, ["pixel_values_videos", "video_grid_thw"])
+    kind = HyperCLOVAXVisionV2ForConditionalGeneration
+    more: dict[str, Any] = {"clips": clips, "video_token_id": VIDEO}
+    return tiny_model("hyperclovax_vision_v2", kind, config, pictures, seed, **more)
 
 
 def _canvas(h: int, w: int) -> Tensor:

@@ -97,7 +97,7 @@ def instructblipvideo(layers: int = 4, seed: int = 0) -> TinyVLM:
     return tiny_model("instructblipvideo", kind, config, clips, seed, **more)
 
 
-def kosmos2(layers: int = 4, seed: int = 0) -> TinyVLM:
+def kosmos_2(layers: int = 4, seed: int = 0) -> TinyVLM:
     """Kosmos-2: 4 tokens an image, each with an id of its own; a mask says where they are, not the ids.
 
     Sine positions that leave out padding, and a 4-d mask of floats that the model makes itself; each call needs an
@@ -120,10 +120,10 @@ def kosmos2(layers: int = 4, seed: int = 0) -> TinyVLM:
         return inputs | {"image_embeds_position_mask": inputs["input_ids"].ge(VOCABULARY).long()}
 
     more: dict[str, Any] = {"image_token_id": image[0], "finish": finish}
-    return tiny_model("kosmos2", Kosmos2ForConditionalGeneration, config, pictures, seed, **more)
+    return tiny_model("kosmos_2", Kosmos2ForConditionalGeneration, config, pictures, seed, **more)
 
 
-def kosmos2_5(layers: int = 4, seed: int = 0) -> TinyVLM:
+def kosmos_2_5(layers: int = 4, seed: int = 0) -> TinyVLM:
     """Kosmos-2.5: 4 tokens an image of up to 16 patches that come with their rows and columns.
 
     A mask says where the tokens are (1) and their markers (-1); both get another segment. Sine positions.
@@ -151,7 +151,7 @@ def kosmos2_5(layers: int = 4, seed: int = 0) -> TinyVLM:
         return inputs | {"image_embeds_position_mask": ids.eq(IMAGE).long() - ids.eq(START).long() - ids.eq(END).long()}
 
     more: dict[str, Any] = {"image_token_id": IMAGE, "finish": finish}
-    return tiny_model("kosmos2_5", Kosmos2_5ForConditionalGeneration, config, pictures, seed, **more)
+    return tiny_model("kosmos_2_5", Kosmos2_5ForConditionalGeneration, config, pictures, seed, **more)
 
 
 def _qformer() -> dict[str, Any]:
