@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models import test_zoo as checks
+from tests.models import zoo_b as checks
 from vlmrewrite.testing.models import ZOO
 from vlmrewrite.testing.models.gemmas import ABSENT as NO_GEMMAS
 from vlmrewrite.testing.models.pixtrals import ABSENT as NO_PIXTRALS

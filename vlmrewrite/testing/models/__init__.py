@@ -38,6 +38,11 @@ FAMILIES: dict[str, Builder] = {
 """The builder of each of the seven families, ``(layers=4, seed=0)``."""
 
 _ZOO = {
+    "crops": "aria fuyu hyperclovax_vision_v2 molmo2 ovis2 phi4_multimodal",
+    "codes": "chameleon emu3 janus",
+    "hybrids": "inkling2 inkling_mm_model nemotron_h_omni",
+    "pages": "deepseek_ocr2 pp_chart2table qianfan_ocr unlimited_ocr",
+    "queries": "blip_2 instructblip instructblipvideo kosmos_2 kosmos_2_5",
     "families": "gemma3 internvl llava llava_next llava_qwen2 qwen2_5_vl smolvlm",
     "gemmas": "gemma3n gemma4 gemma4_moe gemma4_unified paligemma paligemma_gemma2",
     "granites": "granite4_vision granite_docling",

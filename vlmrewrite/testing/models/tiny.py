@@ -138,13 +138,21 @@ def tiny_model(
         torch.manual_seed(seed)
         model = kind(config).float().eval()
         for p in model.parameters():
-            fan_in = p[0].numel() if p.dim() > 1 else 0
+            fan_in = _fan_in(p)
             p.data = torch.randn_like(p) * (1.5 * fan_in**-0.5) if fan_in else p.data + 0.1 * torch.randn_like(p)
-    settings = model.generation_config
-    settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = PAD, None, None
-    settings.suppress_tokens = list(range(SPECIAL))
+    for part in model.modules():  # generate() of some families calls that of a model inside
+        if isinstance(part, PreTrainedModel) and part.can_generate():
+            settings = part.generation_config
+            settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = PAD, None, None
+            settings.suppress_tokens = list(range(SPECIAL))
     token = more.pop("image_token_id", None) or config.image_token_id
     return TinyVLM(name, model, token, pictures, token_types, **more)
+
+
+def _fan_in(p: Tensor) -> int:
+    """How many inputs a weight adds up; 0 for those that add up none."""
+    square = p.dim() == 3 and p.shape[0] > 1 and min(p.shape[1:]) >= HIDDEN // 2  # experts side by side
+    return p.shape[-1] if square else p[0].numel() if p.dim() > 1 else 0
 
 
 def decoder_sizes(layers: int, **more: Any) -> dict[str, Any]:
