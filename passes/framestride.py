@@ -17,7 +17,7 @@ from vlmrewrite.plan import Budget, Depth, Plan, Policy, frozen_pass
 
 
 def framestride_sample(frame: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    """Of each video's tokens that are left the same number of each frame, if it has them: of n those at floor(i * n / k).
+    """Of each video's tokens that are left as many of each frame, if it has them: of n those at floor(i * n / k).
 
     Args:
         frame: number of each token's frame, int64 [F].
