@@ -34,7 +34,8 @@ def framestride_sample(frame: Tensor, member: Tensor, lengths: Tensor, keep: Ten
         parts = shared_out(torch.ones(len(sizes)), sizes, k).to(left.device)[frames]
         n, place = sizes[frames], torch.arange(len(left), device=left.device) - (sizes.cumsum(0) - sizes)[frames]
         first = (place * parts + n - 1) // n  # the first i for which i * n / parts is not before this place
-        return (first * n < (place + 1) * parts).nonzero()[:, 0]
+        chosen: Tensor = first * n < (place + 1) * parts
+        return chosen.nonzero()[:, 0]
 
     return per_image(member, lengths, keep, choose)
 

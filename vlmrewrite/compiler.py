@@ -34,7 +34,7 @@ def program_of(graph: Graph) -> Program:
     def make() -> Program:
         assert graph.features is not None, "it has not been run with images"
         start = time.perf_counter()
-        anatomy = analyse(graph.gm, {name: at for name, (at, _) in graph.features.items()})
+        anatomy = analyse(graph.gm, graph.features)
         seconds = {"anatomy": time.perf_counter() - start}
         plan = Plan(len(anatomy.layers), frozenset(FEATURES))
         return Program(graph.gm, anatomy, plan, seconds=seconds, parameters=graph.parameters)

@@ -15,7 +15,7 @@ import vlmrewrite as vr
 from vlmrewrite import ops
 from vlmrewrite.analysis import analyse
 from vlmrewrite.capture import CAPTURES, dynamo, hooks
-from vlmrewrite.capture.dynamo import place_of
+from vlmrewrite.capture.dynamo import places_of
 from vlmrewrite.hf import encoded_images
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.passes import STS, Random, Stride
@@ -107,21 +107,21 @@ def test_features_are_found_by_what_they_are_whatever_their_name():
     assert torch.equal(program.inputs[at].flatten(0, -2), features)
     for i, node in enumerate(entering):
         node.name = f"input_{i}"
-    again = analyse(program.captured, {"image": at})
+    again = analyse(program.captured, {"image": {"pooler_output": at}})
     assert (again.merges, again.layers) == (program.anatomy.merges, program.anatomy.layers)
     with pytest.raises(ValueError, match="the first attention node does not depend on the vision features"):
-        analyse(program.captured, {"image": len(entering) - 1})
+        analyse(program.captured, {"image": {"pooler_output": len(entering) - 1}})
 
 
 def test_features_are_exactly_one_input():
     x, y = torch.zeros(2, 3), torch.zeros(2, 2, 3)
     images = encoded_images(BaseModelOutputWithPooling(last_hidden_state=y, pooler_output=x))
-    assert place_of("image", images, [x.clone(), 3, x[:], x, y]) == (3, "pooler_output")
-    assert place_of("image", images, [x.clone(), y]) == (1, "last_hidden_state")
+    assert places_of("image", images, [x.clone(), 3, x[:], x, y]) == {"pooler_output": 3, "last_hidden_state": 4}
+    assert places_of("image", images, [x.clone(), y]) == {"last_hidden_state": 1}
     with pytest.raises(ValueError, match="2 of the graph's inputs are the image features, pooler_output; expected 1"):
-        place_of("image", images, [x, x])
+        places_of("image", images, [x, x])
     with pytest.raises(ValueError, match="none of the graph's inputs is the video features; expected one of pooler_"):
-        place_of("video", images, [x.clone(), x.view(2, 3)])
+        places_of("video", images, [x.clone(), x.view(2, 3)])
 
 
 @pytest.mark.slow

@@ -75,6 +75,7 @@ class Merge:
 
     Attributes:
         modality: ``"image"`` or ``"video"``.
+        name: of the features in the vision tower's output.
         features: the features as they enter the graph, [F, C] or [I, N, C].
         merged: the features as they are written into the stream, same tokens.
         node: what writes them, [B, T, H].
@@ -82,6 +83,7 @@ class Merge:
     """
 
     modality: str
+    name: str
     features: Node
     merged: Node
     node: Node
@@ -110,12 +112,13 @@ class Anatomy:
     logits: int
 
 
-def analyse(gm: GraphModule, features: Mapping[str, int]) -> Anatomy:
+def analyse(gm: GraphModule, features: Mapping[str, Mapping[str, int]]) -> Anatomy:
     """Find the merges, the residual stream and the layers of a captured forward.
 
     Args:
         gm: the captured graph.
-        features: for images and videos, if there are any, which of its inputs holds the vision features.
+        features: for images and videos, if there are any, by name which of its inputs may be the vision features. Those
+            that reach the first attention are.
 
     Raises:
         ValueError: a part could not be recognised; the message names it, with the node and its source line.
@@ -124,7 +127,8 @@ def analyse(gm: GraphModule, features: Mapping[str, int]) -> Anatomy:
     if not attentions:
         raise ValueError("no attention node was captured; expected one per decoder layer")
     inputs = gm.graph.find_nodes(op="placeholder")
-    found = [_merge(modality, inputs[at], attentions[0]) for modality, at in features.items()]
+    found = [_merge(modality, {n: inputs[at] for n, at in named.items()}, attentions[0])
+             for modality, named in features.items()]  # fmt: skip
     merges = tuple(sorted(found, key=lambda merge: merge.node))
     stream = value(merges[-1].node)
     batch, length, hidden = stream.shape
@@ -134,11 +138,12 @@ def analyse(gm: GraphModule, features: Mapping[str, int]) -> Anatomy:
     return Anatomy(merges, layers, length, batch, int(hidden), stream.dtype, logits)
 
 
-def _merge(modality: str, features: Node, attention: Node) -> Merge:
+def _merge(modality: str, named: Mapping[str, Node], attention: Node) -> Merge:
     """The first [B, T, H] node, dominating the first attention node, that joins the features to other tensors."""
-    seeing = reachable([features])
-    if attention not in seeing:
+    name = next((name for name, n in named.items() if attention in reachable([n])), None)
+    if name is None:
         raise ValueError(f"the first attention node does not depend on the vision features: {where(attention)}")
+    seeing = reachable([features := named[name]])
     for node in nx.shortest_path(_dominators(features, seeing), features, attention)[1:]:
         x = value(node)
         joins = any(n not in seeing and isinstance(value(n), Tensor) for n in node.all_input_nodes)
@@ -147,7 +152,7 @@ def _merge(modality: str, features: Node, attention: Node) -> Merge:
             if not isinstance(length, torch.SymInt):
                 raise ValueError(f"the token axis was specialised to {length} in the graph at {where(node)}")
             merged = next(n for n in node.all_input_nodes if n in seeing)
-            return Merge(modality, features, merged, node, _vision(node, seeing, length))
+            return Merge(modality, name, features, merged, node, _vision(node, seeing, length))
     raise ValueError(f"found no node that writes the vision features ({where(features)}) into a [B, T, H] stream")
 
 

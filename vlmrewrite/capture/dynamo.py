@@ -43,8 +43,8 @@ class Graph:
 
     Attributes:
         gm: the graph.
-        features: for images and videos, if it takes them, which of its inputs holds the vision features, and the name
-            of this tensor in the vision tower's output; None before its first run, and of a graph of text.
+        features: for images and videos, if it takes them, by name the tensors of the vision tower's output that are
+            among its inputs, and which these are; None before its first run, and of a graph of text.
         parameters: for each of its inputs that is a decoder layer's parameter, the layer and the name within it.
         derived: what later stages made of it, by their own keys; it dies with the graph.
         lock: held while something is derived.
@@ -52,7 +52,7 @@ class Graph:
 
     def __init__(self, gm: torch.fx.GraphModule) -> None:
         self.gm = gm
-        self.features: dict[str, tuple[int, str]] | None = None
+        self.features: dict[str, dict[str, int]] | None = None
         self.parameters: dict[str, tuple[int, str]] = {}
         self.derived: dict[object, Any] = {}
         self.lock = threading.RLock()
@@ -126,7 +126,7 @@ class CapturedForward:
             ran.append(graph)
             if images is not None and graph.features is None:
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
-                graph.features = {name: place_of(name, one, inputs) for name, one in images.items()}
+                graph.features = {name: places_of(name, one, inputs) for name, one in images.items()}
             return runner(graph, inputs)
 
         outputs: Any = None
@@ -215,22 +215,25 @@ class Captures:
         self.call, self.text = CapturedForward(forward), CapturedForward(forward)
 
 
-def place_of(modality: str, images: Encoded, inputs: Sequence[Any]) -> tuple[int, str]:
-    """Which of a graph's flat inputs the vision features are: the very tensor, not one like it; and its name.
+def places_of(modality: str, images: Encoded, inputs: Sequence[Any]) -> dict[str, int]:
+    """Which of a graph's flat inputs may be the vision features: the very tensors, not some like them; by their names.
 
     Raises:
-        ValueError: none, or more than one.
+        ValueError: none, or one of them twice.
     """
+    places: dict[str, int] = {}
     for name, features in images.candidates.items():
         found = [i for i, x in enumerate(inputs) if x is features]
         if len(found) > 1:
             raise ValueError(f"{len(found)} of the graph's inputs are the {modality} features, {name}; expected 1")
         if found:
-            return found[0], name
-    raise ValueError(
-        f"none of the graph's inputs is the {modality} features; expected one of {', '.join(images.candidates)}: does"
-        f" the prompt have {modality} tokens?"
-    )
+            places[name] = found[0]
+    if not places:
+        raise ValueError(
+            f"none of the graph's inputs is the {modality} features; expected one of {', '.join(images.candidates)}:"
+            f" does the prompt have {modality} tokens?"
+        )
+    return places
 
 
 CAPTURES: weakref.WeakKeyDictionary[nn.Module, Captures] = weakref.WeakKeyDictionary()

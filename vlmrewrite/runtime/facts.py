@@ -144,9 +144,9 @@ class Given(NamedTuple):
         program = program_of(graph)
         masks = {m.modality: x for m, x in zip(program.anatomy.merges, program.vision_masks(*inputs), strict=True)}
         vision = functools.reduce(operator.or_, masks.values())
-        assert graph.features is not None
-        features = {m: self.images[m].candidates[name] for m, (_, name) in graph.features.items()}
-        lengths = {m: self.images[m].lengths[name] for m, (_, name) in graph.features.items()}
+        names = {merge.modality: merge.name for merge in program.anatomy.merges}
+        features = {m: self.images[m].candidates[name] for m, name in names.items()}
+        lengths = {m: self.images[m].lengths[name] for m, name in names.items()}
         found: dict[str, Any] = {}
         taken: dict[str, Tensor] = {}
         for modality in features if "encoder_features" in wants else ():
