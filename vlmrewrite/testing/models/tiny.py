@@ -131,20 +131,30 @@ def tiny_model(
     pictures: Pictures,
     seed: int,
     token_types: str | None = None,
+    gain: float = 1.5,
     **more: Any,
 ) -> TinyVLM:
-    """A model of class ``kind`` with random weights; ``more`` goes to :class:`TinyVLM`."""
+    """A model of class ``kind`` with random weights, each ``gain`` times as large as would keep the size of a vector.
+
+    ``more`` goes to :class:`TinyVLM`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config).float().eval()
         for p in model.parameters():
-            fan_in = p[0].numel() if p.dim() > 1 else 0
-            p.data = torch.randn_like(p) * (1.5 * fan_in**-0.5) if fan_in else p.data + 0.1 * torch.randn_like(p)
+            fan_in = _fan_in(p)
+            p.data = torch.randn_like(p) * (gain * fan_in**-0.5) if fan_in else p.data + 0.1 * torch.randn_like(p)
     settings = model.generation_config
     settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = PAD, None, None
     settings.suppress_tokens = list(range(SPECIAL))
     token = more.pop("image_token_id", None) or config.image_token_id
     return TinyVLM(name, model, token, pictures, token_types, **more)
+
+
+def _fan_in(p: Tensor) -> int:
+    """How many inputs a weight adds up; 0 for those that add up none."""
+    square = p.dim() == 3 and p.shape[0] > 1 and min(p.shape[1:]) >= HIDDEN // 2  # experts side by side
+    return p.shape[-1] if square else p[0].numel() if p.dim() > 1 else 0
 
 
 def decoder_sizes(layers: int, **more: Any) -> dict[str, Any]:
@@ -168,5 +178,28 @@ def square(size: int, tokens: int, *, marked: bool = False) -> Pictures:
         ids = [START, *[IMAGE] * tokens, END] if marked else [IMAGE] * tokens
         pixels = torch.randn(sum(counts), 3, size, size, generator=generator)
         return [ids] * len(pixels), {"pixel_values": pixels}
+
+    return pictures
+
+
+def patches(
+    grids: Sequence[tuple[int, int, int]],
+    shape: Sequence[int],
+    ids: Callable[[tuple[int, int, int]], list[int]],
+    names: tuple[str, str] = ("pixel_values", "image_grid_thw"),
+) -> Pictures:
+    """Images or videos that come as patches, one behind the other, and grids that say how many there are.
+
+    Args:
+        grids: patches over time, height and width; each image takes one of them.
+        shape: of a patch.
+        ids: the token ids of an image of such a grid.
+        names: of the inputs that hold patches and grids.
+    """
+
+    def pictures(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        chosen = [grids[choice(generator, len(grids))] for _ in range(sum(counts))]
+        pixels = torch.randn(sum(t * h * w for t, h, w in chosen), *shape, generator=generator)
+        return [ids(grid) for grid in chosen], {names[0]: pixels, names[1]: torch.tensor(chosen)}
 
     return pictures
