@@ -185,7 +185,7 @@ def kimi_k25(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 
 def exaone4_5(layers: int = 4, seed: int = 0) -> TinyVLM:
-    """EXAONE 4.5: three layers with a window of 8 tokens to one that sees all and has no positions; norms come after."""
+    """EXAONE 4.5: three layers with a window of 8 to one that sees all and has no positions; norms after."""
     kinds = [("full_attention" if i % 4 == 3 else "sliding_attention") for i in range(layers)]
     text = decoder_sizes(layers, sliding_window=8, sliding_window_pattern="LLLG", layer_types=kinds)
     vision = tower(2, num_heads=4, num_key_value_heads=2, window_size=16, fullatt_block_indexes=[1])

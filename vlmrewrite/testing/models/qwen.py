@@ -15,6 +15,8 @@ from transformers import (
     Qwen3VLForConditionalGeneration,
     Qwen3VLMoeConfig,
     Qwen3VLMoeForConditionalGeneration,
+    Qwen4ExpConfig,
+    Qwen4ExpForConditionalGeneration,
 )
 
 from vlmrewrite.testing.models.tiny import (
@@ -123,3 +125,15 @@ def qwen3_5_moe(layers: int = 4, seed: int = 0) -> TinyVLM:
     text = hybrid(layers, shared_expert_intermediate_size=HIDDEN, **EXPERTS)
     config = Qwen3_5MoeConfig(vision_config=tower(), text_config=text, **IDS)
     return tiny_model("qwen3_5_moe", Qwen3_5MoeForConditionalGeneration, config, seed=seed, gain=1.2, **media())
+
+
+def qwen4_exp(layers: int = 4, seed: int = 0) -> TinyVLM:
+    """Qwen4-Exp: Qwen3.5 with four residual streams, an indexer of keys, hashed n-grams of token ids added on the way."""
+    rare = {"ple_layer_ids": [1, 2][:layers], "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "eos_token_id": END}
+    streams = {"hc_count": 4, "hc_lowrank": 8, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 1}
+    indexer = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
+    blocks = {"indexer_budget": 8, "indexer_compress_ratio": 4, "shared_expert_intermediate_size": HIDDEN}
+    text = hybrid(layers, **EXPERTS, **streams, **indexer, **blocks) | rare
+    del text["intermediate_size"]
+    config = Qwen4ExpConfig(vision_config=tower(), text_config=text, **IDS)
+    return tiny_model("qwen4_exp", Qwen4ExpForConditionalGeneration, config, seed=seed, gain=1.2, **media())
