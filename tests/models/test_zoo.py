@@ -60,7 +60,8 @@ def check_rows_alone(name: str, mixed: bool = True, side: Any = "left") -> None:
     for row in {row for rows in rows_of(tiny, mixed) for row in rows}:
         alone, batch = tiny.inputs([row]), tiny.inputs([row, NEIGHBOUR], side=side)
         real = batch["attention_mask"][0].bool()
-        assert torch.equal(batch["input_ids"][0, real], alone["input_ids"][0])
+        assert torch.equal(batch["input_ids"][0, real], alone["input_ids"][0]), "the neighbour changed the row"
+        assert not real.all(), f"{row} has no padding beside {NEIGHBOUR}"
         expected, got = (tiny.model(**inputs).logits[0] for inputs in (alone, batch))
         torch.testing.assert_close(got[real], expected, atol=1e-4, rtol=0, msg=lambda m, row=row: f"{row}: {m}")
 

@@ -7,7 +7,10 @@ import pytest
 from tests.models import test_zoo as zoo
 
 NAMES = [
-    *("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"),
+    *("qwen2_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "qwen4_exp"),
+    *("qwen2_5_omni_thinker", "qwen3_omni_moe_thinker", "cosmos3_edge", "cosmos3_omni"),
+    *("dots3_note", "glm5_next", "step3p7", "muse_glimmer", "muse_spark"),
+    *("minicpmv4_6", "minicpmv4_7", "minicpm_ocr"),
     *("glm4v", "glm4v_moe", "glm46v", "glmga", "glm_ocr"),
     *("ernie4_5_vl_moe", "exaone4_5", "hunyuan_vl", "kimi_k25", "minimax_m3_vl", "paddleocr_vl", "video_llama_3"),
 ]

@@ -38,9 +38,12 @@ FAMILIES: dict[str, Builder] = {
 """The builder of each of the seven families, ``(layers=4, seed=0)``."""
 
 _ZOO = {
+    "minicpm": "minicpm_ocr minicpmv4_6 minicpmv4_7",
+    "muse": "muse_glimmer muse_spark",
     "sparse": "dots3_note glm5_next step3p7",
     "omni": "qwen2_5_omni_thinker qwen3_omni_moe_thinker",
     "native": "ernie4_5_vl_moe exaone4_5 hunyuan_vl kimi_k25 minimax_m3_vl paddleocr_vl video_llama_3",
+    "cosmos": "cosmos3_edge cosmos3_omni",
     "glm": "glm46v glm4v glm4v_moe glm_ocr glmga",
     "qwen": "qwen2_vl qwen3_5 qwen3_5_moe qwen3_vl qwen3_vl_moe qwen4_exp",
     "families": "gemma3 internvl llava llava_next llava_qwen2 qwen2_5_vl smolvlm",

@@ -128,7 +128,7 @@ def qwen3_5_moe(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 
 def qwen4_exp(layers: int = 4, seed: int = 0) -> TinyVLM:
-    """Qwen4-Exp: Qwen3.5 with four residual streams, an indexer of keys, hashed n-grams of token ids added on the way."""
+    """Qwen4-Exp: Qwen3.5 with four residual streams, an indexer of keys, and hashed n-grams of token ids."""
     rare = {"ple_layer_ids": [1, 2][:layers], "heads_per_ngram": 2, "ngram_vocab_size_base": 50, "eos_token_id": END}
     streams = {"hc_count": 4, "hc_lowrank": 8, "make_ngram_vocab_size_divisible_by": 8, "split_ngram_parts": 1}
     indexer = {"indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8}
