@@ -89,7 +89,7 @@ def minicpmv4_6(layers: int = 4, seed: int = 0) -> TinyVLM:
     """MiniCPM-V 4.6: 2 to 20 tokens an image in up to five pieces, three layers of linear attention to one."""
     config = MiniCPMV4_6Config(**parts(layers))
     kind = MiniCPMV4_6ForConditionalGeneration
-    return tiny_model("minicpmv4_6", kind, config, seed=seed, gain=1.0, **media(4))
+    return tiny_model("minicpmv4_6", kind, config, seed=seed, slow="A_log", **media(4))
 
 
 def minicpmv4_7(layers: int = 4, seed: int = 0) -> TinyVLM:
@@ -98,11 +98,11 @@ def minicpmv4_7(layers: int = 4, seed: int = 0) -> TinyVLM:
     config = MiniCPMV4_7Config(**parts(layers), **markers, newline_id=NEWLINE)
     both = media(4) | {"token_types": "mm_token_type_ids"}
     kind = MiniCPMV4_7ForConditionalGeneration
-    return tiny_model("minicpmv4_7", kind, config, seed=seed, gain=1.0, **both)
+    return tiny_model("minicpmv4_7", kind, config, seed=seed, slow="A_log", **both)
 
 
 def minicpm_ocr(layers: int = 4, seed: int = 0) -> TinyVLM:
     """MiniCPM-OCR: MiniCPM-V 4.6 without the merger within its tower, four times the tokens."""
     config = MiniCPMOcrConfig(**parts(layers))
     kind = MiniCPMOcrForConditionalGeneration
-    return tiny_model("minicpm_ocr", kind, config, seed=seed, gain=1.0, **media(2))
+    return tiny_model("minicpm_ocr", kind, config, seed=seed, slow="A_log", **media(2))

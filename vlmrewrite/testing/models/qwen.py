@@ -117,14 +117,14 @@ def hybrid(layers: int, **more: Any) -> dict[str, Any]:
 def qwen3_5(layers: int = 4, seed: int = 0) -> TinyVLM:
     """Qwen3.5: three layers of gated linear attention with a convolution to one of gated full attention."""
     config = Qwen3_5Config(vision_config=tower(), text_config=hybrid(layers), **IDS)
-    return tiny_model("qwen3_5", Qwen3_5ForConditionalGeneration, config, seed=seed, gain=1.2, **media())
+    return tiny_model("qwen3_5", Qwen3_5ForConditionalGeneration, config, seed=seed, slow="A_log", **media())
 
 
 def qwen3_5_moe(layers: int = 4, seed: int = 0) -> TinyVLM:
     """Qwen3.5 with linear attention, two of four experts a token and one that all share."""
     text = hybrid(layers, shared_expert_intermediate_size=HIDDEN, **EXPERTS)
     config = Qwen3_5MoeConfig(vision_config=tower(), text_config=text, **IDS)
-    return tiny_model("qwen3_5_moe", Qwen3_5MoeForConditionalGeneration, config, seed=seed, gain=1.2, **media())
+    return tiny_model("qwen3_5_moe", Qwen3_5MoeForConditionalGeneration, config, seed=seed, slow="A_log", **media())
 
 
 def qwen4_exp(layers: int = 4, seed: int = 0) -> TinyVLM:
@@ -136,4 +136,4 @@ def qwen4_exp(layers: int = 4, seed: int = 0) -> TinyVLM:
     text = hybrid(layers, **EXPERTS, **streams, **indexer, **blocks) | rare
     del text["intermediate_size"]
     config = Qwen4ExpConfig(vision_config=tower(), text_config=text, **IDS)
-    return tiny_model("qwen4_exp", Qwen4ExpForConditionalGeneration, config, seed=seed, gain=1.2, **media())
+    return tiny_model("qwen4_exp", Qwen4ExpForConditionalGeneration, config, seed=seed, slow="A_log", **media())

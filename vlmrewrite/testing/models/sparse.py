@@ -48,9 +48,10 @@ def glm5_next(layers: int = 4, seed: int = 0) -> TinyVLM:
     The tokens of videos are image tokens between the markers of a video.
     """
     ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 0, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    linear = {"linear_head_dim": 16, "linear_num_heads": 2, "hc_mult": 4, "hc_sinkhorn_iters": 4}
+    linear = {"linear_head_dim": 16, "linear_num_heads": 2, "linear_lower_bound": -0.5}
+    streams = {"hc_mult": 4, "hc_sinkhorn_iters": 4}
     kinds = {"mlp_layer_types": ["sparse" if i else "dense" for i in range(layers)], "num_key_value_heads": 4}
-    text = decoder_sizes(layers, index_kpool=4, **ranks, **linear, **INDEXER, **EXPERTS, **kinds)
+    text = decoder_sizes(layers, index_kpool=4, **streams, **ranks, **linear, **INDEXER, **EXPERTS, **kinds)
     vision = glm.tower(projection_intermediate_size=HIDDEN)
     config = Glm5NextConfig(vision_config=vision, text_config=text, **glm.IDS)
 

@@ -132,18 +132,21 @@ def tiny_model(
     seed: int,
     token_types: str | None = None,
     gain: float = 1.5,
+    slow: str | None = None,
     **more: Any,
 ) -> TinyVLM:
     """A model of class ``kind`` with random weights, each ``gain`` times as large as would keep the size of a vector.
 
-    ``more`` goes to :class:`TinyVLM`.
+    ``slow`` ends the names of the parameters that are the logarithm of how fast a recurrence forgets; it then forgets
+    a twentieth as fast, so that it remembers more than a token. ``more`` goes to :class:`TinyVLM`.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config).float().eval()
-        for p in model.parameters():
+        for key, p in model.named_parameters():
             fan_in = _fan_in(p)
             p.data = torch.randn_like(p) * (gain * fan_in**-0.5) if fan_in else p.data + 0.1 * torch.randn_like(p)
+            p.data -= 3.0 if slow is not None and key.endswith(slow) else 0.0
     settings = model.generation_config
     settings.pad_token_id, settings.eos_token_id, settings.bos_token_id = PAD, None, None
     settings.suppress_tokens = list(range(SPECIAL))
