@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import (
     Cosmos3EdgeConfig,
     Cosmos3EdgeForConditionalGeneration,
@@ -17,8 +19,8 @@ CLIP_NAMES = ("pixel_values_videos", "video_grid_thw")
 
 def cosmos3_edge(layers: int = 4, seed: int = 0) -> TinyVLM:
     """Cosmos3 Edge: multimodal rope, squared ReLU without gates, positions of the tower sampled with antialiasing."""
-    vision = tower_sizes(num_patches=64)
-    text = decoder_sizes(layers, head_dim=8, rope_parameters=rope(2, 1, 1))
+    vision: dict[str, Any] = tower_sizes(num_patches=64)
+    text: dict[str, Any] = decoder_sizes(layers, head_dim=8, rope_parameters=rope(2, 1, 1))
     config = Cosmos3EdgeConfig(vision_config=vision, text_config=text, projector_hidden_size=HIDDEN, **IDS)
     return tiny_model(
         "cosmos3_edge",
@@ -34,7 +36,7 @@ def cosmos3_edge(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 def cosmos3_omni(layers: int = 4, seed: int = 0) -> TinyVLM:
     """Cosmos3's reasoner: Qwen3-VL, DeepStack included, in a model class of its own."""
-    text = decoder_sizes(layers, head_dim=8, rope_parameters=rope(2, 1, 1, mrope_interleaved=True))
+    text: dict[str, Any] = decoder_sizes(layers, head_dim=8, rope_parameters=rope(2, 1, 1, mrope_interleaved=True))
     config = Cosmos3OmniConfig(
         vision_config={"model_type": "qwen3_vl_vision", **tower(4, deepstack_visual_indexes=[0, 1, 2])},
         text_config={"model_type": "qwen3_vl_text", **text},

@@ -33,7 +33,7 @@ from vlmrewrite.testing.models.tiny import (
 
 CLIP_START, CLIP_END = 1, 7
 
-IDS = {
+IDS: dict[str, Any] = {
     "image_token_id": IMAGE,
     "video_token_id": VIDEO,
     "image_start_token_id": START,
@@ -69,22 +69,34 @@ def media() -> dict[str, Any]:
 
 def tower(**more: Any) -> dict[str, Any]:
     """Arguments of the configuration of a vision tower."""
-    sizes = {"hidden_size": HIDDEN, "intermediate_size": 2 * HIDDEN, "num_heads": 2, "out_hidden_size": HIDDEN}
+    sizes: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 2 * HIDDEN,
+        "num_heads": 2,
+        "out_hidden_size": HIDDEN,
+    }
     return {"depth": 1, "patch_size": 4, "image_size": 32, **sizes, **more}
 
 
 def glm4v(layers: int = 4, seed: int = 0) -> TinyVLM:
     """GLM-4.1V: norms before and after each half of a layer, fused gate and up, positions sampled bicubically."""
-    text = decoder_sizes(layers, rope_parameters=rope(2, 1, 1))
+    text: dict[str, Any] = decoder_sizes(layers, rope_parameters=rope(2, 1, 1))
     config = Glm4vConfig(vision_config=tower(), text_config=text, **IDS)
     return tiny_model("glm4v", Glm4vForConditionalGeneration, config, seed=seed, **media())
 
 
 def glm4v_moe(layers: int = 4, seed: int = 0) -> TinyVLM:
     """GLM-4.5V: a dense layer, then two of four experts a token in two groups, a shared expert, half rotated heads."""
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": HIDDEN}
-    rotary = rope(2, 1, 1, partial_rotary_factor=0.5)
-    text = decoder_sizes(layers, head_dim=16, rope_parameters=rotary, n_group=2, topk_group=1, **experts)
+    experts: dict[str, Any] = {
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "n_shared_experts": 1,
+        "moe_intermediate_size": HIDDEN,
+    }
+    rotary: dict[str, Any] = rope(2, 1, 1, partial_rotary_factor=0.5)
+    text: dict[str, Any] = decoder_sizes(
+        layers, head_dim=16, rope_parameters=rotary, n_group=2, topk_group=1, **experts
+    )
     config = Glm4vMoeConfig(vision_config=tower(), text_config=text, **IDS)
     return tiny_model("glm4v_moe", Glm4vMoeForConditionalGeneration, config, seed=seed, **media())
 
@@ -101,14 +113,14 @@ def glmga(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 def glm46v_of(name: str, kind: Any, layers: int, seed: int) -> TinyVLM:
     """The model of GLM-4.6V with a configuration of this class."""
-    text = decoder_sizes(layers, rope_parameters=rope(2, 1, 1))
-    parts = {"text_config": {"model_type": "glm4v_text", **text}, "vision_config": tower()}
+    text: dict[str, Any] = decoder_sizes(layers, rope_parameters=rope(2, 1, 1))
+    parts: dict[str, Any] = {"text_config": {"model_type": "glm4v_text", **text}, "vision_config": tower()}
     config = kind(**parts, **IDS)
     return tiny_model(name, Glm46VForConditionalGeneration, config, seed=seed, **media())
 
 
 def glm_ocr(layers: int = 4, seed: int = 0) -> TinyVLM:
     """GLM-OCR: the decoder of GLM-4.1V, a tower that normalises q and k and learns no positions."""
-    text = decoder_sizes(layers, head_dim=8, rope_parameters=rope(2, 1, 1))
+    text: dict[str, Any] = decoder_sizes(layers, head_dim=8, rope_parameters=rope(2, 1, 1))
     config = GlmOcrConfig(vision_config=tower(), text_config=text, **IDS)
     return tiny_model("glm_ocr", GlmOcrForConditionalGeneration, config, seed=seed, **media())

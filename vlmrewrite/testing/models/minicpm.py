@@ -35,7 +35,7 @@ TILE_END, NEWLINE = 1, 7
 
 ID_START, ID_END = VOCABULARY - 2, VOCABULARY - 1
 
-IDS = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+IDS: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
 
 Size = tuple[int, int]
 
@@ -80,8 +80,8 @@ def media(side: int) -> dict[str, Any]:
 
 def parts(layers: int) -> dict[str, Any]:
     """Configurations of the tower, which merges after its first layer, and of the decoder."""
-    vision = tower_sizes(num_hidden_layers=2, image_size=32)
-    text = {"model_type": "qwen3_5_text", **hybrid(layers)}
+    vision: dict[str, Any] = tower_sizes(num_hidden_layers=2, image_size=32)
+    text: dict[str, Any] = {"model_type": "qwen3_5_text", **hybrid(layers)}
     return {"vision_config": vision, "text_config": text, "insert_layer_id": 0, "tie_word_embeddings": False, **IDS}
 
 
@@ -94,9 +94,14 @@ def minicpmv4_6(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 def minicpmv4_7(layers: int = 4, seed: int = 0) -> TinyVLM:
     """MiniCPM-V 4.7: MiniCPM-V 4.6 with multimodal rope that lays slices and their markers on one canvas."""
-    markers = {"image_start_id": START, "image_end_id": END, "slice_start_id": TILE, "slice_end_id": TILE_END}
+    markers: dict[str, Any] = {
+        "image_start_id": START,
+        "image_end_id": END,
+        "slice_start_id": TILE,
+        "slice_end_id": TILE_END,
+    }
     config = MiniCPMV4_7Config(**parts(layers), **markers, newline_id=NEWLINE)
-    both = media(4) | {"token_types": "mm_token_type_ids"}
+    both: dict[str, Any] = media(4) | {"token_types": "mm_token_type_ids"}
     kind = MiniCPMV4_7ForConditionalGeneration
     return tiny_model("minicpmv4_7", kind, config, seed=seed, slow="A_log", **both)
 

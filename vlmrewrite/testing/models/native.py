@@ -49,8 +49,8 @@ CLIP_NAMES = ("pixel_values_videos", "video_grid_thw")
 
 def paddleocr_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
     """PaddleOCR-VL: images only, multimodal rope, positions of the tower sampled bilinearly, a decoder of ERNIE 4.5."""
-    text = decoder_sizes(layers, head_dim=8, rope_parameters=rope(2, 1, 1), tie_word_embeddings=False)
-    vision = tower_sizes(image_size=32)
+    text: dict[str, Any] = decoder_sizes(layers, head_dim=8, rope_parameters=rope(2, 1, 1), tie_word_embeddings=False)
+    vision: dict[str, Any] = tower_sizes(image_size=32)
     config = PaddleOCRVLConfig(vision_config=vision, text_config=text, tie_word_embeddings=False, **IDS)
     pictures = patches(GRIDS, [3, 4, 4], image_ids)
     kind = PaddleOCRVLForConditionalGeneration
@@ -59,9 +59,20 @@ def paddleocr_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 def ernie4_5_vl_moe(layers: int = 4, seed: int = 0) -> TinyVLM:
     """ERNIE 4.5 VL: vision tokens and their markers have experts of their own, pairs of frames are merged."""
-    experts = {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": [32, 16]}
-    text = decoder_sizes(layers, rope_parameters=rope(1, 1, 2), tie_word_embeddings=False, **experts)
-    vision = {"depth": 1, "hidden_size": HIDDEN, "num_heads": 2, "patch_size": 4, "intermediate_size": 2 * HIDDEN}
+    experts: dict[str, Any] = {
+        "moe_num_experts": 4,
+        "moe_k": 2,
+        "moe_num_shared_experts": 1,
+        "moe_intermediate_size": [32, 16],
+    }
+    text: dict[str, Any] = decoder_sizes(layers, rope_parameters=rope(1, 1, 2), tie_word_embeddings=False, **experts)
+    vision: dict[str, Any] = {
+        "depth": 1,
+        "hidden_size": HIDDEN,
+        "num_heads": 2,
+        "patch_size": 4,
+        "intermediate_size": 2 * HIDDEN,
+    }
     config = Ernie4_5_VLMoeConfig(
         vision_config=vision,
         text_config=text,
@@ -97,8 +108,10 @@ def ernie4_5_vl_moe(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 def hunyuan_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
     """HunYuanVL: rope over place, column, row and image; image tokens for line ends and both ends of an image."""
-    text = decoder_sizes(layers, head_dim=8, rope_parameters=rope(1, 1, 1, 1), tie_word_embeddings=False)
-    vision = tower_sizes(max_image_size=32, out_hidden_size=HIDDEN)
+    text: dict[str, Any] = decoder_sizes(
+        layers, head_dim=8, rope_parameters=rope(1, 1, 1, 1), tie_word_embeddings=False
+    )
+    vision: dict[str, Any] = tower_sizes(max_image_size=32, out_hidden_size=HIDDEN)
     config = HunYuanVLConfig(
         vision_config=vision,
         text_config=text,
@@ -117,7 +130,7 @@ def hunyuan_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 def video_llama_3(layers: int = 4, seed: int = 0) -> TinyVLM:
     """VideoLLaMA 3: plain rope, images unmerged, tokens of a video that repeat the frame before are left out."""
-    vision = tower_sizes()
+    vision: dict[str, Any] = tower_sizes()
     text = Qwen2Config(**decoder_sizes(layers))
     config = VideoLlama3Config(vision_config=vision, text_config=text, image_token_id=IMAGE, video_token_id=VIDEO)
     images = patches([(1, 2, 2), (1, 2, 4), (1, 3, 4)], [3 * 4 * 4], lambda grid: [IMAGE] * (grid[1] * grid[2]))
@@ -144,15 +157,20 @@ def video_llama_3(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 def minimax_m3_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
     """MiniMax M3: after the first layer, two of four experts and the two best blocks of four keys, by an indexer."""
-    kinds = {
+    kinds: dict[str, Any] = {
         "layer_types": [("minimax_m3_sparse" if i else "full_attention") for i in range(layers)],
         "mlp_layer_types": [("sparse" if i else "dense") for i in range(layers)],
     }
-    indexer = {"index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2}
-    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
-    sizes = {"dense_intermediate_size": 2 * HIDDEN, "shared_intermediate_size": HIDDEN, "head_dim": 8, "rotary_dim": 4}
-    rotary = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    text = decoder_sizes(layers, rope_parameters=rotary, **kinds, **indexer, **experts, **sizes)
+    indexer: dict[str, Any] = {"index_n_heads": 2, "index_head_dim": 8, "index_block_size": 4, "index_topk_blocks": 2}
+    experts: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    sizes: dict[str, Any] = {
+        "dense_intermediate_size": 2 * HIDDEN,
+        "shared_intermediate_size": HIDDEN,
+        "head_dim": 8,
+        "rotary_dim": 4,
+    }
+    rotary: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
+    text: dict[str, Any] = decoder_sizes(layers, rope_parameters=rotary, **kinds, **indexer, **experts, **sizes)
     config = MiniMaxM3VLConfig(
         vision_config=tower_sizes(image_size=32),
         text_config=text,
@@ -160,7 +178,7 @@ def minimax_m3_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
         video_token_index=VIDEO,
         projector_hidden_size=HIDDEN,
     )
-    both = media() | {"token_types": None}
+    both: dict[str, Any] = media() | {"token_types": None}
     return tiny_model("minimax_m3_vl", MiniMaxM3SparseForConditionalGeneration, config, seed=seed, **both)
 
 
@@ -169,10 +187,16 @@ def kimi_k25(layers: int = 4, seed: int = 0) -> TinyVLM:
 
     Its processor cuts videos into chunks of four frames, for which the tower of transformers 5.23 splits wrongly.
     """
-    ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
-    sizes = {"first_k_dense_replace": 1, "moe_intermediate_size": HIDDEN, "num_key_value_heads": 4}
-    vision = tower_sizes(pos_emb_height=8, pos_emb_width=8)
+    ranks: dict[str, Any] = {
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    experts: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_group": 2, "topk_group": 1}
+    sizes: dict[str, Any] = {"first_k_dense_replace": 1, "moe_intermediate_size": HIDDEN, "num_key_value_heads": 4}
+    vision: dict[str, Any] = tower_sizes(pos_emb_height=8, pos_emb_width=8)
     config = Kimi_K25Config(
         vision_config=vision,
         text_config=DeepseekV3Config(**decoder_sizes(layers, **ranks, **experts, **sizes)),
@@ -187,10 +211,10 @@ def kimi_k25(layers: int = 4, seed: int = 0) -> TinyVLM:
 def exaone4_5(layers: int = 4, seed: int = 0) -> TinyVLM:
     """EXAONE 4.5: three layers with a window of 8 to one that sees all and has no positions; norms after."""
     kinds = [("full_attention" if i % 4 == 3 else "sliding_attention") for i in range(layers)]
-    text = decoder_sizes(layers, sliding_window=8, sliding_window_pattern="LLLG", layer_types=kinds)
-    vision = tower(2, num_heads=4, num_key_value_heads=2, window_size=16, fullatt_block_indexes=[1])
+    text: dict[str, Any] = decoder_sizes(layers, sliding_window=8, sliding_window_pattern="LLLG", layer_types=kinds)
+    vision: dict[str, Any] = tower(2, num_heads=4, num_key_value_heads=2, window_size=16, fullatt_block_indexes=[1])
     del vision["num_position_embeddings"]
-    ids = {"image_token_id": IMAGE, "video_token_id": VIDEO}
+    ids: dict[str, Any] = {"image_token_id": IMAGE, "video_token_id": VIDEO}
     config = Exaone4_5_Config(vision_config=vision, text_config=Exaone4Config(**text), **ids)
-    both = media(stamped=False) | {"token_types": None}
+    both: dict[str, Any] = media(stamped=False) | {"token_types": None}
     return tiny_model("exaone4_5", Exaone4_5_ForConditionalGeneration, config, seed=seed, **both)

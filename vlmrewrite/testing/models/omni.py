@@ -17,14 +17,24 @@ from transformers import (
 from vlmrewrite.testing.models.qwen import EXPERTS, media, rope, tower
 from vlmrewrite.testing.models.tiny import HIDDEN, IMAGE, START, TILE, VIDEO, TinyVLM, decoder_sizes, tiny_model
 
-AUDIO = {"d_model": HIDDEN, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": HIDDEN}
+AUDIO: dict[str, Any] = {
+    "d_model": HIDDEN,
+    "encoder_layers": 1,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": HIDDEN,
+}
 
-IDS = {"vision_start_token_id": START, "audio_start_token_id": 1, "audio_end_token_id": 7, "user_token_id": 9}
+IDS: dict[str, Any] = {
+    "vision_start_token_id": START,
+    "audio_start_token_id": 1,
+    "audio_end_token_id": 7,
+    "user_token_id": 9,
+}
 
 
 def timed() -> dict[str, Any]:
     """Images and videos, of which the seconds between steps are told; these set the positions in time."""
-    both = media(stamped=False) | {"token_types": None}
+    both: dict[str, Any] = media(stamped=False) | {"token_types": None}
     untimed = both["clips"]
 
     def clips(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
@@ -36,7 +46,7 @@ def timed() -> dict[str, Any]:
 
 def qwen2_5_omni_thinker(layers: int = 4, seed: int = 0) -> TinyVLM:
     """Qwen2.5-Omni's thinker: a tower with windows, multimodal rope in which a second is 25 positions."""
-    vision = tower(2, window_size=16, fullatt_block_indexes=[1])
+    vision: dict[str, Any] = tower(2, window_size=16, fullatt_block_indexes=[1])
     del vision["num_position_embeddings"]
     config = Qwen2_5OmniThinkerConfig(
         vision_config=vision,
@@ -53,7 +63,9 @@ def qwen2_5_omni_thinker(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 def qwen3_omni_moe_thinker(layers: int = 4, seed: int = 0) -> TinyVLM:
     """Qwen3-Omni's thinker: DeepStack after the first three layers, two of four experts, a second is 25 positions."""
-    text = decoder_sizes(layers, head_dim=8, rope_parameters=rope(2, 1, 1, mrope_interleaved=True), **EXPERTS)
+    text: dict[str, Any] = decoder_sizes(
+        layers, head_dim=8, rope_parameters=rope(2, 1, 1, mrope_interleaved=True), **EXPERTS
+    )
     config = Qwen3OmniMoeThinkerConfig(
         vision_config=tower(4, deepstack_visual_indexes=[0, 1, 2]),
         audio_config={**AUDIO, "num_mel_bins": 16, "output_dim": HIDDEN, "downsample_hidden_size": 8},

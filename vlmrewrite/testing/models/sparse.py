@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from transformers import (
 )
 
 from vlmrewrite.testing.models import glm
-from vlmrewrite.testing.models.qwen import CLIPS, GRIDS, Grid, image_ids, video_ids
+from vlmrewrite.testing.models.qwen import CLIPS, GRIDS, Grid, hybrid, image_ids, video_ids
 from vlmrewrite.testing.models.tiny import (
     END,
     HIDDEN,
@@ -35,9 +36,14 @@ from vlmrewrite.testing.models.tiny import (
 
 CLIP_NAMES = ("pixel_values_videos", "video_grid_thw")
 
-INDEXER = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 16}
+INDEXER: dict[str, Any] = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 16}
 
-EXPERTS = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "moe_intermediate_size": HIDDEN}
+EXPERTS: dict[str, Any] = {
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_shared_experts": 1,
+    "moe_intermediate_size": HIDDEN,
+}
 
 TILE_END, NEWLINE = 1, 7
 
@@ -47,12 +53,24 @@ def glm5_next(layers: int = 4, seed: int = 0) -> TinyVLM:
 
     The tokens of videos are image tokens between the markers of a video.
     """
-    ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 0, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    linear = {"linear_head_dim": 16, "linear_num_heads": 2, "linear_lower_bound": -0.5}
-    streams = {"hc_mult": 4, "hc_sinkhorn_iters": 4}
-    kinds = {"mlp_layer_types": ["sparse" if i else "dense" for i in range(layers)], "num_key_value_heads": 4}
-    text = decoder_sizes(layers, index_kpool=4, **streams, **ranks, **linear, **INDEXER, **EXPERTS, **kinds)
-    vision = glm.tower(projection_intermediate_size=HIDDEN)
+    ranks: dict[str, Any] = {
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 0,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    linear: dict[str, Any] = {"linear_head_dim": 16, "linear_num_heads": 2, "linear_lower_bound": -0.5}
+    streams: dict[str, Any] = {"hc_mult": 4, "hc_sinkhorn_iters": 4}
+    kinds: dict[str, Any] = {
+        "mlp_layer_types": ["sparse" if i else "dense" for i in range(layers)],
+        "layer_types": hybrid(layers)["layer_types"],
+        "num_key_value_heads": 4,
+    }
+    text: dict[str, Any] = decoder_sizes(
+        layers, index_kpool=4, **streams, **ranks, **linear, **INDEXER, **EXPERTS, **kinds
+    )
+    vision: dict[str, Any] = glm.tower(projection_intermediate_size=HIDDEN)
     config = Glm5NextConfig(vision_config=vision, text_config=text, **glm.IDS)
 
     def frames(grid: Grid) -> list[int]:
@@ -77,14 +95,30 @@ def dots3_note(layers: int = 4, seed: int = 0) -> TinyVLM:
 
     The second layer of the tower has experts too.
     """
-    ranks = {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    window = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8}
+    ranks: dict[str, Any] = {
+        "kv_lora_rank": 16,
+        "q_lora_rank": 16,
+        "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8,
+        "v_head_dim": 8,
+    }
+    window: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 2, "q_lora_rank": 8, "kv_lora_rank": 8}
     window |= {"head_dim": 16, "qk_nope_head_dim": 8, "v_head_dim": 8}
-    heads = {"head_dim": 12, "num_key_value_heads": 4, "sliding_window": 8, "shared_experts_intermediate_size": HIDDEN}
-    apart = {f"swa_{name}": value for name, value in window.items()}
-    text = decoder_sizes(layers, **ranks, **INDEXER, **EXPERTS, **heads, **apart)
-    vision = tower_sizes(num_hidden_layers=2, pyramid_num_routed=[-1, 4], moe_intermediate_size=HIDDEN)
-    audio = {"hidden_size": HIDDEN, "intermediate_size": HIDDEN, "num_hidden_layers": 1, "num_attention_heads": 2}
+    heads: dict[str, Any] = {
+        "head_dim": 12,
+        "num_key_value_heads": 4,
+        "sliding_window": 8,
+        "shared_experts_intermediate_size": HIDDEN,
+    }
+    apart: dict[str, Any] = {f"swa_{name}": value for name, value in window.items()}
+    text: dict[str, Any] = decoder_sizes(layers, **ranks, **INDEXER, **EXPERTS, **heads, **apart)
+    vision: dict[str, Any] = tower_sizes(num_hidden_layers=2, pyramid_num_routed=[-1, 4], moe_intermediate_size=HIDDEN)
+    audio: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": HIDDEN,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
     config = Dots3NoteConfig(
         vision_config={**vision, "adapter_in_dim": HIDDEN, "adapter_out_dim": HIDDEN},
         text_config=text,
@@ -104,13 +138,13 @@ def step3p7(layers: int = 4, seed: int = 0) -> TinyVLM:
     The layers with windows have more heads and rotate more of them; gates on heads, experts from the second layer on.
     """
     kinds = [("sliding_attention" if i % 4 else "full_attention") for i in range(layers)]
-    apart = {"layer_types": kinds, "sliding_window": 8, "num_sliding_attention_heads": 6, "head_dim": 8}
-    rotary = {"rope_theta": [10000.0 if i % 4 else 50000.0 for i in range(layers)]}
+    apart: dict[str, Any] = {"layer_types": kinds, "sliding_window": 8, "num_sliding_attention_heads": 6, "head_dim": 8}
+    rotary: dict[str, Any] = {"rope_theta": [10000.0 if i % 4 else 50000.0 for i in range(layers)]}
     rotary["partial_rotary_factors"] = [1.0 if i % 4 else 0.5 for i in range(layers)]
-    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN}
+    experts: dict[str, Any] = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": HIDDEN}
     experts |= {"share_expert_dim": HIDDEN, "moe_layers_enum": list(range(1, layers))}
-    vision = tower_sizes(image_size=48, max_position_embeddings=144, mlp_ratio=2.0)
-    text = decoder_sizes(layers, **apart, **rotary, **experts)
+    vision: dict[str, Any] = tower_sizes(image_size=48, max_position_embeddings=144, mlp_ratio=2.0)
+    text: dict[str, Any] = decoder_sizes(layers, **apart, **rotary, **experts)
     config = Step3p7Config(vision_config=vision, text_config=text, image_token_id=IMAGE)
 
     def pictures(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
