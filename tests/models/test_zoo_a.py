@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 
 from tests.models import test_zoo as zoo
+from vlmrewrite.testing.models import ZOO
+from vlmrewrite.testing.models.native import ABSENT
 
 NAMES = """
 qwen2_vl qwen3_vl qwen3_vl_moe qwen3_5 qwen3_5_moe qwen4_exp qwen2_5_omni_thinker qwen3_omni_moe_thinker
@@ -58,3 +60,8 @@ def test_videos() -> None:
     assert {name for name in NAMES if zoo.build(name).clips is None} == IMAGES_ONLY
     with pytest.raises(ValueError, match=r"kimi_k25 takes no videos; expected videos=0 in each row"):
         zoo.build("kimi_k25").inputs(zoo.VIDEOS)
+
+
+def test_none_is_absent_and_there() -> None:
+    assert set(NAMES) <= set(ZOO)
+    assert not set(ABSENT) & set(ZOO)

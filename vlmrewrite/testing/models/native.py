@@ -42,6 +42,15 @@ from vlmrewrite.testing.models.tiny import (
     tower_sizes,
 )
 
+ABSENT: dict[str, str] = {
+    "keye": "transformers 5.23 has no such model",
+    "glm_image": "images become codes that are written into the prompt as token ids; no features enter the decoder",
+    "neomme": "an encoder for masked words and for retrieval; it generates nothing",
+    "qwen2_5_omni": "a thinker, a talker and a vocoder without a forward of their own; the thinker has a builder",
+    "qwen3_omni_moe": "a thinker, a talker and a vocoder without a forward of their own; the thinker has a builder",
+}
+"""Kin of these families that have no builder, and why."""
+
 CLIP_START, CLIP_END = 1, 7
 
 CLIP_NAMES = ("pixel_values_videos", "video_grid_thw")
@@ -107,7 +116,10 @@ def ernie4_5_vl_moe(layers: int = 4, seed: int = 0) -> TinyVLM:
 
 
 def hunyuan_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
-    """HunYuanVL: rope over place, column, row and image; image tokens for line ends and both ends of an image."""
+    """HunYuanVL: rope over place, column, row and image; image tokens for line ends and both ends of an image.
+
+    Images are numbered over the whole batch, so that those of a row have other positions after other rows.
+    """
     text: dict[str, Any] = decoder_sizes(
         layers, head_dim=8, rope_parameters=rope(1, 1, 1, 1), tie_word_embeddings=False
     )
