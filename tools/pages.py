@@ -188,6 +188,7 @@ def shown() -> dict[str, list[Any]]:
         "sts": [p.STS()],
         "fastv": [p.FastV()],
         "divprune": [p.DivPrune()],
+        "vidcom2": [p.VidCom2()],
         "vtw": [p.VTW()],
         "shortv": [p.ShortV(layers=tuple(range(12, 31)))],
         "vica": [p.ViCA()],
@@ -196,6 +197,7 @@ def shown() -> dict[str, list[Any]]:
         "dape": [p.DAPE()],
         "random": [p.Random(keep=0.5)],
         "stride": [p.Stride(keep=0.5)],
+        "framestride": [p.FrameStride(keep=0.5)],
     }
 
 

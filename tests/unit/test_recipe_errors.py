@@ -91,7 +91,7 @@ def refused(folder: Path, text: str | bytes) -> str:
         ("name: a\npasses: [random]", "passes[0].random.keep: required, but missing"),
         (
             "name: a\npasses: [{sts: {kep: 3}}]",
-            "passes[0].sts.kep: unknown key, expected one of keep, refine, at, features (did you mean 'keep'?)",
+            "passes[0].sts.kep: unknown key, expected one of keep, refine, at, features, per (did you mean 'keep'?)",
         ),
         ("name: a\npasses: [{sts: {1: 3}}]", "passes[0].sts.1: unknown key, "),
         ("name: a\npasses: [{sts: {name: x}}]", "passes[0].sts.name: unknown key, "),

@@ -17,7 +17,8 @@ from vlmrewrite.plan.blocks import Block, LayerCopy
 from vlmrewrite.plan.budget import Budget, Depth, Per, layer_index
 from vlmrewrite.plan.listing import labels, listing
 from vlmrewrite.plan.needs import NEEDS
-from vlmrewrite.plan.tokens import Nothing, Selection, TokenSet, as_of, has_text, narrowed, selections, substitute
+from vlmrewrite.plan.substitution import as_of, narrowed, selections, substitute
+from vlmrewrite.plan.tokens import Nothing, Selection, TokenSet, has_text
 from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
 
 

@@ -217,7 +217,8 @@ def make_report(
         "summary": describe(call.counts),
         "rows": len(call.counts.text),
         "length": call.length,
-        "images": list(call.counts.images),
+        "images": [n for n, video in zip(call.counts.images, call.counts.are_videos, strict=True) if not video],
+        "videos": [list(x) for x, video in zip(call.counts.each, call.counts.are_videos, strict=True) if video],
         "past": call.past,
     }
     seconds = {**seconds, **program.seconds}
