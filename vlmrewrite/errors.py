@@ -12,11 +12,15 @@ from pydantic import ValidationError
 
 
 class CaptureError(RuntimeError):
-    """A model's forward could not be captured as one graph; ``reason`` is why, in one line."""
+    """A model's forward could not be captured as one graph: in one line why, where, and what was expected.
 
-    def __init__(self, message: str, reason: str) -> None:
+    Attributes:
+        details: all that the compiler's front end says of it, with the stack of source lines.
+    """
+
+    def __init__(self, message: str, details: str) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.details = details
 
 
 def explain(error: ValidationError, where: str, fields: Sequence[str]) -> list[str]:

@@ -25,7 +25,7 @@ MOVED = {
     "census": "plan.call",
     "choice": "ops.choice",
     "complaints": "errors",
-    "costs": "analysis.anatomy",
+    "costs": "analysis.costs",
     "decoding": "ops.positional",
     "dialect": "ops.attention ops.selection ops.scoring ops.library",
     "dispatch": "rewrite.dispatch",

@@ -3,7 +3,8 @@
 In: a captured graph. Out: an :class:`Anatomy` and numbers.
 """
 
-from vlmrewrite.analysis.anatomy import Anatomy, Layer, LayerCost, Merge, analyse, costs
+from vlmrewrite.analysis.anatomy import Anatomy, Layer, Merge, analyse
+from vlmrewrite.analysis.costs import LayerCost, costs
 from vlmrewrite.analysis.graph import axis, needed, reachable, same, value, where
 from vlmrewrite.analysis.operators import hidden_write, writes
 from vlmrewrite.analysis.tokenwise import not_token_wise

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 import threading
 import types
 import weakref
@@ -15,9 +14,18 @@ import torch
 import torch.fx
 from torch import nn
 
-from vlmrewrite.compat import at_graph_limit, captured, forget_code, global_hooks, graph_limit, hooks_of, untraceable
+from vlmrewrite.compat import (
+    at_graph_limit,
+    captured,
+    forget_code,
+    global_hooks,
+    graph_limit,
+    hooks_of,
+    untraceable,
+    untraced,
+)
 from vlmrewrite.errors import CaptureError
-from vlmrewrite.hf import Encoded, parameter_inputs
+from vlmrewrite.hf import Encoded, keeping_all_tokens, parameter_inputs
 from vlmrewrite.kvcache import PositionCache
 
 T = TypeVar("T")
@@ -115,7 +123,8 @@ class CapturedForward:
 
         Raises:
             ValueError: the images' features are not exactly one of the graph's inputs.
-            RuntimeError: the forward could not be captured as one graph, or something else ran in place of the graph.
+            CaptureError: the forward could not be captured as one graph.
+            RuntimeError: something else ran in place of the graph, or there would be too many graphs.
         """
         ran: list[Graph] = []
         graphs = self.graphs  # they live as long as this call, whatever another thread forgets
@@ -153,8 +162,8 @@ class CapturedForward:
                 " its place."
             ) from e
         except untraceable() as e:
-            what = f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(model)}"
-            raise CaptureError(f"{what}: {str(e)[:2000]}", f"{what}: {_reason(str(e))}") from e
+            what = f"the forward of {type(model).__name__} could not be captured as one graph: {untraced(e)}"
+            raise CaptureError(f"{what}{_hooked(model)}", str(e)) from None
         finally:
             _RUNNER.reset(token)
 
@@ -175,20 +184,11 @@ def _entry(
         )
     if outputs is not None:
         kwargs = kwargs | {"mm_encoder_outputs": outputs}
-    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **keeping_all_tokens(kwargs))
 
 
 class NotCapturedError(RuntimeError):
     """Something else ran in place of a captured graph."""
-
-
-def _reason(text: str) -> str:
-    """What Dynamo says first, its details, and the innermost source line, of the many lines in its message."""
-    lines = [line.strip() for line in text.splitlines()]
-    details = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug context: ")]
-    places = re.findall(r'File "(?:[^"]*/)?([^"/]+)", line (\d+)', text)
-    at = [f"({places[-1][0]}, line {places[-1][1]})"] if places else []
-    return " ".join([*lines[:1], *details[:1], *at])
 
 
 def _hooked(model: nn.Module) -> str:

@@ -15,6 +15,7 @@ from vlmrewrite.compat.dynamo import (
     tracing_options,
     untraceable,
 )
+from vlmrewrite.compat.failures import untraced
 from vlmrewrite.compat.modules import (
     attention_implementation,
     generation_positions,
@@ -63,4 +64,5 @@ __all__ = [
     "tree_leaves",
     "tree_unflatten",
     "untraceable",
+    "untraced",
 ]

@@ -13,7 +13,15 @@ from vlmrewrite.hf.decoder import (
     swap_attention,
 )
 from vlmrewrite.hf.grid import Sizes, frame_grids, grids
-from vlmrewrite.hf.inputs import prompt_end, refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
+from vlmrewrite.hf.inputs import (
+    keeping_all_tokens,
+    prompt_end,
+    refuse_packed,
+    tidy,
+    wants_cache,
+    with_tokens,
+    without_full_mask,
+)
 from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
 from vlmrewrite.hf.vision import MODALITIES, Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
 
@@ -33,6 +41,7 @@ __all__ = [
     "encoder_features",
     "frame_grids",
     "grids",
+    "keeping_all_tokens",
     "parameter_inputs",
     "prompt_end",
     "refuse_checkpointing",

@@ -30,11 +30,13 @@ class Plan:
         depth: number of decoder layers.
         features: which of :data:`FEATURES` a policy can ask for.
         refusals: for those that are missing, the reason.
+        owners: for each layer, the one whose keys and values it attends to; none: each its own.
     """
 
     depth: int
     features: frozenset[str] = frozenset({"features"})
     refusals: dict[str, str] = field(default_factory=dict)
+    owners: tuple[int, ...] = ()
     layers: list[LayerPlan] = field(init=False)
     edits: list[Edit] = field(init=False, default_factory=list)
     branches: list[Branch] = field(init=False, default_factory=list)
@@ -46,11 +48,17 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.layers = [LayerPlan(i) for i in range(self.depth)]
+        self._share_keys()
+
+    def _share_keys(self) -> None:
+        for entry, owner in zip(self.layers, self.owners, strict=False):
+            entry.owner = None if owner == entry.index else self.layers[owner]
 
     def copy(self) -> Plan:
         """A plan that can be changed without changing this one."""
         new = copy.copy(self)
         new.layers = [copy.copy(entry) for entry in self.layers]
+        new._share_keys()
         new.edits, new.branches, new.said = list(self.edits), list(self.branches), list(self.said)
         new.blocks, new.variants = dict(self.blocks), tuple(v.copy() for v in self.variants)
         return new
@@ -69,7 +77,7 @@ class Plan:
         What a later one will select is not known yet at layer ``at``: it counts as what is selected from.
         """
         first = layer_index(at, self.depth)
-        sets = [s for entry in self.layers[first:] for s in (entry.run_set, entry.keys)]
+        sets = [s for e in self.layers[first:] for s in (e.run_set, e.run_set if e.owner else e.keys)]
         sets += [b.tokens for b in self.branches if b.leave >= first]
         return as_of(reduce(operator.or_, sets).vision_part(), first)
 

@@ -63,16 +63,20 @@ class LayerPlan:
         run_set: tokens whose queries, MLP and residual update are computed. The others bypass the layer.
         attend_set: tokens whose keys and values the queries see and the cache keeps; None: those it runs on.
         mlp_set: of the tokens it runs on, those that go through its second half, the MLP; None: all of them.
+        owner: the earlier layer whose keys and values it attends to, whatever is said to it; None: its own.
     """
 
     index: int
     run_set: TokenSet = All
     attend_set: TokenSet | None = None
     mlp_set: TokenSet | None = None
+    owner: LayerPlan | None = None
 
     @property
     def keys(self) -> TokenSet:
-        """Tokens whose keys and values this layer computes."""
+        """Tokens whose keys and values this layer attends to."""
+        if self.owner is not None:
+            return self.owner.keys
         return self.run_set if self.attend_set is None else self.attend_set
 
     def run_on(self, tokens: TokenSet) -> LayerPlan:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, Layer, axis, hidden_write, not_token_wise, reachable, same, value, where
-from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet
+from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet, contains
 from vlmrewrite.rewrite.sets import Emitter, Sets, Stream
 
 _VIEWS = {"unsqueeze", "to", "contiguous", "float", "type_as"}
@@ -28,6 +28,9 @@ class LayerNodes:
         anatomy: of the captured graph.
         env: from captured nodes to those of the copy that is rewritten.
         emit, sets, stream: of that copy.
+
+    Attributes:
+        made: for each layer done so far, the set whose keys it has, these and their values, and all that it sees.
     """
 
     def __init__(self, anatomy: Anatomy, env: dict[Node, Node], emit: Emitter, sets: Sets, stream: Stream) -> None:
@@ -36,6 +39,7 @@ class LayerNodes:
         self._swapped: dict[Node, Node] = {}
         self._affected: set[Node] = set()
         self._memo: dict[tuple[Node, TokenSet, object], Node] = {}
+        self.made: dict[int, tuple[TokenSet, list[Node], list[Node]]] = {}
         first = anatomy.layers[0]
         self.past = first.append is not None and first.append.args[0] is not None
         self.enter(first)
@@ -76,9 +80,21 @@ class LayerNodes:
         return self.env[x] if isinstance(x, Node) else x
 
     def new_key(self, i: int, s: TokenSet) -> Node:
-        """The layer's own new keys (0) or values (1) of a set's tokens, before the cache."""
-        append, attention = self.layer.append, self.layer.attention
-        return self.value(self.argument(append, 3 + i) if append is not None else self.argument(attention, 1 + i), s)
+        """The new keys (0) or values (1) that a layer attends to, of a set's tokens, before the cache."""
+        append, attention, owner = self.layer.append, self.layer.attention, self.layer.owner
+        node = self.argument(append, 3 + i) if append is not None else self.argument(attention, 1 + i)
+        if owner == self.layer.index:
+            return self.value(node, s)
+        held, new, _ = self.made.get(owner, (All, [node, node], []))
+        if not contains(held, s):
+            raise ValueError(
+                f"layer {self.layer.index} attends to the keys of layer {owner}, which are those of {held}: there are"
+                f" none of {s}"
+            )
+        index = self.sets[s].index
+        if held not in (All, s):
+            index = self.emit.call(vlm.relative_index.default, self.sets[held].index, index)
+        return new[i] if held == s else self.emit.call(vlm.select.default, new[i], index, 2, on=s)
 
     def value(self, node: Node, s: TokenSet) -> Node:
         """The node instantiated for the tokens of a set."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import torch.fx
 from torch import nn
 from torch.fx import Node
 
-from vlmrewrite.analysis import Anatomy, Layer, hidden_write, reachable, where, writes
+from vlmrewrite.analysis import Anatomy, Layer, hidden_write, needed, reachable, where, writes
 from vlmrewrite.compat import assert_scalar
 from vlmrewrite.plan import NEEDS, All, Branch, Edit, Extra, Last, LayerPlan, Plan, Selection, TokenSet
 from vlmrewrite.rewrite.layer import GraphInputs, LayerNodes
@@ -67,6 +68,7 @@ def legalize(
     selections = plan.selections()
     for layer, entry in zip(anatomy.layers, plan.layers, strict=True):
         at = layer.index
+        work.arrive(layer)
         work.nodes.enter(layer)
         if plan.chooser is not None and at == plan.parts_at:
             work.part(plan)
@@ -107,12 +109,31 @@ class _Rewrite:
         self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets)
         self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream)
         self._parameters = {env[n]: parameters[n.name] for n in env if n.op == "placeholder" and n.name in parameters}
-        self._outside = set(graph.nodes) - {env[n] for layer in anatomy.layers for n in layer.region}
+        self._between = {
+            b.index: frozenset(reachable([a.exit]) & needed([b.entry], {a.exit}))
+            for a, b in pairwise(anatomy.layers)
+            if a.exit is not b.entry
+        }
+        inside = [*(layer.region for layer in anatomy.layers), *self._between.values()]
+        self._outside = set(graph.nodes) - {env[n] for nodes in inside for n in nodes}
         self._replaced: dict[Node, int] = {}
         self._away: dict[Branch, Node] = {}
         self.frontier: tuple[Node, ...] = ()
 
     # ---- at a layer's entry
+
+    def arrive(self, layer: Layer) -> None:
+        """Do what stands between the layer before and this one, for all tokens."""
+        between, entry = self._between.get(layer.index), self.nodes.env[layer.entry]
+        if between is None:
+            return
+        if not self.stream.changed:
+            self.stream.full = entry
+            return
+        before = self.anatomy.layers[layer.index - 1]
+        self._replaced |= {self.nodes.env[n]: before.index for n in between - {before.exit}}
+        self.nodes.enter(before, between, before.exit)
+        self.stream.write(All, self.nodes.value(entry, All))
 
     def part(self, plan: Plan) -> None:
         """Remember what a dispatch's chooser reads, and the stream as it is, with what is away from it."""
@@ -179,19 +200,23 @@ class _Rewrite:
             self.stream.full = exit
             return
         self._replaced |= {nodes.env[n]: layer.index for n in layer.region - {layer.entry}}
-        k, v = (nodes.new_key(i, keys) for i in range(2))
-        k_pos = self.sets[keys].positions
-        if layer.append is not None:
-            k, v, k_pos = self._append(layer.append, k, v, k_pos)
+        if layer.owner in nodes.made:
+            seen = nodes.made[layer.owner][2]
+        else:
+            new = [nodes.new_key(i, keys) for i in range(2)]
+            seen = [*new, self.sets[keys].positions]
+            if layer.append is not None and layer.owner == layer.index:
+                seen = self._append(layer.append, *seen)
+            nodes.made[layer.owner] = keys, new, seen
         self.stream.changed = True
-        self._attend(run, keys, k, v, k_pos)
+        self._attend(run, keys, *seen)
         if run == mlp:
             self.stream.write(run, nodes.value(exit, run))
             return
         if layer.middle is None:
             raise ValueError(
-                f"layer {layer.index} has no residual add between its attention and its MLP, at {where(layer.exit)}:"
-                f" its MLP cannot run on {mlp} while its attention runs on {run}"
+                f"layer {layer.index} is not an attention and an MLP with a residual add behind each, at"
+                f" {where(layer.exit)}: its MLP cannot run on {mlp} while its attention runs on {run}"
             )
         self.stream.write(run, nodes.value(nodes.env[layer.middle], run))
         nodes.enter(layer, layer.second_half(), layer.middle)

@@ -126,6 +126,7 @@ class Session:
         kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
         with capture.running(cache, kernels):
             forward = type(model).forward
+            kwargs = hf.keeping_all_tokens(kwargs)
             return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
 
     def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], device: torch.device) -> Any:
