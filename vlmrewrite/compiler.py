@@ -36,7 +36,8 @@ def program_of(graph: Graph) -> Program:
         start = time.perf_counter()
         anatomy = analyse(graph.gm, graph.features)
         seconds = {"anatomy": time.perf_counter() - start}
-        plan = Plan(len(anatomy.layers), frozenset(FEATURES))
+        recurrent = frozenset(layer.index for layer in anatomy.layers if layer.recurrent)
+        plan = Plan(len(anatomy.layers), frozenset(FEATURES), recurrent=recurrent)
         return Program(graph.gm, anatomy, plan, seconds=seconds, parameters=graph.parameters)
 
     return graph.once("program", make)

@@ -21,7 +21,7 @@ from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import needed, reachable, same, value, where
 from vlmrewrite.analysis.operators import LINEAR, MATMULS
-from vlmrewrite.ops import ATTENTION, KV_APPEND
+from vlmrewrite.ops import ATTENTION, KV_APPEND, RECURRENT
 from vlmrewrite.plan import Last, Plan, TokenCounts, TokenSet
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
@@ -33,10 +33,10 @@ class Layer:
 
     Attributes:
         entry, exit: residual stream before and after, [B, T, H].
-        attention: its ``vlm::attention`` node; its arguments q, k, v.
-        append: its ``vlm::kv_append`` node, or None without a cache.
+        attention: its ``vlm::attention`` node; its arguments q, k, v. For a recurrent layer: ``vlm::recurrent``.
+        append: its ``vlm::kv_append`` node, or None without a cache, and for a recurrent layer.
         middle: residual stream between the attention half and the MLP half, or None where they are parallel.
-        heads, kv_heads, head_size, value_size: of the attention.
+        heads, kv_heads, head_size, value_size: of the attention; 0 for a recurrent layer.
         queries, keys, values, behind: the linear maps that these need, and those that follow the attention, with
             their matmul FLOPs per token. A fused projection stands in several of them.
         kv_bytes: cache bytes per token.
@@ -58,6 +58,11 @@ class Layer:
     values: dict[Node, int]
     behind: dict[Node, int]
     kv_bytes: int
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it mixes tokens by way of a state that passes through them in order, and not by attention."""
+        return self.attention.target is RECURRENT
 
     def second_half(self) -> frozenset[Node]:
         """The nodes between ``middle`` and ``exit``."""
@@ -107,8 +112,8 @@ def analyse(gm: GraphModule, features: int) -> Anatomy:
     Raises:
         ValueError: a part could not be recognised; the message names it, with the node and its source line.
     """
-    attentions = [n for n in gm.graph.nodes if n.target is ATTENTION]
-    if not attentions:
+    attentions = [n for n in gm.graph.nodes if n.target in (ATTENTION, RECURRENT)]
+    if all(n.target is RECURRENT for n in attentions):
         raise ValueError("no attention node was captured; expected one per decoder layer")
     entering = gm.graph.find_nodes(op="placeholder")[features]
     seeing = reachable([entering])
@@ -152,16 +157,16 @@ def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
 def _logits(outputs: Sequence[Any], attention: Node) -> int:
     """The output that depends on the last attention node, other than the cache: the logits, or the hidden state."""
     after = reachable([attention])
-    found = [i for i, n in enumerate(outputs) if n in after and _append(n) is None]
+    found = [i for i, n in enumerate(outputs) if n in after and _cache(n) is None]
     if not found:
         raise ValueError("no output of the graph depends on the last attention node; expected logits or hidden states")
     return found[-1]
 
 
-def _append(node: Node) -> Node | None:
-    """The ``vlm::kv_append`` node that a node is a result of, or None."""
+def _cache(node: Node) -> Node | None:
+    """The ``vlm::kv_append`` or ``vlm::recurrent`` node that a node is a result of, or None."""
     source = node.args[0] if node.target is operator.getitem else None
-    return source if isinstance(source, Node) and source.target is KV_APPEND else None
+    return source if isinstance(source, Node) and source.target in (KV_APPEND, RECURRENT) else None
 
 
 def _dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
@@ -190,8 +195,13 @@ def _layers(merge: Node, logits: Node, attentions: list[Node]) -> tuple[Layer, .
 
 
 def _layer(index: int, entry: Node, exit: Node, middle: Node | None, attention: Node) -> Layer:
+    if attention.target is RECURRENT:
+        region = reachable([entry]) & needed([exit], {entry})
+        weights: Any = attention.args[3]
+        maps = _linear_maps(region) | {attention: sum(2 * int(value(w).numel()) for w in weights if value(w).dim() > 1)}
+        return Layer(index, entry, exit, attention, None, middle, frozenset(region), 0, 0, 0, 0, {}, {}, {}, maps, 0)
     q, k, v = cast(tuple[Node, Node, Node], attention.args[:3])
-    append = _append(k)
+    append = _cache(k)
     if append is not None:
         k, v = cast(tuple[Node, Node], append.args[3:5])
     region = reachable([entry]) & needed([exit, *([] if append is None else [append])], {entry})
@@ -235,7 +245,7 @@ def costs(
     A layer's FLOPs are those of its linear maps, once for each token set that they are computed for (a fused q, k and v
     projection twice, where a layer runs on another set than it attends to), of its attention over all pairs, of scoring
     vision tokens at its entry, and of a branch's block that leaves there. What an operator of a policy or an edit does
-    inside is not known here and not counted.
+    inside is not known here and not counted; nor is the recurrence of a recurrent layer.
 
     Args:
         anatomy: of the model.

@@ -14,6 +14,7 @@ from vlmrewrite.hf.decoder import (
 )
 from vlmrewrite.hf.grid import grids
 from vlmrewrite.hf.inputs import prompt_end, refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
+from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
 from vlmrewrite.hf.vision import Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
 
@@ -23,6 +24,8 @@ __all__ = [
     "Encoded",
     "Encoding",
     "attention_swapped",
+    "cache_argument",
+    "cache_layers",
     "check_support",
     "decoder_configs",
     "decoder_layers",
@@ -30,8 +33,11 @@ __all__ = [
     "encoded_images",
     "encoder_features",
     "grids",
+    "is_recurrent",
+    "mixer_of",
     "parameter_inputs",
     "prompt_end",
+    "recurrent_mixers",
     "refuse_checkpointing",
     "refuse_packed",
     "swap_attention",

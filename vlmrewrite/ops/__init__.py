@@ -16,6 +16,7 @@ from vlmrewrite.ops.positional import (
     seen_by_position,
     unhidden,
 )
+from vlmrewrite.ops.recurrent import RECURRENT, fill, mixers_swapped, recurrent, swap_mixers
 from vlmrewrite.ops.scoring import greedy_flops, like_member, per_image
 from vlmrewrite.ops.selection import select, token_index
 
@@ -24,6 +25,7 @@ __all__ = [
     "KERNELS",
     "KV_APPEND",
     "OPAQUE",
+    "RECURRENT",
     "REFERENCES",
     "Backend",
     "Choice",
@@ -33,6 +35,7 @@ __all__ = [
     "attention_blocks",
     "choose",
     "define",
+    "fill",
     "greedy_flops",
     "interpreted",
     "kernel_attention",
@@ -42,11 +45,14 @@ __all__ = [
     "kernels_missing",
     "kv_append",
     "like_member",
+    "mixers_swapped",
     "per_image",
+    "recurrent",
     "replaced",
     "resolve",
     "seen_by_position",
     "select",
+    "swap_mixers",
     "token_index",
     "unfit",
     "unhidden",

@@ -86,7 +86,8 @@ def define(
         fake: shapes, dtypes and strides of its outputs.
         kernel: ``"package.module:launcher"``, imported when it first runs; it takes what the operator takes.
         kernel_fake: the outputs of the launcher; by default ``fake``, or without one the reference on fake tensors.
-        backward: the kernel's operator can be differentiated; its gradient is the reference's, computed again.
+        backward: the kernel's operator, or without a kernel one with a fake, can be differentiated; its gradient is the
+            reference's, computed again.
         flops: its FLOPs, see ``torch.utils.flop_counter.register_flop_formula``.
         flops_by_value: ``flops`` takes the tensors themselves, not their shapes.
 
@@ -162,6 +163,8 @@ def _register(name: str, schema: str, new: _Definition) -> None:
         OPAQUE.add(operator)
     if new.kernel is not None:
         KERNELS[operator] = _register_kernel(name, schema, new.backward)
+    elif new.backward:
+        _differentiable(f"vlm::{name}", name, _library)
 
 
 def _register_kernel(name: str, schema: str, backward: bool) -> Any:
@@ -185,9 +188,14 @@ def _register_kernel(name: str, schema: str, backward: bool) -> Any:
     _triton.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlm_triton::{name}", fake, lib=_triton)
     if backward:
-        through = _through(lambda *args: _DEFINED[name].reference(*args))
-        torch.library.register_autograd(f"vlm_triton::{name}", through, setup_context=_remember, lib=_triton)
+        _differentiable(f"vlm_triton::{name}", name, _triton)
     return getattr(torch.ops.vlm_triton, name).default
+
+
+def _differentiable(operator: str, name: str, library: Any) -> None:
+    """Give an operator the gradient of a reference."""
+    through = _through(lambda *args: _DEFINED[name].reference(*args))
+    torch.library.register_autograd(operator, through, setup_context=_remember, lib=library)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

@@ -82,7 +82,8 @@ class Program:
 
     def lacking(self, missing: Mapping[str, str]) -> Program:
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""
-        return replace(self, plan=Plan(self.plan.depth, frozenset(FEATURES) - missing.keys(), dict(missing)))
+        here = frozenset(FEATURES) - missing.keys()
+        return replace(self, plan=Plan(self.plan.depth, here, dict(missing), self.plan.recurrent))
 
     @property
     def graph_module(self) -> torch.fx.GraphModule:

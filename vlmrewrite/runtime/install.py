@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from vlmrewrite import capture
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, swap_attention, watched
+from vlmrewrite.ops import swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
@@ -29,6 +30,7 @@ def install_session(model: nn.Module, session: Session) -> None:
     capture.register()
     with ExitStack() as undo:
         undo.callback(swap_attention(model))
+        undo.callback(swap_mixers(model))
         if "encoder_features" in session.plan.needs():
             base: Any = model.base_model
             _put(undo, base, "get_image_features", watched(model, base.get_image_features, session.encoded))

@@ -120,7 +120,8 @@ def generation_agreement(
         prompt = inputs["input_ids"].shape[1]
         masks = layer_masks(model, prompt + new_tokens - 1)
         program, call, _ = last_call(model)
-        planned = [call.counts.size(entry.keys) + new_tokens - 1 for entry in program.plan.layers]
+        sizes = [call.counts.size(entry.keys) + new_tokens - 1 for entry in program.plan.layers]
+        planned = [0 if i in program.plan.recurrent else n for i, n in enumerate(sizes)]
         kept_tokens(model)
     longer = extended(model, inputs, out.sequences[:, prompt:-1])
     got = torch.stack(out.logits, 1)
