@@ -12,6 +12,8 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from vlmrewrite.ops import fill
 
+_FINAL = "this model has recurrent layers, whose state cannot go back to earlier tokens"
+
 
 class StateLayer(LinearAttentionLayer):
     """transformers' layer of such states, which cannot go back and is written anew, never in place.
@@ -41,8 +43,8 @@ class StateLayer(LinearAttentionLayer):
         return recurrent_states
 
     def activate_past_recording(self) -> None:
-        """Refuse to remember earlier states, as :meth:`crop` does."""
-        self.crop(-1)
+        """Refuse to remember earlier states, as assistants want it."""
+        raise NotImplementedError(f"{_FINAL}: generate without an assistant")
 
     def crop(self, tokens_to_remove: int, shared: Any = None) -> None:
         """Refuse to forget tokens.
@@ -51,10 +53,7 @@ class StateLayer(LinearAttentionLayer):
             NotImplementedError: there are tokens to forget.
         """
         if tokens_to_remove:
-            raise NotImplementedError(
-                f"crop({tokens_to_remove}): this model has recurrent layers, whose state cannot go back; start with an"
-                " empty cache, and generate without an assistant"
-            )
+            raise NotImplementedError(f"{_FINAL}, and crop({tokens_to_remove}) was called: start with an empty cache")
 
     def reorder_cache(self, beam_idx: Tensor, shared: Any = None) -> None:
         """Rows of the next step come from rows ``beam_idx`` [B]."""

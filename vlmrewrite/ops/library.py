@@ -200,7 +200,8 @@ def _differentiable(operator: str, name: str, library: Any) -> None:
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     leaves, ctx.spec = tree_flatten(inputs)
-    ctx.holds = [any(isinstance(x, Tensor) for x in tree_leaves(i)) for i in inputs]
+    several = (i if isinstance(i, (list, tuple)) else [i] for i in inputs)
+    ctx.holds = [all(isinstance(x, Tensor) for x in some) for some in several]  # torch wants [] for an empty list
     ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
     ctx.tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     ctx.save_for_backward(*(leaves[i] for i in ctx.tensors))

@@ -113,7 +113,7 @@ def recurrent(
     states: list[Tensor],
     weights: list[Tensor],
     mixer: int,
-    plain: bool = True,
+    plain: bool,
 ) -> list[Tensor]:
     """What a recurrent or convolutional module makes of some tokens, in order, after those that its states have seen.
 
@@ -133,7 +133,7 @@ def recurrent(
     module = _MIXERS[mixer]
     if plain or mask is None:
         return module.run(hidden, mask, states, weights)  # type: ignore[no-any-return]
-    out = [torch.zeros_like(x) for x in _recurrent_fake(hidden, mask, states, weights, mixer)]
+    out = [torch.zeros_like(x) for x in _recurrent_fake(hidden, mask, states, weights, mixer, plain)]
     out[1:] = [s.clone() for s in states] or out[1:]
     there = mask.bool()
     counts = there.sum(1)
@@ -153,7 +153,7 @@ def _recurrent_fake(
     states: list[Tensor],
     weights: list[Tensor],
     mixer: int,
-    plain: bool = True,
+    plain: bool,
 ) -> list[Tensor]:
     made = _MIXERS[mixer].made
     if hidden.dtype not in made:
@@ -168,7 +168,7 @@ def _recurrent_fake(
 
 
 define(
-    "recurrent(Tensor hidden, Tensor? mask, Tensor[] states, Tensor[] weights, int mixer, bool plain=True) -> Tensor[]",
+    "recurrent(Tensor hidden, Tensor? mask, Tensor[] states, Tensor[] weights, int mixer, bool plain) -> Tensor[]",
     recurrent,
     _recurrent_fake,
     backward=True,
