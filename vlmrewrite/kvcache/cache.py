@@ -12,7 +12,7 @@ from transformers.cache_utils import Cache, DynamicCache
 
 from vlmrewrite.hf import cache_layers, is_recurrent
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
-from vlmrewrite.kvcache.state import StateLayer
+from vlmrewrite.kvcache.state import FINAL, StateLayer
 
 
 class PositionCache(Cache):
@@ -150,7 +150,8 @@ def adopted(given: Any, model: nn.Module) -> Iterator[PositionCache]:
 
     Raises:
         TypeError: it is no transformers cache.
-        NotImplementedError: it is one of a kind that cannot hold another number of tokens in each layer.
+        NotImplementedError: it is one of a kind that cannot hold another number of tokens in each layer, or is to go
+            back to earlier states.
         ValueError: it holds tokens that went through the unmodified model.
     """
     if given is None or isinstance(given, PositionCache):
@@ -168,6 +169,8 @@ def adopted(given: Any, model: nn.Module) -> Iterator[PositionCache]:
             f"past_key_values holds {given.get_seq_length()} tokens that went through the unmodified model;"
             " start again with an empty cache"
         )
+    if any(getattr(layer, "record_past", False) for layer in given.layers):
+        raise NotImplementedError(f"{FINAL}: generate without an assistant")
     before = given.__class__, given.__dict__
     given.__class__, given.__dict__ = PositionCache, PositionCache(model).__dict__  # type: ignore[assignment]
     try:

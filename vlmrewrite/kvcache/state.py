@@ -12,7 +12,7 @@ from transformers.cache_utils import LinearAttentionLayer
 
 from vlmrewrite.ops import fill
 
-_FINAL = "this model has recurrent layers, whose state cannot go back to earlier tokens"
+FINAL = "this model has recurrent layers, whose state cannot go back to earlier tokens"
 
 
 class StateLayer(LinearAttentionLayer):
@@ -44,7 +44,7 @@ class StateLayer(LinearAttentionLayer):
 
     def activate_past_recording(self) -> None:
         """Refuse to remember earlier states, as assistants want it."""
-        raise NotImplementedError(f"{_FINAL}: generate without an assistant")
+        raise NotImplementedError(f"{FINAL}: generate without an assistant")
 
     def crop(self, tokens_to_remove: int, shared: Any = None) -> None:
         """Refuse to forget tokens.
@@ -53,7 +53,7 @@ class StateLayer(LinearAttentionLayer):
             NotImplementedError: there are tokens to forget.
         """
         if tokens_to_remove:
-            raise NotImplementedError(f"{_FINAL}, and crop({tokens_to_remove}) was called: start with an empty cache")
+            raise NotImplementedError(f"{FINAL}, and crop({tokens_to_remove}) was called: start with an empty cache")
 
     def reorder_cache(self, beam_idx: Tensor, shared: Any = None) -> None:
         """Rows of the next step come from rows ``beam_idx`` [B]."""

@@ -7,6 +7,7 @@ from vlmrewrite.ops.attention import ATTENTION, KV_APPEND, attend, attention, kv
 from vlmrewrite.ops.choice import Backend, Choice, Kernels, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
 from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, define, replaced
+from vlmrewrite.ops.mixers import fill
 from vlmrewrite.ops.positional import (
     attention_blocks,
     kernel_attention,
@@ -16,7 +17,7 @@ from vlmrewrite.ops.positional import (
     seen_by_position,
     unhidden,
 )
-from vlmrewrite.ops.recurrent import RECURRENT, fill, mixers_swapped, recurrent, swap_mixers
+from vlmrewrite.ops.recurrent import RECURRENT, mixers_swapped, recurrent, swap_mixers
 from vlmrewrite.ops.scoring import greedy_flops, like_member, per_image
 from vlmrewrite.ops.selection import select, token_index
 

@@ -86,8 +86,7 @@ def define(
         fake: shapes, dtypes and strides of its outputs.
         kernel: ``"package.module:launcher"``, imported when it first runs; it takes what the operator takes.
         kernel_fake: the outputs of the launcher; by default ``fake``, or without one the reference on fake tensors.
-        backward: the kernel's operator, or without a kernel one with a fake, can be differentiated; its gradient is the
-            reference's, computed again.
+        backward: the kernel's operator can be differentiated; its gradient is the reference's, computed again.
         flops: its FLOPs, see ``torch.utils.flop_counter.register_flop_formula``.
         flops_by_value: ``flops`` takes the tensors themselves, not their shapes.
 
@@ -163,8 +162,6 @@ def _register(name: str, schema: str, new: _Definition) -> None:
         OPAQUE.add(operator)
     if new.kernel is not None:
         KERNELS[operator] = _register_kernel(name, schema, new.backward)
-    elif new.backward:
-        _differentiable(f"vlm::{name}", name, _library)
 
 
 def _register_kernel(name: str, schema: str, backward: bool) -> Any:
@@ -188,20 +185,14 @@ def _register_kernel(name: str, schema: str, backward: bool) -> Any:
     _triton.impl(name, run, "CompositeExplicitAutograd")
     torch.library.register_fake(f"vlm_triton::{name}", fake, lib=_triton)
     if backward:
-        _differentiable(f"vlm_triton::{name}", name, _triton)
+        through = _through(lambda *args: _DEFINED[name].reference(*args))
+        torch.library.register_autograd(f"vlm_triton::{name}", through, setup_context=_remember, lib=_triton)
     return getattr(torch.ops.vlm_triton, name).default
-
-
-def _differentiable(operator: str, name: str, library: Any) -> None:
-    """Give an operator the gradient of a reference."""
-    through = _through(lambda *args: _DEFINED[name].reference(*args))
-    torch.library.register_autograd(operator, through, setup_context=_remember, lib=library)
 
 
 def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     leaves, ctx.spec = tree_flatten(inputs)
-    several = (i if isinstance(i, (list, tuple)) else [i] for i in inputs)
-    ctx.holds = [all(isinstance(x, Tensor) for x in some) for some in several]  # torch wants [] for an empty list
+    ctx.holds = [any(isinstance(x, Tensor) for x in tree_leaves(i)) for i in inputs]
     ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
     ctx.tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
     ctx.save_for_backward(*(leaves[i] for i in ctx.tensors))

@@ -9,102 +9,17 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import itertools
 import types
-import weakref
-from collections import OrderedDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, LinearAttentionLayer
 
-from vlmrewrite.hf import cache_argument, cache_layers, recurrent_mixers
+from vlmrewrite.hf import cache_layers, recurrent_mixers
 from vlmrewrite.ops.library import define
+from vlmrewrite.ops.mixers import MIXERS, Mixer, fill, mixer_for
 from vlmrewrite.ops.selection import select
-
-_MIXERS: dict[int, Mixer] = {}
-"""By the number that graphs hold; an entry dies with its module."""
-
-_NUMBERS: weakref.WeakKeyDictionary[nn.Module, int] = weakref.WeakKeyDictionary()
-
-_NEXT = itertools.count()
-
-
-class Mixer:
-    """What is known of a module that mixes tokens by way of a state.
-
-    Attributes:
-        number: under which operators name it.
-        slots: its states, each by the attribute of transformers' cache layer and the place in it.
-        made: by the dtype of the hidden states, what one token makes: the output's dtype, then each state [1, ...].
-    """
-
-    def __init__(self, module: nn.Module, number: int, states: int) -> None:
-        self._module, self.number, self._states_of = weakref.ref(module), number, states
-        self.cache = str(cache_argument(module))
-        self.slots: tuple[tuple[str, int], ...] = ()
-        self.made: dict[torch.dtype, list[Tensor]] = {}
-
-    def probe(self, width: int) -> None:
-        """See what one token makes of an empty state; no hook of the model's is called, and no random number drawn."""
-        module: Any = self._module()
-        weight = next(p for p in module.parameters() if p.is_floating_point())
-        if weight.dtype in self.made:
-            return
-        hidden = torch.zeros(1, 1, width, dtype=weight.dtype, device=weight.device)
-        with torch.no_grad():
-            layer = self._layer([])
-            out = self._call(_copied(module, None), hidden, None, layer)
-            held = [(kind, i) for i in range(layer.number_of_states) for kind in ("conv_states", "recurrent_states")]
-            self.slots = tuple((kind, i) for kind, i in held if getattr(layer, kind)[i] is not None)
-            self.made[weight.dtype] = [out, *self._states(layer)]
-
-    def run(self, hidden: Tensor, mask: Tensor | None, states: Sequence[Tensor], weights: Sequence[Tensor]) -> Any:
-        """What the module makes of hidden states [B, n, H] and its states: its output [B, n, H], then new states."""
-        module: Any = self._module()
-        names = (name for name, _ in module.named_parameters())
-        layer = self._layer(states)
-        out = self._call(_copied(module, dict(zip(names, weights, strict=True))), hidden, mask, layer)
-        return [out, *self._states(layer)]
-
-    def _layer(self, states: Sequence[Tensor]) -> Any:
-        layer: Any = LinearAttentionLayer(self._states_of)
-        for (kind, i), state in zip(self.slots, states, strict=bool(states)):
-            fill(layer, kind, i, state.clone())  # modules write to it in place
-        return layer
-
-    def _states(self, layer: Any) -> list[Tensor]:
-        return [getattr(layer, kind)[i].clone() for kind, i in self.slots]  # without transformers' mark for cudagraphs
-
-    def _call(self, module: Any, hidden: Tensor, mask: Tensor | None, layer: Any) -> Tensor:
-        cache = Cache(layers=[layer] * (module.layer_idx + 1))
-        out: Tensor = type(module).forward(module, hidden, **{self.cache: cache, "attention_mask": mask})
-        return out
-
-
-def fill(layer: Any, kind: str, i: int, state: Tensor) -> None:
-    """Put a state into transformers' cache layer."""
-    getattr(layer, kind)[i] = state
-    getattr(layer, f"is_{kind}_initialized")[i] = layer.has_previous_state[i] = True
-    layer.dtype, layer.device = state.dtype, state.device
-    if kind == "conv_states":
-        layer.conv_kernel_size[i] = state.shape[-1]
-
-
-def _copied(module: nn.Module, weights: dict[str, Tensor] | None, prefix: str = "") -> nn.Module:
-    """The module with other parameters; without any, with its own, in eval mode and without hooks."""
-    made = type(module).__new__(type(module))
-    vars(made).update(vars(module))
-    if weights is None:
-        vars(made).update({name: OrderedDict() for name in vars(module) if name.endswith("_hooks")}, training=False)
-    else:
-        own = {name: weights[prefix + name] if p is not None else None for name, p in module._parameters.items()}
-        vars(made)["_parameters"] = own
-    children = module._modules.items()
-    vars(made)["_modules"] = {n: m and _copied(m, weights, f"{prefix}{n}.") for n, m in children}
-    return made
 
 
 def recurrent(
@@ -130,7 +45,7 @@ def recurrent(
     Returns:
         [B, n, H], 0 for tokens that are not there; then the new states.
     """
-    module = _MIXERS[mixer]
+    module = MIXERS[mixer]
     if plain or mask is None:
         return module.run(hidden, mask, states, weights)  # type: ignore[no-any-return]
     out = [torch.zeros_like(x) for x in _recurrent_fake(hidden, mask, states, weights, mixer, plain)]
@@ -155,11 +70,11 @@ def _recurrent_fake(
     mixer: int,
     plain: bool,
 ) -> list[Tensor]:
-    made = _MIXERS[mixer].made
+    made = MIXERS[mixer].made
     if hidden.dtype not in made:
         raise RuntimeError(
             f"the hidden states of a recurrent layer are {hidden.dtype}; expected {list(made)}, that of the model's"
-            " parameters: leave torch.autocast, or restore the model and apply the recipe again after a cast"
+            " parameters: restore the model and apply the recipe again after a cast"
         )
     out, *held = made[hidden.dtype]
     return [hidden.new_empty(hidden.shape, dtype=out.dtype)] + [
@@ -171,10 +86,80 @@ define(
     "recurrent(Tensor hidden, Tensor? mask, Tensor[] states, Tensor[] weights, int mixer, bool plain) -> Tensor[]",
     recurrent,
     _recurrent_fake,
-    backward=True,
 )
 
 RECURRENT = torch.ops.vlm.recurrent.default
+
+
+def recurrent_backward(
+    gradients: list[Tensor | None],
+    hidden: Tensor,
+    mask: Tensor | None,
+    states: list[Tensor],
+    weights: list[Tensor],
+    mixer: int,
+    plain: bool,
+    wanted: list[bool],
+) -> list[Tensor]:
+    """The gradient of :func:`recurrent`, which is computed again; an operator, so that no compiler looks into it.
+
+    Args:
+        gradients: of what it returned; None where there is none.
+        hidden, mask, states, weights, mixer, plain: what it was given.
+        wanted: of the hidden states, each state and each parameter, whether a gradient is.
+
+    Returns:
+        those gradients, in order.
+    """
+    with torch.enable_grad():
+        given = [x.detach().requires_grad_(asked) for x, asked in zip((hidden, *states, *weights), wanted, strict=True)]
+        n = 1 + len(states)
+        made = recurrent(given[0], mask, given[1:n], given[n:], mixer, plain)
+    pairs = [(o, g) for o, g in zip(made, gradients, strict=True) if g is not None and o.requires_grad]
+    leaves = [x for x in given if x.requires_grad]
+    outs, grads = [o for o, _ in pairs], [g for _, g in pairs]
+    found = torch.autograd.grad(outs, leaves, grads, allow_unused=True)
+    return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(leaves, found, strict=True)]
+
+
+def _backward_fake(
+    gradients: list[Tensor | None],
+    hidden: Tensor,
+    mask: Tensor | None,
+    states: list[Tensor],
+    weights: list[Tensor],
+    mixer: int,
+    plain: bool,
+    wanted: list[bool],
+) -> list[Tensor]:
+    every = zip((hidden, *states, *weights), wanted, strict=True)
+    return [x.new_empty(x.shape) for x, asked in every if asked]
+
+
+define(
+    "recurrent_backward(Tensor?[] gradients, Tensor hidden, Tensor? mask, Tensor[] states, Tensor[] weights, int mixer,"
+    " bool plain, bool[] wanted) -> Tensor[]",
+    recurrent_backward,
+    _backward_fake,
+)
+
+
+def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    hidden, mask, states, weights, *ctx.rest = inputs
+    ctx.wanted, ctx.states, ctx.masked = [x.requires_grad for x in (hidden, *states, *weights)], len(states), mask
+    ctx.save_for_backward(hidden, *states, *weights)
+
+
+def _backward(ctx: Any, gradients: list[Tensor | None]) -> Any:
+    hidden, *more = ctx.saved_tensors
+    n = ctx.states
+    given = gradients, hidden, ctx.masked, more[:n], more[n:], *ctx.rest, ctx.wanted
+    found = iter(torch.ops.vlm.recurrent_backward.default(*given))
+    first, *others = [next(found) if asked else None for asked in ctx.wanted]
+    return first, None, others[:n], others[n:], None, None
+
+
+torch.library.register_autograd("vlm::recurrent", _backward, setup_context=_remember)
 
 
 def swap_mixers(model: nn.Module) -> Callable[[], None]:
@@ -187,15 +172,11 @@ def swap_mixers(model: nn.Module) -> Callable[[], None]:
     """
     layers, found = cache_layers(model), recurrent_mixers(model)
     text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    modules = list(found.values())
+    modules, mixers = list(found.values()), [mixer_for(m, layers[i].number_of_states) for i, m in found.items()]
     before = [vars(m).get("forward") for m in modules]
-    for i, module in found.items():
-        if module not in _NUMBERS:
-            _NUMBERS[module] = number = next(_NEXT)
-            _MIXERS[number] = Mixer(module, number, layers[i].number_of_states)
-            weakref.finalize(module, _MIXERS.pop, number, None).atexit = False
-        mixer = _MIXERS[_NUMBERS[module]]
+    for mixer in mixers:
         mixer.probe(int(text.hidden_size))
+    for module, mixer in zip(modules, mixers, strict=True):
         vars(module)["forward"] = types.MethodType(_forward_of(mixer, type(module).forward), module)
 
     def undo() -> None:
@@ -228,6 +209,8 @@ def _forward_of(mixer: Mixer, own: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden, cache = given.pop("hidden_states"), given.pop(cached)
         mask = given.pop("attention_mask", None)
+        if torch.is_autocast_enabled(hidden.device.type):  # the dtypes of states would not be those of the probe
+            raise NotImplementedError("a recurrent layer cannot be captured under torch.autocast: leave it")
         for name, x in given.items():
             if isinstance(x, Tensor):
                 raise NotImplementedError(f"a recurrent layer is given {name}, which is not known to follow its tokens")
