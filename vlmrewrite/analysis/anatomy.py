@@ -1,8 +1,8 @@
 """Anatomy: where the vision tokens live in a captured graph, found by structure alone.
 
-A merge is where vision features enter a stream shaped [B, T, H]. A decoder layer is the outermost module that calls one
-attention and no other, and the stream is what enters and leaves it; where the graph does not tell modules apart, a layer
-lies between the dominators, on the way from the last merge to the logits, of one attention node and the next.
+A merge is where vision features enter a stream shaped [B, T, H]. A decoder layer is the outermost module that calls
+one attention and no other, and the stream is what enters and leaves it; where the graph does not tell modules apart,
+a layer lies between the dominators, on the way from the last merge to the logits, of one attention and the next.
 No module name is looked at.
 """
 
@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import needed, reachable, same, value, where
 from vlmrewrite.analysis.operators import LINEAR, MATMULS
-from vlmrewrite.ops import ATTENTION, KV_APPEND
+from vlmrewrite.ops import ATTENTION, KV_APPEND, RECURRENT
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -33,11 +33,11 @@ class Layer:
 
     Attributes:
         entry, exit: residual stream before and after, [B, T, H].
-        attention: its ``vlm::attention`` node; its arguments q, k, v.
-        append: the ``vlm::kv_append`` node behind its keys, or None without a cache.
+        attention: its ``vlm::attention`` node; its arguments q, k, v. For a recurrent layer: ``vlm::recurrent``.
+        append: the ``vlm::kv_append`` node behind its keys, or None without a cache, and for a recurrent layer.
         owner: the layer that computes the keys and values that it attends to, itself or an earlier one.
         middle: residual stream between the attention half and the MLP half, or None where it has not two such halves.
-        heads, kv_heads, head_size, value_size: of the attention.
+        heads, kv_heads, head_size, value_size: of the attention; 0 for a recurrent layer.
         queries, keys, values, behind: the linear maps that these need, and those that follow the attention, with
             their matmul FLOPs per token. A fused projection stands in several of them.
         kv_bytes: cache bytes per token; 0 for a layer that attends to another one's keys.
@@ -60,6 +60,11 @@ class Layer:
     values: dict[Node, int]
     behind: dict[Node, int]
     kv_bytes: int
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it mixes tokens by way of a state that passes through them in order, and not by attention."""
+        return self.attention.target is RECURRENT
 
     def second_half(self) -> frozenset[Node]:
         """The nodes between ``middle`` and ``exit``."""
@@ -125,8 +130,8 @@ def analyse(gm: GraphModule, features: Mapping[str, Mapping[str, int]]) -> Anato
     Raises:
         ValueError: a part could not be recognised; the message names it, with the node and its source line.
     """
-    attentions = [n for n in gm.graph.nodes if n.target is ATTENTION]
-    if not attentions:
+    attentions = [n for n in gm.graph.nodes if n.target in (ATTENTION, RECURRENT)]
+    if all(n.target is RECURRENT for n in attentions):
         raise ValueError("no attention node was captured; expected one per decoder layer")
     inputs = gm.graph.find_nodes(op="placeholder")
     found = [_merge(modality, {n: inputs[at] for n, at in named.items()}, attentions[0])
@@ -175,16 +180,16 @@ def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
 def _logits(outputs: Sequence[Any], attention: Node) -> int:
     """The output that depends on the last attention node, other than the cache: the logits, or the hidden state."""
     after = reachable([attention])
-    found = [i for i, n in enumerate(outputs) if n in after and _append(n) is None]
+    found = [i for i, n in enumerate(outputs) if n in after and _cache(n) is None]
     if not found:
         raise ValueError("no output of the graph depends on the last attention node; expected logits or hidden states")
     return found[-1]
 
 
-def _append(node: Node) -> Node | None:
-    """The ``vlm::kv_append`` node that a node is a result of, or None."""
+def _cache(node: Node) -> Node | None:
+    """The ``vlm::kv_append`` or ``vlm::recurrent`` node that a node is a result of, or None."""
     source = node.args[0] if node.target is operator.getitem else None
-    return source if isinstance(source, Node) and source.target is KV_APPEND else None
+    return source if isinstance(source, Node) and source.target in (KV_APPEND, RECURRENT) else None
 
 
 def _dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
@@ -196,7 +201,7 @@ def _dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
 def _layers(merge: Node, logits: Node, attentions: list[Node]) -> tuple[Layer, ...]:
     after = reachable([merge])
     found = _modules(merge, logits, after, attentions) or _chain(merge, logits, after, attentions)
-    keys = [attention.args[1] for attention in attentions]
+    keys = [n if n.target is RECURRENT else n.args[1] for n in attentions]
     return tuple(_layer(i, keys.index(keys[i]), attentions[i], *bounds) for i, bounds in enumerate(found))
 
 
@@ -255,16 +260,22 @@ def _joins(node: Node, nodes: set[Node] | frozenset[Node]) -> bool:
 
 
 def _layer(index: int, owner: int, attention: Node, entry: Node, exit: Node, inside: set[Node]) -> Layer:
+    if attention.target is RECURRENT:
+        region = reachable([entry]) & needed([exit], {entry}) & (inside | {entry})
+        weights: Any = attention.args[3]
+        maps = _linear_maps(region) | {attention: sum(2 * int(value(w).numel()) for w in weights if value(w).dim() > 1)}
+        middle = _middle(attention, entry, exit, region)
+        return Layer(
+            index, entry, exit, attention, None, owner, middle, frozenset(region), 0, 0, 0, 0, {}, {}, {}, maps, 0
+        )
     q, k, v = cast(tuple[Node, Node, Node], attention.args[:3])
-    append = _append(k)
+    append = _cache(k)
     if append is not None:
         k, v = cast(tuple[Node, Node], append.args[3:5])
     region = reachable([entry]) & needed([exit, *([] if append is None else [append])], {entry}) & (inside | {entry})
     if attention not in region:
         raise ValueError(f"layer {index}: the attention node is not between {where(entry)} and {where(exit)}")
-    stream = nx.shortest_path(_dominators(entry, region), entry, exit)
-    adds = [n for n in stream if _joins(n, region) and attention in needed([n], {entry})]
-    middle = adds[0] if len(adds) == 2 and adds[1] is exit else None
+    middle = _middle(attention, entry, exit, region)
     before = [needed([n], {entry}) & region for n in (q, k, v)]
     queries, keys, values = (_linear_maps(nodes) for nodes in before)
     behind = _linear_maps(region.difference(*before))
@@ -273,6 +284,13 @@ def _layer(index: int, owner: int, attention: Node, entry: Node, exit: Node, ins
     kv_bytes = kv_heads * (head_size + value_size) * value(k).element_size() * (owner == index)
     return Layer(index, entry, exit, attention, append, owner, middle, frozenset(region), heads, kv_heads,
                  head_size, value_size, queries, keys, values, behind, kv_bytes)  # fmt: skip
+
+
+def _middle(attention: Node, entry: Node, exit: Node, region: set[Node]) -> Node | None:
+    """The residual stream between the two halves of a layer, or None if it has not two."""
+    stream = nx.shortest_path(_dominators(entry, region), entry, exit)
+    adds = [n for n in stream if _joins(n, region) and attention in needed([n], {entry})]
+    return adds[0] if len(adds) == 2 and adds[1] is exit else None
 
 
 def _linear_maps(nodes: set[Node]) -> dict[Node, int]:

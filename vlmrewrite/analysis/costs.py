@@ -35,7 +35,7 @@ def costs(
     A layer's FLOPs are those of its linear maps, once for each token set that they are computed for (a fused q, k and v
     projection twice, where a layer runs on another set than it attends to), of its attention over all pairs, of scoring
     vision tokens at its entry, and of a branch's block that leaves there. What an operator of a policy or an edit does
-    inside is not known here and not counted.
+    inside is not known here and not counted; nor is the recurrence of a recurrent layer.
 
     Args:
         anatomy: of the model.

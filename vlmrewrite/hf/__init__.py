@@ -22,6 +22,7 @@ from vlmrewrite.hf.inputs import (
     with_tokens,
     without_full_mask,
 )
+from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
 from vlmrewrite.hf.vision import MODALITIES, Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
 
@@ -33,6 +34,8 @@ __all__ = [
     "Encoding",
     "Sizes",
     "attention_swapped",
+    "cache_argument",
+    "cache_layers",
     "check_support",
     "decoder_configs",
     "decoder_layers",
@@ -41,9 +44,12 @@ __all__ = [
     "encoder_features",
     "frame_grids",
     "grids",
+    "is_recurrent",
     "keeping_all_tokens",
+    "mixer_of",
     "parameter_inputs",
     "prompt_end",
+    "recurrent_mixers",
     "refuse_checkpointing",
     "refuse_packed",
     "swap_attention",

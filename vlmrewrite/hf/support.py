@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from vlmrewrite.compat import attention_implementation, is_compiled
+from vlmrewrite.hf.mixers import refuse_cache_layers
 
 _ATTENTION = ("eager", "sdpa")
 
@@ -26,7 +27,7 @@ def check_support(model: Any) -> int:
     Raises:
         TypeError: it is not a Hugging Face model.
         ValueError: it is compiled or exported, has no image tokens, no causal text decoder, or an attention
-            implementation other than eager or sdpa.
+            implementation other than eager or sdpa, or layers whose cache is of another kind.
     """
     _check_kind(model)
     config = model.config
@@ -56,6 +57,7 @@ def check_support(model: Any) -> int:
     depth = getattr(text, "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"the text config has num_hidden_layers={depth!r}; expected at least one decoder layer")
+    refuse_cache_layers(model)
     return depth
 
 

@@ -7,6 +7,7 @@ from vlmrewrite.ops.attention import ATTENTION, KV_APPEND, attend, attention, kv
 from vlmrewrite.ops.choice import Backend, Choice, Kernels, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
 from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, define, replaced
+from vlmrewrite.ops.mixers import fill
 from vlmrewrite.ops.positional import (
     attention_blocks,
     kernel_attention,
@@ -16,6 +17,7 @@ from vlmrewrite.ops.positional import (
     seen_by_position,
     unhidden,
 )
+from vlmrewrite.ops.recurrent import RECURRENT, mixers_swapped, recurrent, swap_mixers
 from vlmrewrite.ops.scoring import greedy_flops, like_member, per_image, shared_out
 from vlmrewrite.ops.selection import select, token_index
 
@@ -24,6 +26,7 @@ __all__ = [
     "KERNELS",
     "KV_APPEND",
     "OPAQUE",
+    "RECURRENT",
     "REFERENCES",
     "Backend",
     "Choice",
@@ -33,6 +36,7 @@ __all__ = [
     "attention_blocks",
     "choose",
     "define",
+    "fill",
     "greedy_flops",
     "interpreted",
     "kernel_attention",
@@ -42,12 +46,15 @@ __all__ = [
     "kernels_missing",
     "kv_append",
     "like_member",
+    "mixers_swapped",
     "per_image",
+    "recurrent",
     "replaced",
     "resolve",
     "seen_by_position",
     "select",
     "shared_out",
+    "swap_mixers",
     "token_index",
     "unfit",
     "unhidden",

@@ -109,7 +109,8 @@ def run_passes(plan: Plan, passes: Sequence[Pass], *, strict: bool = False) -> t
                 changed = plan.copy()
                 p.change(changed)
                 changed.check()
-                plan = changed
+                reason = changed.beyond_recurrence()
+                plan = plan if reason else changed
         except Exception as e:
             e.add_note(f"in pass {p!r}, on the plan:\n{plan}")
             raise

@@ -31,12 +31,14 @@ class Plan:
         features: which of :data:`FEATURES` a policy can ask for.
         refusals: for those that are missing, the reason.
         owners: for each layer, the one whose keys and values it attends to; none: each its own.
+        recurrent: the layers that tokens go through in order, by way of a state: they pay no attention.
     """
 
     depth: int
     features: frozenset[str] = frozenset({"features"})
     refusals: dict[str, str] = field(default_factory=dict)
     owners: tuple[int, ...] = ()
+    recurrent: frozenset[int] = frozenset()
     layers: list[LayerPlan] = field(init=False)
     edits: list[Edit] = field(init=False, default_factory=list)
     branches: list[Branch] = field(init=False, default_factory=list)
@@ -249,6 +251,20 @@ class Plan:
         found = [(s.source, s.policy.needs) for s in self.selections() if s.at == at]
         found += [(e.tokens, e.needs) for e in self.edits if e.at == at]
         return [score(tokens) for tokens, needs in found for n in needs if (score := NEEDS[n].scores) is not None]
+
+    def beyond_recurrence(self) -> str | None:
+        """Why a recurrent layer cannot do what it says, or None."""
+        others = ", ".join(str(i) for i in range(self.depth) if i not in self.recurrent)
+        for entry in (e for e in self.layers if e.index in self.recurrent):
+            if entry.keys != entry.run_set:
+                run, keys = self.render(entry.run_set), self.render(entry.keys)
+                found = f"cannot attend to {keys} and run on {run}"
+            elif self.scored(entry.index):
+                found = "pays no attention to choose by"
+            else:
+                continue
+            return f"layer {entry.index} is recurrent and {found}; expected one of the layers with attention, {others}"
+        return None
 
     def needs(self) -> set[str]:
         """What its policies and edits ask for."""

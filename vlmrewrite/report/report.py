@@ -13,7 +13,7 @@ from torch import nn
 from vlmrewrite.capture import CAPTURES, limit
 from vlmrewrite.plan import Call, Pass, Plan, describe
 from vlmrewrite.report.memory import peak_memory
-from vlmrewrite.report.summary import compared, dropping_nothing, saving_nothing, verdicts
+from vlmrewrite.report.summary import compared, dropping_nothing, recurrent_layers, saving_nothing, verdicts
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import LastCall, Session
 from vlmrewrite.text import byte_size, span, table
@@ -212,7 +212,8 @@ def make_report(
             f"{len(given_up)} cheaper plan{'s' * (len(given_up) > 1)} ran in the last call and did not do: totals hold"
             f" their {wasted / 1e9:.4g} GFLOP"
         )
-    notes += dropping_nothing(program.plan, call.counts) + saving_nothing(totals, "the last call")
+    notes += recurrent_layers(program.plan) + dropping_nothing(program.plan, call.counts)
+    notes += saving_nothing(totals, "the last call")
     summary = {
         "summary": describe(call.counts),
         "rows": len(call.counts.text),

@@ -40,9 +40,8 @@ class LayerNodes:
         self._affected: set[Node] = set()
         self._memo: dict[tuple[Node, TokenSet, object], Node] = {}
         self.made: dict[int, tuple[TokenSet, list[Node], list[Node]]] = {}
-        first = anatomy.layers[0]
-        self.past = first.append is not None and first.append.args[0] is not None
-        self.enter(first)
+        self.past = any(x.append is not None and x.append.args[0] is not None for x in anatomy.layers)
+        self.enter(anatomy.layers[0])
 
     def enter(self, layer: Layer, region: frozenset[Node] | None = None, entry: Node | None = None) -> None:
         """What follows is about a layer, or a part of it that begins at ``entry``."""

@@ -17,6 +17,7 @@ import torch
 import torch.fx
 from torch import nn
 from torch.fx import Node
+from torch.fx.node import map_arg
 
 from vlmrewrite.analysis import Anatomy, Layer, hidden_write, needed, reachable, where, writes
 from vlmrewrite.compat import assert_scalar
@@ -179,8 +180,7 @@ class _Rewrite:
                 )
             swapped = {n: self.emit.weight(f"{branch.block}.{name}") for n, name in own.items()}
             with self.nodes.aside(layer, swapped, tokens, x):
-                k, v = (self.nodes.new_key(i, tokens) for i in range(2))
-                self._attend(tokens, tokens, k, v, self.sets[tokens].positions)
+                self._mix(tokens, tokens, None)
                 x = self.nodes.value(self.nodes.env[layer.exit], tokens)
         self._away[branch] = x
         if branch.rejoin == branch.leave:
@@ -200,16 +200,7 @@ class _Rewrite:
             self.stream.full = exit
             return
         self._replaced |= {nodes.env[n]: layer.index for n in layer.region - {layer.entry}}
-        if layer.owner in nodes.made:
-            seen = nodes.made[layer.owner][2]
-        else:
-            new = [nodes.new_key(i, keys) for i in range(2)]
-            seen = [*new, self.sets[keys].positions]
-            if layer.append is not None and layer.owner == layer.index:
-                seen = self._append(layer.append, *seen)
-            nodes.made[layer.owner] = keys, new, seen
-        self.stream.changed = True
-        self._attend(run, keys, *seen)
+        self._mix(run, keys, layer.append if not layer.recurrent else layer.attention)
         if run == mlp:
             self.stream.write(run, nodes.value(exit, run))
             return
@@ -222,16 +213,47 @@ class _Rewrite:
         nodes.enter(layer, layer.second_half(), layer.middle)
         self.stream.write(mlp, nodes.value(exit, mlp))
 
-    def _append(self, append: Node, k: Node, v: Node, k_pos: Node) -> list[Node]:
-        """A layer's grown cache, also for who else read it."""
-        old = [self.nodes.maybe(append.args[i]) for i in range(3)]
-        grown = self.emit.call(vlm.kv_append.default, *old, k, v, k_pos)
-        parts = [self.emit.call(operator.getitem, grown, i) for i in range(3)]
-        for user in list(self.nodes.env[append].users):
+    def _mix(self, run: TokenSet, keys: TokenSet, cached: Node | None) -> None:
+        """The layer's attention, or its recurrence; ``cached``: the node whose results the cache keeps, or None."""
+        if self.nodes.layer.recurrent:
+            self._recur(run, cached)
+            return
+        nodes, owner = self.nodes, self.nodes.layer.owner
+        if owner in nodes.made:
+            seen = nodes.made[owner][2]
+        else:
+            new = [nodes.new_key(i, keys) for i in range(2)]
+            seen = [*new, self.sets[keys].positions]
+            if cached is not None and owner == nodes.layer.index:
+                old = [nodes.maybe(cached.args[i]) for i in range(3)]
+                seen = self._kept(cached, self.emit.call(vlm.kv_append.default, *old, *seen), 3)
+            nodes.made[owner] = keys, new, seen
+        self.stream.changed = True
+        self._attend(run, keys, *seen)
+
+    def _kept(self, cached: Node, new: Node, n: int) -> list[Node]:
+        """The results of a node, in place of a captured one's also for who else read those."""
+        parts = [self.emit.call(operator.getitem, new, i) for i in range(n)]
+        for user in list(self.nodes.env[cached].users):
             if user.target is operator.getitem:
                 part = parts[int(user.args[1])]  # type: ignore[arg-type]
                 user.replace_all_uses_with(part, delete_user_cb=lambda reader: reader is self.output)
         return parts
+
+    def _recur(self, run: TokenSet, cached: Node | None) -> None:
+        """The layer's recurrent node for the tokens of one set, on what the cache holds, or on nothing."""
+        nodes, old = self.nodes, self.nodes.layer.attention
+        given: Any = map_arg(old.args, nodes.env.__getitem__)
+        hidden, mask, states, weights, mixer, plain = given
+        x, weights = nodes.value(hidden, run), [nodes.value(w, run) for w in weights]
+        if run != All:
+            mask, plain = self.sets[run].valid, self.emit.extra("dense", run)
+        states = [] if cached is None else states
+        new = self.emit.call(vlm.recurrent.default, x, mask, states, weights, mixer, plain)
+        if cached is not None:
+            self._kept(cached, new, len(nodes.env[cached].users))
+        self.stream.changed = True
+        nodes.instead(nodes.env[old], run, new)
 
     def _attend(self, run: TokenSet, keys: TokenSet, k: Node, v: Node, k_pos: Node) -> None:
         """The layer's attention node for the queries of one set and the keys of another."""

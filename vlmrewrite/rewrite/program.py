@@ -88,8 +88,8 @@ class Program:
 
     def lacking(self, missing: Mapping[str, str]) -> Program:
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""
-        features = frozenset(FEATURES) - missing.keys()
-        return replace(self, plan=Plan(self.plan.depth, features, dict(missing), self.plan.owners))
+        plan, here = self.plan, frozenset(FEATURES) - missing.keys()
+        return replace(self, plan=Plan(plan.depth, here, dict(missing), plan.owners, plan.recurrent))
 
     @property
     def graph_module(self) -> torch.fx.GraphModule:
@@ -174,7 +174,8 @@ class Program:
         told = [f"REFUSED {o.configuration}: {o.reason}" for o in self.outcomes if o.reason is not None]
         told += ["no pass changes anything"] * (bool(self.outcomes) and str(plan) == str(Plan(plan.depth)))
         if self.call is None:
-            shapes = {f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}": x for x in a.layers}
+            attending = [x for x in a.layers if not x.recurrent]
+            shapes = {f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}": x for x in attending}
             return "\n".join([head, *told, str(plan), *shapes])
         counts = self.call.counts
         if plan.variants:
@@ -187,6 +188,7 @@ class Program:
             cost, *more = group
             layer, layers = a.layers[cost.index], span([c.index for c in (cost, *more)])
             q, kv = f"{layer.heads}x{layer.head_size}", f"{layer.kv_heads}x{layer.value_size}"
+            q, kv = ("recurrent", "") if layer.recurrent else (q, kv)
             where = plan.render(run) + f", MLP {plan.render(mlp)}" * (mlp != run)
             rows.append([layers, where, plan.render(keys), str(cost.run), str(cost.keys), q, kv,
                          f"{flops / 1e9:.4g}", byte_size(size)])  # fmt: skip

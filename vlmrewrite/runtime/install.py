@@ -18,6 +18,7 @@ from transformers.utils.generic import can_return_tuple
 from vlmrewrite import capture
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, MODALITIES, swap_attention, watched
+from vlmrewrite.ops import swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
@@ -29,6 +30,7 @@ def install_session(model: nn.Module, session: Session) -> None:
     capture.register()
     with ExitStack() as undo:
         undo.callback(swap_attention(model))
+        undo.callback(swap_mixers(model))
         if "encoder_features" in session.plan.needs():
             for name, encoder in _encoders(model):
                 _put(undo, model.base_model, name, watched(model, encoder, session.encoded))  # type: ignore[arg-type]

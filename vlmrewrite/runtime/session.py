@@ -24,7 +24,7 @@ from vlmrewrite.compiler import compile, program_of
 from vlmrewrite.hf import Encoding, refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.kvcache import PositionCache, adopted
 from vlmrewrite.lower import DecodeStep, Executable
-from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
+from vlmrewrite.ops import Backend, Kernels, choose, mixers_swapped, replaced, resolve
 from vlmrewrite.plan import FEATURES, All, Plan
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.rewrite import Program
@@ -104,7 +104,7 @@ class Session:
             kwargs, sizes = tidy(model, args, kwargs)
         known = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
         past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
-        with adopted(past) as cache:
+        with adopted(past, model) as cache:
             keep = past is not None or wants_cache(model, use_cache)
             given, rest = Given.of(kwargs, cache, replace(prompt, encodings=known, sizes=sizes or prompt.sizes))
             if given is None:
@@ -241,16 +241,17 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         found.append((graph, tuple(flat)))
         raise _Stop
 
-    with hf.attention_swapped(model), torch.no_grad():
+    with hf.attention_swapped(model), mixers_swapped(model), torch.no_grad():
         kwargs, prompt.sizes = tidy(model, (), dict(inputs), prompt.encodings.append)
         if kwargs.get("use_cache") is False:
             refuse_packed(kwargs)
-        given, kwargs = Given.of(kwargs, PositionCache(), prompt)
+        cache = PositionCache(model)
+        given, kwargs = Given.of(kwargs, cache, prompt)
         if given is None:
             raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
         kwargs = {k: x for k, x in kwargs.items() if k not in ("past_key_values", "use_cache", "return_dict")}
         with contextlib.suppress(_Stop):
-            captures_of(model).call(runner, model, PositionCache(), kwargs, given.images)
+            captures_of(model).call(runner, model, cache, kwargs, given.images)
     graph, flat = found[0]
     program = program_of(graph)
     call, missing = given.call(graph, flat, FEATURES, False, model.config)

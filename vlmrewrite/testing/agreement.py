@@ -120,8 +120,8 @@ def generation_agreement(
         prompt = inputs["input_ids"].shape[1]
         masks = layer_masks(model, prompt + new_tokens - 1)
         program, call, _ = last_call(model)
-        own = [entry.keys for entry in program.plan.layers if entry.owner is None]
-        planned = [call.counts.size(keys) + new_tokens - 1 for keys in own]
+        recurrent, own = program.plan.recurrent, [e for e in program.plan.layers if e.owner is None]
+        planned = [0 if e.index in recurrent else call.counts.size(e.keys) + new_tokens - 1 for e in own]
         kept_tokens(model)
     longer = extended(model, inputs, out.sequences[:, prompt:-1])
     got = torch.stack(out.logits, 1)
