@@ -4,6 +4,7 @@ In: a captured graph. Out: an :class:`Anatomy` and numbers.
 """
 
 from vlmrewrite.analysis.anatomy import Anatomy, Layer, LayerCost, analyse, costs
+from vlmrewrite.analysis.functional import functional
 from vlmrewrite.analysis.graph import axis, needed, reachable, same, value, where
 from vlmrewrite.analysis.operators import hidden_write, writes
 from vlmrewrite.analysis.tokenwise import not_token_wise
@@ -15,6 +16,7 @@ __all__ = [
     "analyse",
     "axis",
     "costs",
+    "functional",
     "hidden_write",
     "needed",
     "not_token_wise",

@@ -16,6 +16,7 @@ import torch.fx
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
+from vlmrewrite.analysis import functional
 from vlmrewrite.compat import at_graph_limit, captured, forget_code, global_hooks, graph_limit, hooks_of, untraceable
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, parameter_inputs
@@ -84,6 +85,8 @@ class CapturedForward:
         me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            functional(gm.graph)
+            gm.recompile()
             me().graphs.append(graph := Graph(gm))
             this: Any = weakref.ref(graph)
             return lambda *inputs: _RUNNER.get()(this(), inputs)  # None: forgotten by another thread as it was traced

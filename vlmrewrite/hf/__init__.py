@@ -5,6 +5,7 @@ for the stages behind. Nothing here knows of plans or graphs.
 """
 
 from vlmrewrite.hf.decoder import (
+    EXPERTS,
     IMPLEMENTATION,
     attention_swapped,
     decoder_configs,
@@ -19,6 +20,7 @@ from vlmrewrite.hf.vision import Encoded, Encoding, encode_images, encoded_image
 
 __all__ = [
     "APPLIED",
+    "EXPERTS",
     "IMPLEMENTATION",
     "Encoded",
     "Encoding",

@@ -103,10 +103,10 @@ class LayerNodes:
         return self.stream, self.stream.version
 
     def _inside(self, node: Node, s: TokenSet) -> Node:
-        captured, asked = self._captured[node], "hidden write" if s == All else "not token-wise"
-        if asked not in captured.meta:  # a captured graph does not change
-            captured.meta[asked] = hidden_write(captured) if s == All else not_token_wise(captured, self.anatomy.length)
-        if (reason := captured.meta[asked]) is not None:
+        captured, asked, a = self._captured[node], "not token-wise", self.anatomy
+        if s != All and asked not in captured.meta:  # a captured graph does not change
+            captured.meta[asked] = not_token_wise(captured, a.length, a.batch)
+        if (reason := hidden_write(captured) if s == All else captured.meta[asked]) is not None:
             raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
         return self._copy(node, s)
 
@@ -161,7 +161,7 @@ class GraphInputs:
         """As the merge takes them, [F, C]."""
         captured = self.nodes.anatomy.merged_features
         node, dims = self.nodes.env[captured], cast(Tensor, value(captured)).dim()
-        return node if dims == 2 else self.nodes.emit.call(torch.flatten, node, 0, dims - 2)
+        return node if dims == 2 else self.nodes.emit.call(torch.reshape, node, (-1, self.nodes.anatomy.hidden))
 
     def stream(self) -> Node:
         """The whole stream, up to date."""
