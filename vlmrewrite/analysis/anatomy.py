@@ -22,7 +22,7 @@ from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import needed, reachable, same, value, where
 from vlmrewrite.analysis.operators import LINEAR, MATMULS
-from vlmrewrite.ops import ATTENTION, KV_APPEND, RECURRENT
+from vlmrewrite.ops import ATTENTION, EXPERT_LINEAR, KV_APPEND, RECURRENT
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -296,4 +296,8 @@ def _middle(attention: Node, entry: Node, exit: Node, region: set[Node]) -> Node
 def _linear_maps(nodes: set[Node]) -> dict[Node, int]:
     """The linear maps among the nodes, with their matmul FLOPs per token."""
     weights = {n: value(n.args[1]) for n in nodes if n.target in LINEAR | MATMULS and isinstance(n.args[1], Node)}
-    return {n: 2 * int(w.numel()) for n, w in weights.items() if isinstance(w, Tensor) and w.dim() == 2}
+    found = {n: 2 * int(w.numel()) for n, w in weights.items() if isinstance(w, Tensor) and w.dim() == 2}
+    for n in (n for n in nodes if n.target is EXPERT_LINEAR):
+        experts, weight = (value(x) for x in cast(tuple[Node, Node], n.args[1:3]))
+        found[n] = 2 * int(experts.shape[1]) * int(weight[0].numel())
+    return found

@@ -14,6 +14,7 @@ import torch
 import torch.fx
 from torch import nn
 
+from vlmrewrite.analysis import functional
 from vlmrewrite.compat import (
     at_graph_limit,
     captured,
@@ -92,6 +93,8 @@ class CapturedForward:
         me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            functional(gm.graph)
+            gm.recompile()
             me().graphs.append(graph := Graph(gm))
             this: Any = weakref.ref(graph)
             return lambda *inputs: _RUNNER.get()(this(), inputs)  # None: forgotten by another thread as it was traced

@@ -38,6 +38,12 @@ def fake_mode() -> Any:
     return find("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
 
 
+def unknowable() -> tuple[type[Exception], ...]:
+    """What a fake tensor raises where the result, or its shape, depends on numbers."""
+    names = ("DynamicOutputShapeException", "DataDependentOutputException")
+    return tuple(find("torch._subclasses.fake_tensor", name) for name in names)
+
+
 def dispatch_mode() -> Any:
     """The class of contexts that are told of every operator that runs in them."""
     return find("torch.utils._python_dispatch", "TorchDispatchMode")

@@ -5,6 +5,7 @@ for the stages behind. Nothing here knows of plans or graphs.
 """
 
 from vlmrewrite.hf.decoder import (
+    EXPERTS,
     IMPLEMENTATION,
     attention_swapped,
     decoder_configs,
@@ -28,6 +29,7 @@ from vlmrewrite.hf.vision import MODALITIES, Encoded, Encoding, encode_images, e
 
 __all__ = [
     "APPLIED",
+    "EXPERTS",
     "IMPLEMENTATION",
     "MODALITIES",
     "Encoded",

@@ -6,6 +6,7 @@ In: tensors. Out: tensors. Which implementation a node gets is chosen in :mod:`v
 from vlmrewrite.ops.attention import ATTENTION, KV_APPEND, attend, attention, kv_append, visible
 from vlmrewrite.ops.choice import Backend, Choice, Kernels, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
+from vlmrewrite.ops.experts import EXPERT_LINEAR, expert_linear
 from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, define, replaced
 from vlmrewrite.ops.mixers import fill
 from vlmrewrite.ops.positional import (
@@ -23,6 +24,7 @@ from vlmrewrite.ops.selection import select, token_index
 
 __all__ = [
     "ATTENTION",
+    "EXPERT_LINEAR",
     "KERNELS",
     "KV_APPEND",
     "OPAQUE",
@@ -36,6 +38,7 @@ __all__ = [
     "attention_blocks",
     "choose",
     "define",
+    "expert_linear",
     "fill",
     "greedy_flops",
     "interpreted",

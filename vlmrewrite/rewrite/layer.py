@@ -118,10 +118,10 @@ class LayerNodes:
         return self.stream, self.stream.version
 
     def _inside(self, node: Node, s: TokenSet) -> Node:
-        captured, asked = self._captured[node], "hidden write" if s == All else "not token-wise"
-        if asked not in captured.meta:  # a captured graph does not change
-            captured.meta[asked] = hidden_write(captured) if s == All else not_token_wise(captured, self.anatomy.length)
-        if (reason := captured.meta[asked]) is not None:
+        captured, asked, a = self._captured[node], "not token-wise", self.anatomy
+        if s != All and asked not in captured.meta:  # a captured graph does not change
+            captured.meta[asked] = not_token_wise(captured, a.length, a.batch)
+        if (reason := hidden_write(captured) if s == All else captured.meta[asked]) is not None:
             raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
         return self._copy(node, s)
 
@@ -176,12 +176,13 @@ class GraphInputs:
 
     def features(self) -> Node:
         """As the merge takes them, [F, C]; of images and videos, as they stand in the stream behind both merges."""
-        emit, merges = self.nodes.emit, self.nodes.anatomy.merges
-        if len(merges) > 1:
-            stream = emit.call(torch.flatten, self.nodes.env[merges[-1].node], 0, 1)
+        anatomy, emit = self.nodes.anatomy, self.nodes.emit
+        if len(anatomy.merges) > 1:
+            stream = emit.call(torch.flatten, self.nodes.env[anatomy.merges[-1].node], 0, 1)
             return emit.call(torch.index_select, stream, 0, emit.extra("flat"))
-        node, dims = self.nodes.env[merges[0].merged], cast(Tensor, value(merges[0].merged)).dim()
-        return node if dims == 2 else emit.call(torch.flatten, node, 0, dims - 2)
+        merged = anatomy.merges[0].merged
+        node, dims = self.nodes.env[merged], cast(Tensor, value(merged)).dim()
+        return node if dims == 2 else emit.call(torch.reshape, node, (-1, anatomy.hidden))
 
     def stream(self) -> Node:
         """The whole stream, up to date."""

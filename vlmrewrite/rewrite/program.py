@@ -17,7 +17,7 @@ from vlmrewrite.analysis import Anatomy, LayerCost, costs
 from vlmrewrite.plan import FEATURES, Call, Outcome, Plan, Selection, TokenCounts, describe, dispatched, events
 from vlmrewrite.rewrite.dispatch import Dispatch, in_range
 from vlmrewrite.rewrite.legalize import Rewritten
-from vlmrewrite.rewrite.verifier import propagate_fakes
+from vlmrewrite.rewrite.verifier import cone_of, propagate_fakes
 from vlmrewrite.text import byte_size, span, table
 
 
@@ -80,11 +80,7 @@ class Program:
     @functools.cached_property
     def vision_masks(self) -> torch.fx.GraphModule:
         """The part of the graph that computes the masks of vision tokens, bool [B, T], one for each merge."""
-        graph, env = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
-        graph.graph_copy(self.captured.graph, env)
-        graph.output(tuple(env[merge.mask] for merge in self.anatomy.merges))
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-        return torch.fx.GraphModule(self.captured, graph)
+        return cone_of(self.captured, *(merge.mask for merge in self.anatomy.merges))
 
     def lacking(self, missing: Mapping[str, str]) -> Program:
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""

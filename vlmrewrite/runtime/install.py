@@ -198,6 +198,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "generate": _generate,
     "set_attn_implementation": _refusing("runs vlmrewrite's attention while it is: its implementation cannot be set"),
+    "set_experts_implementation": _refusing("runs vlmrewrite's experts while it is: no other can be set"),
     "__deepcopy__": _deepcopy,
     "__reduce_ex__": _refusing("cannot be pickled or copied while it is (save_pretrained and state_dict can be used)"),
 }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vlmrewrite.api import applied
-from vlmrewrite.compat import generation_positions
+from vlmrewrite.compat import generation_inputs, generation_positions
 from vlmrewrite.oracle import LayerMasks, layer_masks, oracle_logits
 from vlmrewrite.runtime import kept_tokens, last_call
 
@@ -142,10 +142,10 @@ def extended(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> dict[s
     out["position_ids"] = torch.cat([positions, more], -1)
     out["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     out["attention_mask"] = F.pad(mask, (0, n), value=1)
-    for name in ("token_type_ids", "mm_token_type_ids"):
-        if inputs.get(name) is not None:
-            out[name] = F.pad(inputs[name], (0, n))
-    return out
+    kinds = {k: inputs[k] for k in ("token_type_ids", "mm_token_type_ids") if inputs.get(k) is not None}
+    for _ in range(n):
+        kinds = generation_inputs(model, kinds)
+    return out | kinds
 
 
 def logits_agreement(
