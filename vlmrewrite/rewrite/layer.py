@@ -66,9 +66,14 @@ class LayerNodes:
         self.stream.views = views
 
     @property
+    def away(self) -> bool:
+        """Whether this is about a branch's block."""
+        return bool(self._swapped)
+
+    @property
     def alone(self) -> bool:
         """Whether no key comes from a cache."""
-        return not self.past or bool(self._swapped)
+        return not self.past or self.away
 
     def argument(self, node: Node | None, i: int) -> Node:
         """An argument of a captured node, in the copy."""

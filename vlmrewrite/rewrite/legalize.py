@@ -219,7 +219,7 @@ class _Rewrite:
             self._recur(run, cached)
             return
         nodes, owner = self.nodes, self.nodes.layer.owner
-        if owner in nodes.made:
+        if owner in nodes.made and not nodes.away:
             seen = nodes.made[owner][2]
         else:
             new = [nodes.new_key(i, keys) for i in range(2)]
@@ -227,7 +227,8 @@ class _Rewrite:
             if cached is not None and owner == nodes.layer.index:
                 old = [nodes.maybe(cached.args[i]) for i in range(3)]
                 seen = self._kept(cached, self.emit.call(vlm.kv_append.default, *old, *seen), 3)
-            nodes.made[owner] = keys, new, seen
+            if not nodes.away:
+                nodes.made[owner] = keys, new, seen
         self.stream.changed = True
         self._attend(run, keys, *seen)
 
