@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models import test_zoo as zoo
+from tests.models import zoo
 from vlmrewrite.testing.models import ZOO
 from vlmrewrite.testing.models.native import ABSENT
 
