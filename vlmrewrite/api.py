@@ -153,7 +153,9 @@ def verify(
             as they are, and the recipe stays applied.
         inputs: what the model's forward takes, with an image.
         recipe, options: as for :func:`apply`.
-        strict: raise when a pass is refused, for it has done nothing that could be judged; False: judge the others.
+        strict: raise when a pass is refused, for it has done nothing that could be judged; False: judge the
+            others. One whose ``change`` says nothing to the plan is refused; one that says to keep all (``keep=1.0``)
+            is not.
 
     Returns:
         the largest absolute difference of a logit at any token that is not padding.

@@ -79,9 +79,7 @@ class DAPE:
     matching: Literal["free", "learned"] = "free"
 
     def refuse(self, plan: Plan) -> str | None:
-        """The grid is not known, or an earlier pass drops vision tokens or takes them out of the stream."""
-        if "grid" not in plan.features:
-            return plan.refusals.get("grid", "how an image's tokens lie on a grid is not known in this model")
+        """An earlier pass drops vision tokens or takes them out of the stream."""
         if gone := plan.exhausted():
             return gone
         stages = self._stages(plan)
@@ -105,11 +103,12 @@ class DAPE:
 
     def change(self, plan: Plan) -> None:
         """One selection and one edit before the decoder; a selection and an edit, or an edit alone, at each stage."""
+        op, needs = ops.COVER, ("features", "stream", "prompt", "flat", "grid")
         if isinstance(self.budget, float) and self.budget == 1.0:
+            plan.narrow(Policy("cover", op, needs), self.budget)
             return
         block = plan.block(Weights(Matching), "matching") if self.matching == "learned" else ""
         weights = tuple(f"{block}.{name}" for name in Matching.NAMES) if block else ()
-        op, needs = ops.COVER, ("features", "stream", "prompt", "flat", "grid")
         cover = plan.narrow(Policy("cover", op, needs, weights=weights), self.budget)
         plan.edit(Edit("pool", cover, POOL, 0, (*POOL_NEEDS, "prompt") if weights else POOL_NEEDS, weights))
         tokens: TokenSet = cover

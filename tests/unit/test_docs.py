@@ -40,7 +40,7 @@ def test_every_need_is_told() -> None:
 def test_every_word_of_a_plan_is_told() -> None:
     text = pages.words()
     said = {name for kind in (Plan, LayerPlan) for name in vars(kind) if callable(getattr(kind, name))}
-    hidden = "copy until sets check needs render scored selections variant_of".split()
+    hidden = "copy until sets check asks needs unmet render scored selections variant_of".split()
     for name in sorted(n for n in said if not n.startswith("_") and n not in hidden):
         assert re.search(rf"`(plan|plan\.layer\(i\))\.{name}\(", text), f"{name} is not told, and not on the list"
     assert "| `plan.narrow(policy, keep, at=0)` | From layer ``at`` on, go on with ``keep`` vision tokens" in text

@@ -112,8 +112,7 @@ class CapturedForward:
             ValueError: the images' features are not exactly one of the graph's inputs.
             RuntimeError: the forward could not be captured as one graph, or something else ran in place of the graph.
         """
-        ran: list[Graph] = []
-        graphs = self.graphs  # they live as long as this call, whatever another thread forgets
+        ran, graphs = list[Graph](), self.graphs  # these live as long as this call, whatever another thread forgets
 
         def noted(graph: Graph | None, inputs: Sequence[Any]) -> Any:
             if graph is None:
@@ -154,10 +153,8 @@ class CapturedForward:
             _RUNNER.reset(token)
 
 
-def _entry(
-    forward: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], pooled: Any
-) -> Any:
-    """What is traced: a forward, with its images encoded.
+def _entry(own: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], pooled: Any) -> Any:
+    """What is traced: the model's own forward, with its images encoded.
 
     Args:
         pooled: the features, [I, N, C] or a list of one [F, C]; None for a decode step, or a prompt without an image.
@@ -170,7 +167,7 @@ def _entry(
         )
     if pooled is not None:
         kwargs = kwargs | {"mm_encoder_outputs": {"image": BaseModelOutputWithPooling(pooler_output=pooled)}}
-    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+    return own(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
 
 
 class NotCapturedError(RuntimeError):

@@ -41,9 +41,7 @@ def attention_forward(
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(f"vlmrewrite's attention does not take {name}={kwargs[name]!r}")
     if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
-        raise NotImplementedError(
-            f"{type(module).__name__} asks for bidirectional attention; expected a causal decoder"
-        )
+        raise NotImplementedError(f"{type(module).__name__} wants bidirectional attention; expected a causal decoder")
     given = (query, key, value, attention_mask, None, None, scaling, attention_mask is None, softcap)
     if torch.compiler.is_dynamo_compiling():
         return ops.ATTENTION(*given, float(dropout)), None

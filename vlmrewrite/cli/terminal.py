@@ -43,7 +43,7 @@ class Commands(TyperGroup):
             lines = [e.format_message()]
         except _REFUSALS as e:
             notes = [note.partition("\n")[0].removesuffix(", on the plan:") for note in getattr(e, "__notes__", ())]
-            lines = [" ".join([str(e) or type(e).__name__, *(f"({note})" for note in notes[:1])])]
+            lines = [" ".join([str(e) or type(e).__name__, *(f"({note})" for note in notes)])]
         for line in lines:
             print("error:", _one_line(line), file=sys.stderr)
         sys.exit(2)

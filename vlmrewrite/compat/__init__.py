@@ -30,7 +30,14 @@ from vlmrewrite.compat.modules import (
     tree_leaves,
     tree_unflatten,
 )
-from vlmrewrite.compat.operators import assert_scalar, dispatch_mode, fake_mode, nn_functions, schema_of
+from vlmrewrite.compat.operators import (
+    assert_scalar,
+    dispatch_mode,
+    fake_mode,
+    nn_functions,
+    schema_of,
+    taking,
+)
 from vlmrewrite.compat.private import TESTED, VersionError
 
 __all__ = [
@@ -58,6 +65,7 @@ __all__ = [
     "nn_functions",
     "schema_of",
     "set_attention_implementation",
+    "taking",
     "tracing_options",
     "tree_flatten",
     "tree_leaves",

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.ops.attention import repeat_heads, visible
-from vlmrewrite.ops.library import REFERENCES, define
+from vlmrewrite.ops.library import REFERENCES, define, kinds
 
 
 def attention_received(
@@ -77,25 +77,39 @@ def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[T
         left = start + member[start : start + n].nonzero()[:, 0]
         k = min(k, len(left))
         if k:
-            chosen[left[choose(left, k, i)]] = True
+            try:
+                chosen[left[choose(left, k, i)]] = True
+            except Exception as e:
+                e.add_note(
+                    f"in per_image, for image {i}: choose(left, {k}, {i}) with int64 [{len(left)}] as `left`; expected"
+                    f" {k} positions in it, int64 in 0 .. {len(left) - 1}"
+                )
+                raise
         start += n
     return chosen
 
 
-def like_member(_: Tensor, member: Tensor, *__: object) -> Tensor:
-    """The fake of a policy's operator that goes by one tensor, for :func:`define`: the shape of what it returns.
+def like_member(*arguments: object) -> Tensor:
+    """The fake of any policy's operator, for :func:`define`: the shape of what it returns.
 
         define("loudest(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor", loudest, like_member)
 
     Args:
-        _: what the policy goes by, such as the features [F, C].
-        member: tokens that may be chosen, bool [F].
-        *__: the other arguments of the operator.
+        *arguments: those of the operator: any inputs, ``member``, ``lengths``, ``keep``, and whatever follows.
 
     Returns:
         an empty tensor, bool [F], on the device of ``member``.
+
+    Raises:
+        ValueError: not exactly one argument is of the kind of ``member``, bool [F].
     """
-    return torch.empty_like(member)
+    found = [x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool and x.dim() == 1]
+    if len(found) != 1:
+        raise ValueError(
+            f"like_member expects arguments of which one, `member`, is bool [F], got {kinds(arguments)}; give `define`"
+            " a fake of your own, which returns torch.empty_like(member)"
+        )
+    return torch.empty_like(found[0])
 
 
 def greedy_flops(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, **_: object) -> int:

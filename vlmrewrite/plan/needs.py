@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from vlmrewrite.compat import taking
 from vlmrewrite.plan.tokens import Text, TokenSet, Vision
 
 
@@ -52,7 +53,7 @@ class Need(NamedTuple):
 
 
 NEEDS = {
-    "features": Need("projected vision features, [F, C]", lambda x: x.features(), optional=True),
+    "features": Need("projected vision features, [F, C]", lambda x: x.features()),
     "encoder_features": Need("what the projector took, [F, C']", lambda x: x.fact("encoder_features"), optional=True),
     "attention": Need(
         "weight received from the last prompt token there, fp32 [F]", lambda x: x.attention(False), lambda s: Text | s
@@ -74,8 +75,13 @@ FEATURES = tuple(name for name, need in NEEDS.items() if need.optional)
 """Facts about the images that not every model can give."""
 
 
-def check_needs(who: str, needs: tuple[str, ...]) -> None:
-    """Raise ValueError for a need that is not in :data:`NEEDS`."""
+def operator_of(who: str, op: Any, needs: tuple[str, ...], *given: object) -> Any:
+    """The operator of a policy or an edit that asks for ``needs`` and calls it with ``given``, in words or as they are.
+
+    Raises:
+        ValueError: a need is not in :data:`NEEDS`, or the operator takes something else.
+    """
     for need in needs:
         if need not in NEEDS:
             raise ValueError(f"{who} needs {need!r}; expected one of {', '.join(NEEDS)}")
+    return taking(op, who, list(map(str, given)), needs)

@@ -121,14 +121,12 @@ class Given(NamedTuple):
         images = hf.encoded_images(encoded["image"])
         return cls(images, padding, cache.get_seq_length(), held, thw, prompt.end, prompt.encodings), rest
 
-    def call(
-        self, vision: Tensor, wants: Collection[str], reads_last: bool, config: Any
-    ) -> tuple[Call, dict[str, str]]:
+    def call(self, vision: Tensor, asks: Collection[str], reads_last: bool, config: Any) -> tuple[Call, dict[str, str]]:
         """The call as its plan needs it, and which of the facts asked for are missing, with the reason.
 
         Args:
             vision: the vision-token mask, bool [B, T].
-            wants: what the recipe's policies and edits ask for.
+            asks: what the recipe's policies and edits ask for.
             reads_last: whether something is read at the last prompt token.
             config: the model's.
 
@@ -139,7 +137,7 @@ class Given(NamedTuple):
         found: dict[str, Tensor | str] = {}
         end = ends = None
         padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
-        if "encoder_features" in wants:
+        if "encoder_features" in asks:
             found["encoder_features"] = hf.encoder_features(self.encodings, self.images)
         if self.end is not None:
             if len(vision) % len(self.end):
@@ -150,7 +148,7 @@ class Given(NamedTuple):
             ends = None if reads_last else here
             end = end if bool(here.all()) else None
         call = Call(vision, padding, self.images.lengths, self.past, end, ends=ends)
-        if "grid" in wants:
+        if "grid" in asks:
             found["grid"] = hf.grids(config, call.counts.images, self.thw, call.counts.rows, len(vision))
         for name, fact in found.items():
             if not isinstance(fact, str):

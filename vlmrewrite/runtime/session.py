@@ -169,6 +169,9 @@ class Session:
         vision = program_of(graph).vision_mask(*inputs)
         call, missing = given.call(vision, *self._asked, config)
         executable = self._executable(graph, missing, given.images.features.device)
+        if more := executable.program.plan.needs() - self._asked[0]:  # of a pass that makes do with something else
+            call, missing = given.call(vision, more | self._asked[0], self._asked[1], config)
+            executable = self._executable(graph, missing, given.images.features.device)
         result = executable.run(inputs, call)
         kind = call.vision.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
