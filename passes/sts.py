@@ -86,7 +86,9 @@ class STS:
     features: Literal["projected", "encoder"] = "projected"
 
     def refuse(self, plan: Plan) -> str | None:
-        """No vision tokens are left."""
+        """The features asked for are not there, or no vision tokens are."""
+        if self.features == "encoder" and "encoder_features" not in plan.features:
+            return plan.refusals.get("encoder_features", "the encoder's features cannot be reached in this model")
         return plan.exhausted()
 
     def change(self, plan: Plan) -> None:

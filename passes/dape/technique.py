@@ -79,7 +79,9 @@ class DAPE:
     matching: Literal["free", "learned"] = "free"
 
     def refuse(self, plan: Plan) -> str | None:
-        """An earlier pass drops vision tokens or takes them out of the stream."""
+        """The grid is not known, or an earlier pass drops vision tokens or takes them out of the stream."""
+        if "grid" not in plan.features:
+            return plan.refusals.get("grid", "how an image's tokens lie on a grid is not known in this model")
         if gone := plan.exhausted():
             return gone
         stages = self._stages(plan)

@@ -243,7 +243,7 @@ def test_apply_answers_without_and_with_a_recipe(folder: Path, tmp_path: Path) -
     assert len(before) == 4
     assert set(before[1:]) <= set(WORDS)
     assert lines[3] == "recipe all-of-them, backend eager"
-    assert "  Stride(keep=1.0, at=0): matched" in lines
+    assert "  Stride(keep=1.0, at=0): matched, CHANGES NOTHING" in lines
     assert any(line.endswith("(1 row of 18 tokens, 1 image, 16 vision tokens):") for line in lines)
 
 

@@ -64,6 +64,8 @@ def inspect(
     shape, source = made_up_shape(config, written, counts.pop("image_tokens", None), counts)
     built = skeleton(config, getattr(torch, dtype), config_file(model))
     program, _ = captured_prompt(built, shape)
+    if chosen is not None:
+        chosen.check_layers(program.plan.depth)
     planned = program if chosen is None else rewrite(program, chosen.passes)
     count, found = sum(p.numel() for p in built.parameters()), summary(planned)
     if as_json:
