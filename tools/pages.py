@@ -130,12 +130,11 @@ def policies() -> str:
     usual, rows = ("member", "lengths", "keep"), []
     for operator, reference in REFERENCES.items():
         names = list(inspect.signature(reference).parameters)
-        homes = (passes.__name__, "vlmrewrite.ops")
-        if not set(usual) <= set(names) or "chosen" in names or not reference.__module__.startswith(homes):
+        own = reference.__module__.startswith((passes.__name__, "vlmrewrite.ops"))
+        if not own or not set(usual) <= set(names) or "chosen" in names:
             continue
-        start = names.index("member")
-        given, more = names[:start], names[start + len(usual) :]
-        cells = (", ".join(f"`{name}`" for name in part) for part in (given, more))
+        at = names.index("member")
+        cells = (", ".join(f"`{name}`" for name in part) for part in (names[:at], names[at + len(usual) :]))
         name, home = str(operator).removesuffix(".default").replace(".", "::"), reference.__module__
         home = "vlmrewrite.ops" if home.startswith("vlmrewrite.ops") else passes.__name__
         rows.append([f"`{name}`", first(reference), *cells, f"`{home}`"])

@@ -1,14 +1,11 @@
 """The command line, in process: what it prints."""
 
 import json
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pytest
 from PIL import Image
-from pydantic import Field
 from saved_llava import WORDS
 from transformers import (
     CLIPVisionConfig,
@@ -21,14 +18,12 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
-from vlmrewrite.cli import catalogue, prompt
+from vlmrewrite.cli import prompt
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.config import image_tokens
 from vlmrewrite.cli.loading import question, read_processor
 from vlmrewrite.cli.prompt import _NOT_ENCODED
-from vlmrewrite.plan import Depth
 from vlmrewrite.recipe import shipped_recipes
-from vlmrewrite.registry import known_passes
 from vlmrewrite.testing.models import FAMILIES, IMAGE
 
 
@@ -68,65 +63,6 @@ def test_recipes() -> None:
         "kernels": "auto",
         "passes": [{"name": "stride", "options": {"keep": 0.5, "at": 0}}],
     }
-
-
-def test_passes() -> None:
-    text = output("passes")
-    assert "keep: Budget = 192" in text
-    assert "refine: Budget | None = 64" in text
-    assert "fuse: int of at least 0 = 1" in text
-    assert "seed: int in [0, 4294967296) = 0" in text
-    assert "policy: 'confidence' | 'router' | function | None = None" in text
-    assert "cross: Layers | None = None" in text and "cross: Layers = ()" in text
-    assert not re.search(r"typing|collections|Annotated|``", text)
-    found = {p["name"]: p for p in json.loads(output("passes", "--json"))}
-    assert list(found) == list(known_passes())
-    assert found["stride"] == {
-        "name": "stride",
-        "description": "Keep evenly spaced vision tokens from layer `at` on.",
-        "package": "vlmrewrite",
-        "options": [
-            {"name": "keep", "type": "Budget", "required": True},
-            {"name": "at", "type": "Depth", "required": False, "default": 0},
-        ],
-    }
-    assert found["sts"]["options"][3] == {
-        "name": "features",
-        "type": "'projected' | 'encoder'",
-        "required": False,
-        "default": "projected",
-    }
-
-
-def test_passes_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
-    for width in (80, 60):
-        monkeypatch.setenv("COLUMNS", str(width))
-        lines = output("passes").splitlines()
-        assert max(map(len, lines)) <= width
-        at = lines.index("    keep: Budget = 192")
-        assert lines[at + 1 : at + 4] == [
-            "    refine: Budget | None = 64",
-            "    at: Depth = 0.5",
-            "    features: 'projected' | 'encoder' = 'projected'",
-        ]
-
-
-@pytest.mark.parametrize(
-    ("hint", "name"),
-    [
-        (Annotated[int, Field(gt=3)], "int above 3"),
-        (Annotated[float, Field(ge=0, lt=1)], "float in [0, 1)"),
-        (Annotated[float, Field(le=2.5)] | None, "float of at most 2.5 | None"),
-        (Annotated[Depth, Field(description="where")], "Depth"),
-        (tuple[int, ...] | list[int], "list of int"),
-        (dict[str, int], "mapping"),
-        (Callable[[int], int], "function"),
-        (Any, "anything"),
-    ],
-    ids=str,
-)
-def test_types_in_words(hint: Any, name: str) -> None:
-    assert catalogue._type_name(hint) == name
 
 
 # ---- inspect
