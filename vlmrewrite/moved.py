@@ -134,6 +134,7 @@ GONE = {
     "installed.Installed": "vlmrewrite.lower.Executable is a graph that is ready to run",
     "installed.Ran": "vlmrewrite.Program.execute returns what came out of a run",
     "lower.positioned": "vlmrewrite.lower.DecodeStep.of makes a graph of text ready to run on a cache",
+    "tokens.check_needs": "vlmrewrite.plan.Policy and Edit check what they need when they are made",
     "memory.fake": "vlmrewrite.report(model, memory=True) predicts the peak memory",
     "room.Room": "vlmrewrite.kvcache.PositionCache grows in place by itself",
     "room.alike": "vlmrewrite.kvcache.PositionCache grows in place by itself",

@@ -129,8 +129,7 @@ class CapturedForward:
             CaptureError: the forward could not be captured as one graph.
             RuntimeError: something else ran in place of the graph, or there would be too many graphs.
         """
-        ran: list[Graph] = []
-        graphs = self.graphs  # they live as long as this call, whatever another thread forgets
+        ran, graphs = list[Graph](), self.graphs  # these live as long as this call, whatever another thread forgets
 
         def noted(graph: Graph | None, inputs: Sequence[Any]) -> Any:
             if graph is None:
@@ -172,9 +171,9 @@ class CapturedForward:
 
 
 def _entry(
-    forward: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], outputs: Any
+    own: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], outputs: Any
 ) -> Any:
-    """What is traced: a forward, with its images and videos encoded.
+    """What is traced: the model's own forward, with its images and videos encoded.
 
     Args:
         outputs: of the vision tower, by modality; None for a decode step, or a prompt without an image.
@@ -187,7 +186,7 @@ def _entry(
         )
     if outputs is not None:
         kwargs = kwargs | {"mm_encoder_outputs": outputs}
-    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **keeping_all_tokens(kwargs))
+    return own(model, past_key_values=cache, use_cache=True, return_dict=True, **keeping_all_tokens(kwargs))
 
 
 class NotCapturedError(RuntimeError):

@@ -36,7 +36,15 @@ from vlmrewrite.compat.modules import (
     tree_leaves,
     tree_unflatten,
 )
-from vlmrewrite.compat.operators import assert_scalar, dispatch_mode, fake_mode, nn_functions, schema_of, unknowable
+from vlmrewrite.compat.operators import (
+    assert_scalar,
+    dispatch_mode,
+    fake_mode,
+    nn_functions,
+    schema_of,
+    taking,
+    unknowable,
+)
 from vlmrewrite.compat.private import TESTED, VersionError
 
 __all__ = [
@@ -69,6 +77,7 @@ __all__ = [
     "schema_of",
     "set_attention_implementation",
     "set_experts_implementation",
+    "taking",
     "tracing_options",
     "tree_flatten",
     "tree_leaves",

@@ -39,9 +39,7 @@ class TokenSet:
         """
         text, less = self.text_part(), other.text_part()
         if text == Text and less == Last:
-            raise ValueError(
-                f"{self} - {other} would drop the last prompt token; expected all text or none to be taken away"
-            )
+            raise ValueError(f"{self} - {other} would drop the last prompt token; expected all text or none taken away")
         return _joined(Nothing if less != Nothing else text, _without(self.vision_part(), other.vision_part()))
 
     def text_part(self) -> TokenSet:

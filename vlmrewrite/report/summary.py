@@ -69,11 +69,26 @@ def saving_nothing(totals: dict[str, dict[str, float]], where: str) -> list[str]
 
 
 def verdicts(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """What became of each pass."""
+    """What became of each pass: see :class:`vlmrewrite.plan.Outcome`."""
     return [
-        {"name": o.name, "configuration": o.configuration, "matched": o.reason is None, "reason": o.reason}
+        {
+            "name": o.name,
+            "configuration": o.configuration,
+            "matched": o.reason is None,
+            "changed": o.changed,
+            "reason": o.reason,
+        }
         for o in outcomes
     ]
+
+
+def verdict(told: dict[str, Any]) -> str:
+    """One of :func:`verdicts` in words; ``matched`` is None before the first call with an image."""
+    if told["matched"] is None:
+        return "not tried yet"
+    if not told["matched"]:
+        return f"REFUSED: {told['reason']}"
+    return "matched" if told["changed"] else "matched, CHANGES NOTHING"
 
 
 def summary(program: Program) -> dict[str, Any]:

@@ -60,8 +60,7 @@ class LayerNodes:
         self.enter(layer)
         self.stream.views[tokens] = hidden
         yield
-        self._swapped, self._affected = {}, set()
-        self.stream = stream
+        self._swapped, self._affected, self.stream = {}, set(), stream
         self.enter(around)
         self.stream.views = views
 
@@ -146,9 +145,8 @@ class LayerNodes:
             if same(x, length):
                 return self.emit.extra("size", s)
             symbols = length.node.expr.free_symbols  # type: ignore[attr-defined]
-            if node.op == "call_function" and x.node.expr.free_symbols & symbols:
-                return self._copy(node, s)
-            return node
+            sized = node.op == "call_function" and x.node.expr.free_symbols & symbols
+            return self._copy(node, s) if sized else node
         at = axis(node, length)
         if at is None:
             return self._copy(node, s) if node in self._affected else node

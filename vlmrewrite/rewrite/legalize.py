@@ -150,6 +150,7 @@ class _Rewrite:
         given = self.sets.which(s.source), self.emit.extra("lengths", per=s.per), self.emit.extra("keep", s, s.per)
         inputs = self._inputs(s.policy.needs, s.source, s.per)
         chosen = self.emit.call(s.policy.op, *inputs, *given, *self._weights(s.policy), *s.policy.options)
+        chosen.meta["asked_by"] = f"policy {s.policy.name!r} at layer {s.at}"
         self.sets.chosen[s] = self.emit.call(vlm.checked.default, chosen, *given, s.policy.name)
 
     def edit(self, edit: Edit) -> None:
@@ -157,7 +158,7 @@ class _Rewrite:
         inputs, s = self._inputs(edit.needs, edit.tokens, "frame"), self.sets[edit.tokens]
         x = self.stream.view(edit.tokens)
         new = self.emit.call(edit.op, x, s.index, s.valid, *inputs, *self._weights(edit), *edit.options)
-        new.meta["edit"] = edit.name
+        new.meta["asked_by"] = f"edit {edit.name!r} at layer {edit.at}"
         self.stream.write(edit.tokens, new)
 
     def _inputs(self, needs: tuple[str, ...], tokens: TokenSet, per: str) -> list[Node]:

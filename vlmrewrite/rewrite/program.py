@@ -14,6 +14,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from vlmrewrite.analysis import Anatomy, LayerCost, costs
+from vlmrewrite.errors import noted
 from vlmrewrite.plan import FEATURES, Call, Outcome, Plan, Selection, TokenCounts, describe, dispatched, events
 from vlmrewrite.rewrite.dispatch import Dispatch, in_range
 from vlmrewrite.rewrite.legalize import Rewritten
@@ -109,7 +110,7 @@ class Program:
         Raises:
             ValueError: the chooser chose none of the plans.
         """
-        first, *tails = parts
+        first, *tails = map(noted(self.about), parts)
         out = first(*self.arguments(inputs, call))
         if self.dispatch is None:
             return self._result(0, *out) if self.variants else RunResult(self.plan, out, {})
@@ -131,6 +132,11 @@ class Program:
     def _result(self, i: int, out: Any, selected: Sequence[Tensor], *more: Any) -> RunResult:
         plan = self.plan.variants[i] if self.plan.variants else self.plan
         return RunResult(plan, out, dict(zip(self.variants[i].selections, selected, strict=True)), *more)
+
+    def about(self, said: str) -> list[str]:
+        """Which policies and edits, of which passes, an error is in that names operators, as ``vlm.name.default``."""
+        passes = ", ".join(o.configuration for o in self.outcomes if o.changed)
+        return [f"in the {who}, under {passes}" for who, x, *_ in self.plan.asks() if str(x.op) in said]
 
     def run(self, *inputs: Any, call: Call | None = None) -> tuple[Any, tuple[Tensor, ...]]:
         """Run the graph on flat captured inputs (by default those it was captured from).
@@ -168,7 +174,7 @@ class Program:
         a, plan = self.anatomy, self.plan
         head = f"program: {len(a.layers)} decoder layers, hidden {a.hidden}, {str(a.dtype).removeprefix('torch.')}"
         told = [f"REFUSED {o.configuration}: {o.reason}" for o in self.outcomes if o.reason is not None]
-        told += ["no pass changes anything"] * (bool(self.outcomes) and str(plan) == str(Plan(plan.depth)))
+        told += [f"CHANGES NOTHING: {o.configuration}" for o in self.outcomes if not o.changed and o.reason is None]
         if self.call is None:
             attending = [x for x in a.layers if not x.recurrent]
             shapes = {f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}": x for x in attending}

@@ -29,7 +29,7 @@ def check_sets(anatomy: Anatomy, rewritten: Rewritten) -> None:
     rewritten.graph_module.graph.lint()
     present = set(rewritten.graph_module.graph.nodes)
     for node, tokens in rewritten.typed.items():
-        if node not in present or tokens == All or node.target in _CROSSING or "edit" in node.meta:
+        if node not in present or tokens == All or node.target in _CROSSING or "asked_by" in node.meta:
             continue
         for source in node.all_input_nodes:
             other = rewritten.typed.get(source)
@@ -115,7 +115,5 @@ class _Propagation(torch.fx.Interpreter):
         tokens = self.typed.get(n)
         at = None if tokens is None or not isinstance(out, Tensor) else axis(n, self.length)
         if tokens is not None and at is not None and out.shape[at] != self.size(tokens):
-            raise ValueError(
-                f"{where(n)} has shape {tuple(out.shape)}; expected {self.size(tokens)} tokens at axis {at}"
-            )
+            raise ValueError(f"{where(n)} has shape {tuple(out.shape)}, not {self.size(tokens)} tokens at axis {at}")
         return out

@@ -119,9 +119,7 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     stages: dict[TokenSet, list[int]] = {}
     for entry in program.plan.layers:
         stages.setdefault(entry.run_set, []).append(entry.index)
-    return [
-        Stage(program.plan.render(s), tuple(layers), call.members(Vision & s, chosen)) for s, layers in stages.items()
-    ]
+    return [Stage(program.plan.render(s), tuple(at), call.members(Vision & s, chosen)) for s, at in stages.items()]
 
 
 def _register(undo: ExitStack, model: nn.Module, blocks: nn.ModuleDict) -> None:
