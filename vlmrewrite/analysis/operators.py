@@ -104,7 +104,7 @@ HIDDEN = "hidden write"
 def hidden_write(node: Node) -> str | None:
     """Why a copy of the node, even for all tokens, may miss a write in place or make one that others see."""
     reason: str | None = node.meta.get(HIDDEN)
-    return reason
+    return reason or ("it writes in place" if written(node) else None)
 
 
 def written(node: Node) -> list[Node]:

@@ -19,6 +19,7 @@ from transformers.masking_utils import AttentionMaskInterface, causal_mask_funct
 from transformers.modeling_utils import AttentionInterface
 
 from vlmrewrite import ops
+from vlmrewrite.compat import apply_gate, experts_apart
 from vlmrewrite.hf import EXPERTS, IMPLEMENTATION
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.ops import Kernels, unfit
@@ -110,7 +111,7 @@ def experts_forward(own: str, module: Any, hidden_states: Tensor, experts: Tenso
         eager = type(module).forward.__wrapped__
         out: Tensor = ALL_EXPERTS_FUNCTIONS.get_interface(own, eager)(module, hidden_states, experts, weights)
         return out
-    if module._is_expert_parallel:
+    if experts_apart(module):
         raise NotImplementedError(f"{type(module).__name__} has its experts on several devices; expected all on one")
 
     def linear(x: Tensor, name: str) -> Any:
@@ -118,7 +119,7 @@ def experts_forward(own: str, module: Any, hidden_states: Tensor, experts: Tenso
         return ops.EXPERT_LINEAR(x, experts, getattr(module, name), bias, module.is_transposed)
 
     x: Tensor = linear(hidden_states, "gate_up_proj" if module.has_gate else "up_proj")
-    x = linear(module._apply_gate(x) if module.has_gate else module.act_fn(x), "down_proj")
+    x = linear(apply_gate(module, x) if module.has_gate else module.act_fn(x), "down_proj")
     if module.has_post_expert_norm:
         x = module.post_expert_norm(x)
     return (x * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)

@@ -17,7 +17,9 @@ from vlmrewrite.compat.dynamo import (
 )
 from vlmrewrite.compat.failures import untraced
 from vlmrewrite.compat.modules import (
+    apply_gate,
     attention_implementation,
+    experts_apart,
     experts_implementation,
     generation_inputs,
     generation_positions,
@@ -50,11 +52,13 @@ from vlmrewrite.compat.private import TESTED, VersionError
 __all__ = [
     "TESTED",
     "VersionError",
+    "apply_gate",
     "assert_scalar",
     "at_graph_limit",
     "attention_implementation",
     "captured",
     "dispatch_mode",
+    "experts_apart",
     "experts_implementation",
     "fake_mode",
     "forget_code",

@@ -120,6 +120,17 @@ def set_experts_implementation(config: Any, name: str) -> None:
         raise lacking("transformers", f"{type(config).__name__}._experts_implementation_internal")
 
 
+def apply_gate(experts: Any, x: Tensor) -> Tensor:
+    """What a module of experts makes of the gates and the values together, [..., 2 D] -> [..., D]. It can be traced."""
+    gated: Tensor = experts._apply_gate(x)
+    return gated
+
+
+def experts_apart(experts: Any) -> bool:
+    """Whether a module of experts holds some of them only, the others being on other devices. It can be traced."""
+    return bool(experts._is_expert_parallel)
+
+
 def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """Each group of rows of x [S, C] times a matrix of its own, weight [E, C, D]; group e ends before row ends[e].
 
