@@ -224,7 +224,8 @@ def _layers_named(item: Any) -> Iterator[tuple[str, int]]:
 
 def _holds_layers(hint: Any) -> bool:
     """Whether a type is a depth or layers, or may be one."""
-    return hint in (Depth, Layers) or any(map(_holds_layers, typing.get_args(hint)))
+    checks = [typing.get_args(kind)[1] for kind in (Depth, Layers)]
+    return hint in checks or any(map(_holds_layers, typing.get_args(hint)))
 
 
 class _PlainDumper(yaml.SafeDumper):

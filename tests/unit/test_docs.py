@@ -14,7 +14,7 @@ import yaml
 from tools import pages
 from vlmrewrite import passes
 from vlmrewrite.cli import app
-from vlmrewrite.plan import NEEDS, LayerPlan, Plan
+from vlmrewrite.plan import FEATURES, NEEDS, LayerPlan, Plan, run_passes
 from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.registry import find_pass
 
@@ -35,6 +35,19 @@ def test_every_need_is_told() -> None:
     for name, need in NEEDS.items():
         assert rows[name][1:3] == [need.what, "not every model" if need.optional else "always"]
     assert (rows["attention"][3], rows["attention_outside"][3], rows["stream"][3]) == ("`All`", "`Text`", "")
+
+
+def test_every_operator_of_the_shipped_policies_is_told() -> None:
+    rows = cells(pages.policies())
+    used = set()
+    for configurations in pages.shown().values():
+        for p in configurations:
+            plan, _ = run_passes(Plan(32, frozenset(FEATURES)), [p], strict=True)
+            used |= {str(s.policy.op).removesuffix(".default").replace(".", "::") for s in plan.selections()}
+    assert {f"`{name}`" for name in used} <= {row[0] for row in rows.values()} and "vlm::sts_sample" in used
+    assert rows["vlm::top_attention"][2:] == ["`weights`", "", "`vlmrewrite.ops`"]
+    assert rows["vlm::random_sample"][2:] == ["`ordinal`", "`seed`", "`vlmrewrite.passes`"]
+    assert not {"vlm::checked", "vlm::loudest"} & set(rows)
 
 
 def test_every_word_of_a_plan_is_told() -> None:

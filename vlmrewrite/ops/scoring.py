@@ -153,7 +153,8 @@ def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name:
         name: of the policy.
 
     Raises:
-        ValueError: it is not bool [F], holds tokens that were not there to choose, or more than ``keep`` of an image.
+        ValueError: it is not bool [F], has tokens that were not there to choose, or more than ``keep`` of an image, or
+            fewer although more are left.
     """
     if chosen.dtype != torch.bool or chosen.shape != member.shape:
         raise ValueError(
@@ -162,12 +163,13 @@ def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name:
         )
     here, there = torch.stack([chosen, member]).cpu()  # at once: the device waits for the host but one time
     image = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
-    counts = torch.zeros(len(lengths), dtype=torch.int64, device="cpu").index_add(0, image, here.long())
+    none = torch.zeros(len(lengths), dtype=torch.int64, device="cpu")
+    counts, left = (none.index_add(0, image, x.long()) for x in (here, there))
+    told, least = f"policy {name!r} chose {counts.tolist()} tokens of the images; expected", torch.minimum(keep, left)
     if bool((counts > keep).any()) or bool((here & ~there).any()):
-        raise ValueError(
-            f"policy {name!r} chose {counts.tolist()} tokens of the images; expected at most {keep.tolist()}, and only"
-            " tokens that are left"
-        )
+        raise ValueError(f"{told} at most {keep.tolist()}, and only tokens that are left")
+    if bool((counts < least).any()):  # the index has room for them, and would be filled up with others
+        raise ValueError(f"{told} {least.tolist()}, for that many are asked for and left")
     return chosen
 
 

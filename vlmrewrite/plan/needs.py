@@ -56,14 +56,14 @@ NEEDS = {
     "features": Need("projected vision features, [F, C]", lambda x: x.features()),
     "encoder_features": Need("what the projector took, [F, C']", lambda x: x.fact("encoder_features"), optional=True),
     "attention": Need(
-        "weight received from the last prompt token there, fp32 [F]", lambda x: x.attention(False), lambda s: Text | s
+        "weight from the last prompt token, mean of heads, fp32 [F]", lambda x: x.attention(False), lambda s: Text | s
     ),
     "attention_outside": Need(
         "the same, outside the source or edited set", lambda x: x.attention(True), lambda s: Text | (Vision - s)
     ),
     "ordinal": Need("number of each image within its row, int64 [I], on the CPU", lambda x: x.fact("ordinal")),
     "grid": Need("rows, columns of each image's tokens, int64 [I, 2], CPU", lambda x: x.fact("grid"), optional=True),
-    "stream": Need("hidden states at that layer's entry, [B, T, H]", lambda x: x.stream()),
+    "stream": Need("hidden states of all tokens, [B, T, H]", lambda x: x.stream()),
     "text": Need("the text tokens, bool [B, T]", lambda x: x.fact("text")),
     "prompt": Need("the text tokens up to the last prompt token, bool [B, T]", lambda x: x.prompt()),
     "flat": Need("row * T + column of each vision token, int64 [F]", lambda x: x.fact("flat")),
