@@ -42,6 +42,5 @@ class FastV:
 
     def change(self, plan: Plan) -> None:
         """One selection, by the operator of STS's second stage."""
-        plan.narrow(
-            Policy("fastv", torch.ops.vlm.top_attention.default, ("attention",)), self.keep, self.at, per=self.per
-        )
+        ranked = Policy("fastv", torch.ops.vlm.top_attention.default, ("attention",))
+        plan.narrow(ranked, self.keep, self.at, self.per)

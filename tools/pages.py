@@ -65,8 +65,7 @@ def listing(text: str) -> str:
 def arguments(thing: object) -> dict[str, str]:
     """What a docstring says of each argument, by its name; several that share a line share the text."""
     _, _, text = (inspect.getdoc(thing) or "").partition("\nArgs:\n")
-    found: dict[str, str] = {}
-    names: list[str] = []
+    found, names = dict[str, str](), list[str]()
     for line in text.splitlines():
         if line and not line.startswith(" "):
             break
@@ -80,9 +79,8 @@ def arguments(thing: object) -> dict[str, str]:
 
 def layers() -> list[tuple[str, ...]]:
     """The folders and modules of the package by who may import whom, highest first; those of a group share a place."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
-    groups: list[str] = project["tool"]["importlinter"]["contracts"][0]["layers"]
-    return [tuple(re.split(r" [:|] ", group)) for group in groups]
+    contracts = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]["contracts"]
+    return [tuple(re.split(r" [:|] ", group)) for group in contracts[0]["layers"]]
 
 
 def _docstring_of(name: str) -> str:
@@ -193,8 +191,8 @@ def planned(passes: Sequence[Any]) -> str:
 
 def written(configuration: Any) -> str:
     """A pass as one would write it: the options that are not the defaults."""
-    fields = dataclasses.fields(configuration)
-    values = {f.name: getattr(configuration, f.name) for f in fields if getattr(configuration, f.name) != f.default}
+    given = {f.name: (getattr(configuration, f.name), f.default) for f in dataclasses.fields(configuration)}
+    values = {name: value for name, (value, default) in given.items() if value != default}
     return f"{type(configuration).__name__}({', '.join(f'{k}={v!r}' for k, v in values.items())})"
 
 

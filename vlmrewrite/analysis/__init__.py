@@ -3,10 +3,11 @@
 In: a captured graph. Out: an :class:`Anatomy` and numbers.
 """
 
-from vlmrewrite.analysis.anatomy import Anatomy, Layer, Merge, analyse
+from vlmrewrite.analysis.anatomy import Anatomy, Layer, analyse
 from vlmrewrite.analysis.costs import LayerCost, costs
 from vlmrewrite.analysis.functional import functional
 from vlmrewrite.analysis.graph import axis, needed, reachable, same, value, where
+from vlmrewrite.analysis.merge import Merge
 from vlmrewrite.analysis.operators import hidden_write, writes
 from vlmrewrite.analysis.tokenwise import not_token_wise
 

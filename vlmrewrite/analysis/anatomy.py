@@ -20,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vlmrewrite.analysis.graph import needed, reachable, same, value, where
+from vlmrewrite.analysis.graph import dominators, needed, reachable, same, value, where
+from vlmrewrite.analysis.merge import Merge, merges_of
 from vlmrewrite.analysis.operators import LINEAR, MATMULS
 from vlmrewrite.ops import ATTENTION, EXPERT_LINEAR, KV_APPEND, RECURRENT
 
@@ -77,27 +78,6 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Merge:
-    """Where vision features, of images or of videos, enter the stream.
-
-    Attributes:
-        modality: ``"image"`` or ``"video"``.
-        name: of the features in the vision tower's output.
-        features: the features as they enter the graph, [F, C] or [I, N, C].
-        merged: the features as they are written into the stream, same tokens.
-        node: what writes them, [B, T, H].
-        mask: where, bool [B, T].
-    """
-
-    modality: str
-    name: str
-    features: Node
-    merged: Node
-    node: Node
-    mask: Node
-
-
-@dataclass(frozen=True)
 class Anatomy:
     """Read-only facts about a captured graph.
 
@@ -133,48 +113,13 @@ def analyse(gm: GraphModule, features: Mapping[str, Mapping[str, int]]) -> Anato
     attentions = [n for n in gm.graph.nodes if n.target in (ATTENTION, RECURRENT)]
     if all(n.target is RECURRENT for n in attentions):
         raise ValueError("no attention node was captured; expected one per decoder layer")
-    inputs = gm.graph.find_nodes(op="placeholder")
-    found = [_merge(modality, {n: inputs[at] for n, at in named.items()}, attentions[0])
-             for modality, named in features.items()]  # fmt: skip
-    merges = tuple(sorted(found, key=lambda merge: merge.node))
+    merges = merges_of(gm, features, attentions[0])
     stream = value(merges[-1].node)
     batch, length, hidden = stream.shape
     outputs: Any = gm.graph.output_node().args[0]
     logits = _logits(outputs, attentions[-1])
     layers = _layers(merges[-1].node, outputs[logits], attentions)
     return Anatomy(merges, layers, length, batch, int(hidden), stream.dtype, logits)
-
-
-def _merge(modality: str, named: Mapping[str, Node], attention: Node) -> Merge:
-    """The first [B, T, H] node, dominating the first attention node, that joins the features to other tensors."""
-    name = next((name for name, n in named.items() if attention in reachable([n])), None)
-    if name is None:
-        raise ValueError(f"the first attention node does not depend on the vision features: {where(attention)}")
-    seeing = reachable([features := named[name]])
-    for node in nx.shortest_path(_dominators(features, seeing), features, attention)[1:]:
-        x = value(node)
-        joins = any(n not in seeing and isinstance(value(n), Tensor) for n in node.all_input_nodes)
-        if isinstance(x, Tensor) and x.dim() == 3 and joins:
-            length: object = x.shape[1]
-            if not isinstance(length, torch.SymInt):
-                raise ValueError(f"the token axis was specialised to {length} in the graph at {where(node)}")
-            merged = next(n for n in node.all_input_nodes if n in seeing)
-            return Merge(modality, name, features, merged, node, _vision(node, seeing, length))
-    raise ValueError(f"found no node that writes the vision features ({where(features)}) into a [B, T, H] stream")
-
-
-def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
-    """The bool [B, T] vision mask behind the merge, the nearest one that the features do not flow through."""
-    inputs = [n for n in merge.all_input_nodes if n not in seeing]
-    masks = [n for n in inputs if isinstance(x := value(n), Tensor) and x.dtype == torch.bool]
-    queue = masks or inputs  # behind the stream, there may be the mask of another merge
-    for node in queue:
-        x = value(node)
-        if isinstance(x, Tensor) and x.dtype == torch.bool:
-            if x.dim() == 2 and same(x.shape[1], length):
-                return node
-            queue += node.all_input_nodes
-    raise ValueError(f"found no bool [B, T] vision mask behind the merge, {where(merge)}")
 
 
 def _logits(outputs: Sequence[Any], attention: Node) -> int:
@@ -190,12 +135,6 @@ def _cache(node: Node) -> Node | None:
     """The ``vlm::kv_append`` or ``vlm::recurrent`` node that a node is a result of, or None."""
     source = node.args[0] if node.target is operator.getitem else None
     return source if isinstance(source, Node) and source.target in (KV_APPEND, RECURRENT) else None
-
-
-def _dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
-    """A tree of the nodes that depend on ``start``: every path from it to a node goes through those above the node."""
-    graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after)
-    return nx.DiGraph((above, n) for n, above in nx.immediate_dominators(graph, start).items() if n is not start)
 
 
 def _layers(merge: Node, logits: Node, attentions: list[Node]) -> tuple[Layer, ...]:
@@ -240,7 +179,7 @@ def _like(node: Node, stream: Node) -> bool:
 
 def _chain(merge: Node, logits: Node, after: set[Node], attentions: list[Node]) -> list[tuple[Node, Node, set[Node]]]:
     """What :func:`_modules` finds, by dominators."""
-    tree = _dominators(merge, after)
+    tree = dominators(merge, after)
     stream = nx.shortest_path(tree, merge, logits)
     depth = {n: i for i, n in enumerate(stream)}
     queries = [cast(Node, attention.args[0]) for attention in attentions]
@@ -288,7 +227,7 @@ def _layer(index: int, owner: int, attention: Node, entry: Node, exit: Node, ins
 
 def _middle(attention: Node, entry: Node, exit: Node, region: set[Node]) -> Node | None:
     """The residual stream between the two halves of a layer, or None if it has not two."""
-    stream = nx.shortest_path(_dominators(entry, region), entry, exit)
+    stream = nx.shortest_path(dominators(entry, region), entry, exit)
     adds = [n for n in stream if _joins(n, region) and attention in needed([n], {entry})]
     return adds[0] if len(adds) == 2 and adds[1] is exit else None
 

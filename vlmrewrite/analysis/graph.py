@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
+import networkx as nx
 from torch import Tensor
 from torch.fx import Node
 
@@ -63,3 +64,9 @@ def reachable(start: Iterable[Node]) -> set[Node]:
 def needed(end: Iterable[Node], stop: Collection[Node] = ()) -> set[Node]:
     """``end`` and every node it depends on, not going beyond ``stop``."""
     return closure(end, lambda n: () if n in stop else n.all_input_nodes)
+
+
+def dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
+    """A tree of the nodes that depend on ``start``: every path from it to a node goes through those above the node."""
+    graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after)
+    return nx.DiGraph((above, n) for n, above in nx.immediate_dominators(graph, start).items() if n is not start)

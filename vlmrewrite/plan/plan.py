@@ -16,8 +16,8 @@ from functools import partial, reduce
 from vlmrewrite.plan.blocks import Block, LayerCopy
 from vlmrewrite.plan.budget import Budget, Depth, Per, layer_index
 from vlmrewrite.plan.listing import labels, listing
-from vlmrewrite.plan.needs import NEEDS
-from vlmrewrite.plan.substitution import as_of, narrowed, selections, substitute
+from vlmrewrite.plan.needs import FEATURES, NEEDS
+from vlmrewrite.plan.substitution import as_of, check_order, narrowed, selections, substitute
 from vlmrewrite.plan.tokens import Nothing, Selection, TokenSet, has_text
 from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
 
@@ -277,10 +277,8 @@ class Plan:
 
     def unmet(self) -> str | None:
         """The first policy or edit that asks for what is not in ``features``, with the reason; or None."""
-        made = f"the plan was made with features={sorted(self.features)}"
-        asked = (
-            (who, n) for who, x, *_ in self.asks() for n in x.needs if NEEDS[n].optional and n not in self.features
-        )
+        made, lacking = f"the plan was made with features={sorted(self.features)}", {*FEATURES} - self.features
+        asked = ((who, n) for who, x, *_ in self.asks() for n in x.needs if n in lacking)
         told = (f"{who} needs {n!r}, which is not there: {self.refusals.get(n, made)}" for who, n in asked)
         return next(told, None)
 
@@ -295,14 +293,7 @@ class Plan:
         for variant in self.variants:
             variant.check()
         for use in self._uses():
-            _in_time(*use)
+            check_order(*use)
 
     def __str__(self) -> str:
         return listing(self)
-
-
-def _in_time(what: str, tokens: TokenSet, layer: int) -> None:
-    for s in selections(tokens):
-        if s.at > layer:
-            raise ValueError(f"{what} uses {s}, which is chosen later, at layer {s.at}")
-        _in_time(str(s), s.source, s.at)

@@ -46,3 +46,11 @@ def selections(s: TokenSet) -> list[Selection]:
     if isinstance(s, Pair):
         return selections(s.left) + selections(s.right)
     return [*selections(s.source), s] if isinstance(s, Selection) else []
+
+
+def check_order(what: str, tokens: TokenSet, layer: int) -> None:
+    """Raise ValueError if ``what`` uses, at a layer, tokens that are chosen later."""
+    for s in selections(tokens):
+        if s.at > layer:
+            raise ValueError(f"{what} uses {s}, which is chosen later, at layer {s.at}")
+        check_order(str(s), s.source, s.at)

@@ -1,0 +1,82 @@
+"""Where vision features enter the stream of a captured graph, found by structure alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import networkx as nx
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+from vlmrewrite.analysis.graph import dominators, reachable, same, value, where
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Where vision features, of images or of videos, enter the stream.
+
+    Attributes:
+        modality: ``"image"`` or ``"video"``.
+        name: of the features in the vision tower's output.
+        features: the features as they enter the graph, [F, C] or [I, N, C].
+        merged: the features as they are written into the stream, same tokens.
+        node: what writes them, [B, T, H].
+        mask: where, bool [B, T].
+    """
+
+    modality: str
+    name: str
+    features: Node
+    merged: Node
+    node: Node
+    mask: Node
+
+
+def merges_of(gm: GraphModule, features: Mapping[str, Mapping[str, int]], attention: Node) -> tuple[Merge, ...]:
+    """The merges of images and videos, in the order in which they happen.
+
+    Args:
+        gm, features: as for :func:`vlmrewrite.analysis.analyse`.
+        attention: the first attention node.
+
+    Raises:
+        ValueError: one could not be recognised.
+    """
+    inputs = gm.graph.find_nodes(op="placeholder")
+    named = {modality: {name: inputs[at] for name, at in each.items()} for modality, each in features.items()}
+    found = [_merge(modality, each, attention) for modality, each in named.items()]
+    return tuple(sorted(found, key=lambda merge: merge.node))
+
+
+def _merge(modality: str, named: Mapping[str, Node], attention: Node) -> Merge:
+    """The first [B, T, H] node, dominating the first attention node, that joins the features to other tensors."""
+    name = next((name for name, n in named.items() if attention in reachable([n])), None)
+    if name is None:
+        raise ValueError(f"the first attention node does not depend on the vision features: {where(attention)}")
+    seeing = reachable([features := named[name]])
+    for node in nx.shortest_path(dominators(features, seeing), features, attention)[1:]:
+        x = value(node)
+        joins = any(n not in seeing and isinstance(value(n), Tensor) for n in node.all_input_nodes)
+        if isinstance(x, Tensor) and x.dim() == 3 and joins:
+            length: object = x.shape[1]
+            if not isinstance(length, torch.SymInt):
+                raise ValueError(f"the token axis was specialised to {length} in the graph at {where(node)}")
+            merged = next(n for n in node.all_input_nodes if n in seeing)
+            return Merge(modality, name, features, merged, node, _vision(node, seeing, length))
+    raise ValueError(f"found no node that writes the vision features ({where(features)}) into a [B, T, H] stream")
+
+
+def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
+    """The bool [B, T] vision mask behind the merge, the nearest one that the features do not flow through."""
+    inputs = [n for n in merge.all_input_nodes if n not in seeing]
+    masks = [n for n in inputs if isinstance(x := value(n), Tensor) and x.dtype == torch.bool]
+    queue = masks or inputs  # behind the stream, there may be the mask of another merge
+    for node in queue:
+        x = value(node)
+        if isinstance(x, Tensor) and x.dtype == torch.bool:
+            if x.dim() == 2 and same(x.shape[1], length):
+                return node
+            queue += node.all_input_nodes
+    raise ValueError(f"found no bool [B, T] vision mask behind the merge, {where(merge)}")
