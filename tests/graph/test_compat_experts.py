@@ -1,4 +1,4 @@
-"""What is private of transformers' experts: as this version has it."""
+"""Private interfaces of mixtures of experts."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ _DIMENSIONS: list[tuple[int, int | None, str]] = [
     (1, None, "softmax log_softmax softmin logsumexp median nanmedian cumsum cumprod cummax cummin logcumsumexp"),
     (1, None, "select narrow index_select gather scatter scatter_add squeeze"),
     (1, -1, "sort argsort mode glu"),
-    (1, 0, "cat unbind"),
+    (1, 0, "cat concat concatenate unbind"),
     (2, None, "norm vector_norm quantile nanquantile repeat_interleave roll take_along_dim"),
     (2, -1, "topk kthvalue diff"),
     (2, 0, "chunk split tensor_split"),
@@ -66,7 +66,8 @@ _DIMENSIONS: list[tuple[int, int | None, str]] = [
 
 ALONG = {target: (place, default) for place, default, names in _DIMENSIONS for target in _named(names)}
 
-MEETING = _named("cat gather scatter scatter_add take_along_dim")  # all inputs must have the same axes
+# All inputs must have the same axes.
+MEETING = _named("cat concat concatenate gather scatter scatter_add take_along_dim")
 
 _AUGMENTED = {getattr(operator, f"i{n}"): n for n in "add sub mul truediv floordiv mod pow and or xor".split()}
 
