@@ -229,8 +229,9 @@ def test_tracing_without_an_image(unchanged):
         vr.trace(unchanged.model, unchanged.inputs([Row(0)]))
 
 
-def test_video_is_refused(unchanged):
-    with vr.applied(unchanged.model, "sts-half"), pytest.raises(NotImplementedError, match="video inputs"):
+def test_a_video_for_a_model_that_takes_none(unchanged):
+    message = "has no get_video_features: it encodes no videos apart from its decoder"
+    with vr.applied(unchanged.model, "sts-half"), pytest.raises(ValueError, match=message):
         unchanged.model(input_ids=torch.tensor([[9]]), pixel_values_videos=torch.zeros(1))
 
 
