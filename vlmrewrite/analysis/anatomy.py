@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import needed, reachable, same, value, where
-from vlmrewrite.analysis.operators import LINEAR, MATMULS
+from vlmrewrite.analysis.operators import LINEAR, MATMULS, is_number
 from vlmrewrite.ops import ATTENTION, KV_APPEND
 from vlmrewrite.plan import Last, Plan, TokenCounts, TokenSet
 
@@ -186,8 +186,11 @@ def _append(node: Node) -> Node | None:
 
 
 def _dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
-    """A tree of the nodes that depend on ``start``: every path from it to a node goes through those above the node."""
-    graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after)
+    """A tree of the nodes that depend on ``start``: every path from it to a node goes through those above the node.
+
+    Sizes are no path: they tell nothing of the values.
+    """
+    graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after and not is_number(a))
     return nx.DiGraph((above, n) for n, above in nx.immediate_dominators(graph, start).items() if n is not start)
 
 
@@ -197,7 +200,9 @@ def _layers(merge: Node, logits: Node, attentions: list[Node]) -> tuple[Layer, .
     stream = nx.shortest_path(tree, merge, logits)
     depth = {n: i for i, n in enumerate(stream)}
     starts = [max(depth.get(n, 0) for n in nx.shortest_path(tree, merge, attention)) for attention in attentions]
-    adds = [i for i, n in enumerate(stream) if n.target in _ADDS and sum(x in after for x in n.all_input_nodes) == 2]
+    whole = [i for i, n in enumerate(stream) if isinstance(x := value(n), Tensor) and x.dim() == 3]
+    adds = [next(k for k in whole if k >= i) for i, n in enumerate(stream)
+            if n.target in _ADDS and sum(x in after for x in n.all_input_nodes) == 2]  # fmt: skip
     if not adds or adds[-1] <= starts[-1]:
         raise ValueError(f"found no residual add after the last attention node, {where(attentions[-1])}")
     layers = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import re
 import threading
@@ -15,6 +16,7 @@ import torch
 import torch.fx
 from torch import nn
 
+from vlmrewrite.analysis import merges_as_new
 from vlmrewrite.compat import at_graph_limit, captured, forget_code, global_hooks, graph_limit, hooks_of, untraceable
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, parameter_inputs
@@ -84,6 +86,7 @@ class CapturedForward:
         me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            merges_as_new(gm)
             me().graphs.append(graph := Graph(gm))
             this: Any = weakref.ref(graph)
             return lambda *inputs: _RUNNER.get()(this(), inputs)  # None: forgotten by another thread as it was traced
@@ -209,10 +212,26 @@ class Captures:
 
     Attributes:
         call, text: the forward as it is called with images, and without.
+        inner: that of a decoder called by itself, with images in its embeddings.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.call, self.text = CapturedForward(forward), CapturedForward(forward)
+        self.inner = CapturedForward(_merging(forward))
+
+
+def _merging(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoder's forward that writes the features where they stand already in its embeddings: a merge in the graph."""
+
+    @functools.wraps(forward)
+    def merging(decoder: nn.Module, mm_encoder_outputs: Mapping[str, Any], **kwargs: Any) -> Any:
+        for one in mm_encoder_outputs.values():
+            if one.mask is not None:
+                x = kwargs["inputs_embeds"].masked_scatter(one.mask[..., None], one.merged)
+                kwargs = kwargs | {"inputs_embeds": x}
+        return forward(decoder, **kwargs)
+
+    return merging
 
 
 def places_of(modality: str, images: Encoded, inputs: Sequence[Any]) -> dict[str, int]:

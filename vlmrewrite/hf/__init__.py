@@ -13,9 +13,27 @@ from vlmrewrite.hf.decoder import (
     swap_attention,
 )
 from vlmrewrite.hf.grid import Sizes, frame_grids, grids
-from vlmrewrite.hf.inputs import prompt_end, refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
+from vlmrewrite.hf.inner import (
+    Projection,
+    decoder_of,
+    language_model,
+    merged_inside,
+    merged_outside,
+    projected,
+    projections,
+)
+from vlmrewrite.hf.inputs import named, prompt_end, refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
 from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
-from vlmrewrite.hf.vision import MODALITIES, Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
+from vlmrewrite.hf.vision import (
+    MODALITIES,
+    Encoded,
+    Encoding,
+    encode_images,
+    encoded_images,
+    encoder_features,
+    images_of,
+    watched,
+)
 
 __all__ = [
     "APPLIED",
@@ -23,17 +41,26 @@ __all__ = [
     "MODALITIES",
     "Encoded",
     "Encoding",
+    "Projection",
     "Sizes",
     "attention_swapped",
     "check_support",
     "decoder_configs",
     "decoder_layers",
+    "decoder_of",
     "encode_images",
     "encoded_images",
     "encoder_features",
     "frame_grids",
     "grids",
+    "images_of",
+    "language_model",
+    "merged_inside",
+    "merged_outside",
+    "named",
     "parameter_inputs",
+    "projected",
+    "projections",
     "prompt_end",
     "refuse_checkpointing",
     "refuse_packed",
