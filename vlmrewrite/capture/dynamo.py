@@ -108,6 +108,7 @@ class CapturedForward:
         cache: PositionCache,
         kwargs: dict[str, Any],
         images: Mapping[str, Encoded] | None,
+        whole: nn.Module | None = None,
     ) -> Any:
         """Run (and trace if new) the forward.
 
@@ -115,6 +116,7 @@ class CapturedForward:
             runner: does the work of the graph in this call; given the graph and its flat inputs.
             model, cache, kwargs: what the forward takes.
             images: images and videos of the call; None for a decode step, or a prompt of text.
+            whole: what the model is a part of, by whose names its modules are called in errors.
 
         Raises:
             ValueError: the images' features are not exactly one of the graph's inputs.
@@ -152,11 +154,11 @@ class CapturedForward:
         except at_graph_limit() as e:
             raise RuntimeError(
                 f"{len(graphs)} graphs of this model were compiled and the limit is reached; raise"
-                f" torch._dynamo.config.recompile_limit above it{_hooked(model)}. The unrewritten model is not run in"
-                " its place."
+                f" torch._dynamo.config.recompile_limit above it{_hooked(whole or model)}. The unrewritten model is not"
+                " run in its place."
             ) from e
         except untraceable() as e:
-            what = f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(model)}"
+            what = f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(whole or model)}"
             raise CaptureError(f"{what}: {str(e)[:2000]}", f"{what}: {_reason(str(e))}") from e
         finally:
             _RUNNER.reset(token)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from vlmrewrite.hf.vision import Encoded, EncoderOutput, Encoding, encoding_of, identical
+from vlmrewrite.hf.vision import MODALITIES, Encoded, EncoderOutput, Encoding, encoding_of, identical
 
 _FEATURES = "image_embeds"
 """What a decoder that merges the features itself calls them."""
@@ -24,12 +24,12 @@ def language_model(model: Any) -> Any:
     The forward of such a model takes no encoded images, or its ``generate()`` never calls it.
     """
     decoder = model.get_decoder()
-    parts = (m for m in model.modules() if m is not model and isinstance(m, GenerationMixin))
+    parts = [m for m in model.modules() if m is not model and issubclass(type(m), GenerationMixin)]
     part = next((m for m in parts if any(x is decoder for x in m.modules())), None)
     if part is None or _takes_features(part):
         return part
-    inside = type(model).generate is not GenerationMixin.generate and hasattr(model.base_model, "get_image_features")
-    return part if inside else None
+    encodes = any(hasattr(model.base_model, f"get_{modality}_features") for modality in MODALITIES)
+    return part if encodes and type(model).generate is not GenerationMixin.generate else None
 
 
 def _takes_features(part: nn.Module) -> bool:

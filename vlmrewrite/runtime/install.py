@@ -38,7 +38,8 @@ def install_session(model: nn.Module, session: Session) -> None:
         generating: Any = hf.language_model(model) or model
         _put(undo, generating, _PREPARE, _prepared(session, getattr(generating, _PREPARE)))
         if generating is not model:
-            _put(undo, generating, "generate", types.MethodType(_generate_inside(session), generating))
+            generate = _in_place_of(type(generating).generate, _generate_inside(session))
+            _put(undo, generating, "generate", types.MethodType(generate, generating))
         for name, method in _METHODS.items():
             _put(undo, model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
         undo.callback(vars(model).pop, APPLIED)

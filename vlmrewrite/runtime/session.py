@@ -10,7 +10,7 @@ import functools
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -132,7 +132,9 @@ class Session:
             return out if keep else _without_cache(out)
 
     @contextlib.contextmanager
-    def around(self, model: nn.Module, prompt: Prompt, images: Mapping[str, Encoded] = MappingProxyType({})) -> Any:
+    def around(
+        self, model: nn.Module, prompt: Prompt, images: Mapping[str, Encoded] = MappingProxyType({})
+    ) -> Iterator[None]:
         """While the block runs, calls of the model's decoder are under this recipe.
 
         Args:
@@ -155,7 +157,9 @@ class Session:
                     refuse_packed(kwargs)
                 return self._with_images(captures_of(decoder).inner, model, decoder, cache, given, rest, keep)
 
-        with hf.projections(model) if not images else contextlib.nullcontext([]) as runs, in_place_of(decoder, run):
+        with contextlib.ExitStack() as stack:
+            runs = [] if images else stack.enter_context(hf.projections(model))
+            stack.enter_context(in_place_of(decoder, run))
             yield
 
     def _text(self, model: nn.Module, cache: PositionCache | None, kwargs: dict[str, Any]) -> Any:
@@ -208,7 +212,7 @@ class Session:
             kwargs = kwargs | {"logits_to_keep": 0}
         told = list[LastCall]()
         before = len(one.graphs)
-        out = one(functools.partial(self._run, model.config, given, told), target, cache, kwargs, given.images)
+        out = one(functools.partial(self._run, model.config, given, told), target, cache, kwargs, given.images, model)
         graphs, limit = len(one.graphs), capture.limit()
         if graphs > before and graphs >= limit - 2:
             warnings.warn(

@@ -52,7 +52,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         given, rest = entering({k: x for k, x in kwargs.items() if k not in _OWN}, cache, prompt, images, runs)
         if given is not None:
             givens[:] = [given]
-            captures_of(decoder).inner(runner, decoder, cache, rest, given.images)
+            captures_of(decoder).inner(runner, decoder, cache, rest, given.images, model)
         raise _Stop
 
     with hf.attention_swapped(model), torch.no_grad(), contextlib.suppress(_Stop), contextlib.ExitStack() as stack:
