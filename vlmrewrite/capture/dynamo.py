@@ -201,7 +201,7 @@ def _hooked(model: nn.Module) -> str:
     found = []
     for name, module in model.named_modules():
         hooks = hooks_of(module)
-        if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+        if any(not str(getattr(hook, "__module__", "")).startswith(("transformers.", "vlmrewrite.")) for hook in hooks):
             found.append(name or "the model")
     if not found:
         return ""

@@ -205,7 +205,8 @@ class Session:
         if self.plan.judges_logits and target.get_output_embeddings() is None:  # type: ignore[operator]
             raise NotImplementedError(
                 f"recipe {self.recipe.name!r} chooses by logits, and {type(target).__name__}, which is captured without"
-                f" the rest of the model, has none: expected a forward that is captured whole ({self.untraced})"
+                f" the rest of {type(model).__name__}, has none: expected a recipe that needs none, or a model whose"
+                " forward can be captured whole"
             )
         keep = kwargs.get("logits_to_keep")
         if self.plan.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
