@@ -12,7 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from vlmrewrite.ops import define, per_image
+from vlmrewrite.ops import define, like_member, per_image
 from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 
@@ -30,11 +30,7 @@ def stride_sample(member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
     return per_image(member, lengths, keep, lambda left, k, _: torch.arange(k, device=left.device) * len(left) // k)
 
 
-def _fake(member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    return torch.empty_like(member)
-
-
-define("stride_sample(Tensor member, Tensor lengths, Tensor keep) -> Tensor", stride_sample, _fake)
+define("stride_sample(Tensor member, Tensor lengths, Tensor keep) -> Tensor", stride_sample, like_member)
 
 
 @frozen_pass

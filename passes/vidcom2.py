@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmrewrite.ops import define, per_image, shared_out
+from vlmrewrite.ops import define, like_member, per_image, shared_out
 from vlmrewrite.plan import Budget, Plan, Policy, frozen_pass
 
 TEMPERATURE = 0.01
@@ -52,14 +52,10 @@ def vidcom2_sample(features: Tensor, frame: Tensor, member: Tensor, lengths: Ten
     return per_image(member, lengths, keep, choose)
 
 
-def _fake(features: Tensor, frame: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
-    return torch.empty_like(member)
-
-
 define(
     "vidcom2_sample(Tensor features, Tensor frame, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     vidcom2_sample,
-    _fake,
+    like_member,
 )
 
 

@@ -118,8 +118,27 @@ def needs() -> str:
     for name, need in NEEDS.items():
         scores = "" if need.scores is None else f"`{need.scores(Vision)}`"
         rows.append([f"`{name}`", need.what, "not every model" if need.optional else "always", scores])
-    head = ["name", "what the operator is given", "there", "keys that are scored, for the source `Vision`"]
+    head = ["name", "what the operator is given", "can be had", "keys that are scored, for the source `Vision`"]
     return table(head, rows)
+
+
+def policies() -> str:
+    """The operators that policies can go by: what each chooses, and what it is given around the usual arguments."""
+    from vlmrewrite import passes
+    from vlmrewrite.ops import REFERENCES
+
+    usual, rows = ("member", "lengths", "keep"), []
+    for operator, reference in REFERENCES.items():
+        names = list(inspect.signature(reference).parameters)
+        own = reference.__module__.startswith((passes.__name__, "vlmrewrite.ops"))
+        if not own or not set(usual) <= set(names) or "chosen" in names:
+            continue
+        at = names.index("member")
+        cells = (", ".join(f"`{name}`" for name in part) for part in (names[:at], names[at + len(usual) :]))
+        name, home = str(operator).removesuffix(".default").replace(".", "::"), reference.__module__
+        home = "vlmrewrite.ops" if home.startswith("vlmrewrite.ops") else passes.__name__
+        rows.append([f"`{name}`", first(reference), *cells, f"`{home}`"])
+    return table(["operator", "what it marks", "inputs", "weights and options", "module"], sorted(rows))
 
 
 def words() -> str:
@@ -188,6 +207,7 @@ def shown() -> dict[str, list[Any]]:
         "sts": [p.STS()],
         "fastv": [p.FastV()],
         "divprune": [p.DivPrune()],
+        "vidcom2": [p.VidCom2()],
         "vtw": [p.VTW()],
         "shortv": [p.ShortV(layers=tuple(range(12, 31)))],
         "vica": [p.ViCA()],
@@ -196,6 +216,7 @@ def shown() -> dict[str, list[Any]]:
         "dape": [p.DAPE()],
         "random": [p.Random(keep=0.5)],
         "stride": [p.Stride(keep=0.5)],
+        "framestride": [p.FrameStride(keep=0.5)],
     }
 
 
@@ -276,6 +297,6 @@ def commands() -> str:
 
 
 PARTS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (house, contracts, needs, words, unmodified, techniques, recipes, commands)
+    f.__name__: f for f in (house, contracts, needs, policies, words, unmodified, techniques, recipes, commands)
 }
 """What a page can ask for."""

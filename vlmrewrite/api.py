@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from vlmrewrite.errors import noted
 from vlmrewrite.hf import check_support
 from vlmrewrite.ops import Backend, Kernels, choose
 from vlmrewrite.oracle import verify_applied
@@ -57,12 +58,10 @@ def apply(
     selected = _backend(chosen.backend if backend == "auto" else backend)
     picked: Kernels = chosen.kernels if kernels == "auto" else kernels
     choose(picked, next(model.parameters()).device)
+    chosen.check_layers(depth)
     chosen = calibrate(model, chosen)
-    try:
+    with noted(lambda _: [f"for a decoder of {depth} layers" + (f", from {chosen.source}" if chosen.source else "")]):
         plan, _ = run_passes(Plan(depth, frozenset(FEATURES)), chosen.passes)
-    except Exception as e:
-        e.add_note(f"for a decoder of {depth} layers")
-        raise
     session = Session(chosen, selected, picked, strict, plan, build(model, plan.blocks))
     install_session(model, session)
     SESSIONS[model] = session
@@ -153,7 +152,9 @@ def verify(
             as they are, and the recipe stays applied.
         inputs: what the model's forward takes, with an image.
         recipe, options: as for :func:`apply`.
-        strict: raise when a pass is refused, for it has done nothing that could be judged; False: judge the others.
+        strict: raise when a pass is refused, for it has done nothing that could be judged; False: judge the
+            others. One whose ``change`` says nothing to the plan is refused; one that says to keep all (``keep=1.0``)
+            is not.
 
     Returns:
         the largest absolute difference of a logit at any token that is not padding.

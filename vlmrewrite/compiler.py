@@ -36,7 +36,9 @@ def program_of(graph: Graph) -> Program:
         start = time.perf_counter()
         anatomy = analyse(graph.gm, graph.features)
         seconds = {"anatomy": time.perf_counter() - start}
-        plan = Plan(len(anatomy.layers), frozenset(FEATURES))
+        owners = tuple(layer.owner for layer in anatomy.layers)
+        recurrent = frozenset(layer.index for layer in anatomy.layers if layer.recurrent)
+        plan = Plan(len(anatomy.layers), frozenset(FEATURES), owners=owners, recurrent=recurrent)
         return Program(graph.gm, anatomy, plan, seconds=seconds, parameters=graph.parameters)
 
     return graph.once("program", make)
@@ -55,7 +57,7 @@ def rewrite(
     Args:
         program: from :func:`vlmrewrite.trace`, or a rewritten one.
         passes: what to do.
-        strict: raise when a pass is refused.
+        strict: raise when a pass is refused, or its ``change`` says nothing to the plan.
         blocks: modules of the blocks that the passes ask for, by name; without them they are made new.
         propagate: if the program holds the call that it was captured from, run the new graph on fake tensors and check
             that every node holds as many tokens as its set.
@@ -88,7 +90,7 @@ def rewrite(
         if propagate:
             made.propagate()
     except Exception as e:
-        e.add_note(f"while rewriting to the plan:\n{plan}")
+        e.add_note(f"under {', '.join(o.configuration for o in outcomes)}, while rewriting to the plan:\n{plan}")
         raise
     times.append(time.perf_counter())
     steps = zip(("passes", "legalize", "verify"), pairwise(times), strict=True)
@@ -109,7 +111,7 @@ def compile(
     Args:
         program: of the captured graph.
         passes: what to do, in order.
-        strict: raise when a pass is refused.
+        strict: raise when a pass is refused, or its ``change`` says nothing to the plan.
         blocks: modules of the blocks that the passes ask for, by name.
         kernels, backend, device: what runs it, and where.
 

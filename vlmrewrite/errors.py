@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ from pydantic import ValidationError
 
 
 class CaptureError(RuntimeError):
-    """A model's forward could not be captured as one graph; ``reason`` is why, in one line."""
+    """A model's forward could not be captured as one graph: in one line why, where, and what was expected.
 
-    def __init__(self, message: str, reason: str) -> None:
+    Attributes:
+        details: all that the compiler's front end says of it, with the stack of source lines.
+    """
+
+    def __init__(self, message: str, details: str) -> None:
         super().__init__(message)
-        self.reason = reason
+        self.details = details
 
 
 def explain(error: ValidationError, where: str, fields: Sequence[str]) -> list[str]:
@@ -64,6 +68,17 @@ def _explain_one(error: dict[str, Any], where: str, fields: Sequence[str]) -> st
         return f"{at}{error['ctx']['error']}"
     expected = error["msg"].replace("Input should be", "expected")
     return f"{at}{expected[:1].lower()}{expected[1:]}, got {shown(error['input'])}"
+
+
+@contextlib.contextmanager
+def noted(notes: Callable[[str], Iterable[str]]) -> Iterator[None]:
+    """Adds notes to whatever error leaves the block: what ``notes`` makes of its text and the notes that it has."""
+    try:
+        yield
+    except Exception as e:
+        for note in notes("\n".join([str(e), *getattr(e, "__notes__", ())])):
+            e.add_note(note)
+        raise
 
 
 @contextlib.contextmanager

@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Hashable
+import typing
+from collections.abc import Hashable, Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
 from vlmrewrite.errors import explain, one_of, shown
+from vlmrewrite.plan import Depth, Layers
 from vlmrewrite.registry import as_passes, find_pass, is_pass_class
 from vlmrewrite.registry import known_passes as known_passes
 
@@ -39,6 +41,32 @@ class Recipe(BaseModel):
     passes: Annotated[tuple[Any, ...], BeforeValidator(as_passes)]
     backend: Literal["auto", "eager", "inductor"] = "auto"
     kernels: Literal["auto", "reference", "triton"] = "auto"
+    _source: str = PrivateAttr("")
+
+    def __eq__(self, other: object) -> bool:
+        """Whether the fields are equal, whatever file each was read from."""
+        return isinstance(other, Recipe) and dict(self) == dict(other)
+
+    @property
+    def source(self) -> str:
+        """The file it was read from; empty if it was made otherwise."""
+        return self._source
+
+    def check_layers(self, depth: int) -> None:
+        """Whether a decoder of `depth` layers has the layers that the options of the passes name.
+
+        Raises:
+            ValueError: it lacks one. One line for each option, with the file, the key, the value and what was expected.
+        """
+        problems = []
+        for i, item in enumerate(self.passes):
+            where = f"{self._source}: passes[{i}].{item.name}" if self._source else type(item).__name__
+            for key, value in _layers_named(item):
+                if value >= depth:
+                    expected = f"expected a layer in 0 .. {depth - 1} (the decoder has {depth})"
+                    problems.append(f"{where}.{key}: {expected}, got {value}")
+        if problems:
+            raise ValueError("\n".join(problems))
 
     @classmethod
     def of(cls, recipe: object) -> Self:
@@ -143,6 +171,7 @@ class Recipe(BaseModel):
             problems += explain(error, "", list(cls.model_fields))
         if problems:
             raise ValueError("\n".join(f"{source}: {problem}" for problem in problems))
+        recipe._source = source
         return recipe
 
 
@@ -178,6 +207,25 @@ def _read_pass(item: object, where: str, problems: list[str]) -> object:
     except ValueError as error:
         problems.append(f"{where}: {error}")
     return None
+
+
+def _layers_named(item: Any) -> Iterator[tuple[str, int]]:
+    """The layers that a pass's options name by number, each with its key."""
+    hints = typing.get_type_hints(type(item), include_extras=True)
+    for field in dataclasses.fields(item):
+        value = getattr(item, field.name)
+        if not _holds_layers(hints[field.name]):
+            continue
+        listed = isinstance(value, list | tuple)
+        for i, at in enumerate(value if listed else [value]):
+            if type(at) is int:
+                yield f"{field.name}[{i}]" if listed else field.name, at
+
+
+def _holds_layers(hint: Any) -> bool:
+    """Whether a type is a depth or layers, or may be one."""
+    checks = [typing.get_args(kind)[1] for kind in (Depth, Layers)]
+    return hint in checks or any(map(_holds_layers, typing.get_args(hint)))
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -54,7 +54,7 @@ class Loudest:
 
     def change(self, plan: Plan) -> None:
         """One selection."""
-        plan.narrow(Policy("loudest", torch.ops.vlm.loudest.default, ("features",)), self.keep, self.at)
+        plan.narrow(Policy("loudest", torch.ops.vlm.loudest, ("features",)), self.keep, self.at)
 
 
 # --8<-- [end:pass]

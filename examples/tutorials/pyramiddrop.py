@@ -33,7 +33,7 @@ class PyramidDrop:
 
     def change(self, plan: Plan) -> None:
         """One selection at each layer that has vision tokens, of what the one before it left."""
-        ranked = Policy("pyramid", torch.ops.vlm.top_attention.default, ("attention",))
+        ranked = Policy("pyramid", torch.ops.vlm.top_attention, ("attention",))
         for stage, layer in enumerate(chosen_layers(self.at, plan.depth), start=1):
             if plan.exhausted(layer) is None:
                 plan.narrow(ranked, (1 - self.drop) ** stage, layer)

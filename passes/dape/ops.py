@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from vlmrewrite.ops import define
+from vlmrewrite.ops import define, like_member
 from vlmrewrite.passes.dape.blocks import WIDTH, Matching
 from vlmrewrite.passes.dape.matching import gains, match
 from vlmrewrite.passes.dape.regions import SCALES, coarsest, density, deviation, owners, pool, refined, representatives
@@ -230,7 +230,7 @@ define(
     "dape_cover(Tensor features, Tensor stream, Tensor prompt, Tensor flat, Tensor grid, Tensor member, Tensor lengths,"
     f" Tensor keep, {_OPTIONAL}) -> Tensor",
     dape_cover,
-    lambda *args: torch.empty_like(args[5]),
+    like_member,
     kernel="vlmrewrite.passes.dape.kernels.matching:dape_cover",
     flops=_cover_flops,
     flops_by_value=True,
@@ -249,7 +249,7 @@ define(
 define(
     "dape_split(Tensor attention, Tensor features, Tensor grid, Tensor member, Tensor lengths, Tensor keep) -> Tensor",
     dape_split,
-    lambda *args: torch.empty_like(args[3]),
+    like_member,
     kernel="vlmrewrite.passes.dape.kernels.quadtree:dape_split",
     flops=lambda _, features, *__, **___: _pooling_flops(features[0], features[1], len(SCALES)),
 )
@@ -257,7 +257,7 @@ define(
 define(
     "dape_focus(Tensor attention, Tensor features, Tensor owner, Tensor member, Tensor lengths, float share) -> Tensor",
     dape_focus,
-    lambda *args: torch.empty_like(args[3]),
+    like_member,
     flops=lambda _, features, *__, **___: _pooling_flops(features[0], features[1], 1),
 )
 

@@ -105,11 +105,12 @@ class DAPE:
 
     def change(self, plan: Plan) -> None:
         """One selection and one edit before the decoder; a selection and an edit, or an edit alone, at each stage."""
+        op, needs = ops.COVER, ("features", "stream", "prompt", "flat", "grid")
         if isinstance(self.budget, float) and self.budget == 1.0:
+            plan.narrow(Policy("cover", op, needs), self.budget)
             return
         block = plan.block(Weights(Matching), "matching") if self.matching == "learned" else ""
         weights = tuple(f"{block}.{name}" for name in Matching.NAMES) if block else ()
-        op, needs = ops.COVER, ("features", "stream", "prompt", "flat", "grid")
         cover = plan.narrow(Policy("cover", op, needs, weights=weights), self.budget, per="frame")
         plan.edit(Edit("pool", cover, POOL, 0, (*POOL_NEEDS, "prompt") if weights else POOL_NEEDS, weights))
         tokens: TokenSet = cover

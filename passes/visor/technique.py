@@ -127,7 +127,9 @@ class VISOR:
             keys = entry.keys if entry.index in cross else Text
             if entry.index not in own:
                 entry.run_on(Text).attend_to(keys)
-            elif not self.sa_vision_mlp:
+                continue
+            entry.run_on(entry.run_set)
+            if not self.sa_vision_mlp:
                 entry.mlp_on(Text)
 
     def layers(self, depth: int) -> tuple[list[int], list[int]]:

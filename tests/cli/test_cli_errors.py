@@ -146,7 +146,16 @@ def test_a_gpu_that_is_not_there(folder: Path) -> None:
 def test_inspect_of_a_layer_that_is_not_there(folder: Path, tmp_path: Path) -> None:
     mine = write(tmp_path / "mine.yaml", "name: mine\npasses:\n- stride: {keep: 8, at: 40}\n")
     [line] = refused("inspect", folder, "--recipe", mine)
-    assert line.startswith("expected a layer in 0 .. 3 (the decoder has 4), got 40 (in pass Stride(keep=8, at=40)")
+    assert line == f"{mine}: passes[0].stride.at: expected a layer in 0 .. 3 (the decoder has 4), got 40"
+
+
+def test_a_pass_that_fails_is_named_with_its_file(folder: Path, tmp_path: Path) -> None:
+    mine = write(tmp_path / "mine.yaml", "name: mine\npasses:\n- dpvr: {at: 2, fuse: 9}\n")
+    picture = folder / "picture.png"
+    [line] = refused("apply", folder, "--recipe", mine, "--image", picture, "--prompt", "w10", "--max-new-tokens", 1)
+    assert line.startswith("fuse=9 would bring the vision tokens back before layer 2")
+    assert "(in pass DPVR(at=2, fuse=9, branch='copy')) " in line
+    assert line.endswith(f"(for a decoder of 4 layers, from {mine})")
 
 
 def test_a_model_that_cannot_be_captured_is_told_by_its_cause(tmp_path: Path) -> None:

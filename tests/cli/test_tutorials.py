@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 import itertools
+import os
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 import vlmrewrite as vr
-from examples.tutorials import aya_vision, pyramiddrop
+from examples.tutorials import aya_vision, loud_and_seen, pyramiddrop
+from examples.tutorials.checked_options import Between
+from examples.tutorials.loud_and_seen import LoudAndSeen, LoudInTheEncoder
 from examples.tutorials.loudest import Loudest, loudest
 from examples.tutorials.pyramiddrop import PyramidDrop
+from examples.tutorials.second_look import SecondLook
 from vlmrewrite.passes import VTW, FastV
-from vlmrewrite.plan import Plan, run_passes
+from vlmrewrite.plan import Plan, Policy, run_passes
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.testing import FAMILIES, Row, TinyVLM, forward_agreement, generation_agreement
 
@@ -46,7 +52,6 @@ def test_pyramiddrop_agrees_with_the_oracle(family: str) -> None:
     tiny = FAMILIES[family](layers=4)
     for passes in ([PyramidDrop()], [FastV(keep=3, at=1), PyramidDrop(drop=0.3, at=(1, 2))]):
         generation_agreement(tiny.model, tiny.inputs(BATCH), passes).check()
-        # --8<-- [end:pass]
 
 
 def test_the_stages_of_pyramiddrop_choose_of_what_is_left(llava: TinyVLM) -> None:
@@ -56,6 +61,7 @@ def test_the_stages_of_pyramiddrop_choose_of_what_is_left(llava: TinyVLM) -> Non
         stages = vr.kept_tokens(llava.model)
     assert [int(stage.vision.sum()) for stage in stages] == [16, 8, 4, 2]
     assert all(bool((a.vision | ~b.vision).all()) for a, b in itertools.pairwise(stages))
+    # --8<-- [end:pass]
 
 
 def test_pyramiddrop_after_nothing_is_left_between_its_stages() -> None:
@@ -118,6 +124,83 @@ def test_a_pass_that_goes_by_loudest(llava: TinyVLM) -> None:
     assert vr.verify(llava.model, inputs, [Loudest(keep=3), Loudest(keep=2, at=2)]) < 1e-3
     forward_agreement(llava.model, llava.inputs(BATCH), [Loudest(keep=3), Loudest(keep=2, at=2)]).check()
     # --8<-- [end:operator]
+
+
+# ---- what the pages show besides
+
+
+def shown(page: str, language: str, start: str) -> str:
+    """The block of a page that starts so."""
+    blocks = re.findall(rf"```{language}\n(.*?)```", (DOCS / page).read_text(), re.DOTALL)
+    [found] = [block for block in blocks if block.startswith(start)]
+    return str(found)
+
+
+def test_an_operator_of_two_inputs_and_an_option(llava: TinyVLM) -> None:
+    member, lengths = torch.tensor([True, True, True, True, False]), torch.tensor([3, 2])
+    features, attention = torch.tensor([[1.0], [3.0], [2.0], [1.0], [9.0]]), torch.tensor([9.0, 1.0, 2.0, 1.0, 1.0])
+    arguments = (features, attention, member, lengths, torch.tensor([2, 2]), 1.0)
+    assert loud_and_seen.loud_and_seen(*arguments).tolist() == [True, False, True, True, False]
+    torch.library.opcheck(torch.ops.vlm.loud_and_seen.default, arguments)
+    passes = [LoudAndSeen(keep=3, at=1, power=0.5)]
+    assert vr.verify(llava.model, llava.inputs(BATCH, side="left"), passes) < 1e-4
+    assert "loud and seen = Vision.select(loud and seen, keep=3) at layer 1" in str(run_passes(Plan(4), passes)[0])
+
+
+def test_the_error_that_the_page_of_the_operator_shows() -> None:
+    with pytest.raises(ValueError, match="swapped|expected `needs`") as caught:
+        Policy("loud and seen", torch.ops.vlm.loud_and_seen, ("attention", "features"), (1.0,))
+    printed = " ".join(shown("add-an-operator.md", "text", "policy 'loud and seen'").split())
+    start, _, end = printed.partition("...")
+    assert str(caught.value).startswith(start) and str(caught.value).endswith(end)
+
+
+def test_a_need_that_is_not_there() -> None:
+    _, (outcome,) = run_passes(Plan(4, refusals={"encoder_features": "nobody saw them"}), [LoudInTheEncoder(keep=3)])
+    assert outcome.reason == "policy 'loud' at layer 0 needs 'encoder_features', which is not there: nobody saw them"
+    assert run_passes(Plan(4, frozenset({"encoder_features"})), [LoudInTheEncoder(keep=3)], strict=True)
+
+
+def test_narrow_and_widen(llava: TinyVLM) -> None:
+    plan, _ = run_passes(Plan(32), [SecondLook()], strict=True)
+    assert f"{plan}\n" == shown("plan.md", "text", "spread = ")
+    inputs = llava.inputs(BATCH)
+    passes = [SecondLook(keep=3, back=2, at=2)]
+    assert vr.verify(llava.model, inputs, passes) < 1e-4
+    with torch.no_grad(), vr.applied(llava.model, passes):
+        llava.model(**inputs)
+        stages = vr.kept_tokens(llava.model)
+    assert [stage.vision.sum(1).tolist() for stage in stages] == [[3, 6, 0], [5, 10, 0]]
+    assert not bool((stages[0].vision & ~stages[1].vision).any())
+    assert vr.verify(llava.model, inputs, SecondLook(keep=1.0)) < 1e-4
+
+
+def test_options_that_depend_on_one_another() -> None:
+    code, error = shown("add-a-pass.md", "text", ">>> Between(").splitlines()
+    with pytest.raises(ValueError, match="first below last") as caught:
+        eval(code.removeprefix(">>> "), {"Between": Between})
+    assert error == f"ValueError: {caught.value}"
+    plan, _ = run_passes(Plan(8), [Between(first=2, last=0.5)], strict=True)
+    assert str(plan).splitlines()[1] == "layers 2-3     run_on Text, attend_to All"
+
+
+def test_the_testing_kit_as_its_page_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """All of the page's blocks but the last one after another, and the last one, a file of its own, alone."""
+    *first, own = re.findall(r"```python\n(.*?)```", (DOCS / "testing.md").read_text(), re.DOTALL)
+    there: dict[str, object] = {}
+    for block in first:
+        exec(block, there)
+    assert len(first) == 3
+    printed = capsys.readouterr().out
+    assert "All" in printed and "Text | fastv" in printed and "tensor([0, 0])" not in printed
+    file = tmp_path / "test_mine.py"
+    file.write_text(own)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
+        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(DOCS.parent)}, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "1 passed" in done.stdout
 
 
 def test_the_family_works(capsys: pytest.CaptureFixture[str]) -> None:

@@ -68,6 +68,7 @@ FILES = {
     "unknown key": ("name: x\npasses:\n  - sts: {keeps: 3}\n", r"(?s)bad\.yaml.*keeps"),
     "wrong type": ("name: x\npasses:\n  - sts: {keep: many}\n", r"(?s)bad\.yaml.*keep.*'many'"),
     "out of range": ("name: x\npasses:\n  - sts: {keep: 1.5}\n", r"(?s)bad\.yaml.*keep.*1\.5"),
+    "layer out of range": ("name: x\npasses:\n  - fastv: {at: 99}\n", r"bad\.yaml: passes\[0\]\.fastv\.at: .*got 99"),
     "unknown backend": ("name: x\nbackend: fast\npasses: []\n", r"(?s)bad\.yaml.*backend.*'fast'"),
 }
 

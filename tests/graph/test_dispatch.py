@@ -172,7 +172,7 @@ def test_dispatching_twice():
         plan.dispatch(Confidence(0, 0.5), [plan.copy(), plan.copy()])
     a, b = Plan(4), Plan(4)
     a.layer(0).run_on(Text)
-    with pytest.raises(ValueError, match="the plans of a dispatch at layer 2 differ before that layer"):
+    with pytest.raises(ValueError, match="the plans of a dispatch at layer 2 differ before it"):
         Plan(4).dispatch(Confidence(2, 0.5), [a, b])
 
 

@@ -24,7 +24,7 @@ SCHEMA = "(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tenso
 
 @frozen_pass
 class Moody:
-    """Refuses, or forgets to say anything."""
+    """Refuses, or does nothing and forgets to say so."""
 
     name: ClassVar[str] = "moody"
     reason: str | None = None
@@ -54,7 +54,7 @@ def listed(program, passes):
 def test_the_listing_says_who_was_refused_and_why(program):
     head, *plain = str(program).splitlines()
     told = "REFUSED Moody(reason='the moon is full'): the moon is full"
-    assert listed(program, [NEVER]) == [head, told, "no pass changes anything", *plain]
+    assert listed(program, [NEVER]) == [head, told, *plain]
     lines = listed(program, [Stride(keep=4), NEVER, Stride(keep=2, at=2)])
     assert lines[1:4] == [
         told,
@@ -67,12 +67,50 @@ def test_the_listing_says_who_was_refused_and_why(program):
     )
 
 
-@pytest.mark.parametrize("p", [Moody(), Stride(keep=1.0), Random(keep=1.0, at=2)], ids=str)
-def test_the_listing_says_if_nothing_changes(program, p):
+KEEPING = [
+    Stride(keep=1.0),
+    Random(keep=1.0, at=2),
+    STS(keep=1.0, refine=1.0),
+    DAPE(budget=1.0),
+    VISOR(self_layers=1.0),
+    VISOR(self_layers=(0, 1, 2, 3)),
+]
+"""Passes that say to keep everything."""
+
+
+@pytest.mark.parametrize("p", KEEPING, ids=str)
+def test_a_pass_that_keeps_everything_is_told_and_judged(llava, program, p):
     head, *plain = str(program).splitlines()
-    assert listed(program, [p]) == [head, "no pass changes anything", *plain]
-    assert "changes" not in str(program)
-    assert "changes" not in str(vr.rewrite(program, [p, Stride(keep=4)]))
+    assert listed(program, [p]) == [head, f"CHANGES NOTHING: {p}", *plain]
+    assert listed(program, [p, Stride(keep=4)])[1] == f"CHANGES NOTHING: {p}"
+    assert "CHANGES NOTHING" not in str(vr.rewrite(program, [Stride(keep=4)]))
+    assert vr.rewrite(program, [p], strict=True).outcomes[0].changed is False
+
+
+def test_the_report_says_that_a_pass_keeps_everything(llava):
+    inputs = llava.inputs(ONE)
+    assert vr.verify(llava.model, inputs, Stride(keep=1.0)) < 1e-4
+    with vr.applied(llava.model, [Stride(keep=1.0), Stride(keep=4)], strict=True), torch.no_grad():
+        llava.model(**inputs)
+        report = vr.report(llava.model)
+    assert "  Stride(keep=1.0, at=0): matched, CHANGES NOTHING\n  Stride(keep=4, at=0): matched\n" in str(report)
+    assert [told["changed"] for told in report.to_dict()["passes"]] == [False, True]
+
+
+SILENT = "its `change` says nothing to the plan"
+
+
+def test_a_pass_whose_change_says_nothing_is_refused(llava, program):
+    inputs = llava.inputs(ONE)
+    assert listed(program, [Moody()])[1] == f"REFUSED Moody(reason=None): {SILENT}"
+    assert listed(program, [Stride(keep=4), Moody()])[1] == f"REFUSED Moody(reason=None): {SILENT}"
+    for passes in ([Moody()], [Stride(keep=4), Moody()]):
+        with pytest.raises(ValueError, match=rf"^Moody\(.*\) was refused: {SILENT} \(strict=False"):
+            vr.verify(llava.model, inputs, passes)
+        with pytest.raises(ValueError, match=SILENT):
+            forward_agreement(llava.model, inputs, passes)
+    with pytest.warns(UserWarning, match=f"does nothing: {SILENT}"):
+        assert vr.verify(llava.model, inputs, [Stride(keep=4), Moody()], strict=False) < 1e-3
 
 
 def test_without_a_call_and_of_a_dispatch(program):

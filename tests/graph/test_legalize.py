@@ -213,5 +213,5 @@ def test_every_node_holds_as_many_tokens_as_its_set(program):
     counts = rewritten.call.counts
     more = replace(counts, text=tuple(n + 1 for n in counts.text)).size
     arguments = rewritten.arguments(program.inputs, program.call)
-    with pytest.raises(ValueError, match=r"node .* has shape .*; expected \d+ tokens at axis 1"):
+    with pytest.raises(ValueError, match=r"node .* has shape .*, not \d+ tokens at axis 1"):
         propagate_fakes(program.anatomy, rewritten.variants[0], arguments, more)

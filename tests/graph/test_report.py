@@ -41,7 +41,7 @@ def test_after_a_call(llava):
     assert [s.layers for s in stages] == [(0,), (1, 2, 3)]
     assert [int(s.vision.sum()) for s in stages] == [8, 4]
     assert not (stages[1].vision & ~stages[0].vision).any()
-    assert "STS(keep=4, refine=2, at=1, features='projected'): matched" in text
+    assert "STS(keep=4, refine=2, at=1, features='projected', per='image'): matched" in text
     assert "FLOPs ÷" in text
     assert set(data["seconds"]) >= {"capture", "anatomy", "passes", "legalize"}
 

@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
+from tests.models.test_zoo import build
 from transformers import GenerationMixin
 
 import vlmrewrite as vr
-from tests.models.test_zoo import build
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, decoder_of, language_model, merged_outside
 from vlmrewrite.hf.vision import EncoderOutput
@@ -82,7 +82,7 @@ def test_the_report_says_what_is_captured(name):
     assert note.startswith(type(decoder_of(tiny.model)).__name__)
     assert report.graphs["captured"] >= 1
     if name == "ovis2":
-        assert "Data-dependent branching" in note
+        assert "Python branches on a tensor's value" in note
         assert "modeling_ovis2.py, line" in note
 
 
@@ -177,11 +177,11 @@ def test_a_decoder_that_cannot_be_traced_says_where():
     tiny.model.model.language_model.layers[1].mlp.register_forward_hook(branch)
     with (
         vr.applied(tiny.model, [Stride(0.5)]),
-        pytest.raises(CaptureError, match="data-dependent expression") as raised,
+        pytest.raises(CaptureError, match="depends on a tensor's values") as raised,
     ):
         tiny.model(**tiny.inputs(SEEN))
-    assert type(tiny.model.model.language_model).__name__ in raised.value.reason
-    assert "test_decoder_alone.py, line" in raised.value.reason
+    assert type(tiny.model.model.language_model).__name__ in str(raised.value)
+    assert "test_decoder_alone.py, line" in str(raised.value)
 
 
 def test_a_copy_of_a_rewritten_model_is_as_it_was():

@@ -184,7 +184,9 @@ def test_a_refusal_changes_nothing_and_is_reported():
     rewritten = vr.rewrite(program, [VTW(at=1), FastV(at=2)])
     assert str(rewritten.plan) == str(vr.rewrite(program, [VTW(at=1)]).plan)
     assert [o.reason for o in rewritten.outcomes] == [None, "an earlier pass leaves no vision tokens from layer 2 on"]
-    with pytest.raises(ValueError, match=r"FastV\(keep=0.5, at=2\) was refused: an earlier pass leaves no vision"):
+    with pytest.raises(
+        ValueError, match=r"FastV\(keep=0.5, at=2, per=.image.\) was refused: an earlier pass leaves no vision"
+    ):
         vr.rewrite(program, [VTW(at=1), FastV(at=2)], strict=True)
 
 

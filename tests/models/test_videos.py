@@ -97,7 +97,10 @@ def test_a_call_tells_its_videos():
 def test_a_video_for_a_model_that_takes_none_is_an_error():
     tiny = family("llava", layers=3)
     inputs = tiny.inputs([Row(1)])
-    with vr.applied(tiny.model, "stride-half"), pytest.raises(ValueError, match="encodes no videos; expected none"):
+    with (
+        vr.applied(tiny.model, "stride-half"),
+        pytest.raises(ValueError, match="has no get_video_features: it encodes no videos apart"),
+    ):
         tiny.model(**inputs, pixel_values_videos=torch.zeros(1, 2, 3, 16, 16))
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.models import zoo_b as checks
+from tests.models import zoo as checks
+from tests.models import zoo_joined as joined
 from vlmrewrite.testing.models import ZOO
 from vlmrewrite.testing.models.gemmas import ABSENT as NO_GEMMAS
 from vlmrewrite.testing.models.pixtrals import ABSENT as NO_PIXTRALS
@@ -46,18 +47,18 @@ def test_sane_and_looks(name: str) -> None:
 
 @names
 def test_rows_alone(name: str) -> None:
-    checks.check_rows_alone(name, as_padded=name in COUNTS_PADDING)
+    joined.check_rows_alone(name, as_padded=name in COUNTS_PADDING)
 
 
 @names
 def test_generation(name: str) -> None:
-    checks.check_generation(name, as_padded=name in GENERATE_COUNTS_PADDING)
+    joined.check_generation(name, as_padded=name in GENERATE_COUNTS_PADDING)
 
 
 def test_videos() -> None:
     assert {name for name in NAMES if checks.build(name).clips} == {*VIDEOS}
     with pytest.raises(ValueError, match="vipllava takes no videos; expected videos=0 in each row"):
-        checks.build("vipllava").inputs(checks.VIDEOS)
+        checks.build("vipllava").inputs(joined.MIXED)
 
 
 def test_none_is_absent_and_there() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from tests.models import test_zoo as zoo
+from tests.models import zoo
 from vlmrewrite.testing.models import ZOO
 from vlmrewrite.testing.models.absent import ABSENT
 

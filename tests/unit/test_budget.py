@@ -149,7 +149,7 @@ def test_layer_index_needs_a_layer() -> None:
 
 def test_a_pass_prints_as_itself_and_is_frozen() -> None:
     made = STS(keep=0.75, refine=0.25)
-    assert repr(made) == "STS(keep=0.75, refine=0.25, at=0.5, features='projected')"
+    assert repr(made) == "STS(keep=0.75, refine=0.25, at=0.5, features='projected', per='image')"
     assert made == STS(keep=0.75, refine=0.25)
     assert hash(made) == hash(STS(keep=0.75, refine=0.25))
     assert dataclasses.replace(made, refine=None) == STS(keep=0.75, refine=None)

@@ -14,7 +14,7 @@ import yaml
 from tools import pages
 from vlmrewrite import passes
 from vlmrewrite.cli import app
-from vlmrewrite.plan import NEEDS, LayerPlan, Plan
+from vlmrewrite.plan import FEATURES, NEEDS, LayerPlan, Plan, run_passes
 from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.registry import find_pass
 
@@ -37,13 +37,29 @@ def test_every_need_is_told() -> None:
     assert (rows["attention"][3], rows["attention_outside"][3], rows["stream"][3]) == ("`All`", "`Text`", "")
 
 
+def test_every_operator_of_the_shipped_policies_is_told() -> None:
+    rows = cells(pages.policies())
+    used = set()
+    for configurations in pages.shown().values():
+        for p in configurations:
+            plan, _ = run_passes(Plan(32, frozenset(FEATURES)), [p], strict=True)
+            used |= {str(s.policy.op).removesuffix(".default").replace(".", "::") for s in plan.selections()}
+    assert {f"`{name}`" for name in used} <= {row[0] for row in rows.values()} and "vlm::sts_sample" in used
+    assert rows["vlm::top_attention"][2:] == ["`weights`", "", "`vlmrewrite.ops`"]
+    assert rows["vlm::random_sample"][2:] == ["`ordinal`", "`seed`", "`vlmrewrite.passes`"]
+    assert not {"vlm::checked", "vlm::loudest"} & set(rows)
+
+
 def test_every_word_of_a_plan_is_told() -> None:
     text = pages.words()
     said = {name for kind in (Plan, LayerPlan) for name in vars(kind) if callable(getattr(kind, name))}
-    hidden = "copy until sets check needs render scored selections variant_of".split()
+    hidden = "asks beyond_recurrence copy until sets check needs unmet render scored selections variant_of".split()
     for name in sorted(n for n in said if not n.startswith("_") and n not in hidden):
         assert re.search(rf"`(plan|plan\.layer\(i\))\.{name}\(", text), f"{name} is not told, and not on the list"
-    assert "| `plan.narrow(policy, keep, at=0)` | From layer ``at`` on, go on with ``keep`` vision tokens" in text
+    assert (
+        "| `plan.narrow(policy, keep, at=0, per='image')` | From layer ``at`` on, go on with ``keep`` vision tokens"
+        in text
+    )
     assert "Return self" not in text
 
 

@@ -75,7 +75,7 @@ assert "vlmrewrite_checkerboard" not in sys.modules
 recipe = Recipe.load("mine.yaml")
 recipe.to_yaml("copy.yaml")
 assert Recipe.load("copy.yaml") == recipe
-assert list(known_passes())[-3:] == ["vica", "checkerboard", "plain"], list(known_passes())
+assert list(known_passes())[-3:] == ["vidcom2", "checkerboard", "plain"], list(known_passes())
 from vlmrewrite_checkerboard import Checkerboard
 assert find_pass("checkerboard") is Checkerboard
 assert recipe.passes[0] == Checkerboard(keep=3, layers=(0, 4))

@@ -113,10 +113,14 @@ def test_top_attention_breaks_ties_by_order():
     ("chosen", "expected"),
     [
         ([True, True, True, False, False], r"chose \[3, 0\] tokens of the images; expected at most \[2, 2\]"),
+        (
+            [True, False, False, False, False],
+            r"chose \[1, 0\] .*; expected \[2, 1\], for that many are asked for and left",
+        ),
         ([False, False, False, True, True], r"chose \[0, 2\] tokens .* and only tokens that are left"),
         ([True, True, False, True], r"returned bool \(4,\); expected bool \(5,\)"),
     ],
-    ids=["too many", "gone", "shape"],
+    ids=["too many", "too few", "gone", "shape"],
 )
 def test_a_policy_that_chooses_what_it_must_not_is_told(chosen, expected):
     member = torch.tensor([True, True, True, True, False])

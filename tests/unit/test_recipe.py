@@ -8,7 +8,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Random, Stride
+from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Random, Stride, VidCom2
 from vlmrewrite.plan.budget import Budget, layer_index, tokens_kept
 from vlmrewrite.plan.pipeline import frozen_pass
 from vlmrewrite.recipe import Recipe, shipped_recipes
@@ -18,6 +18,7 @@ PRUNING = ["divprune-half", "fastv-half", "random-half", "stride-half", "sts-128
 NAMES = [
     "dape-half",
     *PRUNING,
+    "vidcom2-quarter",
     "dpvr",
     "sts-dpvr",
     "sts-visor",
@@ -57,6 +58,7 @@ def test_shipped_recipes() -> None:
         "sts-visor": (STS(keep=0.75, refine=0.25, at=0.5), thirds),
         "visor-cross": (VISOR(cross_layers=[0.0, 1 / 32, 7 / 32, 8 / 32, 9 / 32, 10 / 32, 11 / 32, 14 / 32]),),
         "visor-third": (thirds,),
+        "vidcom2-quarter": (VidCom2(keep=0.25),),
         "vtw-half": (VTW(at=0.5),),
     }
 
@@ -88,7 +90,8 @@ kernels: reference
 """
     recipe = Recipe.from_yaml(write(tmp_path, text))
     assert repr(recipe.passes) == (
-        "(STS(keep=1.0, refine=None, at=0.5, features='projected'), Random(keep=1, at=0, seed=3))"
+        "(STS(keep=1.0, refine=None, at=0.5, features='projected', per='image'),"
+        " Random(keep=1, at=0, seed=3, per='image'))"
     )
     assert recipe == Recipe(
         name="mine",
@@ -219,7 +222,7 @@ def test_to_yaml_text(tmp_path: Path) -> None:
         "name: stride-half\n"
         "description: Control, 1/2 of each image's tokens, evenly spaced, before the decoder.\n"
         "passes:\n"
-        "- stride: {keep: 0.5, at: 0}\n"
+        "- stride: {keep: 0.5, at: 0, per: image}\n"
         "backend: auto\n"
         "kernels: auto\n"
     )

@@ -91,7 +91,7 @@ def refused(folder: Path, text: str | bytes) -> str:
         ("name: a\npasses: [random]", "passes[0].random.keep: required, but missing"),
         (
             "name: a\npasses: [{sts: {kep: 3}}]",
-            "passes[0].sts.kep: unknown key, expected one of keep, refine, at, features (did you mean 'keep'?)",
+            "passes[0].sts.kep: unknown key, expected one of keep, refine, at, features, per (did you mean 'keep'?)",
         ),
         ("name: a\npasses: [{sts: {1: 3}}]", "passes[0].sts.1: unknown key, "),
         ("name: a\npasses: [{sts: {name: x}}]", "passes[0].sts.name: unknown key, "),
@@ -171,3 +171,47 @@ def test_what_is_written_has_no_aliases(tmp_path: Path) -> None:
     recipe.to_yaml(tmp_path / "twice.yaml")
     assert "*" not in (tmp_path / "twice.yaml").read_text()
     assert Recipe.from_yaml(tmp_path / "twice.yaml") == recipe
+
+
+@pytest.mark.parametrize(
+    ("passes", "problems"),
+    [
+        ("[fastv: {at: 99}]", ["passes[0].fastv.at: expected a layer in 0 .. 31 (the decoder has 32), got 99"]),
+        (
+            "[sts, shortv: {layers: [3, 32, 0.5, 40]}]",
+            [f"passes[1].shortv.layers[{i}]: expected a layer in 0 .. 31 (the decoder has 32), got {n}" for i, n in
+             ((1, 32), (3, 40))],
+        ),
+        ("[vica: {cross: [50]}, dpvr: {at: 33}]", ["passes[0].vica.cross[0]: expected", "passes[1].dpvr.at: expected"]),
+        ("[visor: {self_layers: [1], cross_layers: [64]}]", ["passes[0].visor.cross_layers[0]: expected"]),
+        ("[fastv: {at: 31}, shortv: {layers: 1.0}, vica, dpvr: {at: auto}, random: {keep: 99}]", []),
+    ],
+)  # fmt: skip
+def test_a_layer_that_is_not_there(tmp_path: Path, passes: str, problems: list[str]) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text(f"name: mine\npasses: {passes}\n")
+    recipe = Recipe.load(str(path))
+    assert recipe.source == str(path)
+    if not problems:
+        recipe.check_layers(32)
+        return
+    with pytest.raises(ValueError, match=re.escape(str(path))) as caught:
+        recipe.check_layers(32)
+    lines = str(caught.value).splitlines()
+    assert len(lines) == len(problems)
+    assert all(line.startswith(f"{path}: {problem}") for line, problem in zip(lines, problems, strict=True))
+    recipe.check_layers(99_999)
+
+
+def test_a_layer_that_is_not_there_of_passes_made_in_python() -> None:
+    with pytest.raises(ValueError, match=r"^ShortV\.layers\[1\]: expected a layer in 0 \.\. 3 .*, got 8$"):
+        Recipe.of([ShortV(layers=[0, 8])]).check_layers(4)
+
+
+def test_recipes_are_equal_whatever_file_they_are_from(tmp_path: Path) -> None:
+    made = Recipe(name="a", passes=(ShortV(layers=(0,)),))
+    made.to_yaml(tmp_path / "a.yaml")
+    read = Recipe.load(tmp_path / "a.yaml")
+    assert read == made and hash(read) == hash(made) and repr(read) == repr(made) and not made.source
+    assert read.model_copy(update={"name": "b"}) != made
+    assert read != "a"

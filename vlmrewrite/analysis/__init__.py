@@ -3,9 +3,10 @@
 In: a captured graph. Out: an :class:`Anatomy` and numbers.
 """
 
-from vlmrewrite.analysis.anatomy import Anatomy, Layer, LayerCost, Merge, analyse, costs
+from vlmrewrite.analysis.anatomy import Anatomy, Layer, Merge, analyse
+from vlmrewrite.analysis.costs import LayerCost, costs
+from vlmrewrite.analysis.functional import functional
 from vlmrewrite.analysis.graph import axis, needed, reachable, same, value, where
-from vlmrewrite.analysis.merging import merges_as_new
 from vlmrewrite.analysis.operators import hidden_write, writes
 from vlmrewrite.analysis.tokenwise import not_token_wise
 
@@ -17,8 +18,8 @@ __all__ = [
     "analyse",
     "axis",
     "costs",
+    "functional",
     "hidden_write",
-    "merges_as_new",
     "needed",
     "not_token_wise",
     "reachable",

@@ -1,14 +1,15 @@
-"""Anatomy: where the vision tokens live in a captured graph, found by structure alone; and what its layers cost.
+"""Anatomy: where the vision tokens live in a captured graph, found by structure alone.
 
-A merge is where vision features enter a stream shaped [B, T, H]; the residual stream is the chain of dominators from
-there to the logits; a decoder layer lies between the stream nodes that dominate one attention node and the next.
+A merge is where vision features enter a stream shaped [B, T, H]. A decoder layer is the outermost module that calls
+one attention and no other, and the stream is what enters and leaves it; where the graph does not tell modules apart,
+a layer lies between the dominators, on the way from the last merge to the logits, of one attention and the next.
 No module name is looked at.
 """
 
 from __future__ import annotations
 
 import operator
-from collections import defaultdict
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -20,9 +21,8 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import needed, reachable, same, value, where
-from vlmrewrite.analysis.operators import LINEAR, MATMULS, is_number
-from vlmrewrite.ops import ATTENTION, KV_APPEND
-from vlmrewrite.plan import Last, Plan, TokenCounts, TokenSet
+from vlmrewrite.analysis.operators import LINEAR, MATMULS, is_number, set_item
+from vlmrewrite.ops import ATTENTION, EXPERT_LINEAR, KV_APPEND, RECURRENT
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -33,13 +33,14 @@ class Layer:
 
     Attributes:
         entry, exit: residual stream before and after, [B, T, H].
-        attention: its ``vlm::attention`` node; its arguments q, k, v.
-        append: its ``vlm::kv_append`` node, or None without a cache.
-        middle: residual stream between the attention half and the MLP half, or None where they are parallel.
-        heads, kv_heads, head_size, value_size: of the attention.
+        attention: its ``vlm::attention`` node; its arguments q, k, v. For a recurrent layer: ``vlm::recurrent``.
+        append: the ``vlm::kv_append`` node behind its keys, or None without a cache, and for a recurrent layer.
+        owner: the layer that computes the keys and values that it attends to, itself or an earlier one.
+        middle: residual stream between the attention half and the MLP half, or None where it has not two such halves.
+        heads, kv_heads, head_size, value_size: of the attention; 0 for a recurrent layer.
         queries, keys, values, behind: the linear maps that these need, and those that follow the attention, with
             their matmul FLOPs per token. A fused projection stands in several of them.
-        kv_bytes: cache bytes per token.
+        kv_bytes: cache bytes per token; 0 for a layer that attends to another one's keys.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Layer:
     exit: Node
     attention: Node
     append: Node | None
+    owner: int
     middle: Node | None
     region: frozenset[Node]
     heads: int
@@ -58,6 +60,11 @@ class Layer:
     values: dict[Node, int]
     behind: dict[Node, int]
     kv_bytes: int
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether it mixes tokens by way of a state that passes through them in order, and not by attention."""
+        return self.attention.target is RECURRENT
 
     def second_half(self) -> frozenset[Node]:
         """The nodes between ``middle`` and ``exit``."""
@@ -123,8 +130,8 @@ def analyse(gm: GraphModule, features: Mapping[str, Mapping[str, int]]) -> Anato
     Raises:
         ValueError: a part could not be recognised; the message names it, with the node and its source line.
     """
-    attentions = [n for n in gm.graph.nodes if n.target is ATTENTION]
-    if not attentions:
+    attentions = [n for n in gm.graph.nodes if n.target in (ATTENTION, RECURRENT)]
+    if all(n.target is RECURRENT for n in attentions):
         raise ValueError("no attention node was captured; expected one per decoder layer")
     inputs = gm.graph.find_nodes(op="placeholder")
     found = [_merge(modality, {n: inputs[at] for n, at in named.items()}, attentions[0])
@@ -164,7 +171,7 @@ def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
     for node in queue:
         x = value(node)
         if isinstance(x, Tensor) and x.dtype == torch.bool:
-            if x.dim() == 2 and same(x.shape[1], length):
+            if x.dim() == 2 and (same(x.shape[1], length) or merge.target is set_item):
                 return node
             queue += node.all_input_nodes
     raise ValueError(f"found no bool [B, T] vision mask behind the merge, {where(merge)}")
@@ -173,16 +180,16 @@ def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
 def _logits(outputs: Sequence[Any], attention: Node) -> int:
     """The output that depends on the last attention node, other than the cache: the logits, or the hidden state."""
     after = reachable([attention])
-    found = [i for i, n in enumerate(outputs) if n in after and _append(n) is None]
+    found = [i for i, n in enumerate(outputs) if n in after and _cache(n) is None]
     if not found:
         raise ValueError("no output of the graph depends on the last attention node; expected logits or hidden states")
     return found[-1]
 
 
-def _append(node: Node) -> Node | None:
-    """The ``vlm::kv_append`` node that a node is a result of, or None."""
+def _cache(node: Node) -> Node | None:
+    """The ``vlm::kv_append`` or ``vlm::recurrent`` node that a node is a result of, or None."""
     source = node.args[0] if node.target is operator.getitem else None
-    return source if isinstance(source, Node) and source.target is KV_APPEND else None
+    return source if isinstance(source, Node) and source.target in (KV_APPEND, RECURRENT) else None
 
 
 def _dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
@@ -196,102 +203,104 @@ def _dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
 
 def _layers(merge: Node, logits: Node, attentions: list[Node]) -> tuple[Layer, ...]:
     after = reachable([merge])
+    found = _modules(merge, logits, after, attentions) or _chain(merge, logits, after, attentions)
+    keys = [n if n.target is RECURRENT else n.args[1] for n in attentions]
+    return tuple(_layer(i, keys.index(keys[i]), attentions[i], *bounds) for i, bounds in enumerate(found))
+
+
+def _modules(
+    merge: Node, logits: Node, after: set[Node], attentions: list[Node]
+) -> list[tuple[Node, Node, set[Node]]] | None:
+    """Of each attention's own module: the stream before and behind it, and its nodes; None if that is not clear."""
+    if len(attentions) == 1:
+        return None  # every module around it calls no other
+    stacks = [list(n.meta.get("nn_module_stack", ())) for n in (*attentions, merge)]
+    taken = Counter(key for stack in stacks for key in stack)
+    homes = [next((key for key in stack if taken[key] == 1), None) for stack in stacks[:-1]]
+    inside = [{n for n in after if home in n.meta.get("nn_module_stack", ())} for home in homes]
+    entries: list[Node] = []
+    for nodes, attention in zip(inside, attentions, strict=True):
+        queries = needed([cast(Node, attention.args[0])], after - nodes)
+        entering = [n for n in queries & (after - nodes) if _like(n, merge)]
+        if len(entering) != 1:
+            return None
+        entries += entering
+    exits = []
+    for nodes, attention, then in zip(inside, attentions, [*entries[1:], logits], strict=True):
+        read = needed([then], nodes) & nodes & reachable([attention])
+        leaving = [n for n in read if _like(n, merge) and (n is then or n.users.keys() - nodes)]
+        if len(leaving) != 1:
+            return None
+        exits += leaving
+    return list(zip(entries, exits, inside, strict=True))
+
+
+def _like(node: Node, stream: Node) -> bool:
+    """Whether a node holds a hidden state of each token."""
+    x = value(node)
+    return isinstance(x, Tensor) and x.dim() == 3 and all(map(same, x.shape, value(stream).shape))
+
+
+def _chain(merge: Node, logits: Node, after: set[Node], attentions: list[Node]) -> list[tuple[Node, Node, set[Node]]]:
+    """What :func:`_modules` finds, by dominators."""
     tree = _dominators(merge, after)
     stream = nx.shortest_path(tree, merge, logits)
     depth = {n: i for i, n in enumerate(stream)}
-    starts = [max(depth.get(n, 0) for n in nx.shortest_path(tree, merge, attention)) for attention in attentions]
-    whole = [i for i, n in enumerate(stream) if isinstance(x := value(n), Tensor) and x.dim() == 3]
-    adds = [next(k for k in whole if k >= i) for i, n in enumerate(stream)
-            if n.target in _ADDS and sum(x in after for x in n.all_input_nodes) == 2]  # fmt: skip
+    queries = [cast(Node, attention.args[0]) for attention in attentions]
+    starts = [max(depth.get(n, 0) for n in nx.shortest_path(tree, merge, q)) for q in queries]
+    adds = [i for i, n in enumerate(stream) if _joins(n, after)]
     if not adds or adds[-1] <= starts[-1]:
         raise ValueError(f"found no residual add after the last attention node, {where(attentions[-1])}")
-    layers = []
     for i, (start, end) in enumerate(pairwise([*starts, adds[-1]])):
         if end <= start:
             raise ValueError(f"attention nodes {i} and {i + 1} both hang on {where(stream[start])}; expected a chain")
-        behind = reachable([attentions[i]])
-        middle = next((stream[k] for k in adds if start < k < end and stream[k] in behind), None)
-        layers.append(_layer(i, stream[start], stream[end], middle, attentions[i]))
-    return tuple(layers)
+    return [(stream[i], stream[k], after) for i, k in pairwise([*starts, adds[-1]])]
 
 
-def _layer(index: int, entry: Node, exit: Node, middle: Node | None, attention: Node) -> Layer:
+def _joins(node: Node, nodes: set[Node] | frozenset[Node]) -> bool:
+    """Whether a node adds two of some nodes."""
+    return node.target in _ADDS and sum(x in nodes for x in node.all_input_nodes) == 2
+
+
+def _layer(index: int, owner: int, attention: Node, entry: Node, exit: Node, inside: set[Node]) -> Layer:
+    if attention.target is RECURRENT:
+        region = reachable([entry]) & needed([exit], {entry}) & (inside | {entry})
+        weights: Any = attention.args[3]
+        maps = _linear_maps(region) | {attention: sum(2 * int(value(w).numel()) for w in weights if value(w).dim() > 1)}
+        middle = _middle(attention, entry, exit, region)
+        return Layer(
+            index, entry, exit, attention, None, owner, middle, frozenset(region), 0, 0, 0, 0, {}, {}, {}, maps, 0
+        )
     q, k, v = cast(tuple[Node, Node, Node], attention.args[:3])
-    append = _append(k)
+    append = _cache(k)
     if append is not None:
         k, v = cast(tuple[Node, Node], append.args[3:5])
-    region = reachable([entry]) & needed([exit, *([] if append is None else [append])], {entry})
+    region = reachable([entry]) & needed([exit, *([] if append is None else [append])], {entry}) & (inside | {entry})
     if attention not in region:
         raise ValueError(f"layer {index}: the attention node is not between {where(entry)} and {where(exit)}")
+    middle = _middle(attention, entry, exit, region)
     before = [needed([n], {entry}) & region for n in (q, k, v)]
     queries, keys, values = (_linear_maps(nodes) for nodes in before)
     behind = _linear_maps(region.difference(*before))
     heads, kv_heads = (int(value(n).shape[1]) for n in (q, k))
     head_size, value_size = (int(value(n).shape[-1]) for n in (q, v))
-    kv_bytes = kv_heads * (head_size + value_size) * value(k).element_size()
-    return Layer(index, entry, exit, attention, append, middle, frozenset(region), heads, kv_heads, head_size,
-                 value_size, queries, keys, values, behind, kv_bytes)  # fmt: skip
+    kv_bytes = kv_heads * (head_size + value_size) * value(k).element_size() * (owner == index)
+    return Layer(index, entry, exit, attention, append, owner, middle, frozenset(region), heads, kv_heads,
+                 head_size, value_size, queries, keys, values, behind, kv_bytes)  # fmt: skip
+
+
+def _middle(attention: Node, entry: Node, exit: Node, region: set[Node]) -> Node | None:
+    """The residual stream between the two halves of a layer, or None if it has not two."""
+    stream = nx.shortest_path(_dominators(entry, region), entry, exit)
+    adds = [n for n in stream if _joins(n, region) and attention in needed([n], {entry})]
+    return adds[0] if len(adds) == 2 and adds[1] is exit else None
 
 
 def _linear_maps(nodes: set[Node]) -> dict[Node, int]:
     """The linear maps among the nodes, with their matmul FLOPs per token."""
     weights = {n: value(n.args[1]) for n in nodes if n.target in LINEAR | MATMULS and isinstance(n.args[1], Node)}
-    return {n: 2 * int(w.numel()) for n, w in weights.items() if isinstance(w, Tensor) and w.dim() == 2}
-
-
-@dataclass(frozen=True)
-class LayerCost:
-    """What one layer costs in one call, all rows together.
-
-    ``run`` and ``keys`` are the lengths, a row, of what it computes on and of what it adds to the cache.
-    """
-
-    index: int
-    run: int
-    keys: int
-    flops: int
-    kv_bytes: int
-
-
-def costs(
-    anatomy: Anatomy, plan: Plan, counts: TokenCounts, past: int = 0, held: Sequence[int] = ()
-) -> list[LayerCost]:
-    """Tokens, matmul FLOPs and K/V bytes of each layer under a plan.
-
-    A layer's FLOPs are those of its linear maps, once for each token set that they are computed for (a fused q, k and v
-    projection twice, where a layer runs on another set than it attends to), of its attention over all pairs, of scoring
-    vision tokens at its entry, and of a branch's block that leaves there. What an operator of a policy or an edit does
-    inside is not known here and not counted.
-
-    Args:
-        anatomy: of the model.
-        plan: what each layer does.
-        counts: of the call.
-        past: logical length of the cache before the call.
-        held: keys that each layer held before the call; without it, all of ``past``.
-    """
-    batch, out = len(counts.text), []
-    for layer, entry in zip(anatomy.layers, plan.layers, strict=True):
-        before = held[layer.index] if held else past
-        run, keys, mlp = entry.sets()
-        maps: dict[TokenSet, dict[Node, int]] = defaultdict(dict)
-        half = layer.second_half() if mlp != run else frozenset()
-        maps[run] |= layer.queries | {n: f for n, f in layer.behind.items() if n not in half}
-        maps[mlp] |= {n: f for n, f in layer.behind.items() if n in half}
-        maps[keys] |= layer.keys | layer.values
-        added = counts.size(keys)
-        flops = layer.attention_flops(counts.size(run), added + before)
-        for scored in plan.scored(layer.index):
-            maps[Last] |= layer.queries
-            maps[scored] |= layer.keys
-            flops += 2 * layer.heads * layer.head_size * (counts.size(scored) + before)
-        flops += sum(counts.size(s) * sum(found.values()) for s, found in maps.items())
-        blocks = [b for b in plan.branches if b.leave == layer.index and b.block is not None]
-        flops += sum(_block_flops(anatomy.layers[b.layer], counts.size(b.tokens)) for b in blocks)
-        out.append(LayerCost(layer.index, counts.size(run), added, batch * flops, batch * added * layer.kv_bytes))
-    return out
-
-
-def _block_flops(layer: Layer, tokens: int) -> int:
-    maps = layer.queries | layer.keys | layer.values | layer.behind
-    return tokens * sum(maps.values()) + layer.attention_flops(tokens, tokens)
+    found = {n: 2 * int(w.numel()) for n, w in weights.items() if isinstance(w, Tensor) and w.dim() == 2}
+    for n in (n for n in nodes if n.target is EXPERT_LINEAR):
+        experts, weight = (value(x) for x in cast(tuple[Node, Node], n.args[1:3]))
+        found[n] = 2 * int(experts.shape[1]) * int(weight[0].numel())
+    return found

@@ -39,9 +39,9 @@ def same(a: Any, b: Any) -> bool:
 
 
 def where(node: Node) -> str:
-    """The node with the source line it was captured from, for error messages."""
+    """The node with the source line it was captured from, or the policy or edit it is, for error messages."""
     lines = [x.strip() for x in (node.meta.get("stack_trace") or "").splitlines() if x.strip(" ^~")]
-    return f"node {node.name} ({' / '.join(lines[-2:]) or 'no source line'})"
+    return f"node {node.name} ({node.meta.get('asked_by') or ' / '.join(lines[-2:]) or 'no source line'})"
 
 
 def closure(start: Iterable[Node], near: Callable[[Node], Iterable[Node]]) -> set[Node]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from vlmrewrite.analysis.graph import closure, needed, reachable, value
+from vlmrewrite.analysis.graph import value
 from vlmrewrite.compat import nn_functions, schema_of
+from vlmrewrite.ops import EXPERT_LINEAR
 
 
 def _named(names: str) -> set[Any]:
@@ -29,7 +29,7 @@ _MAPS = (
     " elu selu celu leaky_relu softplus logsigmoid hardtanh hardswish hardsigmoid lt le gt ge eq ne and_ or_ xor invert"
     " logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not minimum maximum clamp clip clamp_min where"
     " clamp_max masked_fill lerp addcmul addcdiv nan_to_num isnan isinf isfinite round floor ceil trunc frac clone item"
-    " zeros_like ones_like full_like"
+    " zeros_like ones_like full_like empty_like"
 )
 
 POINTWISE = _named(_MAPS)
@@ -43,9 +43,11 @@ RESHAPES = _named("view reshape view_as reshape_as flatten unflatten unsqueeze")
 
 LAYOUTS = _named("transpose permute swapaxes swapdims movedim moveaxis t view_as_real view_as_complex")
 
-CONSTANTS, SIZES = _named("new_zeros new_ones"), _named("size dim numel")
+CONSTANTS, SIZES = _named("new_zeros new_ones new_full new_empty"), _named("size dim numel")
 
 STACK, LINEAR = _named("stack"), _named("linear")
+
+EXPERTS = {EXPERT_LINEAR}
 
 NORMS, MATMULS = _named("layer_norm rms_norm"), _named("matmul bmm mm")
 
@@ -66,24 +68,14 @@ ALONG = {target: (place, default) for place, default, names in _DIMENSIONS for t
 
 MEETING = _named("cat gather scatter scatter_add take_along_dim")  # all inputs must have the same axes
 
-# Whose results share no memory with their inputs; the last ones mix tokens.
-_PIECES = _named("select narrow squeeze unbind chunk split tensor_split")
+_AUGMENTED = {getattr(operator, f"i{n}"): n for n in "add sub mul truediv floordiv mod pow and or xor".split()}
 
-FRESH = POINTWISE | CONSTANTS | STACK | LINEAR | NORMS | MATMULS | (ALONG.keys() - _PIECES)
+KEEP_DTYPE = set("add sub mul div true_divide truediv masked_fill clamp scatter".split())
 
-FRESH |= _named("repeat tile masked_scatter embedding scaled_dot_product_attention pad")
+# Writes of other names than what returns a new tensor has; what changes the shape of a tensor in place.
+NO_TWIN = {f"{n}_" for n in "bernoulli resize squeeze unsqueeze t transpose swapaxes swapdims detach".split()}
 
-# Operations in place, and those that return a new tensor instead; then where others take ``inplace``.
-IN_PLACE: dict[Any, Any] = {f"{n}_": n for n in [*_MAPS.split(), "scatter", "scatter_add"] if hasattr(Tensor, n)}
-
-IN_PLACE |= {getattr(m, f"{n}_"): getattr(m, n) for m in (torch, F) for n in _MAPS.split() if hasattr(m, f"{n}_")}
-
-_AUGMENTED = "add sub mul truediv floordiv mod pow and_ or_ xor".split()
-
-IN_PLACE |= {getattr(operator, f"i{n.strip('_')}"): getattr(operator, n) for n in _AUGMENTED}
-
-IN_PLACE |= {"copy_": "clone", "zero_": "clone", "fill_": "clone", operator.setitem: operator.setitem}
-
+# Where operations that take ``inplace`` do so.
 FLAG = {"elu": 2, "celu": 2, "leaky_relu": 2, "dropout": 3, "hardtanh": 3, "threshold": 3}
 
 FLAG |= dict.fromkeys("relu relu6 silu mish selu hardswish hardsigmoid".split(), 1)
@@ -93,74 +85,53 @@ ITEMS = {operator.getitem}
 SIZED = EXPANSIONS | RESHAPES | CONSTANTS | ITEMS  # which may take the number of tokens
 
 
+def set_item(x: Tensor, index: Any, values: Any) -> Tensor:
+    """A copy of a tensor in which ``x[index] = values`` was done."""
+    out = x.clone()
+    out[index] = values
+    return out
+
+
 def writes(node: Node) -> bool:
-    """Whether dead-code elimination must keep the node: inputs, outputs, and writes to tensors that are read later."""
-    return node.op in ("placeholder", "output") or _seen(node, lambda reader: reader < node)
+    """Whether dead-code elimination must keep the node: inputs, outputs, and writes in place."""
+    return node.op in ("placeholder", "output") or bool(written(node))
+
+
+HIDDEN = "hidden write"
+"""Where a node says why a copy of it may miss a write in place, or make one that others see."""
 
 
 def hidden_write(node: Node) -> str | None:
-    """Why a copy of the node, even for all tokens, may miss a write in place or make one that others see.
-
-    Only the places of nodes in the graph order such writes and the reads of the same memory, and a copy leaves them.
-    """
-    if _written(node) and (_target(node) is operator.setitem or _seen(node, needed([node]).__contains__)):
-        return "it writes in place over a value that is read elsewhere"
-    others = {w for m in _family(node.all_input_nodes) for w in m.users if w is not node and m in _written(w)}
-    if others and others - needed([node]) - reachable([node]):
-        return "it reads a value that is written in place elsewhere"
-    return None
+    """Why a copy of the node, even for all tokens, may miss a write in place or make one that others see."""
+    reason: str | None = node.meta.get(HIDDEN)
+    return reason or ("it writes in place" if written(node) else None)
 
 
-def _seen(node: Node, harmless: Callable[[Node], bool]) -> bool:
-    """Whether what the node writes is the caller's, or read by a node that is not harmless (its own result apart)."""
-    family = _family(_written(node), node)
-    readers = {r for m in family for r in m.users} - {node}
-    return any(m.op in ("placeholder", "get_attr") for m in family) or not all(map(harmless, readers))
-
-
-def _family(nodes: Iterable[Node], without: Node | None = None) -> set[Node]:
-    """The nodes that may share memory with some nodes, not by way of one."""
-    return closure(nodes, lambda n: {*_shared(n), *(u for u in n.users if n in _shared(u))} - {without})
-
-
-def _shared(node: Node) -> list[Node]:
-    """The inputs that a node's result may share memory with."""
-    target, written = _target(node), _written(node)
-    inputs = [n for n in node.all_input_nodes if not is_number(n)]
-    if written or is_number(node) or target in FRESH:
-        return written
-    if (schema := schema_of(target)) is not None:
-        return inputs if any(r.alias_info for r in schema.returns) else []
-    if target is operator.getitem and isinstance(value(inputs[0]), (tuple, list)) and not _shared(inputs[0]):
-        return []  # one of several new tensors
-    return inputs
-
-
-def _written(node: Node) -> list[Node]:
+def written(node: Node) -> list[Node]:
     """The tensors that a node writes in place."""
-    target = _target(node)
+    target = called(node)
     inputs = [n for n in node.all_input_nodes if not is_number(n)]
     if (schema := schema_of(target)) is not None:
         return inputs if schema.is_mutable else []
     if node.op not in ("call_function", "call_method"):
         return []
     name = name_of(target)
-    flag = node.kwargs.get("inplace") or any(node.args[FLAG.get(name, len(node.args)) :][:1])
-    if target in IN_PLACE or flag:
-        return inputs[:1] if not node.args or node.args[0] in inputs else []
     named = name.endswith("_") and not name.endswith("__") and getattr(target, "__module__", "") != "_operator"
-    return inputs if named or node.kwargs.get("out") is not None else []
+    if named or target in _AUGMENTED or target is operator.setitem or flag_of(node) is not None:
+        return inputs[:1] if not node.args or node.args[0] in inputs else []
+    return inputs if node.kwargs.get("out") is not None else []
 
 
-def _target(node: Node) -> Any:
+def flag_of(node: Node) -> int | None:
+    """Where a function that is asked to work in place takes that; None if it is not asked."""
+    place = FLAG.get(name_of(called(node)), len(node.args))
+    return place if node.kwargs.get("inplace") or any(node.args[place:][:1]) else None
+
+
+def called(node: Node) -> Any:
     """What is called; for ``"__iadd__"`` and its like the operator."""
     target = node.target
     return getattr(operator, target, target) if isinstance(target, str) and target.startswith("__") else target
-
-
-def meaning(node: Node) -> Any:
-    """What is called; for an operation in place the one that returns a new tensor."""
-    return IN_PLACE.get(_target(node), _target(node))
 
 
 def name_of(target: object) -> str:

@@ -16,20 +16,21 @@ from torch.fx import Node
 
 from vlmrewrite.analysis import operators
 from vlmrewrite.analysis.graph import expression, value
-from vlmrewrite.analysis.operators import hidden_write, is_number, meaning, name_of
+from vlmrewrite.analysis.operators import called, hidden_write, is_number, name_of, set_item
 from vlmrewrite.compat import tree_leaves
 
 
-def not_token_wise(node: Node, length: object) -> str | None:
+def not_token_wise(node: Node, length: object, batch: object = None) -> str | None:
     """Why the node may mix tokens, or None if each token's output depends on that token of that row alone.
 
     Args:
         node: a captured node inside a decoder layer.
         length: symbolic size of the token axis.
+        batch: size of the batch axis; without it, only what the axes of the node tell of the rows is checked.
     """
     if node.op not in ("call_function", "call_method"):
         return f"a {node.op} node is not recognised"
-    target = meaning(node)
+    target = called(node)
     rule = next((rule for kind, rule in _RULES if target in kind), None)
     reason = hidden_write(node)
     if reason is not None or rule is None:
@@ -38,7 +39,7 @@ def not_token_wise(node: Node, length: object) -> str | None:
     tokens = any("token" in _axes(x, length).values() for x in inputs)
     if target in operators.SIZES or (is_number(node) and not tokens):
         return None
-    reason = _broken(inputs, length) or rule(node, length) or _broken(out, length)
+    reason = _broken(inputs, length, batch) or rule(node, length) or _broken(out, length, batch)
     if reason is not None:
         return reason
     if target not in operators.SIZED and any(_symbols(n) & _symbols(length) for n in node.all_input_nodes):
@@ -70,8 +71,8 @@ def _places(nodes: object, length: object) -> list[tuple[Tensor, int, str]]:
     return [(x, d, kind) for x in _tensors(nodes) for d, kind in _axes(x, length).items()]
 
 
-def _broken(tensors: list[Tensor], length: object) -> str | None:
-    """Why the tensors do not all hold whole tokens along one axis, and rows along one more."""
+def _broken(tensors: list[Tensor], length: object, batch: object) -> str | None:
+    """Why the tensors do not all hold whole tokens along one axis, and rows, or copies of them all, along one more."""
     for x in tensors:
         axes = _axes(x, length)
         twice = next((kind for kind in axes.values() if [*axes.values()].count(kind) > 1), None)
@@ -80,6 +81,10 @@ def _broken(tensors: list[Tensor], length: object) -> str | None:
         times = [expression(x.shape[d]) / expression(length) for d, kind in axes.items() if kind == "token"]
         if any(_symbols(t) & _symbols(length) or not t.is_integer for t in times):
             return f"it takes tokens apart or leaves some out, shape {tuple(x.shape)}"
+        rows = [expression(x.shape[d]) for d, kind in axes.items() if kind == "batch"] or times
+        copies = [r / expression(batch) for r in rows if batch is not None and _symbols(r)]
+        if any(_symbols(c) or not c.is_integer for c in copies):
+            return f"it takes rows apart or leaves some out, shape {tuple(x.shape)}"
     return None
 
 
@@ -91,25 +96,39 @@ def _aligned(node: Node, length: object, only: slice = slice(None)) -> str | Non
     return None
 
 
+def _expanded(node: Node, length: object) -> str | None:
+    """The axes keep their places; all rows may be copied, one copy behind another."""
+    (y,) = _tensors(node)
+    for x, d, kind in _places(node.all_input_nodes[:1], length):
+        copies = expression(y.shape[d]) / expression(x.shape[d])
+        if copies != 1 and (_symbols(copies) or not d == -x.dim() == -y.dim()):
+            return f"the {kind} axes of its inputs and its result are not the same"
+    return None
+
+
 def _reshaped(node: Node, length: object) -> str | None:
     """Tokens and rows stay whole and in order."""
     for x, y in zip(_tensors(node.all_input_nodes[0]), _tensors(node), strict=False):
-        if "token" in _axes(y, length).values() and _strides(x, length) != _strides(y, length):
+        (*before, rows), (*after, now) = _strides(x, length), _strides(y, length)
+        if "token" in _axes(y, length).values() and (before != after or _symbols(rows / now)):
             return f"it takes tokens apart or reorders them, shape {tuple(x.shape)} to {tuple(y.shape)}"
     return None
 
 
-def _strides(x: Tensor, length: object) -> tuple[object, ...]:
-    """The number of elements, of each token and of each row; and the number of rows, which c·T holds as well."""
+def _strides(x: Tensor, length: object) -> tuple[Any, ...]:
+    """The number of elements, of each token and of each row; and the number of rows, which c·T holds as well.
+
+    Copies of all rows, one behind another, count as rows.
+    """
     after = {kind: expression(math.prod(x.shape[x.dim() + d + 1 :])) for d, kind in _axes(x, length).items()}
     sizes = {kind: expression(x.shape[d]) for d, kind in _axes(x, length).items()}
     if "token" in sizes and "batch" not in sizes and _symbols(rows := sizes["token"] / expression(length)):
         sizes["batch"], after["batch"] = rows, after["token"] * expression(length)
-    return expression(x.numel()), after, sizes.get("batch")
+    return expression(x.numel()), after, sizes.get("batch", 1)
 
 
 def _along(node: Node, length: object) -> str | None:
-    target = meaning(node)
+    target = called(node)
     if name_of(target) in ("max", "min") and _tensors(_argument(node, 1, "other")):
         return _aligned(node, length)
     place, default = operators.ALONG[target]
@@ -141,13 +160,22 @@ def _multiplied(node: Node, length: object) -> str | None:
         return "its operands are not known"
     left, right = (_axes(x, length) for x in operands)
     tokens = [d for axes in (left, right) for d, kind in axes.items() if kind == "token"]
-    if meaning(node) in operators.LINEAR and right:
+    if called(node) in operators.LINEAR and right:
         return f"its weight has a {next(iter(right.values()))} axis"
     if len(tokens) > 1 and max(tokens) > -3:
         return "it multiplies two activations"
     if -1 in left or -2 in right:
         return f"it sums over the {left.get(-1) or right.get(-2)} axis"
     return _aligned(node, length) if operands[1].dim() > 1 else None
+
+
+def _to_experts(node: Node, length: object) -> str | None:
+    """Tokens come first, in the inputs and in the result; weights have none."""
+    x, experts, *weights = map(_tensors, node.all_input_nodes)
+    if any(_axes(w, length) for each in weights for w in each):
+        return "its weight has a token axis"
+    apart = any(_axes(y, length) != {-y.dim(): "token"} for y in (*x, *experts, *_tensors(node)))
+    return "the axes of its inputs are not the same" if apart else None
 
 
 def _indexed(node: Node, length: object) -> str | None:
@@ -170,18 +198,26 @@ def _indexed(node: Node, length: object) -> str | None:
     return None
 
 
+def _set(node: Node, length: object) -> str | None:
+    """Whole tokens are written to."""
+    return _indexed(node, length) or _aligned(node, length)
+
+
 def _argument(node: Node, place: int, *names: str, default: object = None) -> object:
     given = [*node.args[place : place + 1], *(node.kwargs[n] for n in names if n in node.kwargs)]
     return given[0] if given else default
 
 
 _RULES: list[tuple[Any, Callable[[Node, object], str | None]]] = [
-    (operators.POINTWISE | operators.EXPANSIONS, _aligned),
+    (operators.POINTWISE, _aligned),
+    (operators.EXPANSIONS, _expanded),
     (operators.CASTS, lambda node, length: _aligned(node, length, slice(1))),
     (operators.RESHAPES, _reshaped),
     (operators.LAYOUTS | operators.CONSTANTS | operators.SIZES | operators.STACK, lambda node, length: None),
     (operators.ALONG, _along),
     (operators.NORMS, _normed),
     (operators.LINEAR | operators.MATMULS, _multiplied),
+    (operators.EXPERTS, _to_experts),
     (operators.ITEMS, _indexed),
+    ({set_item}, _set),
 ]

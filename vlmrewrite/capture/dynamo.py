@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import re
 import threading
 import types
 import weakref
@@ -16,10 +15,19 @@ import torch
 import torch.fx
 from torch import nn
 
-from vlmrewrite.analysis import merges_as_new
-from vlmrewrite.compat import at_graph_limit, captured, forget_code, global_hooks, graph_limit, hooks_of, untraceable
+from vlmrewrite.analysis import functional
+from vlmrewrite.compat import (
+    at_graph_limit,
+    captured,
+    forget_code,
+    global_hooks,
+    graph_limit,
+    hooks_of,
+    untraceable,
+    untraced,
+)
 from vlmrewrite.errors import CaptureError
-from vlmrewrite.hf import Encoded, parameter_inputs
+from vlmrewrite.hf import Encoded, keeping_all_tokens, parameter_inputs
 from vlmrewrite.kvcache import PositionCache
 
 T = TypeVar("T")
@@ -86,7 +94,8 @@ class CapturedForward:
         me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            merges_as_new(gm)
+            functional(gm.graph)
+            gm.recompile()
             me().graphs.append(graph := Graph(gm))
             this: Any = weakref.ref(graph)
             return lambda *inputs: _RUNNER.get()(this(), inputs)  # None: forgotten by another thread as it was traced
@@ -120,10 +129,10 @@ class CapturedForward:
 
         Raises:
             ValueError: the images' features are not exactly one of the graph's inputs.
-            RuntimeError: the forward could not be captured as one graph, or something else ran in place of the graph.
+            CaptureError: the forward could not be captured as one graph.
+            RuntimeError: something else ran in place of the graph, or there would be too many graphs.
         """
-        ran: list[Graph] = []
-        graphs = self.graphs  # they live as long as this call, whatever another thread forgets
+        ran, graphs = list[Graph](), self.graphs  # these live as long as this call, whatever another thread forgets
 
         def noted(graph: Graph | None, inputs: Sequence[Any]) -> Any:
             if graph is None:
@@ -158,16 +167,16 @@ class CapturedForward:
                 " run in its place."
             ) from e
         except untraceable() as e:
-            what = f"the forward of {type(model).__name__} could not be captured as one graph{_hooked(whole or model)}"
-            raise CaptureError(f"{what}: {str(e)[:2000]}", f"{what}: {_reason(str(e))}") from e
+            what = f"the forward of {type(model).__name__} could not be captured as one graph: {untraced(e)}"
+            raise CaptureError(f"{what}{_hooked(whole or model)}", str(e)) from None
         finally:
             _RUNNER.reset(token)
 
 
 def _entry(
-    forward: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], outputs: Any
+    own: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], outputs: Any
 ) -> Any:
-    """What is traced: a forward, with its images and videos encoded.
+    """What is traced: the model's own forward, with its images and videos encoded.
 
     Args:
         outputs: of the vision tower, by modality; None for a decode step, or a prompt without an image.
@@ -180,20 +189,11 @@ def _entry(
         )
     if outputs is not None:
         kwargs = kwargs | {"mm_encoder_outputs": outputs}
-    return forward(model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
+    return own(model, past_key_values=cache, use_cache=True, return_dict=True, **keeping_all_tokens(kwargs))
 
 
 class NotCapturedError(RuntimeError):
     """Something else ran in place of a captured graph."""
-
-
-def _reason(text: str) -> str:
-    """What Dynamo says first, its details, and the innermost source line, of the many lines in its message."""
-    lines = [line.strip() for line in text.splitlines()]
-    details = [line.partition(": ")[2] for line in lines if line.startswith("Developer debug context: ")]
-    places = re.findall(r'File "(?:[^"]*/)?([^"/]+)", line (\d+)', text)
-    at = [f"({places[-1][0]}, line {places[-1][1]})"] if places else []
-    return " ".join([*lines[:1], *details[:1], *at])
 
 
 def _hooked(model: nn.Module) -> str:

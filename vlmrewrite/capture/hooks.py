@@ -7,17 +7,20 @@ from the positions that the cache carries. Decoding needs nothing else: the cach
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from transformers.masking_utils import AttentionMaskInterface, causal_mask_function, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
 from vlmrewrite import ops
-from vlmrewrite.hf import IMPLEMENTATION
+from vlmrewrite.compat import apply_gate, experts_apart
+from vlmrewrite.hf import EXPERTS, IMPLEMENTATION
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.ops import Kernels, unfit
 
@@ -39,10 +42,13 @@ def attention_forward(
     """Attention function for transformers' ``AttentionInterface``: q [B, H, t, D], k and v [B, Hk, m, D]."""
     for name in ("s_aux", "position_bias", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
-            raise NotImplementedError(f"vlmrewrite's attention does not take {name}={kwargs[name]!r}")
-    if not getattr(module, "is_causal", True) or kwargs.get("is_causal") is False:
+            raise NotImplementedError(f"vlmrewrite's attention has no {name}, which {type(module).__name__} passes")
+    causal = getattr(module, "is_causal", True) and kwargs.get("is_causal") is not False
+    full = attention_mask is not None and attention_mask.dim() == 4
+    if not (causal or full or query.shape[2] == 1):
         raise NotImplementedError(
-            f"{type(module).__name__} asks for bidirectional attention; expected a causal decoder"
+            f"{type(module).__name__} asks for bidirectional attention and has no mask [B, 1, Q, K] that says who sees"
+            " whom; expected such a mask, or a causal decoder (does the call lack token_type_ids?)"
         )
     given = (query, key, value, attention_mask, None, None, scaling, attention_mask is None, softcap)
     if torch.compiler.is_dynamo_compiling():
@@ -88,10 +94,44 @@ def mask_forward(
     return sdpa_mask(mask_function=mask_function, attention_mask=attention_mask, **kwargs)
 
 
+def experts_forward(own: str, module: Any, hidden_states: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """Experts function for transformers' ``ExpertsInterface``; run eagerly, it is the model's own.
+
+    Args:
+        own: which of transformers' implementations the model uses.
+        module: the experts.
+        hidden_states: [N, H].
+        experts: of each token, int64 [N, k].
+        weights: of each of them, [N, k].
+
+    Returns:
+        [N, H], dtype of ``hidden_states``.
+    """
+    if not torch.compiler.is_dynamo_compiling():
+        eager = type(module).forward.__wrapped__
+        out: Tensor = ALL_EXPERTS_FUNCTIONS.get_interface(own, eager)(module, hidden_states, experts, weights)
+        return out
+    if experts_apart(module):
+        raise NotImplementedError(f"{type(module).__name__} has its experts on several devices; expected all on one")
+
+    def linear(x: Tensor, name: str) -> Any:
+        bias = getattr(module, f"{name}_bias") if module.has_bias else None
+        return ops.EXPERT_LINEAR(x, experts, getattr(module, name), bias, module.is_transposed)
+
+    x: Tensor = linear(hidden_states, "gate_up_proj" if module.has_gate else "up_proj")
+    x = linear(apply_gate(module, x) if module.has_gate else module.act_fn(x), "down_proj")
+    if module.has_post_expert_norm:
+        x = module.post_expert_norm(x)
+    return (x * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
+
+
 def register() -> None:
-    """Make the implementation known to transformers; idempotent."""
+    """Make the implementations known to transformers; idempotent."""
     AttentionInterface.register(IMPLEMENTATION, attention_forward)
     AttentionMaskInterface.register(IMPLEMENTATION, mask_forward)
+    for own, name in EXPERTS.items():
+        if name not in ALL_EXPERTS_FUNCTIONS:
+            ALL_EXPERTS_FUNCTIONS.register(name, functools.partial(experts_forward, own))
 
 
 @contextlib.contextmanager

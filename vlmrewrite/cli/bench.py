@@ -9,7 +9,17 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, ImageTokens, a_question, at_least, progress_bar, recipe_named, unset
+from vlmrewrite.cli.options import (
+    Device,
+    Dtype,
+    ImageTokens,
+    a_question,
+    at_least,
+    progress_bar,
+    recipe_named,
+    steps,
+    unset,
+)
 from vlmrewrite.cli.terminal import print_table
 
 
@@ -119,16 +129,9 @@ def _bench_kernels(
     kind = None if dtype == "auto" else loading.dtype_of(dtype, None, where)
     if rows is not None:
         chosen["batches"] = [rows]
-    with progress_bar() as progress:
-        task = progress.add_task("", total=None)
-        result = bench_kernels(
-            where,
-            kind,
-            repeat=repeat,
-            progress=lambda text: progress.update(task, description=text),
-            **{name: value for name, value in chosen.items() if value is not None},
-        )
-        progress.update(task, description="done")
+    given = {name: value for name, value in chosen.items() if value is not None}
+    with steps() as progress:
+        result = bench_kernels(where, kind, repeat=repeat, progress=progress, **given)
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n")
     print(", ".join(f"{k} {result[k]}" for k in ("device", "threads", "torch", "triton", "dtype", "repeat")))
@@ -136,8 +139,19 @@ def _bench_kernels(
         print(f"no Triton kernels: {result['no_triton']}")
     copy, matmul = result["ceiling"]["copy"], result["ceiling"]["matmul"]
     print(f"ceiling: copy {copy / 1e9:.4g} GB/s, matmul {matmul / 1e12:.4g} TFLOP/s")
-    headings = ["kernel", "tokens", "rows", "ms", "others take\n× as long", "of\nceiling", "left out"]
+    headings = ["kernel", "tokens", "rows", "ms", "others take\n× as long", "of\nceiling"]
     print_table(headings, [_measured_kernel(row) for row in result["rows"]])
+    left_out: dict[str, list[str]] = {}
+    for row in result["rows"]:
+        for name, why in row["skipped"].items():
+            left_out.setdefault(f"{name} ({why})", []).append(_named(row, ": "))
+    for what, cases in left_out.items():
+        print(f"left out: {what} of {'; '.join(dict.fromkeys(cases))}")
+
+
+def _named(row: dict[str, Any], between: str) -> str:
+    """The family, and the case if its inputs could be made."""
+    return str(row["kernel"]) if row["case"] is None else f"{row['kernel']}{between}{row['case']}"
 
 
 def _measured_kernel(row: dict[str, Any]) -> list[str]:
@@ -145,13 +159,12 @@ def _measured_kernel(row: dict[str, Any]) -> list[str]:
     base = row.get("base")
     reached = row.get("of_copy", row.get("of_matmul"))
     return [
-        f"{row['kernel']}: {row['case']}",
+        _named(row, ":\n" if len(_named(row, ": ")) > 20 else ": "),
         str(row["tokens"]),
         str(row["batch"]),
-        "" if base is None else f"{row['milliseconds'][base]:.4g} ({base})",
+        "" if base is None else f"{row['milliseconds'][base]:.4g}\n{base}",
         "\n".join(f"{name} {ratio:.2f}" for name, ratio in row.get("ratios", {}).items()),
         "" if reached is None else f"{reached:.0%}",
-        "\n".join(f"{name}: {why}" for name, why in row["skipped"].items()),
     ]
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import inspect
 import types
 import typing
 from typing import Any
 
-from vlmrewrite.plan import Budget, Depth
+from vlmrewrite.plan import Budget, Depth, Layers
 from vlmrewrite.recipe import Recipe, shipped_recipes
 from vlmrewrite.registry import usable_passes
 
@@ -33,7 +34,7 @@ def passes() -> tuple[list[dict[str, Any]], dict[str, str]]:
     found = [
         {
             "name": name,
-            "description": (inspect.getdoc(kind) or "").partition("\n")[0].replace("``", ""),
+            "description": (inspect.getdoc(kind) or "").partition("\n")[0].replace("``", "`"),
             "package": kind.__module__.partition(".")[0],
             "options": _options(kind),
         }
@@ -52,17 +53,40 @@ def _options(kind: type[Any]) -> list[dict[str, Any]]:
     return out
 
 
+_NAMED = (("Budget", Budget), ("Depth", Depth), ("Layers", Layers))
+
+_WORDS = {type(None): "None", Any: "anything", collections.abc.Callable: "function", collections.abc.Sequence: "list"}
+_WORDS |= {tuple: "list", dict: "mapping"}
+"""What is not written as Python names it."""
+
+
 def _type_name(hint: Any) -> str:
-    """The type as it is written: Budget and Depth by their names, other annotations left out."""
-    if hint in (Budget, Depth):
-        return "Budget" if hint == Budget else "Depth"
+    """The type as one would say it: Budget, Depth and Layers by their names, numbers with their bounds."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    for name, kind in _NAMED:
+        if typing.get_args(kind)[1] in arguments:  # what checks it; there may be more annotations
+            return name
     if origin is typing.Annotated:
-        return _type_name(arguments[0])
+        told = [x for one in arguments[1:] for x in getattr(one, "metadata", [one])]
+        return _type_name(arguments[0]) + _bounds({key: value for x in told for key, value in _bound(x)})
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(map(_type_name, arguments))
+        return " | ".join(dict.fromkeys(map(_type_name, arguments)))
     if origin is typing.Literal:
         return " | ".join(map(repr, arguments))
-    if hint is type(None):
-        return "None"
-    return hint.__name__ if isinstance(hint, type) and not arguments else str(hint)
+    word = _WORDS.get(origin or hint) or (origin or hint).__name__
+    items = [_type_name(x) for x in arguments[:1]] if word == "list" else []
+    return f"{word} of {items[0]}" if items else word
+
+
+def _bound(told: Any) -> list[tuple[str, Any]]:
+    """What an annotation says of the least and the greatest value."""
+    return [(key, getattr(told, key)) for key in ("gt", "ge", "lt", "le") if getattr(told, key, None) is not None]
+
+
+def _bounds(told: dict[str, Any]) -> str:
+    """Bounds as one writes them: an interval, or one comparison."""
+    low, high = told.get("gt", told.get("ge")), told.get("lt", told.get("le"))
+    if low is not None and high is not None:
+        return f" in {'(' if 'gt' in told else '['}{low}, {high}{')' if 'lt' in told else ']'}"
+    words = {"gt": "above", "ge": "of at least", "lt": "below", "le": "of at most"}
+    return "".join(f" {words[key]} {value}" for key, value in told.items())

@@ -57,13 +57,15 @@ def inspect(
     from vlmrewrite.cli.config import config_file, read_config, skeleton
     from vlmrewrite.cli.prompt import captured_prompt, made_up_shape
     from vlmrewrite.compiler import rewrite
-    from vlmrewrite.report import summary
+    from vlmrewrite.report import summary, verdict
 
     config, written = read_config(model)
     counts = {name: n for name, n in made_up.items() if n is not None}
     shape, source = made_up_shape(config, written, counts.pop("image_tokens", None), counts)
     built = skeleton(config, getattr(torch, dtype), config_file(model))
     program, _ = captured_prompt(built, shape)
+    if chosen is not None:
+        chosen.check_layers(program.plan.depth)
     planned = program if chosen is None else rewrite(program, chosen.passes)
     count, found = sum(p.numel() for p in built.parameters()), summary(planned)
     if as_json:
@@ -76,7 +78,7 @@ def inspect(
         return
     print(f"\nrecipe {chosen.name}")
     for p in found["passes"]:
-        print(f"  {p['configuration']}: {'matched' if p['matched'] else 'REFUSED: ' + p['reason']}")
+        print(f"  {p['configuration']}: {verdict(p)}")
     print(f"\n{dataclasses.replace(planned, outcomes=())}\n")  # the passes are told above
     table = []
     dispatches, every = "variants" in found, [each["totals"] for each in found.get("variants", [found])]

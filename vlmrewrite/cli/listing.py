@@ -6,7 +6,7 @@ from typing import Any
 
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.options import AsJson
-from vlmrewrite.cli.terminal import print_json, print_table, print_warning
+from vlmrewrite.cli.terminal import print_json, print_table, print_warning, print_wrapped
 
 
 @app.command()
@@ -36,14 +36,21 @@ def passes(as_json: AsJson = False) -> None:
     if as_json:
         print_json(found)
         return
-    rows = []
     for p in found:
-        options = [
-            f"{o['name']}: {o['type']}" + ("" if o["required"] else f" = {o['default']!r}") for o in p["options"]
-        ]
-        rows.append([p["name"], p["description"], "\n".join(options), p["package"]])
-    print_table(["pass", "what it does", "options", "package"], rows)
-    print("Budget: int tokens of an image, or float fraction of them. Depth: int layer, or float fraction of depth.")
+        package = "" if p["package"] == "vlmrewrite" else f" (of the package {p['package']})"
+        print_wrapped(f"{p['name']}{package}: {p['description']}", "  ")
+        for o in p["options"]:
+            print_wrapped(f"    {o['name']}: {o['type']}" + ("" if o["required"] else f" = {o['default']!r}"), "      ")
+    print()
+    for what in _TYPES:
+        print_wrapped(what, "  ")
+
+
+_TYPES = (
+    "Budget: int >= 1, tokens of each image; or float in (0, 1], a fraction of each image's tokens.",
+    "Depth: int >= 0, a layer; or float in [0, 1), a fraction of the decoder's depth.",
+    "Layers: list of Depth; or float in (0, 1], that share of the layers, evenly spaced.",
+)
 
 
 def _options(values: dict[str, Any]) -> str:

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -34,6 +38,19 @@ def progress_bar() -> Progress:
     """A bar on stderr."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(*columns, console=Console(stderr=True))
+
+
+@contextlib.contextmanager
+def steps() -> Iterator[Callable[[str], None]]:
+    """A function that tells of each step on stderr, before it is made: a bar on a terminal, elsewhere a line each."""
+    with contextlib.ExitStack() as stack:
+        if not Console(stderr=True).is_terminal:
+            yield lambda text: print(text, file=sys.stderr, flush=True)
+            return
+        progress, done = stack.enter_context(progress_bar()), itertools.count()
+        task = progress.add_task("", total=None)
+        yield lambda text: progress.update(task, description=text, completed=next(done))
+        progress.update(task, description="done")
 
 
 def unset(options: dict[str, Any], expected: str) -> None:

@@ -105,16 +105,17 @@ def captured_prompt(model: Any, shape: Shape) -> tuple[Program, dict[str, Any]]:
         ValueError: the model is not one that can be rewritten.
         CaptureError: its forward could not be captured.
     """
-    refusals: dict[str, str] = {}
+    refusals, details = dict[str, str](), []
     for as_list, form in ((True, "one tensor for each image"), (False, "one tensor")):
         inputs = prompt_inputs(model, shape, as_list=as_list)
         try:
             program = trace(model, inputs)
         except CaptureError as e:
-            refusals.setdefault(e.reason, form)
+            refusals.setdefault(str(e), form)
+            details.append(e.details)
             continue
         call = Call(shape.vision(), None, [shape.image_tokens] * (shape.rows * shape.images))
         known = program.plan.refusals | {"encoder_features": _NOT_ENCODED}
         return replace(program.lacking(known), call=call), inputs
     reasons = " -- and ".join(f"with its image features as {form}: {cause}" for cause, form in refusals.items())
-    raise CaptureError(f"no made-up prompt of {type(model).__name__} could be captured {reasons}", reasons)
+    raise CaptureError(f"no made-up prompt of {type(model).__name__} could be captured {reasons}", "\n\n".join(details))

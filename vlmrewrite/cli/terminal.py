@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -43,7 +45,7 @@ class Commands(TyperGroup):
             lines = [e.format_message()]
         except _REFUSALS as e:
             notes = [note.partition("\n")[0].removesuffix(", on the plan:") for note in getattr(e, "__notes__", ())]
-            lines = [" ".join([str(e) or type(e).__name__, *(f"({note})" for note in notes[:1])])]
+            lines = [" ".join([str(e) or type(e).__name__, *(f"({note})" for note in notes)])]
         for line in lines:
             print("error:", _one_line(line), file=sys.stderr)
         sys.exit(2)
@@ -67,6 +69,12 @@ def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     Console().print(table)
+
+
+def print_wrapped(text: str, indent: str) -> None:
+    """A line, folded at the terminal's width; what follows is indented."""
+    width = shutil.get_terminal_size().columns
+    print(textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
 
 
 def _one_line(text: str) -> str:

@@ -41,7 +41,7 @@ def at_graph_limit() -> type[Exception]:
 
 def untraceable() -> tuple[type[Exception], ...]:
     """What Dynamo raises where it cannot make one graph of what a function does."""
-    return tuple(find("torch._dynamo.exc", name) for name in ("Unsupported", "UserError"))
+    return tuple(find("torch._dynamo.exc", name) for name in ("Unsupported", "UserError", "TorchRuntimeError"))
 
 
 @contextlib.contextmanager

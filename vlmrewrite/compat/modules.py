@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from transformers.utils.generic import ModelOutput
 
 from vlmrewrite.compat.private import attribute, find, lacking
 
@@ -15,6 +17,11 @@ def memory_is_shared(x: Tensor, owners: int) -> bool:
     """Whether more than ``owners`` tensors refer to the memory of ``x``."""
     storage = x.untyped_storage()  # one reference more
     return int(find("torch._C", "_storage_Use_Count")(attribute(storage, "_cdata", "torch"))) > owners + 1
+
+
+def memory_of(x: Tensor) -> int:
+    """Which memory a tensor is in, fake or real: the same number for all views of it, as long as it lives."""
+    return int(attribute(x.untyped_storage(), "_cdata", "torch"))
 
 
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -87,7 +94,50 @@ def set_attention_implementation(config: Any, name: str) -> None:
         raise lacking("transformers", f"{type(config).__name__}._attn_implementation_internal")
 
 
+def generation_inputs(model: nn.Module, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What ``generate()`` makes of a forward's arguments when one token more has been generated."""
+    update = attribute(model, "_update_model_kwargs_for_generation", "transformers")
+    longer: dict[str, Any] = update(ModelOutput(), dict(kwargs), is_encoder_decoder=False)
+    return longer
+
+
 def generation_positions(model: nn.Module, input_ids: Tensor, kwargs: dict[str, Any]) -> Tensor:
     """The position ids that ``generate()`` would give a prompt."""
     positions: Tensor = attribute(model, "_prepare_position_ids_for_generation", "transformers")(input_ids, kwargs)
     return positions
+
+
+def experts_implementation(config: Any) -> str | None:
+    """What runs the experts of modules with this config."""
+    name: str | None = attribute(config, "_experts_implementation", "transformers")
+    return name
+
+
+def set_experts_implementation(config: Any, name: str) -> None:
+    """Let modules with this config run their experts so, and none of the configs inside it."""
+    config._experts_implementation_internal = name
+    if experts_implementation(config) != name:
+        raise lacking("transformers", f"{type(config).__name__}._experts_implementation_internal")
+
+
+def apply_gate(experts: Any, x: Tensor) -> Tensor:
+    """What a module of experts makes of the gates and the values together, [..., 2 D] -> [..., D]. It can be traced."""
+    gated: Tensor = experts._apply_gate(x)
+    return gated
+
+
+def experts_apart(experts: Any) -> bool:
+    """Whether a module of experts holds some of them only, the others being on other devices. It can be traced."""
+    return bool(experts._is_expert_parallel)
+
+
+def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """Each group of rows of x [S, C] times a matrix of its own, weight [E, C, D]; group e ends before row ends[e].
+
+    It can be differentiated, and compiled, in any dtype, on any device; the result [S, D] has the dtype of ``weight``.
+    """
+    if weight.dtype == torch.bfloat16 and all(n % 8 == 0 for n in weight.shape[1:]):
+        return torch.nn.functional.grouped_mm(x.to(weight.dtype), weight, offs=ends)
+    # PyTorch's own cannot be traced in other dtypes, nor where rows are not aligned
+    by_group: Tensor = torch.ops.transformers.grouped_mm_fallback(x.to(weight.dtype), weight, ends)
+    return by_group

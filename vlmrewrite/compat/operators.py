@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +29,36 @@ def schema_of(target: object) -> Any:
     )
 
 
+def taking(target: object, who: str, given: Sequence[str], needs: Collection[str]) -> Any:
+    """What can be called, as graphs hold it: ``torch.ops.vlm.name`` is its ``.default``, anything else is itself.
+
+    Args:
+        target: an operator of the dispatcher, whose schema says what it takes, or anything else, which is not checked.
+        who: calls it.
+        given: what each argument is, in order.
+        needs: those of ``given`` that must not be given as another argument where the schema has one of their name.
+
+    Raises:
+        ValueError: the operator cannot take what it is given.
+    """
+    packet = attribute(torch, "_ops.OpOverloadPacket", "torch")
+    found = attribute(target, "default", "torch") if isinstance(target, packet) else target
+    if (schema := schema_of(found)) is None:
+        return found
+    names, calls = [a.name for a in schema.arguments], f"{who} gives its operator ({', '.join(given)})"
+    least = sum(not a.has_default_value() for a in schema.arguments)
+    if not least <= len(given) <= len(names):
+        expected = len(names) if least == len(names) else f"{least} to {len(names)}"
+        raise ValueError(
+            f"{calls}, {len(given)} arguments; expected {expected}, as {schema} takes them: needs, what is always"
+            " given, weights, options"
+        )
+    for need, name in zip(given, names, strict=False):
+        if need in needs and need in names and given[names.index(need)] != need:
+            raise ValueError(f"{calls}, {need!r} as the argument {name!r}; expected `needs` in the order of {schema}")
+    return found
+
+
 def assert_scalar() -> Any:
     """The operator by which a graph checks a number that it has computed."""
     return attribute(torch.ops, "aten._assert_scalar.default", "torch")
@@ -36,6 +67,12 @@ def assert_scalar() -> Any:
 def fake_mode() -> Any:
     """A context in which tensors have no memory; real ones may take part."""
     return find("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
+
+
+def unknowable() -> tuple[type[Exception], ...]:
+    """What a fake tensor raises where the result, or its shape, depends on numbers."""
+    names = ("DynamicOutputShapeException", "DataDependentOutputException")
+    return tuple(find("torch._subclasses.fake_tensor", name) for name in names)
 
 
 def dispatch_mode() -> Any:

@@ -5,6 +5,7 @@ for the stages behind. Nothing here knows of plans or graphs.
 """
 
 from vlmrewrite.hf.decoder import (
+    EXPERTS,
     IMPLEMENTATION,
     attention_swapped,
     decoder_configs,
@@ -22,7 +23,17 @@ from vlmrewrite.hf.inner import (
     projected,
     projections,
 )
-from vlmrewrite.hf.inputs import named, prompt_end, refuse_packed, tidy, wants_cache, with_tokens, without_full_mask
+from vlmrewrite.hf.inputs import (
+    keeping_all_tokens,
+    named,
+    prompt_end,
+    refuse_packed,
+    tidy,
+    wants_cache,
+    with_tokens,
+    without_full_mask,
+)
+from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
 from vlmrewrite.hf.vision import (
     MODALITIES,
@@ -37,6 +48,7 @@ from vlmrewrite.hf.vision import (
 
 __all__ = [
     "APPLIED",
+    "EXPERTS",
     "IMPLEMENTATION",
     "MODALITIES",
     "Encoded",
@@ -44,6 +56,8 @@ __all__ = [
     "Projection",
     "Sizes",
     "attention_swapped",
+    "cache_argument",
+    "cache_layers",
     "check_support",
     "decoder_configs",
     "decoder_layers",
@@ -54,14 +68,18 @@ __all__ = [
     "frame_grids",
     "grids",
     "images_of",
+    "is_recurrent",
+    "keeping_all_tokens",
     "language_model",
     "merged_inside",
     "merged_outside",
+    "mixer_of",
     "named",
     "parameter_inputs",
     "projected",
     "projections",
     "prompt_end",
+    "recurrent_mixers",
     "refuse_checkpointing",
     "refuse_packed",
     "swap_attention",

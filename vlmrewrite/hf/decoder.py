@@ -12,7 +12,12 @@ import torch
 import torch.fx
 from torch import nn
 
-from vlmrewrite.compat import attention_implementation, set_attention_implementation
+from vlmrewrite.compat import (
+    attention_implementation,
+    experts_implementation,
+    set_attention_implementation,
+    set_experts_implementation,
+)
 
 
 def decoder_layers(model: nn.Module) -> list[str]:
@@ -45,6 +50,9 @@ def parameter_inputs(
 
 IMPLEMENTATION = "vlmrewrite"
 
+EXPERTS = {own: f"{IMPLEMENTATION}-{own}" for own in ("eager", "grouped_mm", "batched_mm")}
+"""What is used in place of each of transformers' own ways to run experts, where vlmrewrite's attention is."""
+
 _COPIES: weakref.WeakKeyDictionary[nn.Module, dict[tuple[str, int], tuple[Any, Any]]] = weakref.WeakKeyDictionary()
 
 
@@ -71,6 +79,8 @@ def swap_attention(
 ) -> Callable[[], None]:
     """Use another attention implementation in the text decoder of this model, and of no other.
 
+    Its experts go the same way: by vlmrewrite's operators, or else by the class's own code.
+
     Its modules, and those that hold it and make its masks, get copies of their configs: a config object may be another
     model's too. The model's own ``config`` stays as it is. The same copies are given each time, so that graphs that
     were captured with them stay valid.
@@ -96,6 +106,8 @@ def swap_attention(
     copies = {id(c): _private(model, name, c) for c in {id(c): c for c in read}.values()}
     for copied in copies.values():
         set_attention_implementation(copied, name)
+        own = experts_implementation(copied) or "eager"
+        set_experts_implementation(copied, EXPERTS[own] if name == IMPLEMENTATION else "eager")
     around = {id(m.config): m.config for m in modules if id(m.config) not in copies}
     for key, config in around.items():
         parts = {attribute: copies[id(c)] for attribute, c in vars(config).items() if id(c) in copies}

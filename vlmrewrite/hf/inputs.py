@@ -14,6 +14,8 @@ from transformers.cache_utils import Cache
 from vlmrewrite.hf.grid import Sizes
 from vlmrewrite.hf.vision import Encoding, encode_images
 
+_KEEP = "logits_to_keep"
+
 
 @functools.lru_cache(maxsize=64)
 def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
@@ -44,6 +46,8 @@ def tidy(
         ValueError: there is no token.
     """
     kwargs = named(model, args, kwargs)
+    if _KEEP in _argument_names(type(model).forward):
+        kwargs.setdefault(_KEEP, 0)
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(x := kwargs.get(name), Tensor) and 0 in x.shape[:2]:
             raise ValueError(f"{name} has the shape {tuple(x.shape)}; expected a row, and a token in each row")
@@ -58,6 +62,16 @@ def tidy(
                 " the model first"
             )
     return encode_images(model, kwargs, remember) if encode else kwargs, Sizes.of(kwargs)
+
+
+def keeping_all_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments, with an int ``logits_to_keep`` as the slice that it means.
+
+    Given an int, some decoders leave tokens whose logits are not wanted out of their last layers: what a layer runs on
+    is for a recipe to say.
+    """
+    keep = kwargs.get(_KEEP)
+    return kwargs | {_KEEP: slice(-keep, None)} if isinstance(keep, int) else kwargs
 
 
 def with_tokens(mask: Tensor) -> Tensor:

@@ -9,8 +9,10 @@ import torch.fx
 from torch import nn
 from transformers import PreTrainedModel
 
-from vlmrewrite.compat import attention_implementation, is_compiled
+from vlmrewrite.compat import attention_implementation, experts_implementation, is_compiled
+from vlmrewrite.hf.decoder import EXPERTS
 from vlmrewrite.hf.inner import language_model
+from vlmrewrite.hf.mixers import refuse_cache_layers
 
 _ATTENTION = ("eager", "sdpa")
 
@@ -26,8 +28,9 @@ def check_support(model: Any) -> int:
 
     Raises:
         TypeError: it is not a Hugging Face model.
-        ValueError: it is compiled or exported, has no image tokens, no causal text decoder, or an attention
-            implementation other than eager or sdpa.
+        ValueError: it is compiled or exported, has no image tokens, no causal text decoder, an attention implementation
+            other than eager or sdpa, an experts implementation other than eager, grouped_mm or batched_mm, or layers
+            whose cache is of another kind.
     """
     _check_kind(model)
     config = model.config
@@ -55,9 +58,13 @@ def check_support(model: Any) -> int:
     used = attention_implementation(text)
     if used not in _ATTENTION:
         raise ValueError(f"attention implementation {used!r} is not supported; expected one of {', '.join(_ATTENTION)}")
+    experts = experts_implementation(text)
+    if experts not in (None, *EXPERTS):
+        raise ValueError(f"experts implementation {experts!r} is not supported; expected one of {', '.join(EXPERTS)}")
     depth = getattr(text, "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"the text config has num_hidden_layers={depth!r}; expected at least one decoder layer")
+    refuse_cache_layers(model)
     return depth
 
 

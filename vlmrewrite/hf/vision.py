@@ -86,7 +86,10 @@ def encode_images(
             raise ValueError(f"both {names[0]} and mm_encoder_outputs were given; expected one of them")
         encoder: Any = getattr(model.base_model, f"get_{modality}_features", None)
         if encoder is None:
-            raise ValueError(f"{names[0]} was given, and {type(model).__name__} encodes no {modality}s; expected none")
+            raise ValueError(
+                f"{names[0]} was given, and {type(model).__name__} has no get_{modality}_features: it encodes no"
+                f" {modality}s apart from its decoder; expected none"
+            )
         arguments = _arguments(encoder, names[0], kwargs)
         encoder = encoder if remember is None else watched(model, encoder, remember)
         outputs[modality] = encoder(**arguments, return_dict=True)

@@ -7,19 +7,30 @@ from collections.abc import Callable, Iterator
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache
 
+from vlmrewrite.hf import cache_layers, is_recurrent
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
+from vlmrewrite.kvcache.state import FINAL, StateLayer
 
 
 class PositionCache(Cache):
-    """A transformers cache of :class:`PositionLayer`; grows as the model updates it."""
+    """A transformers cache of :class:`PositionLayer`; grows as the model updates it.
 
-    layers: list[PositionLayer]  # type: ignore[assignment]
+    Args:
+        model: for which; where it has recurrent layers, the cache has a :class:`StateLayer` for each from the start.
+    """
 
-    def __init__(self) -> None:
-        super().__init__(layer_class_to_replicate=PositionLayer)
+    layers: list[Any]
+
+    def __init__(self, model: nn.Module | None = None) -> None:
+        kinds = [] if model is None else cache_layers(model)
+        if any(map(is_recurrent, kinds)):
+            made = [StateLayer(x.number_of_states) if is_recurrent(x) else PositionLayer() for x in kinds]
+            super().__init__(layers=made)  # type: ignore[arg-type]
+        else:
+            super().__init__(layer_class_to_replicate=PositionLayer)
         self._shared: Shared = {}
         self._by_keys: dict[int, PositionLayer] = {}
         self._in_use = False
@@ -43,8 +54,17 @@ class PositionCache(Cache):
         self._by_keys[id(keys)] = self.layers[layer_idx]
         return keys, values
 
+    @property
+    def attended(self) -> list[PositionLayer]:
+        """The layers that hold keys."""
+        return [layer for layer in self.layers if isinstance(layer, PositionLayer)]
+
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last ``-tokens_to_remove`` logical tokens; see :meth:`PositionLayer.crop`."""
+        """Forget the last ``-tokens_to_remove`` logical tokens; see :meth:`PositionLayer.crop`.
+
+        Raises:
+            NotImplementedError: there are recurrent layers; nothing is forgotten.
+        """
         self._each("crop", tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -61,7 +81,7 @@ class PositionCache(Cache):
 
     def _each(self, method: str, argument: Any) -> None:
         shared: Shared = {}
-        for layer in self.layers:
+        for layer in sorted(self.layers, key=lambda x: isinstance(x, PositionLayer)):  # first those that may refuse
             getattr(layer, method)(argument, shared)
 
     def begin(self) -> None:
@@ -97,12 +117,12 @@ class PositionCache(Cache):
         return self._by_keys.get(id(keys))
 
     def kv_lengths(self) -> list[int]:
-        """Number of keys each layer holds."""
-        return [0 if layer.keys is None else layer.keys.shape[2] for layer in self.layers]
+        """Number of keys each layer holds; 0 for a recurrent one."""
+        return [0 if getattr(x, "keys", None) is None else x.keys.shape[2] for x in self.layers]
 
     def holes(self) -> bool:
         """Whether any layer may have empty slots."""
-        return any(layer.holes for layer in self.layers)
+        return any(layer.holes for layer in self.attended)
 
     def contiguous(self) -> None:
         """Lay keys and values out in one way only: what is compiled for one layout is compiled again for another."""
@@ -111,30 +131,31 @@ class PositionCache(Cache):
 
     def reserve(self, more: int) -> bool:
         """Lay keys and values out with room for ``more`` tokens, in every layer or else, and then False, in none."""
-        if torch.is_grad_enabled() or not self.layers or any(layer.keys is None for layer in self.layers):
+        if torch.is_grad_enabled() or not self.layers or any(layer.keys is None for layer in self.attended):
             return False
-        for layer in self.layers:
+        for layer in self.attended:
             layer.reserve(more)
         return True
 
     def kv_bytes(self) -> int:
         """Bytes of the keys and values held, without the spare room."""
-        return sum(x.nbytes for layer in self.layers for x in (layer.keys, layer.values) if x is not None)
+        return sum(x.nbytes for layer in self.attended for x in (layer.keys, layer.values) if x is not None)
 
 
 @contextlib.contextmanager
-def adopted(given: Any) -> Iterator[PositionCache]:
-    """The cache of a call: a new one, or the one given, turned in place into a :class:`PositionCache`.
+def adopted(given: Any, model: nn.Module) -> Iterator[PositionCache]:
+    """The cache of a model's call: a new one, or the one given, turned in place into a :class:`PositionCache`.
 
     Its owner goes on with it. That is undone if the block fails.
 
     Raises:
         TypeError: it is no transformers cache.
-        NotImplementedError: it is one of a kind that cannot hold another number of tokens in each layer.
+        NotImplementedError: it is one of a kind that cannot hold another number of tokens in each layer, or is to go
+            back to earlier states.
         ValueError: it holds tokens that went through the unmodified model.
     """
     if given is None or isinstance(given, PositionCache):
-        yield PositionCache() if given is None else given
+        yield PositionCache(model) if given is None else given
         return
     if not isinstance(given, Cache):
         raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
@@ -148,8 +169,10 @@ def adopted(given: Any) -> Iterator[PositionCache]:
             f"past_key_values holds {given.get_seq_length()} tokens that went through the unmodified model;"
             " start again with an empty cache"
         )
+    if any(getattr(layer, "record_past", False) for layer in given.layers):
+        raise NotImplementedError(f"{FINAL}: generate without an assistant")
     before = given.__class__, given.__dict__
-    given.__class__, given.__dict__ = PositionCache, PositionCache().__dict__  # type: ignore[assignment]
+    given.__class__, given.__dict__ = PositionCache, PositionCache(model).__dict__  # type: ignore[assignment]
     try:
         yield cast(PositionCache, given)
     except BaseException:

@@ -111,7 +111,7 @@ class DecodeStep(NamedTuple):
         Every layer has room for them (:meth:`vlmrewrite.kvcache.PositionCache.reserve`), if it is made for that; one
         that is not written in place loses its buffer.
         """
-        of_keys: dict[int, Any] = {id(layer.keys): layer.own() for layer in cache.layers}
+        of_keys: dict[int, Any] = {id(layer.keys): layer.own() for layer in cache.attended}
         buffers = [of_keys[id(inputs[keys])] for keys, _ in self.writes]
         given = list(inputs)
         for buffer, (keys, values) in zip(buffers, self.writes, strict=True):
@@ -120,6 +120,6 @@ class DecodeStep(NamedTuple):
         grown = [buffer.show(buffer.shown[0].shape[2] + t) for buffer in buffers]
         for i, (layer, item) in self.shown.items():
             out[i] = grown[layer][item]
-        for one in cache.layers:
+        for one in cache.attended:
             one.buffer = one.buffer if one.buffer in buffers else None
         return tuple(out)

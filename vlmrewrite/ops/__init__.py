@@ -6,7 +6,9 @@ In: tensors. Out: tensors. Which implementation a node gets is chosen in :mod:`v
 from vlmrewrite.ops.attention import ATTENTION, KV_APPEND, attend, attention, kv_append, visible
 from vlmrewrite.ops.choice import Backend, Choice, Kernels, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
+from vlmrewrite.ops.experts import EXPERT_LINEAR, expert_linear
 from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, define, replaced
+from vlmrewrite.ops.mixers import fill
 from vlmrewrite.ops.positional import (
     attention_blocks,
     kernel_attention,
@@ -16,14 +18,17 @@ from vlmrewrite.ops.positional import (
     seen_by_position,
     unhidden,
 )
+from vlmrewrite.ops.recurrent import RECURRENT, mixers_swapped, recurrent, swap_mixers
 from vlmrewrite.ops.scoring import greedy_flops, like_member, per_image, shared_out
 from vlmrewrite.ops.selection import select, token_index
 
 __all__ = [
     "ATTENTION",
+    "EXPERT_LINEAR",
     "KERNELS",
     "KV_APPEND",
     "OPAQUE",
+    "RECURRENT",
     "REFERENCES",
     "Backend",
     "Choice",
@@ -33,6 +38,8 @@ __all__ = [
     "attention_blocks",
     "choose",
     "define",
+    "expert_linear",
+    "fill",
     "greedy_flops",
     "interpreted",
     "kernel_attention",
@@ -42,12 +49,15 @@ __all__ = [
     "kernels_missing",
     "kv_append",
     "like_member",
+    "mixers_swapped",
     "per_image",
+    "recurrent",
     "replaced",
     "resolve",
     "seen_by_position",
     "select",
     "shared_out",
+    "swap_mixers",
     "token_index",
     "unfit",
     "unhidden",

@@ -7,10 +7,11 @@ a node becomes is decided once, in lowering.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import inspect
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
 from vlmrewrite.compat import tree_flatten, tree_leaves, tree_unflatten
+from vlmrewrite.errors import shown
 from vlmrewrite.ops.device import kernels_missing, launcher
 
 REFERENCES: dict[object, Callable[..., Any]] = {}
@@ -149,7 +151,7 @@ def _register(name: str, schema: str, new: _Definition) -> None:
     except RuntimeError as e:
         raise ValueError(f"the schema {schema!r} cannot be used: {' '.join(str(e).split())}") from e
     key = "CompositeImplicitAutograd" if new.fake is None else "CompositeExplicitAutograd"
-    _library.impl(name, lambda *args, **kwargs: _DEFINED[name].reference(*args, **kwargs), key)
+    _library.impl(name, functools.partial(_computed, name), key)
     operator = getattr(torch.ops.vlm, name).default
     if new.fake is not None:
 
@@ -162,6 +164,24 @@ def _register(name: str, schema: str, new: _Definition) -> None:
         OPAQUE.add(operator)
     if new.kernel is not None:
         KERNELS[operator] = _register_kernel(name, schema, new.backward)
+
+
+def _computed(name: str, *args: Any, **kwargs: Any) -> Any:
+    """What an operator's reference returns; an error says which operator was given what."""
+    try:
+        return _DEFINED[name].reference(*args, **kwargs)
+    except Exception as e:
+        e.add_note(f"in {getattr(torch.ops.vlm, name).default}, given {kinds((*args, *kwargs.values()))}")
+        raise
+
+
+def kinds(arguments: Iterable[object]) -> str:
+    """Arguments in words, such as ``(float32 [12, 64], bool [12], 0.5)``."""
+
+    def kind(x: object) -> str:
+        return f"{str(x.dtype).removeprefix('torch.')} {list(x.shape)}" if isinstance(x, Tensor) else shown(x)
+
+    return f"({', '.join(map(kind, arguments))})"
 
 
 def _register_kernel(name: str, schema: str, backward: bool) -> Any:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.ops.attention import repeat_heads, visible
-from vlmrewrite.ops.library import REFERENCES, define
+from vlmrewrite.ops.library import REFERENCES, define, kinds
 
 
 def attention_received(
@@ -77,7 +77,14 @@ def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[T
         left = start + member[start : start + n].nonzero()[:, 0]
         k = min(k, len(left))
         if k:
-            chosen[left[choose(left, k, i)]] = True
+            try:
+                chosen[left[choose(left, k, i)]] = True
+            except Exception as e:
+                e.add_note(
+                    f"in per_image, for image {i}: choose(left, {k}, {i}) with int64 [{len(left)}] as `left`; expected"
+                    f" {k} positions in it, int64 in 0 .. {len(left) - 1}"
+                )
+                raise
         start += n
     return chosen
 
@@ -109,20 +116,27 @@ def shared_out(weights: Tensor, room: Tensor, total: int) -> Tensor:
     return parts
 
 
-def like_member(_: Tensor, member: Tensor, *__: object) -> Tensor:
-    """The fake of a policy's operator that goes by one tensor, for :func:`define`: the shape of what it returns.
+def like_member(*arguments: object) -> Tensor:
+    """The fake of any policy's operator, for :func:`define`: the shape of what it returns.
 
         define("loudest(Tensor features, Tensor member, Tensor lengths, Tensor keep) -> Tensor", loudest, like_member)
 
     Args:
-        _: what the policy goes by, such as the features [F, C].
-        member: tokens that may be chosen, bool [F].
-        *__: the other arguments of the operator.
+        *arguments: those of the operator: any inputs, ``member``, ``lengths``, ``keep``, and whatever follows.
 
     Returns:
         an empty tensor, bool [F], on the device of ``member``.
+
+    Raises:
+        ValueError: not exactly one argument is of the kind of ``member``, bool [F].
     """
-    return torch.empty_like(member)
+    found = [x for x in arguments if isinstance(x, Tensor) and x.dtype == torch.bool and x.dim() == 1]
+    if len(found) != 1:
+        raise ValueError(
+            f"like_member expects arguments of which one, `member`, is bool [F], got {kinds(arguments)}; give `define`"
+            " a fake of your own, which returns torch.empty_like(member)"
+        )
+    return torch.empty_like(found[0])
 
 
 def greedy_flops(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, **_: object) -> int:
@@ -166,7 +180,8 @@ def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name:
         name: of the policy.
 
     Raises:
-        ValueError: it is not bool [F], holds tokens that were not there to choose, or more than ``keep`` of an image.
+        ValueError: it is not bool [F], has tokens that were not there to choose, or more than ``keep`` of an image, or
+            fewer although more are left.
     """
     if chosen.dtype != torch.bool or chosen.shape != member.shape:
         raise ValueError(
@@ -175,12 +190,13 @@ def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name:
         )
     here, there = torch.stack([chosen, member]).cpu()  # at once: the device waits for the host but one time
     image = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths)
-    counts = torch.zeros(len(lengths), dtype=torch.int64, device="cpu").index_add(0, image, here.long())
+    none = torch.zeros(len(lengths), dtype=torch.int64, device="cpu")
+    counts, left = (none.index_add(0, image, x.long()) for x in (here, there))
+    told, least = f"policy {name!r} chose {counts.tolist()} tokens of the images; expected", torch.minimum(keep, left)
     if bool((counts > keep).any()) or bool((here & ~there).any()):
-        raise ValueError(
-            f"policy {name!r} chose {counts.tolist()} tokens of the images; expected at most {keep.tolist()}, and only"
-            " tokens that are left"
-        )
+        raise ValueError(f"{told} at most {keep.tolist()}, and only tokens that are left")
+    if bool((counts < least).any()):  # the index has room for them, and would be filled up with others
+        raise ValueError(f"{told} {least.tolist()}, for that many are asked for and left")
     return chosen
 
 

@@ -1,7 +1,9 @@
 """The oracle: what a plan means, as the unrewritten model plus masks.
 
 Every layer runs on the full sequence; its keys are additionally masked to the tokens it attends to, and its output is
-written back only for the tokens it runs on. Module hooks on the eager model do that, and share no code with the graph.
+written back only for the tokens it runs on. A recurrent layer has no keys to mask: its module runs on those tokens of
+each row that the layer runs on, one row after the other, as if there were no others. Module hooks on the eager model do
+that, and share no code with the graph.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from vlmrewrite.hf import attention_swapped, decoder_layers
+from vlmrewrite.hf import attention_swapped, decoder_layers, recurrent_mixers
 from vlmrewrite.oracle.edits import edited
 from vlmrewrite.oracle.masks import BranchMask, LayerMasks
 
@@ -112,6 +114,8 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
     AttentionMaskInterface.register(NAME, _mask)
     blocks = [b.block for entry in layers for b in entry.branches if b.block is not None]
     state = _State()
+    kinds = {type(m) for m in recurrent_mixers(model).values()}
+    recurrent = [m for root in (model, *blocks) for m in root.modules() if type(m) in kinds]
 
     def note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
         state.merged = kwargs.get("inputs_embeds")
@@ -124,9 +128,26 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
             stack.enter_context(module.register_forward_hook(behind))
             if entry.mlp is not None:
                 stack.enter_context(mlp_of(module).register_forward_hook(functools.partial(_only, entry.mlp)))
+        for mixer, own in ((m, vars(m)) for m in recurrent):
+            stack.callback(own.update, {name: own[name] for name in ("forward",) if name in own})
+            stack.callback(own.pop, "forward")
+            own["forward"] = functools.partial(_row_by_row, mixer)
         stack.callback(_STATE.reset, _STATE.set(state))
         stack.enter_context(attention_swapped(model, NAME, blocks))
         yield
+
+
+def _row_by_row(mixer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
+    """A recurrent module on its layer's tokens, a row at a time; on all tokens, as the model runs it: [B, T, H]."""
+    tokens = _STATE.get().keys[mixer.layer_idx]
+    run = functools.partial(type(mixer).forward, mixer, **kwargs)
+    if bool(tokens.all()):
+        return run(hidden_states)  # type: ignore[no-any-return]
+    out = torch.zeros_like(hidden_states)
+    for row, there in enumerate(tokens):
+        if bool(there.any()):
+            out[row, there] = run(hidden_states[row : row + 1, there], attention_mask=None)[0]
+    return out
 
 
 def mlp_of(layer: nn.Module) -> nn.Module:

@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import accumulate, groupby, pairwise
 
 from vlmrewrite.plan.budget import tokens_kept
+from vlmrewrite.plan.substitution import selections
 from vlmrewrite.plan.tokens import (
     All,
     Frame,
@@ -23,7 +24,6 @@ from vlmrewrite.plan.tokens import (
     Vision,
     contains,
     has_text,
-    selections,
 )
 
 PER = ("frame", "image", "row")

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol
 
+from vlmrewrite.compat import taking
 from vlmrewrite.plan.tokens import Text, TokenSet, Vision
 
 
@@ -55,10 +56,10 @@ class Need(NamedTuple):
 
 
 NEEDS = {
-    "features": Need("projected vision features, [F, C]", lambda x: x.features(), optional=True),
+    "features": Need("projected vision features, [F, C]", lambda x: x.features()),
     "encoder_features": Need("what the projector took, [F, C']", lambda x: x.fact("encoder_features"), optional=True),
     "attention": Need(
-        "weight received from the last prompt token there, fp32 [F]", lambda x: x.attention(False), lambda s: Text | s
+        "weight from the last prompt token, mean of heads, fp32 [F]", lambda x: x.attention(False), lambda s: Text | s
     ),
     "attention_outside": Need(
         "the same, outside the source or edited set", lambda x: x.attention(True), lambda s: Text | (Vision - s)
@@ -67,7 +68,7 @@ NEEDS = {
     "grid": Need("rows, columns of each image's tokens, int64 [I, 2], CPU", lambda x: x.fact("grid"), optional=True),
     "frames": Need("frames of each image, int64 [I], on the CPU", lambda x: x.fact("frames")),
     "frame": Need("number of each vision token's frame within its video, int64 [F]", lambda x: x.fact("frame")),
-    "stream": Need("hidden states at that layer's entry, [B, T, H]", lambda x: x.stream()),
+    "stream": Need("hidden states of all tokens, [B, T, H]", lambda x: x.stream()),
     "text": Need("the text tokens, bool [B, T]", lambda x: x.fact("text")),
     "prompt": Need("the text tokens up to the last prompt token, bool [B, T]", lambda x: x.prompt()),
     "flat": Need("row * T + column of each vision token, int64 [F]", lambda x: x.fact("flat")),
@@ -79,8 +80,13 @@ FEATURES = tuple(name for name, need in NEEDS.items() if need.optional)
 """Facts about the images that not every model can give."""
 
 
-def check_needs(who: str, needs: tuple[str, ...]) -> None:
-    """Raise ValueError for a need that is not in :data:`NEEDS`."""
+def operator_of(who: str, op: Any, needs: tuple[str, ...], *given: object) -> Any:
+    """The operator of a policy or an edit that asks for ``needs`` and calls it with ``given``, in words or as they are.
+
+    Raises:
+        ValueError: a need is not in :data:`NEEDS`, or the operator takes something else.
+    """
     for need in needs:
         if need not in NEEDS:
             raise ValueError(f"{who} needs {need!r}; expected one of {', '.join(NEEDS)}")
+    return taking(op, who, list(map(str, given)), needs)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Protocol, TypeVar, dataclass_transform, runtim
 
 import pydantic
 
-from vlmrewrite.errors import explain
+from vlmrewrite.errors import explain, noted
 from vlmrewrite.plan.plan import Plan
 
 T = TypeVar("T")
@@ -41,9 +41,7 @@ def frozen_pass(cls: type[T]) -> type[T]:
     name = cls.__dict__.get("name")
     if not isinstance(name, str) or not name:
         raise TypeError(f"{cls.__name__}: expected a class attribute `name: ClassVar[str]`, got {name!r}")
-    made: Any = pydantic.dataclasses.dataclass(
-        cls, frozen=True, config=pydantic.ConfigDict(extra="forbid", strict=True)
-    )
+    made: Any = pydantic.dataclasses.dataclass(cls, frozen=True, config={"extra": "forbid", "strict": True})
     fields = [field.name for field in dataclasses.fields(made)]
     if "name" in fields:
         raise TypeError(f"{cls.__name__}: expected `name: ClassVar[str]`, got a field called 'name'")
@@ -75,16 +73,26 @@ class Pass(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What became of one pass: ``reason`` says why it was refused, or is None."""
+    """What became of one pass.
+
+    Attributes:
+        reason: why it was refused: what it said itself, or that something it asks for is not there, or that its
+            ``change`` says nothing; or None.
+        changed: whether the plan is another one behind it. One that keeps everything, by ``keep=1.0`` say, is the same.
+    """
 
     name: str
     configuration: str
     reason: str | None
     seconds: float = 0.0
+    changed: bool = True
 
 
 def run_passes(plan: Plan, passes: Sequence[Pass], *, strict: bool = False) -> tuple[Plan, list[Outcome]]:
     """Let passes, in order, change a copy of a plan.
+
+    A pass is also refused if a policy or an edit of it asks for what is not in the plan's ``features``, or if its
+    ``change`` says nothing at all.
 
     Raises:
         ValueError: a pass is refused and ``strict`` is set, or a pass fails; notes name the pass.
@@ -94,39 +102,39 @@ def run_passes(plan: Plan, passes: Sequence[Pass], *, strict: bool = False) -> t
     for p in passes:
         if not isinstance(p, Pass):
             raise TypeError(f"expected passes such as STS(keep=64), got {p!r}")
-        begun = time.perf_counter()
-        if plan.variants:
-            plan, outcome = _run_on_variants(plan, p, strict)
-            outcomes.append(outcome)
-            continue
-        plan = plan.copy()
-        same = plan.said.count(p.name)
-        plan.label = p.name if not same else f"{p.name}{same + 1}"
-        plan.said.append(p.name)
-        try:
-            reason = p.refuse(plan)
-            if reason is None:
-                changed = plan.copy()
-                p.change(changed)
-                changed.check()
-                plan = changed
-        except Exception as e:
-            e.add_note(f"in pass {p!r}, on the plan:\n{plan}")
-            raise
-        if reason is not None and strict:
-            raise ValueError(f"{p!r} was refused: {reason} (strict=False passes it over)")
-        outcomes.append(Outcome(p.name, repr(p), reason, time.perf_counter() - begun))
+        plan, outcome = (_run_on_variants if plan.variants else _run)(plan, p, strict)
+        outcomes.append(outcome)
     return plan, outcomes
+
+
+def _run(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
+    """Let a pass change a copy of a plan that does not dispatch."""
+    begun, plan = time.perf_counter(), plan.copy()
+    same = plan.said.count(p.name)
+    plan.label = p.name if not same else f"{p.name}{same + 1}"
+    plan.said.append(p.name)
+    with noted(lambda _: [f"in pass {p!r}, on the plan:\n{plan}"]):
+        new, reason = plan.copy(), p.refuse(plan)
+        if reason is None:
+            p.change(new)
+            spoke = new != plan or any(entry.told for entry in new.layers)
+            reason = new.unmet() or new.beyond_recurrence() if spoke else "its `change` says nothing to the plan"
+        if reason is None:
+            new.check()
+    if reason is not None and strict:
+        raise ValueError(f"{p!r} was refused: {reason} (strict=False passes it over)")
+    outcome = Outcome(p.name, repr(p), reason, time.perf_counter() - begun, reason is None and new != plan)
+    return new if reason is None else plan, outcome
 
 
 def _run_on_variants(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
     """Let a pass change each plan of a dispatch, or none if one refuses it."""
-    said = [run_passes(v, [p], strict=strict) for v in plan.variants]
-    plan = plan.copy()
-    reasons = [f"variant {i}: {o.reason}" for i, (_, (o,)) in enumerate(said) if o.reason is not None]
+    plan, said = plan.copy(), [_run(v, p, strict) for v in plan.variants]
+    outcome = max((o for _, o in said), key=lambda o: o.changed)
+    reasons = [f"variant {i}: {o.reason}" for i, (_, o) in enumerate(said) if o.reason is not None]
     if reasons:
-        return plan, dataclasses.replace(said[0][1][0], reason="; ".join(reasons))
+        return plan, dataclasses.replace(outcome, reason="; ".join(reasons), changed=False)
     plan.variants = tuple(v for v, _ in said)
     for v in plan.variants:
         plan.blocks |= v.blocks
-    return plan, said[0][1][0]
+    return plan, outcome

@@ -17,7 +17,8 @@ from vlmrewrite.plan.blocks import Block, LayerCopy
 from vlmrewrite.plan.budget import Budget, Depth, Per, layer_index
 from vlmrewrite.plan.listing import labels, listing
 from vlmrewrite.plan.needs import NEEDS
-from vlmrewrite.plan.tokens import Nothing, Selection, TokenSet, as_of, has_text, narrowed, selections, substitute
+from vlmrewrite.plan.substitution import as_of, narrowed, selections, substitute
+from vlmrewrite.plan.tokens import Nothing, Selection, TokenSet, has_text
 from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
 
 
@@ -25,15 +26,22 @@ from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
 class Plan:
     """What every decoder layer does; made from the anatomy of a captured model, changed by passes.
 
+    It is made before the images are counted: it does not know how many there are, nor how large.
+
     Args:
         depth: number of decoder layers.
-        features: which of :data:`FEATURES` a policy can ask for.
+        features: which of :data:`FEATURES`, the needs that not every model can give, policies and edits can ask for. A
+            pass that asks for another one is refused.
         refusals: for those that are missing, the reason.
+        owners: for each layer, the one whose keys and values it attends to; none: each its own.
+        recurrent: the layers that tokens go through in order, by way of a state: they pay no attention.
     """
 
     depth: int
-    features: frozenset[str] = frozenset({"features"})
+    features: frozenset[str] = frozenset()
     refusals: dict[str, str] = field(default_factory=dict)
+    owners: tuple[int, ...] = ()
+    recurrent: frozenset[int] = frozenset()
     layers: list[LayerPlan] = field(init=False)
     edits: list[Edit] = field(init=False, default_factory=list)
     branches: list[Branch] = field(init=False, default_factory=list)
@@ -45,11 +53,17 @@ class Plan:
 
     def __post_init__(self) -> None:
         self.layers = [LayerPlan(i) for i in range(self.depth)]
+        self._share_keys()
+
+    def _share_keys(self) -> None:
+        for entry, owner in zip(self.layers, self.owners, strict=False):
+            entry.owner = None if owner == entry.index else self.layers[owner]
 
     def copy(self) -> Plan:
         """A plan that can be changed without changing this one."""
         new = copy.copy(self)
-        new.layers = [copy.copy(entry) for entry in self.layers]
+        new.layers = [replace(entry) for entry in self.layers]
+        new._share_keys()
         new.edits, new.branches, new.said = list(self.edits), list(self.branches), list(self.said)
         new.blocks, new.variants = dict(self.blocks), tuple(v.copy() for v in self.variants)
         return new
@@ -68,7 +82,7 @@ class Plan:
         What a later one will select is not known yet at layer ``at``: it counts as what is selected from.
         """
         first = layer_index(at, self.depth)
-        sets = [s for entry in self.layers[first:] for s in (entry.run_set, entry.keys)]
+        sets = [s for e in self.layers[first:] for s in (e.run_set, e.run_set if e.owner else e.keys)]
         sets += [b.tokens for b in self.branches if b.leave >= first]
         return as_of(reduce(operator.or_, sets).vision_part(), first)
 
@@ -97,6 +111,7 @@ class Plan:
         if left == Nothing:
             raise ValueError(f"nothing to select from: {self.exhausted(layer)}")
         if isinstance(keep, float) and keep == 1.0:
+            self.layers[layer].told = True
             return left
         chosen = left.select(policy, keep, at=layer, per=per)
         change = partial(narrowed, left=left, chosen=chosen)
@@ -153,12 +168,9 @@ class Plan:
             raise ValueError(f"dispatch expects two plans or more that do not dispatch themselves, got {len(plans)}")
         for p in plans:
             if p.until(at) != plans[0].until(at):
-                raise ValueError(
-                    f"the plans of a dispatch at layer {at} differ before that layer:\n{plans[0]}\nand\n{p}"
-                )
+                raise ValueError(f"the plans of a dispatch at layer {at} differ before it:\n{plans[0]}\nand\n{p}")
         self.chooser, self.variants = chooser, tuple(plans)
-        for p in plans:
-            self.blocks |= p.blocks
+        self.blocks = reduce(operator.or_, (p.blocks for p in plans), self.blocks)
         for p in plans:
             p.chooser, p.blocks = chooser, dict(self.blocks)
 
@@ -171,10 +183,9 @@ class Plan:
     def branched(self, leave: Depth, rejoin: int) -> str | None:
         """The reason to refuse a branch that would cross another one, or None."""
         first = layer_index(leave, self.depth)
-        for other in self.branches:
-            if first < other.rejoin and other.leave < rejoin:
-                crossed = f"the one from {other.leave} to {other.rejoin}"
-                return f"a branch from layer {first} to {rejoin} would cross {crossed}"
+        for b in self.branches:
+            if first < b.rejoin and b.leave < rejoin:
+                return f"a branch from layer {first} to {rejoin} would cross the one from {b.leave} to {b.rejoin}"
         return None
 
     def branch(self, tokens: TokenSet, leave: Depth, rejoin: int, block: LayerCopy | None = None) -> Branch:
@@ -237,21 +248,50 @@ class Plan:
 
     def scored(self, at: int) -> list[TokenSet]:
         """The keys that the last prompt token is scored against at a layer's entry, once for each time it is."""
-        found = [(s.source, s.policy.needs) for s in self.selections() if s.at == at]
-        found += [(e.tokens, e.needs) for e in self.edits if e.at == at]
-        return [score(tokens) for tokens, needs in found for n in needs if (score := NEEDS[n].scores) is not None]
+        asked = [(tokens, n) for _, x, tokens, layer in self.asks() if layer == at for n in x.needs]
+        return [score(tokens) for tokens, n in asked if (score := NEEDS[n].scores) is not None]
+
+    def asks(self) -> list[tuple[str, Policy | Edit, TokenSet, int]]:
+        """Its policies and edits and those of its variants: which one, in words, for which tokens, at which layer."""
+        own = [(f"policy {s.policy.name!r} at layer {s.at}", s.policy, s.source, s.at) for s in self.selections()]
+        edits = [(f"edit {e.name!r} at layer {e.at}", e, e.tokens, e.at) for e in self.edits]
+        return sum((v.asks() for v in self.variants), [*own, *edits])
+
+    def beyond_recurrence(self) -> str | None:
+        """Why a recurrent layer cannot do what it says, or None."""
+        others = ", ".join(str(i) for i in range(self.depth) if i not in self.recurrent)
+        for entry in (e for e in self.layers if e.index in self.recurrent):
+            if entry.keys != entry.run_set:
+                run, keys = self.render(entry.run_set), self.render(entry.keys)
+                found = f"cannot attend to {keys} and run on {run}"
+            elif self.scored(entry.index):
+                found = "pays no attention to choose by"
+            else:
+                continue
+            return f"layer {entry.index} is recurrent and {found}; expected one of the layers with attention, {others}"
+        return None
 
     def needs(self) -> set[str]:
         """What its policies and edits ask for."""
-        own = {n for s in self.selections() for n in s.policy.needs} | {n for e in self.edits for n in e.needs}
-        return own.union(*(v.needs() for v in self.variants))
+        return {need for _, x, *_ in self.asks() for need in x.needs}
+
+    def unmet(self) -> str | None:
+        """The first policy or edit that asks for what is not in ``features``, with the reason; or None."""
+        made = f"the plan was made with features={sorted(self.features)}"
+        asked = (
+            (who, n) for who, x, *_ in self.asks() for n in x.needs if NEEDS[n].optional and n not in self.features
+        )
+        told = (f"{who} needs {n!r}, which is not there: {self.refusals.get(n, made)}" for who, n in asked)
+        return next(told, None)
 
     def render(self, s: TokenSet) -> str:
         """The set's expression with selections by their short names."""
         return s.expression(labels(self))
 
     def check(self) -> None:
-        """Raise ValueError for a plan that has no meaning."""
+        """Raise ValueError for a plan that has no meaning, or asks for what is not there."""
+        if unmet := self.unmet():
+            raise ValueError(unmet)
         for variant in self.variants:
             variant.check()
         for use in self._uses():

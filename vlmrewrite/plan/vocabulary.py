@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor
 
 from vlmrewrite.plan.budget import Depth
-from vlmrewrite.plan.needs import check_needs
+from vlmrewrite.plan.needs import operator_of
 from vlmrewrite.plan.tokens import All, Text, TokenSet
 
 
@@ -63,16 +63,22 @@ class LayerPlan:
         run_set: tokens whose queries, MLP and residual update are computed. The others bypass the layer.
         attend_set: tokens whose keys and values the queries see and the cache keeps; None: those it runs on.
         mlp_set: of the tokens it runs on, those that go through its second half, the MLP; None: all of them.
+        owner: the earlier layer whose keys and values it attends to, whatever is said to it; None: its own.
+        told: whether anything was said to it since the plan was copied, be it what it did already.
     """
 
     index: int
     run_set: TokenSet = All
     attend_set: TokenSet | None = None
     mlp_set: TokenSet | None = None
+    owner: LayerPlan | None = None
+    told: bool = field(init=False, default=False, compare=False)
 
     @property
     def keys(self) -> TokenSet:
-        """Tokens whose keys and values this layer computes."""
+        """Tokens whose keys and values this layer attends to."""
+        if self.owner is not None:
+            return self.owner.keys
         return self.run_set if self.attend_set is None else self.attend_set
 
     def run_on(self, tokens: TokenSet) -> LayerPlan:
@@ -118,6 +124,7 @@ class LayerPlan:
     def _with_text(self, word: str, tokens: TokenSet) -> TokenSet:
         if tokens.text_part() != Text:
             raise ValueError(f"layer {self.index}: {word} expects a set with all text tokens, got {tokens}")
+        self.told = True
         return tokens
 
     def sets(self) -> tuple[TokenSet, ...]:
@@ -146,7 +153,8 @@ class Policy:
     weights: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        check_needs(f"policy {self.name!r}", self.needs)
+        given = *self.needs, "member", "lengths", "keep", *self.weights, *self.options
+        object.__setattr__(self, "op", operator_of(f"policy {self.name!r}", self.op, self.needs, *given))
 
 
 @dataclass(frozen=True)
@@ -173,7 +181,8 @@ class Edit:
     options: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
-        check_needs(f"edit {self.name!r}", self.needs)
+        given = "hidden", "index", "valid", *self.needs, *self.weights, *self.options
+        object.__setattr__(self, "op", operator_of(f"edit {self.name!r}", self.op, self.needs, *given))
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,16 @@ In: a rewritten program or a model. Out: records that print as tables and turn i
 from vlmrewrite.report.layer_profile import LayerProfile, calibration, profile
 from vlmrewrite.report.plot import check_plot
 from vlmrewrite.report.report import Report, make_report, report_on
-from vlmrewrite.report.summary import summary
+from vlmrewrite.report.summary import summary, verdict
 
-__all__ = ["LayerProfile", "Report", "calibration", "check_plot", "make_report", "profile", "report_on", "summary"]
+__all__ = [
+    "LayerProfile",
+    "Report",
+    "calibration",
+    "check_plot",
+    "make_report",
+    "profile",
+    "report_on",
+    "summary",
+    "verdict",
+]

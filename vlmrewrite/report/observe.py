@@ -24,7 +24,8 @@ class Observed:
 
     Attributes:
         sums: of ``"attention_mass"`` (see :func:`attention_mass`), ``"vision_cosine"`` and ``"text_cosine"`` (between
-            hidden states before and after the layer): one value a layer, summed over tokens.
+            hidden states before and after the layer): one value a layer, summed over tokens. A recurrent
+            layer has no mass: 0.
         tokens: how many tokens each of them is summed over.
     """
 
@@ -59,7 +60,7 @@ class _Observer(torch.fx.Interpreter):
             "text_cosine": text & vision.any(1, keepdim=True),
         }
         self.sums = {name: [0.0] * len(layers) for name in self.members}
-        self._attentions = {layer.attention: layer.index for layer in layers}
+        self._attentions = {layer.attention: layer.index for layer in layers if not layer.recurrent}
         self._entry, self._exits = layers[0].entry, {layer.exit: layer.index for layer in layers}
         self._before: Tensor | None = None
 

@@ -14,7 +14,7 @@ from vlmrewrite import hf
 from vlmrewrite.capture import CAPTURES, limit
 from vlmrewrite.plan import Call, Pass, Plan, describe
 from vlmrewrite.report.memory import peak_memory
-from vlmrewrite.report.summary import compared, dropping_nothing, saving_nothing, verdicts
+from vlmrewrite.report.summary import compared, dropping_nothing, recurrent_layers, saving_nothing, verdict, verdicts
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import LastCall, Session
 from vlmrewrite.text import byte_size, span, table
@@ -66,10 +66,7 @@ class Report:
     def __str__(self) -> str:
         lines = [f"recipe {self.recipe}, backend {self.backend}"]
         for p in self.passes:
-            state = (
-                "not tried yet" if p["matched"] is None else "matched" if p["matched"] else f"REFUSED: {p['reason']}"
-            )
-            lines.append(f"  {p['configuration']}: {state}")
+            lines.append(f"  {p['configuration']}: {verdict(p)}")
         if self.plan:
             lines += ["plan:", *(f"  {line}" for line in self.plan.splitlines())]
         if self.layers:
@@ -216,7 +213,7 @@ def make_report(
         notes.append(f"Inductor compiled {compiled_calls} of the {plain_calls} calls without a new image")
     if program is None or call is None:
         untried: tuple[dict[str, Any], ...] = tuple(
-            {"name": p.name, "configuration": repr(p), "matched": None, "reason": None} for p in passes
+            {"name": p.name, "configuration": repr(p), "matched": None, "changed": None, "reason": None} for p in passes
         )
         return Report(recipe, backend, None, untried, graphs=graphs, notes=tuple(notes))
     layers, totals = compared(program, call.counts, call.past, held)
@@ -227,12 +224,14 @@ def make_report(
             f"{len(given_up)} cheaper plan{'s' * (len(given_up) > 1)} ran in the last call and did not do: totals hold"
             f" their {wasted / 1e9:.4g} GFLOP"
         )
-    notes += dropping_nothing(program.plan, call.counts) + saving_nothing(totals, "the last call")
+    notes += recurrent_layers(program.plan) + dropping_nothing(program.plan, call.counts)
+    notes += saving_nothing(totals, "the last call")
     summary = {
         "summary": describe(call.counts),
         "rows": len(call.counts.text),
         "length": call.length,
-        "images": list(call.counts.images),
+        "images": [n for n, video in zip(call.counts.images, call.counts.are_videos, strict=True) if not video],
+        "videos": [list(x) for x, video in zip(call.counts.each, call.counts.are_videos, strict=True) if video],
         "past": call.past,
     }
     seconds = {**seconds, **program.seconds}

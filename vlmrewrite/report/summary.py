@@ -54,17 +54,41 @@ def dropping_nothing(plan: Plan, counts: TokenCounts) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def recurrent_layers(plan: Plan) -> list[str]:
+    """A line on layers that are recurrent, if there are any."""
+    if not plan.recurrent:
+        return []
+    which = ", ".join(map(str, sorted(plan.recurrent)))
+    what = "a token that they do not run on does not enter their state; FLOPs and bytes leave out recurrence and state"
+    return [f"layers {which} are recurrent: {what}"]
+
+
 def saving_nothing(totals: dict[str, dict[str, float]], where: str) -> list[str]:
     """A line if there are as many FLOPs after as before, or more."""
     return [f"this recipe saves no FLOPs on {where}"] * (totals["after"]["flops"] >= totals["before"]["flops"])
 
 
 def verdicts(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """What became of each pass."""
+    """What became of each pass: see :class:`vlmrewrite.plan.Outcome`."""
     return [
-        {"name": o.name, "configuration": o.configuration, "matched": o.reason is None, "reason": o.reason}
+        {
+            "name": o.name,
+            "configuration": o.configuration,
+            "matched": o.reason is None,
+            "changed": o.changed,
+            "reason": o.reason,
+        }
         for o in outcomes
     ]
+
+
+def verdict(told: dict[str, Any]) -> str:
+    """One of :func:`verdicts` in words; ``matched`` is None before the first call with an image."""
+    if told["matched"] is None:
+        return "not tried yet"
+    if not told["matched"]:
+        return f"REFUSED: {told['reason']}"
+    return "matched" if told["changed"] else "matched, CHANGES NOTHING"
 
 
 def summary(program: Program) -> dict[str, Any]:
@@ -81,7 +105,7 @@ def summary(program: Program) -> dict[str, Any]:
     plans = program.plan.variants or (program.plan,)
     found = [compared(replace(program, plan=plan), program.call.counts, program.call.past) for plan in plans]
     each = [{"layers": layers, "totals": totals} for layers, totals in found]
-    notes = dropping_nothing(program.plan, program.call.counts)
+    notes = recurrent_layers(program.plan) + dropping_nothing(program.plan, program.call.counts)
     notes += saving_nothing(found[0][1], "this prompt") if program.outcomes else []
     about = {"passes": verdicts(program.outcomes), **each[-1], "seconds": program.seconds, "notes": notes}
     return about | ({"variants": each, "chooser": str(program.plan.chooser)} if program.plan.variants else {})

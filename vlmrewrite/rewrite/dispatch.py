@@ -98,11 +98,8 @@ def _head(r: Rewritten, of: dict[Node, int], order: list[int]) -> torch.fx.Graph
 
 def _tail(r: Rewritten, of: dict[Node, int], common: set[int]) -> tuple[torch.fx.GraphModule, list[int]]:
     """What a variant does with values of the common part, and which of them it takes."""
-    graph, env = torch.fx.Graph(), dict[Node, Node]()
-    nodes = list(r.graph_module.graph.nodes)
-    for node in nodes:
-        if node.op == "placeholder":
-            env[node] = graph.node_copy(node)
+    graph, nodes = torch.fx.Graph(), list(r.graph_module.graph.nodes)
+    env = {node: graph.node_copy(node) for node in nodes if node.op == "placeholder"}
     rest = [n for n in nodes if n.op == "output" or (n.op != "placeholder" and of[n] not in common)]
     taken: dict[int, Node] = {}
     for source in (n for node in rest for n in node.all_input_nodes if n.op != "placeholder" and of[n] in common):

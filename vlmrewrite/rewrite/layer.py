@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, Layer, axis, hidden_write, not_token_wise, reachable, same, value, where
-from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet
+from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet, contains
 from vlmrewrite.rewrite.sets import Emitter, Sets, Stream
 
 _VIEWS = {"unsqueeze", "to", "contiguous", "float", "type_as"}
@@ -28,6 +28,9 @@ class LayerNodes:
         anatomy: of the captured graph.
         env: from captured nodes to those of the copy that is rewritten.
         emit, sets, stream: of that copy.
+
+    Attributes:
+        made: for each layer done so far, the set whose keys it has, these and their values, and all that it sees.
     """
 
     def __init__(self, anatomy: Anatomy, env: dict[Node, Node], emit: Emitter, sets: Sets, stream: Stream) -> None:
@@ -36,9 +39,9 @@ class LayerNodes:
         self._swapped: dict[Node, Node] = {}
         self._affected: set[Node] = set()
         self._memo: dict[tuple[Node, TokenSet, object], Node] = {}
-        first = anatomy.layers[0]
-        self.past = first.append is not None and first.append.args[0] is not None
-        self.enter(first)
+        self.made: dict[int, tuple[TokenSet, list[Node], list[Node]]] = {}
+        self.past = any(x.append is not None and x.append.args[0] is not None for x in anatomy.layers)
+        self.enter(anatomy.layers[0])
 
     def enter(self, layer: Layer, region: frozenset[Node] | None = None, entry: Node | None = None) -> None:
         """What follows is about a layer, or a part of it that begins at ``entry``."""
@@ -57,15 +60,19 @@ class LayerNodes:
         self.enter(layer)
         self.stream.views[tokens] = hidden
         yield
-        self._swapped, self._affected = {}, set()
-        self.stream = stream
+        self._swapped, self._affected, self.stream = {}, set(), stream
         self.enter(around)
         self.stream.views = views
 
     @property
+    def away(self) -> bool:
+        """Whether this is about a branch's block."""
+        return bool(self._swapped)
+
+    @property
     def alone(self) -> bool:
         """Whether no key comes from a cache."""
-        return not self.past or bool(self._swapped)
+        return not self.past or self.away
 
     def argument(self, node: Node | None, i: int) -> Node:
         """An argument of a captured node, in the copy."""
@@ -76,9 +83,21 @@ class LayerNodes:
         return self.env[x] if isinstance(x, Node) else x
 
     def new_key(self, i: int, s: TokenSet) -> Node:
-        """The layer's own new keys (0) or values (1) of a set's tokens, before the cache."""
-        append, attention = self.layer.append, self.layer.attention
-        return self.value(self.argument(append, 3 + i) if append is not None else self.argument(attention, 1 + i), s)
+        """The new keys (0) or values (1) that a layer attends to, of a set's tokens, before the cache."""
+        append, attention, owner = self.layer.append, self.layer.attention, self.layer.owner
+        node = self.argument(append, 3 + i) if append is not None else self.argument(attention, 1 + i)
+        if owner == self.layer.index:
+            return self.value(node, s)
+        held, new, _ = self.made.get(owner, (All, [node, node], []))
+        if not contains(held, s):
+            raise ValueError(
+                f"layer {self.layer.index} attends to the keys of layer {owner}, which are those of {held}: there are"
+                f" none of {s}"
+            )
+        index = self.sets[s].index
+        if held not in (All, s):
+            index = self.emit.call(vlm.relative_index.default, self.sets[held].index, index)
+        return new[i] if held == s else self.emit.call(vlm.select.default, new[i], index, 2, on=s)
 
     def value(self, node: Node, s: TokenSet) -> Node:
         """The node instantiated for the tokens of a set."""
@@ -103,10 +122,10 @@ class LayerNodes:
         return self.stream, self.stream.version
 
     def _inside(self, node: Node, s: TokenSet) -> Node:
-        captured, asked = self._captured[node], "hidden write" if s == All else "not token-wise"
-        if asked not in captured.meta:  # a captured graph does not change
-            captured.meta[asked] = hidden_write(captured) if s == All else not_token_wise(captured, self.anatomy.length)
-        if (reason := captured.meta[asked]) is not None:
+        captured, asked, a = self._captured[node], "not token-wise", self.anatomy
+        if s != All and asked not in captured.meta:  # a captured graph does not change
+            captured.meta[asked] = not_token_wise(captured, a.length, a.batch)
+        if (reason := hidden_write(captured) if s == All else captured.meta[asked]) is not None:
             raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
         return self._copy(node, s)
 
@@ -126,9 +145,8 @@ class LayerNodes:
             if same(x, length):
                 return self.emit.extra("size", s)
             symbols = length.node.expr.free_symbols  # type: ignore[attr-defined]
-            if node.op == "call_function" and x.node.expr.free_symbols & symbols:
-                return self._copy(node, s)
-            return node
+            sized = node.op == "call_function" and x.node.expr.free_symbols & symbols
+            return self._copy(node, s) if sized else node
         at = axis(node, length)
         if at is None:
             return self._copy(node, s) if node in self._affected else node
@@ -161,12 +179,13 @@ class GraphInputs:
 
     def features(self) -> Node:
         """As the merge takes them, [F, C]; of images and videos, as they stand in the stream behind both merges."""
-        emit, merges = self.nodes.emit, self.nodes.anatomy.merges
-        if len(merges) > 1:
-            stream = emit.call(torch.flatten, self.nodes.env[merges[-1].node], 0, 1)
+        anatomy, emit = self.nodes.anatomy, self.nodes.emit
+        if len(anatomy.merges) > 1:
+            stream = emit.call(torch.flatten, self.nodes.env[anatomy.merges[-1].node], 0, 1)
             return emit.call(torch.index_select, stream, 0, emit.extra("flat"))
-        node, dims = self.nodes.env[merges[0].merged], cast(Tensor, value(merges[0].merged)).dim()
-        return node if dims == 2 else emit.call(torch.flatten, node, 0, dims - 2)
+        merged = anatomy.merges[0].merged
+        node, dims = self.nodes.env[merged], cast(Tensor, value(merged)).dim()
+        return node if dims == 2 else emit.call(torch.reshape, node, (-1, anatomy.hidden))
 
     def stream(self) -> Node:
         """The whole stream, up to date."""

@@ -10,14 +10,16 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 import torch.fx
 from torch import nn
 from torch.fx import Node
+from torch.fx.node import map_arg
 
-from vlmrewrite.analysis import Anatomy, Layer, hidden_write, reachable, where, writes
+from vlmrewrite.analysis import Anatomy, Layer, hidden_write, needed, reachable, where, writes
 from vlmrewrite.compat import assert_scalar
 from vlmrewrite.plan import NEEDS, All, Branch, Edit, Extra, Last, LayerPlan, Plan, Selection, TokenSet
 from vlmrewrite.rewrite.layer import GraphInputs, LayerNodes
@@ -67,6 +69,7 @@ def legalize(
     selections = plan.selections()
     for layer, entry in zip(anatomy.layers, plan.layers, strict=True):
         at = layer.index
+        work.arrive(layer)
         work.nodes.enter(layer)
         if plan.chooser is not None and at == plan.parts_at:
             work.part(plan)
@@ -107,12 +110,31 @@ class _Rewrite:
         self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets)
         self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream)
         self._parameters = {env[n]: parameters[n.name] for n in env if n.op == "placeholder" and n.name in parameters}
-        self._outside = set(graph.nodes) - {env[n] for layer in anatomy.layers for n in layer.region}
+        self._between = {
+            b.index: frozenset(reachable([a.exit]) & needed([b.entry], {a.exit}))
+            for a, b in pairwise(anatomy.layers)
+            if a.exit is not b.entry
+        }
+        inside = [*(layer.region for layer in anatomy.layers), *self._between.values()]
+        self._outside = set(graph.nodes) - {env[n] for nodes in inside for n in nodes}
         self._replaced: dict[Node, int] = {}
         self._away: dict[Branch, Node] = {}
         self.frontier: tuple[Node, ...] = ()
 
     # ---- at a layer's entry
+
+    def arrive(self, layer: Layer) -> None:
+        """Do what stands between the layer before and this one, for all tokens."""
+        between, entry = self._between.get(layer.index), self.nodes.env[layer.entry]
+        if between is None:
+            return
+        if not self.stream.changed:
+            self.stream.full = entry
+            return
+        before = self.anatomy.layers[layer.index - 1]
+        self._replaced |= {self.nodes.env[n]: before.index for n in between - {before.exit}}
+        self.nodes.enter(before, between, before.exit)
+        self.stream.write(All, self.nodes.value(entry, All))
 
     def part(self, plan: Plan) -> None:
         """Remember what a dispatch's chooser reads, and the stream as it is, with what is away from it."""
@@ -128,6 +150,7 @@ class _Rewrite:
         given = self.sets.which(s.source), self.emit.extra("lengths", per=s.per), self.emit.extra("keep", s, s.per)
         inputs = self._inputs(s.policy.needs, s.source, s.per)
         chosen = self.emit.call(s.policy.op, *inputs, *given, *self._weights(s.policy), *s.policy.options)
+        chosen.meta["asked_by"] = f"policy {s.policy.name!r} at layer {s.at}"
         self.sets.chosen[s] = self.emit.call(vlm.checked.default, chosen, *given, s.policy.name)
 
     def edit(self, edit: Edit) -> None:
@@ -135,7 +158,7 @@ class _Rewrite:
         inputs, s = self._inputs(edit.needs, edit.tokens, "frame"), self.sets[edit.tokens]
         x = self.stream.view(edit.tokens)
         new = self.emit.call(edit.op, x, s.index, s.valid, *inputs, *self._weights(edit), *edit.options)
-        new.meta["edit"] = edit.name
+        new.meta["asked_by"] = f"edit {edit.name!r} at layer {edit.at}"
         self.stream.write(edit.tokens, new)
 
     def _inputs(self, needs: tuple[str, ...], tokens: TokenSet, per: str) -> list[Node]:
@@ -158,8 +181,7 @@ class _Rewrite:
                 )
             swapped = {n: self.emit.weight(f"{branch.block}.{name}") for n, name in own.items()}
             with self.nodes.aside(layer, swapped, tokens, x):
-                k, v = (self.nodes.new_key(i, tokens) for i in range(2))
-                self._attend(tokens, tokens, k, v, self.sets[tokens].positions)
+                self._mix(tokens, tokens, None)
                 x = self.nodes.value(self.nodes.env[layer.exit], tokens)
         self._away[branch] = x
         if branch.rejoin == branch.leave:
@@ -179,34 +201,61 @@ class _Rewrite:
             self.stream.full = exit
             return
         self._replaced |= {nodes.env[n]: layer.index for n in layer.region - {layer.entry}}
-        k, v = (nodes.new_key(i, keys) for i in range(2))
-        k_pos = self.sets[keys].positions
-        if layer.append is not None:
-            k, v, k_pos = self._append(layer.append, k, v, k_pos)
-        self.stream.changed = True
-        self._attend(run, keys, k, v, k_pos)
+        self._mix(run, keys, layer.append if not layer.recurrent else layer.attention)
         if run == mlp:
             self.stream.write(run, nodes.value(exit, run))
             return
         if layer.middle is None:
             raise ValueError(
-                f"layer {layer.index} has no residual add between its attention and its MLP, at {where(layer.exit)}:"
-                f" its MLP cannot run on {mlp} while its attention runs on {run}"
+                f"layer {layer.index} is not an attention and an MLP with a residual add behind each, at"
+                f" {where(layer.exit)}: its MLP cannot run on {mlp} while its attention runs on {run}"
             )
         self.stream.write(run, nodes.value(nodes.env[layer.middle], run))
         nodes.enter(layer, layer.second_half(), layer.middle)
         self.stream.write(mlp, nodes.value(exit, mlp))
 
-    def _append(self, append: Node, k: Node, v: Node, k_pos: Node) -> list[Node]:
-        """A layer's grown cache, also for who else read it."""
-        old = [self.nodes.maybe(append.args[i]) for i in range(3)]
-        grown = self.emit.call(vlm.kv_append.default, *old, k, v, k_pos)
-        parts = [self.emit.call(operator.getitem, grown, i) for i in range(3)]
-        for user in list(self.nodes.env[append].users):
+    def _mix(self, run: TokenSet, keys: TokenSet, cached: Node | None) -> None:
+        """The layer's attention, or its recurrence; ``cached``: the node whose results the cache keeps, or None."""
+        if self.nodes.layer.recurrent:
+            self._recur(run, cached)
+            return
+        nodes, owner = self.nodes, self.nodes.layer.owner
+        if owner in nodes.made and not nodes.away:
+            seen = nodes.made[owner][2]
+        else:
+            new = [nodes.new_key(i, keys) for i in range(2)]
+            seen = [*new, self.sets[keys].positions]
+            if cached is not None and owner == nodes.layer.index:
+                old = [nodes.maybe(cached.args[i]) for i in range(3)]
+                seen = self._kept(cached, self.emit.call(vlm.kv_append.default, *old, *seen), 3)
+            if not nodes.away:
+                nodes.made[owner] = keys, new, seen
+        self.stream.changed = True
+        self._attend(run, keys, *seen)
+
+    def _kept(self, cached: Node, new: Node, n: int) -> list[Node]:
+        """The results of a node, in place of a captured one's also for who else read those."""
+        parts = [self.emit.call(operator.getitem, new, i) for i in range(n)]
+        for user in list(self.nodes.env[cached].users):
             if user.target is operator.getitem:
                 part = parts[int(user.args[1])]  # type: ignore[arg-type]
                 user.replace_all_uses_with(part, delete_user_cb=lambda reader: reader is self.output)
         return parts
+
+    def _recur(self, run: TokenSet, cached: Node | None) -> None:
+        """The layer's recurrent node for the tokens of one set, on what the cache holds, or on nothing."""
+        nodes, old = self.nodes, self.nodes.layer.attention
+        given: Any = map_arg(old.args, nodes.env.__getitem__)
+        hidden, mask, states, weights, mixer, plain = given
+        x, weights = nodes.value(hidden, run), [nodes.value(w, run) for w in weights]
+        if run != All:
+            mask, plain = self.sets[run].valid, self.emit.extra("dense", run)
+        states = [] if cached is None else states
+        new = self.emit.call(vlm.recurrent.default, x, mask, states, weights, mixer, plain)
+        if cached is not None:
+            self._kept(cached, new, len(nodes.env[cached].users))
+        self.stream.changed = True
+        nodes.instead(nodes.env[old], run, new)
 
     def _attend(self, run: TokenSet, keys: TokenSet, k: Node, v: Node, k_pos: Node) -> None:
         """The layer's attention node for the queries of one set and the keys of another."""

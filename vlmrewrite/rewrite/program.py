@@ -14,10 +14,11 @@ import torch.fx
 from torch import Tensor, nn
 
 from vlmrewrite.analysis import Anatomy, LayerCost, costs
+from vlmrewrite.errors import noted
 from vlmrewrite.plan import FEATURES, Call, Outcome, Plan, Selection, TokenCounts, describe, dispatched, events
 from vlmrewrite.rewrite.dispatch import Dispatch, in_range
 from vlmrewrite.rewrite.legalize import Rewritten
-from vlmrewrite.rewrite.verifier import propagate_fakes
+from vlmrewrite.rewrite.verifier import cone_of, propagate_fakes
 from vlmrewrite.text import byte_size, span, table
 
 
@@ -80,15 +81,12 @@ class Program:
     @functools.cached_property
     def vision_masks(self) -> torch.fx.GraphModule:
         """The part of the graph that computes the masks of vision tokens, bool [B, T], one for each merge."""
-        graph, env = torch.fx.Graph(), dict[torch.fx.Node, torch.fx.Node]()
-        graph.graph_copy(self.captured.graph, env)
-        graph.output(tuple(env[merge.mask] for merge in self.anatomy.merges))
-        graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
-        return torch.fx.GraphModule(self.captured, graph)
+        return cone_of(self.captured, *(merge.mask for merge in self.anatomy.merges))
 
     def lacking(self, missing: Mapping[str, str]) -> Program:
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""
-        return replace(self, plan=Plan(self.plan.depth, frozenset(FEATURES) - missing.keys(), dict(missing)))
+        plan, here = self.plan, frozenset(FEATURES) - missing.keys()
+        return replace(self, plan=Plan(plan.depth, here, dict(missing), plan.owners, plan.recurrent))
 
     @property
     def graph_module(self) -> torch.fx.GraphModule:
@@ -112,7 +110,7 @@ class Program:
         Raises:
             ValueError: the chooser chose none of the plans.
         """
-        first, *tails = parts
+        first, *tails = map(noted(self.about), parts)
         out = first(*self.arguments(inputs, call))
         if self.dispatch is None:
             return self._result(0, *out) if self.variants else RunResult(self.plan, out, {})
@@ -134,6 +132,11 @@ class Program:
     def _result(self, i: int, out: Any, selected: Sequence[Tensor], *more: Any) -> RunResult:
         plan = self.plan.variants[i] if self.plan.variants else self.plan
         return RunResult(plan, out, dict(zip(self.variants[i].selections, selected, strict=True)), *more)
+
+    def about(self, said: str) -> list[str]:
+        """Which policies and edits, of which passes, an error is in that names operators, as ``vlm.name.default``."""
+        passes = ", ".join(o.configuration for o in self.outcomes if o.changed)
+        return [f"in the {who}, under {passes}" for who, x, *_ in self.plan.asks() if str(x.op) in said]
 
     def run(self, *inputs: Any, call: Call | None = None) -> tuple[Any, tuple[Tensor, ...]]:
         """Run the graph on flat captured inputs (by default those it was captured from).
@@ -171,9 +174,10 @@ class Program:
         a, plan = self.anatomy, self.plan
         head = f"program: {len(a.layers)} decoder layers, hidden {a.hidden}, {str(a.dtype).removeprefix('torch.')}"
         told = [f"REFUSED {o.configuration}: {o.reason}" for o in self.outcomes if o.reason is not None]
-        told += ["no pass changes anything"] * (bool(self.outcomes) and str(plan) == str(Plan(plan.depth)))
+        told += [f"CHANGES NOTHING: {o.configuration}" for o in self.outcomes if not o.changed and o.reason is None]
         if self.call is None:
-            shapes = {f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}": x for x in a.layers}
+            attending = [x for x in a.layers if not x.recurrent]
+            shapes = {f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}": x for x in attending}
             return "\n".join([head, *told, str(plan), *shapes])
         counts = self.call.counts
         if plan.variants:
@@ -186,6 +190,7 @@ class Program:
             cost, *more = group
             layer, layers = a.layers[cost.index], span([c.index for c in (cost, *more)])
             q, kv = f"{layer.heads}x{layer.head_size}", f"{layer.kv_heads}x{layer.value_size}"
+            q, kv = ("recurrent", "") if layer.recurrent else (q, kv)
             where = plan.render(run) + f", MLP {plan.render(mlp)}" * (mlp != run)
             rows.append([layers, where, plan.render(keys), str(cost.run), str(cost.keys), q, kv,
                          f"{flops / 1e9:.4g}", byte_size(size)])  # fmt: skip

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, axis, same, value, where
-from vlmrewrite.compat import fake_mode
+from vlmrewrite.compat import fake_mode, unknowable
 from vlmrewrite.plan import All, TokenSet
 from vlmrewrite.rewrite.legalize import Rewritten
 
@@ -29,7 +29,7 @@ def check_sets(anatomy: Anatomy, rewritten: Rewritten) -> None:
     rewritten.graph_module.graph.lint()
     present = set(rewritten.graph_module.graph.nodes)
     for node, tokens in rewritten.typed.items():
-        if node not in present or tokens == All or node.target in _CROSSING or "edit" in node.meta:
+        if node not in present or tokens == All or node.target in _CROSSING or "asked_by" in node.meta:
             continue
         for source in node.all_input_nodes:
             other = rewritten.typed.get(source)
@@ -55,27 +55,65 @@ def propagate_fakes(
     Raises:
         ValueError: a node does not; the message names it. That is a bug in the rewrite, not in a plan.
     """
-    with fake_mode() as mode:
-        if any(isinstance(x, Tensor) and x.is_meta for x in arguments):  # then what the host adds is not there either
-            arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
-        fakes = (mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments)
-        _Propagation(anatomy, rewritten, size).run(*fakes)
+    on_meta = any(isinstance(x, Tensor) and x.is_meta for x in arguments)
+    if on_meta:  # then what the host adds is not there either
+        arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
+    known: dict[Node, Tensor] = {}
+    while True:
+        with fake_mode() as mode:
+            fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments]
+            made = {n: mode.from_tensor(x, static_shapes=True) for n, x in known.items()}
+            stuck = _Propagation(anatomy, rewritten, size, made, not on_meta).stuck_at(fakes)
+        if stuck is None:
+            return
+        (known[stuck],) = cone_of(rewritten.graph_module, stuck)(*arguments)
+
+
+def cone_of(gm: torch.fx.GraphModule, *nodes: Node) -> torch.fx.GraphModule:
+    """The part of a graph that computes some nodes, from the same inputs; it returns a tuple of them."""
+    graph, env = torch.fx.Graph(), dict[Node, Node]()
+    graph.graph_copy(gm.graph, env)
+    graph.output(tuple(env[node] for node in nodes))
+    graph.eliminate_dead_code(is_impure_node=lambda n: n.op in ("placeholder", "output"))
+    return torch.fx.GraphModule(gm, graph)
 
 
 class _Propagation(torch.fx.Interpreter):
-    def __init__(self, anatomy: Anatomy, rewritten: Rewritten, size: Callable[[TokenSet], int]) -> None:
+    """A run on fake tensors; ``known`` are nodes whose shape depends on numbers, such as ``x[mask]``."""
+
+    def __init__(
+        self,
+        anatomy: Anatomy,
+        rewritten: Rewritten,
+        size: Callable[[TokenSet], int],
+        known: dict[Node, Tensor],
+        real: bool,
+    ) -> None:
         super().__init__(rewritten.graph_module)
         self.length, self.typed, self.size = anatomy.length, rewritten.typed, size
+        self.known, self.waits = known, unknowable() if real else ()
+        self.stuck: Node | None = None
+
+    def stuck_at(self, fakes: Sequence[Any]) -> Node | None:
+        """Run; the node outside of the layers whose shape has to be known first, or None."""
+        try:
+            self.run(*fakes)
+        except self.waits:
+            return self.stuck
+        return None
 
     def run_node(self, n: Node) -> Any:
+        if n in self.known:
+            return self.known[n]
         try:
             out = super().run_node(n)
         except Exception as e:
+            if isinstance(e, self.waits) and n not in self.typed:
+                self.stuck = n
+                raise
             raise ValueError(f"{where(n)} does not take its inputs in the rewritten graph: {e}") from e
         tokens = self.typed.get(n)
         at = None if tokens is None or not isinstance(out, Tensor) else axis(n, self.length)
         if tokens is not None and at is not None and out.shape[at] != self.size(tokens):
-            raise ValueError(
-                f"{where(n)} has shape {tuple(out.shape)}; expected {self.size(tokens)} tokens at axis {at}"
-            )
+            raise ValueError(f"{where(n)} has shape {tuple(out.shape)}, not {self.size(tokens)} tokens at axis {at}")
         return out

@@ -132,7 +132,7 @@ class Given(NamedTuple):
         return cls(images, padding, cache.get_seq_length(), held, prompt.sizes, prompt.end, prompt.encodings)
 
     def call(
-        self, graph: Graph, inputs: Sequence[Any], wants: Collection[str], reads_last: bool, config: Any
+        self, graph: Graph, inputs: Sequence[Any], asks: Collection[str], reads_last: bool, config: Any
     ) -> tuple[Call | None, dict[str, str]]:
         """The call as its plan needs it, and which of the facts asked for are missing, with the reason.
 
@@ -140,7 +140,7 @@ class Given(NamedTuple):
 
         Args:
             graph, inputs: what was captured, and its flat inputs.
-            wants: what the recipe's policies and edits ask for.
+            asks: what the recipe's policies and edits ask for.
             reads_last: whether something is read at the last prompt token.
             config: the model's.
 
@@ -156,7 +156,7 @@ class Given(NamedTuple):
         lengths = {m: self.images[m].lengths[name] for m, name in names.items()}
         found: dict[str, Any] = {}
         taken: dict[str, Tensor] = {}
-        for modality in features if "encoder_features" in wants else ():
+        for modality in features if "encoder_features" in asks else ():
             one = hf.encoder_features(self.encodings, features[modality], lengths[modality])
             if isinstance(one, str):
                 found["encoder_features"] = one
@@ -189,7 +189,7 @@ class Given(NamedTuple):
         )
         if taken and "encoder_features" not in found:
             call.encoder_features = _in_order(taken, call.of_videos)
-        if "grid" in wants:
+        if "grid" in asks:
             counts = call.counts
             found["grid"] = hf.frame_grids(config, counts.each, counts.are_videos, counts.rows, len(vision), self.sizes)
             call.grids = None if isinstance(found["grid"], str) else found["grid"]

@@ -19,6 +19,7 @@ from transformers.utils.generic import can_return_tuple
 from vlmrewrite import capture, hf
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, MODALITIES, swap_attention, watched
+from vlmrewrite.ops import swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
@@ -30,6 +31,7 @@ def install_session(model: nn.Module, session: Session) -> None:
     capture.register()
     with ExitStack() as undo:
         undo.callback(swap_attention(model))
+        undo.callback(swap_mixers(model))
         if "encoder_features" in session.plan.needs():
             for name, encoder in _encoders(model):
                 _put(undo, model.base_model, name, watched(model, encoder, session.encoded))  # type: ignore[arg-type]
@@ -121,9 +123,7 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     stages: dict[TokenSet, list[int]] = {}
     for entry in program.plan.layers:
         stages.setdefault(entry.run_set, []).append(entry.index)
-    return [
-        Stage(program.plan.render(s), tuple(layers), call.members(Vision & s, chosen)) for s, layers in stages.items()
-    ]
+    return [Stage(program.plan.render(s), tuple(at), call.members(Vision & s, chosen)) for s, at in stages.items()]
 
 
 def _register(undo: ExitStack, model: nn.Module, blocks: nn.ModuleDict) -> None:
@@ -227,6 +227,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "generate": _generate,
     "set_attn_implementation": _refusing("runs vlmrewrite's attention while it is: its implementation cannot be set"),
+    "set_experts_implementation": _refusing("runs vlmrewrite's experts while it is: no other can be set"),
     "__deepcopy__": _deepcopy,
     "__reduce_ex__": _refusing("cannot be pickled or copied while it is (save_pretrained and state_dict can be used)"),
 }

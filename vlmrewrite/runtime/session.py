@@ -114,7 +114,7 @@ class Session:
             with self.around(model, prompt):
                 return type(model).forward(model, return_dict=True, **kwargs)
         past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
-        with adopted(past) as cache:
+        with adopted(past, model) as cache:
             keep = past is not None or wants_cache(model, use_cache)
             given, rest = Given.of(kwargs, cache, prompt)
             if given is None:
@@ -125,7 +125,7 @@ class Session:
                 try:
                     return self._with_images(captures_of(model).call, model, model, cache, given, rest, keep)
                 except CaptureError as e:
-                    untraced = e.reason
+                    untraced = str(e)
             with self.around(model, prompt, given.images):
                 out = type(model).forward(model, **kwargs, past_key_values=cache, use_cache=True, return_dict=True)
             self.untraced = self.untraced or untraced
@@ -149,7 +149,7 @@ class Session:
             kwargs = {k: x for k, x in kwargs.items() if k not in (ARGUMENT, "return_dict")}
             past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
             keep = past is not None or wants_cache(model, use_cache)
-            with adopted(past) as cache:
+            with adopted(past, model) as cache:
                 given, rest = entering(kwargs, cache, prompt, images, runs)
                 if given is None:
                     return self._text(decoder, cache if keep else None, rest)
@@ -174,6 +174,7 @@ class Session:
         kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
         with capture.running(cache, kernels):
             forward = type(model).forward
+            kwargs = hf.keeping_all_tokens(kwargs)
             return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
 
     def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], device: torch.device) -> Any:
@@ -233,6 +234,10 @@ class Session:
         call, missing = given.call(graph, inputs, *self._asked, config)
         assert call is not None, "a call on the meta device runs nothing"
         executable = self._executable(graph, missing, call.vision.device)
+        if more := executable.program.plan.needs() - self._asked[0]:  # of a pass that makes do with something else
+            call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], config)
+            assert call is not None
+            executable = self._executable(graph, missing, call.vision.device)
         result = executable.run(inputs, call)
         kind = call.vision.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

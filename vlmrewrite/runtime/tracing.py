@@ -16,6 +16,7 @@ from vlmrewrite.compiler import program_of
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, refuse_packed, tidy
 from vlmrewrite.kvcache import PositionCache
+from vlmrewrite.ops import mixers_swapped
 from vlmrewrite.plan import FEATURES
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.around import entering, in_place_of, watched_for
@@ -46,7 +47,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         raise _Stop
 
     decoder = hf.decoder_of(model)
-    inner, cache, givens = hf.language_model(model) is not None, PositionCache(), list[Given]()
+    inner, cache, givens = hf.language_model(model) is not None, PositionCache(model), list[Given]()
 
     def run(kwargs: dict[str, Any]) -> Any:
         given, rest = entering({k: x for k, x in kwargs.items() if k not in _OWN}, cache, prompt, images, runs)
@@ -55,7 +56,9 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
             captures_of(decoder).inner(runner, decoder, cache, rest, given.images, model)
         raise _Stop
 
-    with hf.attention_swapped(model), torch.no_grad(), contextlib.suppress(_Stop), contextlib.ExitStack() as stack:
+    with contextlib.suppress(_Stop), contextlib.ExitStack() as stack:
+        for each in (hf.attention_swapped(model), mixers_swapped(model), torch.no_grad()):
+            stack.enter_context(each)
         kwargs, prompt.sizes = tidy(model, (), dict(inputs), prompt.encodings.append, encode=not inner)
         if kwargs.get("use_cache") is False:
             refuse_packed(kwargs)

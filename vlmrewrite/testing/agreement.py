@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vlmrewrite.api import applied
-from vlmrewrite.compat import generation_positions
+from vlmrewrite.compat import generation_inputs, generation_positions
 from vlmrewrite.oracle import LayerMasks, layer_masks, oracle_logits
 from vlmrewrite.runtime import kept_tokens, last_call
 
@@ -122,7 +122,8 @@ def generation_agreement(
         prompt = inputs["input_ids"].shape[1]
         masks = layer_masks(model, prompt + new_tokens - 1)
         program, call, _ = last_call(model)
-        planned = [call.counts.size(entry.keys) + new_tokens - 1 for entry in program.plan.layers]
+        recurrent, own = program.plan.recurrent, [e for e in program.plan.layers if e.owner is None]
+        planned = [0 if e.index in recurrent else call.counts.size(e.keys) + new_tokens - 1 for e in own]
         kept_tokens(model)
     longer = extended(model, inputs, out.sequences[:, prompt:-1])
     got = torch.stack(out.logits, 1)
@@ -140,11 +141,13 @@ def extended(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> dict[s
     out["position_ids"] = _positions(model, inputs | {"attention_mask": mask}, tokens)
     out["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     out["attention_mask"] = F.pad(mask, (0, n), value=1)
-    rest = {
-        name: x for name, x in inputs.items() if isinstance(x, Tensor) and name not in ("input_ids", "attention_mask")
-    }
-    of_tokens = [name for name, x in rest.items() if x.shape == mask.shape and not x.is_floating_point()]
-    return out | {name: F.pad(rest[name], (0, n)) for name in of_tokens}
+    kinds = {k: inputs[k] for k in ("token_type_ids", "mm_token_type_ids") if inputs.get(k) is not None}
+    for name in inputs.keys() - {"input_ids", "attention_mask", "position_ids", *kinds}:
+        if isinstance(x := inputs[name], Tensor) and x.shape == mask.shape:  # it says something of each token
+            out[name] = F.pad(x, (0, n))
+    for _ in range(n):
+        kinds = generation_inputs(model, kinds)
+    return out | kinds
 
 
 def _positions(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import statistics
 import time
@@ -62,7 +63,8 @@ def bench_kernels(
         against: of :data:`KINDS`.
         repeat: counted rounds, after one that is not counted; fewer for what takes longer than :data:`PATIENCE`.
         sampled: vision tokens that sampling chooses of an image, at most a third of them.
-        progress: called before each case with a description.
+        progress: called with a description before each step: preparing a contender of a case (which compiles it), and
+            measuring all that could be prepared.
 
     Returns:
         device, versions, settings, the ceilings of the device, and a row for each case: median milliseconds and the
@@ -85,14 +87,14 @@ def bench_kernels(
             f"expected repeat, sampled and batches of 1 or more, got {repeat}, {sampled} and {list(batches)}"
         )
     missing = _missing(device)
+    progress("ceilings of the device")
     ceiling = _ceilings(device, dtype)
     rows = []
     for name in chosen:
         for batch in batches:
             for family in kinds:
-                progress(f"{family}, {name}, batch {batch}")
                 setting = Setting(SIZES[name], batch, device, dtype, sampled)
-                rows += _family(family, setting, missing, against, repeat, ceiling)
+                rows += _family(family, setting, missing, against, repeat, ceiling, progress)
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -120,18 +122,30 @@ def _known(what: str, names: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _family(
-    family: str, setting: Setting, missing: str | None, against: Sequence[str], repeat: int, ceiling: dict[str, float]
+    family: str,
+    setting: Setting,
+    missing: str | None,
+    against: Sequence[str],
+    repeat: int,
+    ceiling: dict[str, float],
+    progress: Callable[[str], None],
 ) -> list[dict[str, Any]]:
     where = {"kernel": family, "size": setting.size.name, "tokens": setting.size.tokens, "batch": setting.batch}
     rows: list[dict[str, Any]] = []
     try:
         for make in FAMILIES[family]:
             for case in make(setting):
-                rows.append(where | _case(case, setting.device, missing, against, repeat, ceiling))
+                about = f"{family}: {case.name}, {setting.size.name}, batch {setting.batch}: "
+                told = functools.partial(_told, progress, about)
+                rows.append(where | _case(case, setting.device, missing, against, repeat, ceiling, told))
                 del case  # its inputs, before the next one's are made
     except RuntimeError as e:
         rows.append(where | {"case": None, "skipped": {"all": _line(e)}})
     return rows
+
+
+def _told(progress: Callable[[str], None], about: str, step: str) -> None:
+    progress(about + step)
 
 
 def _case(
@@ -141,6 +155,7 @@ def _case(
     against: Sequence[str],
     repeat: int,
     ceiling: dict[str, float],
+    progress: Callable[[str], None],
 ) -> dict[str, Any]:
     row: dict[str, Any] = {"case": case.name, "skipped": {}}
     free = _free(device)
@@ -151,7 +166,8 @@ def _case(
         row["skipped"]["triton"] = "has no kernel"
     torch.compiler.reset()
     with torch.no_grad(), graphs_allowed(64):
-        calls, row["error"] = _prepare(case, missing, against, row["skipped"])
+        calls, row["error"] = _prepare(case, missing, against, row["skipped"], progress)
+        progress(f"measuring {', '.join(calls) or 'nothing'}")
         samples = _rounds(calls, device, repeat, row["skipped"])
     if not samples:
         return row
@@ -173,7 +189,7 @@ def _case(
 
 
 def _prepare(
-    case: Case, missing: str | None, against: Sequence[str], skipped: dict[str, str]
+    case: Case, missing: str | None, against: Sequence[str], skipped: dict[str, str], progress: Callable[[str], None]
 ) -> tuple[dict[str, Callable[[], Any]], dict[str, float]]:
     """The calls that work, each made once, and how far their results are from the reference's."""
     calls: dict[str, Callable[[], Any]] = {}
@@ -183,6 +199,7 @@ def _prepare(
         kind = name if name in ("triton", "reference", "inductor") else "library"
         if (missing is not None) if kind == "triton" else (kind not in against and kind != "reference"):
             continue
+        progress(f"preparing {name}")
         try:
             calls[name] = case.contenders[name]()
             out = calls[name]()

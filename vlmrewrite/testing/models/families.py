@@ -126,7 +126,7 @@ def qwen2_5_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
         inputs = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor(grids)}
         return ids, inputs | {"second_per_grid_ts": seconds}
 
-    video = {"video_token_id": VIDEO, "clips": clips}
+    video: dict[str, Any] = {"video_token_id": VIDEO, "clips": clips}
     kind = Qwen2_5_VLForConditionalGeneration
     return tiny_model("qwen2_5_vl", kind, config, pictures, seed, "mm_token_type_ids", **video)
 

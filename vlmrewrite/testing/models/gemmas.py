@@ -143,7 +143,7 @@ def gemma4_moe(layers: int = 4, seed: int = 0) -> TinyVLM:
 def _gemma4(name: str, layers: int, seed: int, **more: Any) -> TinyVLM:
     tower = tower_sizes(num_key_value_heads=2, head_dim=16, pooling_kernel_size=2, position_embedding_size=16)
     config = Gemma4Config(text_config=_gemma4_text(layers, **more), vision_config=tower, **_gemma4_tokens())
-    makers = {"clips": _gemma4_clips(4, 4), "video_token_id": VIDEO}
+    makers: dict[str, Any] = {"clips": _gemma4_clips(4, 4), "video_token_id": VIDEO}
     pictures = _gemma4_pictures(4, 4)
     return tiny_model(name, Gemma4ForConditionalGeneration, config, pictures, seed, "mm_token_type_ids", **makers)
 
@@ -154,7 +154,7 @@ def gemma4_unified(layers: int = 4, seed: int = 0) -> TinyVLM:
     patches = {"patch_size": 4, "pooling_kernel_size": 2, "mm_embed_dim": HIDDEN, "mm_posemb_size": 16}
     vision = {**patches, "output_proj_dims": HIDDEN}
     config = Gemma4UnifiedConfig(text_config=_gemma4_text(layers, **full), vision_config=vision, **_gemma4_tokens())
-    makers = {"clips": _gemma4_clips(8, 1), "video_token_id": VIDEO}
+    makers: dict[str, Any] = {"clips": _gemma4_clips(8, 1), "video_token_id": VIDEO}
     kind, pictures = Gemma4UnifiedForConditionalGeneration, _gemma4_pictures(8, 1)
     return tiny_model("gemma4_unified", kind, config, pictures, seed, "mm_token_type_ids", **makers)
 

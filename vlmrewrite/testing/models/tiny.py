@@ -131,15 +131,22 @@ def tiny_model(
     pictures: Pictures,
     seed: int,
     token_types: str | None = None,
+    gain: float = 1.5,
+    slow: str | None = None,
     **more: Any,
 ) -> TinyVLM:
-    """A model of class ``kind`` with random weights; ``more`` goes to :class:`TinyVLM`."""
+    """A model of class ``kind`` with random weights, each ``gain`` times as large as would keep the size of a vector.
+
+    ``slow`` ends the names of the parameters that are the logarithm of how fast a recurrence forgets; it then forgets
+    a twentieth as fast, so that it remembers more than a token. ``more`` goes to :class:`TinyVLM`.
+    """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = kind(config).float().eval()
-        for p in model.parameters():
+        for key, p in model.named_parameters():
             fan_in = _fan_in(p)
-            p.data = torch.randn_like(p) * (1.5 * fan_in**-0.5) if fan_in else p.data + 0.1 * torch.randn_like(p)
+            p.data = torch.randn_like(p) * (gain * fan_in**-0.5) if fan_in else p.data + 0.1 * torch.randn_like(p)
+            p.data -= 3.0 if slow is not None and key.endswith(slow) else 0.0
     for part in model.modules():  # generate() of some families calls that of a model inside
         if isinstance(part, PreTrainedModel) and part.can_generate():
             settings = part.generation_config
@@ -176,5 +183,28 @@ def square(size: int, tokens: int, *, marked: bool = False) -> Pictures:
         ids = [START, *[IMAGE] * tokens, END] if marked else [IMAGE] * tokens
         pixels = torch.randn(sum(counts), 3, size, size, generator=generator)
         return [ids] * len(pixels), {"pixel_values": pixels}
+
+    return pictures
+
+
+def patches(
+    grids: Sequence[tuple[int, int, int]],
+    shape: Sequence[int],
+    ids: Callable[[tuple[int, int, int]], list[int]],
+    names: tuple[str, str] = ("pixel_values", "image_grid_thw"),
+) -> Pictures:
+    """Images or videos that come as patches, one behind the other, and grids that say how many there are.
+
+    Args:
+        grids: patches over time, height and width; each image takes one of them.
+        shape: of a patch.
+        ids: the token ids of an image of such a grid.
+        names: of the inputs that hold patches and grids.
+    """
+
+    def pictures(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        chosen = [grids[choice(generator, len(grids))] for _ in range(sum(counts))]
+        pixels = torch.randn(sum(t * h * w for t, h, w in chosen), *shape, generator=generator)
+        return [ids(grid) for grid in chosen], {names[0]: pixels, names[1]: torch.tensor(chosen)}
 
     return pictures

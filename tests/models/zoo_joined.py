@@ -1,9 +1,8 @@
-"""What every tiny model of the zoo must do, as checks that take its name; the tests call them for their families."""
+"""The rows of a padded batch with several images against each row alone, for families whose inputs can be joined."""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,53 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from vlmrewrite.testing.models import ZOO, Row, TinyVLM
+from tests.models.zoo import IMAGES, build
+from vlmrewrite.testing.models import Row, TinyVLM
 
-IMAGES = [Row(1, 3, 2), Row(2, 1, 3), Row(0, 4, 1)]
-VIDEOS = [Row(0, 2, 2, videos=1), Row(2, 1, 3, videos=1), Row(0, 4, 1)]
+MIXED = [Row(0, 2, 2, videos=1), Row(2, 1, 3, videos=1), Row(0, 4, 1)]
 NEW = 3
-
-
-@functools.cache
-def build(name: str) -> TinyVLM:
-    return ZOO[name](layers=4)
 
 
 def batches(tiny: TinyVLM) -> list[list[Row]]:
     """The prompts that a family is tried with."""
-    return [IMAGES] if tiny.clips is None else [IMAGES, VIDEOS]
-
-
-def check_same_seed_same_model(name: str) -> None:
-    before = torch.random.get_rng_state()
-    tiny, again, other = build(name), ZOO[name](layers=4), ZOO[name](layers=4, seed=1)
-    assert torch.equal(torch.random.get_rng_state(), before)
-    pairs = zip(tiny.model.parameters(), again.model.parameters(), other.model.parameters(), strict=True)
-    assert all(torch.equal(a, b) and not torch.equal(a, c) for a, b, c in pairs)
-    for rows in batches(tiny):
-        a, b, c = tiny.inputs(rows, seed=3), again.inputs(rows, seed=3), tiny.inputs(rows, seed=4)
-        assert all(torch.equal(a[key], b[key]) for key in a)
-        assert not torch.equal(a["pixel_values"].flatten()[:9], c["pixel_values"].flatten()[:9])
-    assert tiny.name == name
-    assert tiny.model.config.get_text_config().num_hidden_layers == 4
-
-
-@torch.no_grad()
-def check_sane_and_looks(name: str) -> None:
-    """It runs on a padded batch, is sane, and looks at its images and videos."""
-    tiny = build(name)
-    for rows in batches(tiny):
-        for side in ("right", "left"):
-            inputs = tiny.inputs(rows, side=side)
-            real, logits = inputs["attention_mask"].bool(), tiny.model(**inputs).logits
-            assert logits.shape[:2] == real.shape
-            assert logits[real].isfinite().all()
-            spread = float(logits[real].std())
-            assert 0.3 < spread < 10, spread
-        others = {key: -x if key.startswith("pixel_values") else x for key, x in inputs.items()}
-        change = (tiny.model(**others).logits - logits)[:, -1].abs().amax(-1)
-        for row, by in zip(rows, change.tolist(), strict=True):
-            assert by > 0.05 if row.images + row.videos else by < 1e-4, f"{row}: {by}"
+    return [IMAGES] if tiny.clips is None else [IMAGES, MIXED]
 
 
 @torch.no_grad()
@@ -81,14 +43,6 @@ def check_generation(name: str, *, as_padded: bool = False) -> None:
         found = tiny.model.generate(**batch, **how)[:, -NEW:]
         expected = torch.cat([tiny.model.generate(**one, **how)[:, -NEW:] for one in alone])
         assert torch.equal(found, expected), (found, expected)
-
-
-@torch.no_grad()
-def check_depth(name: str, layers: int) -> None:
-    """What is peculiar to some layers does not break a model of another depth."""
-    tiny = ZOO[name](layers=layers)
-    assert tiny.model.config.get_text_config().num_hidden_layers == layers
-    assert tiny.model(**tiny.inputs(IMAGES[:1])).logits.isfinite().all()
 
 
 def batch_and_rows(

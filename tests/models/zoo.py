@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vlmrewrite.testing.models import ZOO, Row, TinyVLM
+from vlmrewrite.testing.models import ZOO, Row, Side, TinyVLM
 
 IMAGES = [Row(1, 3, 2), Row(2, 1, 3), Row(0, 4, 1)]
 VIDEOS = [Row(0, 2, 2, videos=1), Row(0, 1, 3, videos=1), Row(0, 3, 1)]
@@ -68,21 +68,24 @@ def single(tiny: TinyVLM, mixed: bool, text: bool) -> set[Row]:
     return {r for rows in batches(tiny, mixed) for r in rows if text or r.images + r.videos}
 
 
-def alone_and_batched(tiny: TinyVLM, row: Row) -> tuple[dict[str, Any], dict[str, Any]]:
-    """A row, and the same row before a longer one of text, for which it is padded on the left."""
+def alone_and_batched(tiny: TinyVLM, row: Row, side: Side = "left") -> tuple[dict[str, Any], dict[str, Any]]:
+    """A row, and the same row before a longer one of text, for which it is padded."""
     alone = tiny.inputs([row])
-    batch = tiny.inputs([row, Row(0, alone["input_ids"].shape[1], 3)])
-    assert torch.equal(batch["input_ids"][0, 3:], alone["input_ids"][0])
-    assert int(batch["attention_mask"][0, :3].sum()) == 0
+    batch = tiny.inputs([row, Row(0, alone["input_ids"].shape[1], 3)], side=side)
+    real = batch["attention_mask"][0].bool()
+    assert torch.equal(batch["input_ids"][0, real], alone["input_ids"][0])
+    assert int((~real).sum()) == 3
     return alone, batch
 
 
 @torch.no_grad()
-def check_rows_alone(name: str, mixed: bool = True, text: bool = True) -> None:
+def check_rows_alone(name: str, mixed: bool = True, text: bool = True, side: Side = "left") -> None:
     tiny = build(name)
     for row in single(tiny, mixed, text):
-        alone, batch = alone_and_batched(tiny, row)
-        expected, got = (tiny.model(**inputs).logits[0, -1] for inputs in (alone, batch))
+        expected, got = (
+            tiny.model(**inputs).logits[0, inputs["attention_mask"][0].bool()]
+            for inputs in alone_and_batched(tiny, row, side)
+        )
         torch.testing.assert_close(got, expected, atol=1e-4, rtol=0, msg=lambda m, row=row: f"{row}: {m}")
 
 
@@ -97,3 +100,11 @@ def check_generation(name: str, mixed: bool = True, text: bool = True, alone: bo
 
 def generated(tiny: TinyVLM, inputs: dict[str, Any]) -> Tensor:
     return tiny.model.generate(**inputs, max_new_tokens=3, do_sample=False)[:, -3:]
+
+
+@torch.no_grad()
+def check_depth(name: str, layers: int) -> None:
+    """What is peculiar to some layers does not break a model of another depth."""
+    tiny = ZOO[name](layers=layers)
+    assert tiny.model.config.get_text_config().num_hidden_layers == layers
+    assert bool(tiny.model(**tiny.inputs(IMAGES[:1])).logits.isfinite().all())
