@@ -7,10 +7,10 @@ import warnings
 
 import pytest
 import torch
-from tests.models.test_zoo import build
 from transformers import GenerationMixin
 
 import vlmrewrite as vr
+from tests.models.zoo import build
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, decoder_of, language_model, merged_outside
 from vlmrewrite.hf.vision import EncoderOutput
