@@ -6,6 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 from typing import Any
 
 import networkx as nx
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -66,7 +67,15 @@ def needed(end: Iterable[Node], stop: Collection[Node] = ()) -> set[Node]:
     return closure(end, lambda n: () if n in stop else n.all_input_nodes)
 
 
+def is_number(node: Node) -> bool:
+    """Whether a node holds a number, symbolic or not."""
+    return isinstance(value(node), (int, float, torch.SymBool, torch.SymInt, torch.SymFloat, torch.Size))
+
+
 def dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
-    """A tree of the nodes that depend on ``start``: every path from it to a node goes through those above the node."""
-    graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after)
+    """A tree of the nodes that depend on ``start``: every path from it to a node goes through those above the node.
+
+    Sizes are no path: they tell nothing of the values.
+    """
+    graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after and not is_number(a))
     return nx.DiGraph((above, n) for n, above in nx.immediate_dominators(graph, start).items() if n is not start)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import dominators, reachable, same, value, where
+from vlmrewrite.analysis.operators import set_item
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
     for node in queue:
         x = value(node)
         if isinstance(x, Tensor) and x.dtype == torch.bool:
-            if x.dim() == 2 and same(x.shape[1], length):
+            if x.dim() == 2 and (same(x.shape[1], length) or merge.target is set_item):
                 return node
             queue += node.all_input_nodes
     raise ValueError(f"found no bool [B, T] vision mask behind the merge, {where(merge)}")

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from vlmrewrite.analysis.graph import value
+from vlmrewrite.analysis.graph import is_number
 from vlmrewrite.compat import nn_functions, schema_of
 from vlmrewrite.ops import EXPERT_LINEAR
 
@@ -138,8 +138,3 @@ def called(node: Node) -> Any:
 def name_of(target: object) -> str:
     """The name of what is called, for a method as for a function."""
     return str(getattr(target, "__name__", target))
-
-
-def is_number(node: Node) -> bool:
-    """Whether a node holds a number, symbolic or not."""
-    return isinstance(value(node), (int, float, torch.SymBool, torch.SymInt, torch.SymFloat, torch.Size))

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import operators
-from vlmrewrite.analysis.graph import expression, value
-from vlmrewrite.analysis.operators import called, hidden_write, is_number, name_of, set_item
+from vlmrewrite.analysis.graph import expression, is_number, value
+from vlmrewrite.analysis.operators import called, hidden_write, name_of, set_item
 from vlmrewrite.compat import tree_leaves
 
 

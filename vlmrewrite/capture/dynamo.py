@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import threading
 import types
@@ -116,6 +117,7 @@ class CapturedForward:
         cache: PositionCache,
         kwargs: dict[str, Any],
         images: Mapping[str, Encoded] | None,
+        whole: nn.Module | None = None,
     ) -> Any:
         """Run (and trace if new) the forward.
 
@@ -123,6 +125,7 @@ class CapturedForward:
             runner: does the work of the graph in this call; given the graph and its flat inputs.
             model, cache, kwargs: what the forward takes.
             images: images and videos of the call; None for a decode step, or a prompt of text.
+            whole: what the model is a part of, by whose names its modules are called in errors.
 
         Raises:
             ValueError: the images' features are not exactly one of the graph's inputs.
@@ -160,12 +163,12 @@ class CapturedForward:
         except at_graph_limit() as e:
             raise RuntimeError(
                 f"{len(graphs)} graphs of this model were compiled and the limit is reached; raise"
-                f" torch._dynamo.config.recompile_limit above it{_hooked(model)}. The unrewritten model is not run in"
-                " its place."
+                f" torch._dynamo.config.recompile_limit above it{_hooked(whole or model)}. The unrewritten model is not"
+                " run in its place."
             ) from e
         except untraceable() as e:
             what = f"the forward of {type(model).__name__} could not be captured as one graph: {untraced(e)}"
-            raise CaptureError(f"{what}{_hooked(model)}", str(e)) from None
+            raise CaptureError(f"{what}{_hooked(whole or model)}", str(e)) from None
         finally:
             _RUNNER.reset(token)
 
@@ -198,7 +201,7 @@ def _hooked(model: nn.Module) -> str:
     found = []
     for name, module in model.named_modules():
         hooks = hooks_of(module)
-        if any(not str(getattr(hook, "__module__", "")).startswith("transformers.") for hook in hooks):
+        if any(not str(getattr(hook, "__module__", "")).startswith(("transformers.", "vlmrewrite.")) for hook in hooks):
             found.append(name or "the model")
     if not found:
         return ""
@@ -211,10 +214,26 @@ class Captures:
 
     Attributes:
         call, text: the forward as it is called with images, and without.
+        inner: that of a decoder called by itself, with images in its embeddings.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.call, self.text = CapturedForward(forward), CapturedForward(forward)
+        self.inner = CapturedForward(_merging(forward))
+
+
+def _merging(forward: Callable[..., Any]) -> Callable[..., Any]:
+    """A decoder's forward that writes the features where they stand already in its embeddings: a merge in the graph."""
+
+    @functools.wraps(forward)
+    def merging(decoder: nn.Module, mm_encoder_outputs: Mapping[str, Any], **kwargs: Any) -> Any:
+        for one in mm_encoder_outputs.values():
+            if one.mask is not None:
+                x = kwargs["inputs_embeds"].masked_scatter(one.mask[..., None], one.merged)
+                kwargs = kwargs | {"inputs_embeds": x}
+        return forward(decoder, **kwargs)
+
+    return merging
 
 
 def places_of(modality: str, images: Encoded, inputs: Sequence[Any]) -> dict[str, int]:

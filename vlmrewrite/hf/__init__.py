@@ -14,8 +14,18 @@ from vlmrewrite.hf.decoder import (
     swap_attention,
 )
 from vlmrewrite.hf.grid import Sizes, frame_grids, grids
+from vlmrewrite.hf.inner import (
+    Projection,
+    decoder_of,
+    language_model,
+    merged_inside,
+    merged_outside,
+    projected,
+    projections,
+)
 from vlmrewrite.hf.inputs import (
     keeping_all_tokens,
+    named,
     prompt_end,
     refuse_packed,
     tidy,
@@ -25,7 +35,16 @@ from vlmrewrite.hf.inputs import (
 )
 from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
-from vlmrewrite.hf.vision import MODALITIES, Encoded, Encoding, encode_images, encoded_images, encoder_features, watched
+from vlmrewrite.hf.vision import (
+    MODALITIES,
+    Encoded,
+    Encoding,
+    encode_images,
+    encoded_images,
+    encoder_features,
+    images_of,
+    watched,
+)
 
 __all__ = [
     "APPLIED",
@@ -34,6 +53,7 @@ __all__ = [
     "MODALITIES",
     "Encoded",
     "Encoding",
+    "Projection",
     "Sizes",
     "attention_swapped",
     "cache_argument",
@@ -41,15 +61,23 @@ __all__ = [
     "check_support",
     "decoder_configs",
     "decoder_layers",
+    "decoder_of",
     "encode_images",
     "encoded_images",
     "encoder_features",
     "frame_grids",
     "grids",
+    "images_of",
     "is_recurrent",
     "keeping_all_tokens",
+    "language_model",
+    "merged_inside",
+    "merged_outside",
     "mixer_of",
+    "named",
     "parameter_inputs",
+    "projected",
+    "projections",
     "prompt_end",
     "recurrent_mixers",
     "refuse_checkpointing",

@@ -81,7 +81,7 @@ def swap_attention(
 
     Its experts go the same way: by vlmrewrite's operators, or else by the class's own code.
 
-    Its modules, and those around it that make its masks, get copies of their configs: a config object may be another
+    Its modules, and those that hold it and make its masks, get copies of their configs: a config object may be another
     model's too. The model's own ``config`` stays as it is. The same copies are given each time, so that graphs that
     were captured with them stay valid.
 
@@ -96,7 +96,10 @@ def swap_attention(
             taken from one.
     """
     roots = [model, *blocks]
+    decoder: Any = model.get_decoder()  # type: ignore[operator]
+    inside = {id(m) for root in (decoder, *blocks) for m in root.modules()}
     modules = [m for root in roots for m in root.modules() if m is not model and "config" in vars(m)]
+    modules = [m for m in modules if id(m) in inside or any(x is decoder for x in m.modules())]
     if name == IMPLEMENTATION:
         _refuse_used(model)
     read = decoder_configs(model) + [m.config for block in roots[1:] for m in block.modules() if "config" in vars(m)]

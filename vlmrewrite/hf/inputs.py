@@ -22,25 +22,31 @@ def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
+def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """What a module's forward was given, by name."""
+    return dict(zip(_argument_names(type(module).forward), args, strict=False)) | kwargs
+
+
 def tidy(
     model: nn.Module,
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     remember: Callable[[Encoding], None] | None = None,
+    encode: bool = True,
 ) -> tuple[dict[str, Any], Sizes]:
     """A forward's arguments by name, images encoded, and what they say about sizes.
 
     Args:
         model, args, kwargs: the model, and what its forward was given.
         remember: told of the run of the vision tower, if there is one; see :func:`vlmrewrite.hf.watched`.
+        encode: False leaves images as they are.
 
     Raises:
         NotImplementedError: attentions or hidden states are asked for.
         ValueError: there is no token.
     """
-    names = _argument_names(type(model).forward)
-    kwargs = dict(zip(names, args, strict=False)) | kwargs
-    if _KEEP in names:
+    kwargs = named(model, args, kwargs)
+    if _KEEP in _argument_names(type(model).forward):
         kwargs.setdefault(_KEEP, 0)
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(x := kwargs.get(name), Tensor) and 0 in x.shape[:2]:
@@ -55,7 +61,7 @@ def tidy(
                 f"{name}=True{' (in the config)' * set_in_config} is not available while a recipe is applied; restore"
                 " the model first"
             )
-    return encode_images(model, kwargs, remember), Sizes.of(kwargs)
+    return encode_images(model, kwargs, remember) if encode else kwargs, Sizes.of(kwargs)
 
 
 def keeping_all_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from vlmrewrite.compat import attention_implementation, experts_implementation, is_compiled
 from vlmrewrite.hf.decoder import EXPERTS
+from vlmrewrite.hf.inner import language_model
 from vlmrewrite.hf.mixers import refuse_cache_layers
 
 _ATTENTION = ("eager", "sdpa")
@@ -33,7 +34,8 @@ def check_support(model: Any) -> int:
     """
     _check_kind(model)
     config = model.config
-    if not hasattr(model.base_model, "get_image_features"):
+    inside = hasattr(model, "generate") and language_model(model) is not None
+    if not inside and not hasattr(model.base_model, "get_image_features"):
         what = "a text-only model"
         if hasattr(config, "vision_config"):
             what = "a model whose images are not tokens of its text stream"
@@ -41,7 +43,7 @@ def check_support(model: Any) -> int:
             f"{type(model).__name__} has no get_image_features: it is {what}; expected a vision-language model that"
             " encodes images to tokens"
         )
-    if getattr(config, "image_token_id", None) is None:
+    if not inside and getattr(config, "image_token_id", None) is None:
         raise ValueError(
             f"the config of {type(model).__name__} has no image_token_id (image_token_index): expected a model whose"
             " images stand as tokens in the text"

@@ -57,6 +57,12 @@ MODALITIES = tuple(_PIXELS)
 """What a vision tower encodes, as ``mm_encoder_outputs`` names it."""
 
 
+def images_of(arguments: Mapping[str, Any]) -> list[str]:
+    """The names under which images or videos are given, to a forward or to ``generate``, encoded or not."""
+    names = [name for each in _PIXELS.values() for name in each]
+    return [name for name in (*names, "mm_encoder_outputs", "image_embeds") if arguments.get(name) is not None]
+
+
 def encode_images(
     model: nn.Module, kwargs: dict[str, Any], remember: Callable[[Encoding], None] | None = None
 ) -> dict[str, Any]:
@@ -193,21 +199,27 @@ def watched(model: nn.Module, encoder: Callable[..., Any], remember: Callable[[E
                     hook = child.register_forward_pre_hook(functools.partial(watch, name))
                     stack.callback(hook.remove)
             out = encoder(*args, **kwargs)
-        remember(_encoding(calls, encoded_images(out)))
+        made = encoded_images(out)
+        remember(encoding_of(calls, made.features, next(iter(made.lengths.values()))))
         return out
 
     return get_features
 
 
-def _encoding(calls: list[tuple[str, Tensor]], encoded: Encoded) -> Encoding:
+def encoding_of(calls: list[tuple[str, Tensor]], features: Tensor, lengths: list[int]) -> Encoding:
+    """What one run of a vision tower made.
+
+    Args:
+        calls: names of its parts, in the order in which they ran, and what each of them took.
+        features, lengths: [F, C] or [I, N, C], and the tokens of each image.
+    """
     if not calls:
         return Encoding([], "the vision tower's output does not go through a projector of its own")
     name, x = calls[-1]
-    lengths = next(iter(encoded.lengths.values()))
     tokens, total = x.shape[:-1].numel(), sum(lengths)
     if x.dim() < 2 or tokens != total:
         return Encoding([], f"{name} takes {tokens} vectors of shape {tuple(x.shape)} for {total} vision tokens")
-    whole, taken = (y.reshape(total, -1).split(lengths) for y in (encoded.features, x))
+    whole, taken = (y.reshape(total, -1).split(lengths) for y in (features, x))
     return Encoding(list(zip(whole, taken, strict=True)))
 
 
@@ -229,7 +241,7 @@ def encoder_features(encodings: Sequence[Encoding], features: Tensor, lengths: S
     pairs = [pair for encoding in encodings for pair in encoding.pairs]
     found = []
     for piece in features.reshape(sum(lengths), -1).split(list(lengths)):
-        match = next((taken for projected, taken in pairs if _identical(projected, piece)), None)
+        match = next((taken for projected, taken in pairs if identical(projected, piece)), None)
         if match is None:
             for reason in (encoding.missing for encoding in encodings if encoding.missing):
                 return reason
@@ -241,7 +253,7 @@ def encoder_features(encodings: Sequence[Encoding], features: Tensor, lengths: S
     return torch.cat(found)
 
 
-def _identical(x: Tensor, y: Tensor) -> bool:
+def identical(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors are the same bit by bit, NaN included; on the meta device, where there are no bits: alike."""
     if x.shape != y.shape or x.dtype != y.dtype:
         return False

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from vlmrewrite.hf import attention_swapped, recurrent_mixers
+from vlmrewrite.hf import attention_swapped, decoder_layers, recurrent_mixers
 from vlmrewrite.oracle.edits import edited
 from vlmrewrite.oracle.masks import BranchMask, LayerMasks
 
@@ -79,14 +79,15 @@ def _attention(
         asked = kwargs[name]
         if asked is not None and (isinstance(asked, Tensor) or asked):
             raise NotImplementedError(f"the oracle's attention does not take {name}, {type(module).__name__} passes it")
-    if attention_mask is None or attention_mask.dtype != torch.bool:
-        found = None if attention_mask is None else attention_mask.dtype
-        raise NotImplementedError(f"the oracle expects a bool mask, {type(module).__name__} passes {found}")
+    if attention_mask is None:
+        raise NotImplementedError(f"the oracle expects a mask, {type(module).__name__} passes none")
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
+    if attention_mask.is_floating_point():  # it is added, and its lowest numbers hide keys
+        scores, attention_mask = scores + attention_mask, attention_mask > torch.finfo(attention_mask.dtype).min / 2
     seen = attention_mask & _STATE.get().keys[module.layer_idx][:, None, None, :]  # type: ignore[index]
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0.0)
     _STATE.get().paid = weights
@@ -106,8 +107,9 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
             one submodule that is its MLP.
     """
     decoder = model.get_decoder()  # type: ignore[operator]
-    if len(decoder.layers) != len(layers):
-        raise ValueError(f"{len(layers)} layer masks for {len(decoder.layers)} decoder layers")
+    modules = [model.get_submodule(name) for name in decoder_layers(model)]
+    if len(modules) != len(layers):
+        raise ValueError(f"{len(layers)} layer masks for {len(modules)} decoder layers")
     AttentionInterface.register(NAME, _attention)
     AttentionMaskInterface.register(NAME, _mask)
     blocks = [b.block for entry in layers for b in entry.branches if b.block is not None]
@@ -120,7 +122,7 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
 
     with contextlib.ExitStack() as stack:
         stack.enter_context(decoder.register_forward_pre_hook(note, with_kwargs=True))
-        for i, (module, entry) in enumerate(zip(decoder.layers, layers, strict=True)):
+        for i, (module, entry) in enumerate(zip(modules, layers, strict=True)):
             before, behind = _around(i, module, layers, state)
             stack.enter_context(module.register_forward_pre_hook(before, with_kwargs=True))
             stack.enter_context(module.register_forward_hook(behind))

@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import nn
 
+from vlmrewrite import hf
 from vlmrewrite.capture import CAPTURES, limit
 from vlmrewrite.plan import Call, Pass, Plan, describe
 from vlmrewrite.report.memory import peak_memory
@@ -125,7 +126,9 @@ class Report:
 
 def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
     """What a recipe at work on a model did so far; see :func:`vlmrewrite.report`."""
-    one, latest = CAPTURES.get(model), session.latest
+    inner, latest = _captured_inside(model, session), session.latest
+    captures = CAPTURES.get(model if inner is None else hf.decoder_of(model))
+    one = None if captures is None else captures.call if inner is None else captures.inner
     return make_report(
         session.recipe.name,
         session.backend if latest is None else latest.executable.backend,
@@ -136,13 +139,23 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         given_up=() if latest is None else _given_up(latest),
         dispatch=None if latest is None or not latest.result.ran else latest.executable.program.plan,
         kernels={} if latest is None else latest.executable.choices,
-        graphs={} if one is None else {"captured": len(one.call.graphs), "limit": limit()},
-        seconds={} if one is None else {"capture": sum(one.call.seconds)},
+        graphs={} if one is None else {"captured": len(one.graphs), "limit": limit()},
+        seconds={} if one is None else {"capture": sum(one.seconds)},
         plain_calls=session.text_calls.total(),
         continued_calls=sum(n for (_, continued), n in session.text_calls.items() if continued),
         compiled_calls=session.compiled_calls.total(),
         memory=peak_memory(session) if memory else {},
+        inner=inner,
     )
+
+
+def _captured_inside(model: nn.Module, session: Session) -> str | None:
+    """Why a part of a model is captured and rewritten alone, None where it is the whole forward."""
+    part = hf.decoder_of(model)
+    alone = f"{type(part).__name__} is captured and rewritten alone, and the rest of {type(model).__name__} runs around"
+    if hf.language_model(model) is not None:
+        return f"{alone} it as it is, which leaves generating, or merging the features, to it"
+    return session.untraced and f"{alone} it as it is: {session.untraced}"
 
 
 def _given_up(latest: LastCall) -> list[Program]:
@@ -168,6 +181,7 @@ def make_report(
     dispatch: Plan | None = None,
     compiled_calls: int = 0,
     memory: dict[str, int] | None = None,
+    inner: str | None = None,
 ) -> Report:
     """The report of a recipe at work.
 
@@ -182,8 +196,9 @@ def make_report(
         plain_calls: calls without an image; ``continued_calls`` of them went on from a cache, and ``compiled_calls``
             went through Inductor.
         memory: peak bytes before and after, if known.
+        inner: what is captured of the model and why, if it is not the whole.
     """
-    notes = []
+    notes = [inner] if inner else []
     if continued_calls:
         notes.append(
             f"{_calls(continued_calls)} on from a cache with no new image (decode steps, further turns) and ran all"

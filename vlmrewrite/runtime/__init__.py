@@ -5,7 +5,8 @@ In: the arguments of ``forward`` and ``generate``. Out: the model's own outputs.
 
 from vlmrewrite.runtime.facts import LastCall, Layout, Stage
 from vlmrewrite.runtime.install import install_session, kept_tokens, last_call, prompt_ends, remove_session, routing
-from vlmrewrite.runtime.session import SESSIONS, Session, session_of, trace
+from vlmrewrite.runtime.session import SESSIONS, Session, session_of
+from vlmrewrite.runtime.tracing import trace
 
 __all__ = [
     "SESSIONS",

@@ -36,12 +36,14 @@ class Prompt:
         sizes: what its arguments say about sizes of images and videos.
         columns: where the prompt ends in the sequence, as long as its end is not that of a mask; then 0.
         encodings: the runs of the vision tower that it made.
+        ran: whether a rewritten forward ran in it.
     """
 
     end: Tensor | None = None
     sizes: hf.Sizes = field(default_factory=hf.Sizes)
     columns: int = 0
     encodings: list[Encoding] = field(default_factory=list)
+    ran: bool = False
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
@@ -120,9 +122,14 @@ class Given(NamedTuple):
         if not images:
             return None, rest
         rest = hf.without_full_mask(rest)
-        held, mask = tuple(cache.kv_lengths()), rest.get("attention_mask")
+        return cls.at(images, rest, cache, prompt), rest
+
+    @classmethod
+    def at(cls, images: dict[str, Encoded], kwargs: dict[str, Any], cache: PositionCache, prompt: Prompt) -> Given:
+        """What a call with these images was given; its other arguments, without a full mask, are ``kwargs``."""
+        held, mask = tuple(cache.kv_lengths()), kwargs.get("attention_mask")
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        return cls(images, padding, cache.get_seq_length(), held, prompt.sizes, prompt.end, prompt.encodings), rest
+        return cls(images, padding, cache.get_seq_length(), held, prompt.sizes, prompt.end, prompt.encodings)
 
     def call(
         self, graph: Graph, inputs: Sequence[Any], asks: Collection[str], reads_last: bool, config: Any

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import types
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
-from vlmrewrite import capture
+from vlmrewrite import capture, hf
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, MODALITIES, swap_attention, watched
 from vlmrewrite.ops import swap_mixers
@@ -36,8 +37,11 @@ def install_session(model: nn.Module, session: Session) -> None:
                 _put(undo, model.base_model, name, watched(model, encoder, session.encoded))  # type: ignore[arg-type]
         if session.blocks:
             _register(undo, model, session.blocks)
-        prepare: Callable[..., Any] = model.prepare_inputs_for_generation  # type: ignore[assignment]
-        _put(undo, model, "prepare_inputs_for_generation", _prepared(session, prepare))
+        generating: Any = hf.language_model(model) or model
+        _put(undo, generating, _PREPARE, _prepared(session, getattr(generating, _PREPARE)))
+        if generating is not model:
+            generate = _in_place_of(type(generating).generate, _generate_inside(session))
+            _put(undo, generating, "generate", types.MethodType(generate, generating))
         for name, method in _METHODS.items():
             _put(undo, model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
         undo.callback(vars(model).pop, APPLIED)
@@ -151,8 +155,31 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    with prompt_of(session_of(self), Prompt.of(args, kwargs)):
+    session, generate = session_of(self), type(self).generate  # type: ignore[attr-defined]
+    inner = hf.language_model(self) is not None
+    prompt = Prompt(sizes=hf.Sizes.of(kwargs)) if inner else Prompt.of(args, kwargs)
+    with prompt_of(session, prompt), session.around(self, prompt) if inner else nullcontext():
+        out = generate(self, *args, **kwargs)
+    given = hf.images_of(inspect.signature(generate).bind_partial(self, *args, **kwargs).arguments | kwargs)
+    if given and not prompt.ran:
+        raise RuntimeError(
+            f"generate() of {type(self).__name__} was given {', '.join(given)}, and no rewritten forward ran in it, so"
+            " that its tokens are those of the unmodified model: expected a generate() that calls the forward of the"
+            " model, or that of its decoder, with the images (vlmrewrite.restore(model) gives the unmodified model)"
+        )
+    return out
+
+
+def _generate_inside(session: Session) -> Callable[..., Any]:
+    """That of a decoder which the model's ``generate`` hands over to."""
+
+    def generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if (prompt := current_prompt(session)) is not None:
+            made = Prompt.of(args, kwargs)
+            prompt.end, prompt.columns = made.end, made.columns
         return type(self).generate(self, *args, **kwargs)  # type: ignore[attr-defined]
+
+    return generate
 
 
 def _prepared(session: Session, own: Callable[..., Any]) -> Callable[..., Any]:
@@ -173,8 +200,10 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     """A copy that says, when it is called, that it is not rewritten."""
     made = type(self).__new__(type(self))
     memo[id(self)] = made
-    own = vars(self).keys() - {"prepare_inputs_for_generation", *_METHODS} | {"forward", "generate"}
+    own = vars(self).keys() - {_PREPARE, *_METHODS} | {"forward", "generate"}
     vars(made).update(copy.deepcopy({name: x for name, x in vars(self).items() if name in own}, memo))
+    for name in {"forward", "generate", _PREPARE} & vars(hf.decoder_of(self)).keys():
+        del vars(hf.decoder_of(made))[name]
     if "encoder_features" in session_of(self).plan.needs():
         for name, _ in _encoders(self):
             del vars(made.base_model)[name]  # it runs this model's
@@ -191,6 +220,8 @@ def _refusing(what: str) -> Callable[..., Any]:
 
     return refuse
 
+
+_PREPARE = "prepare_inputs_for_generation"
 
 _METHODS: dict[str, Callable[..., Any]] = {
     "forward": _forward,

@@ -10,8 +10,9 @@ import functools
 import threading
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet
 
@@ -19,16 +20,17 @@ import torch
 from torch import Tensor, nn
 
 from vlmrewrite import capture, hf
-from vlmrewrite.capture import Graph, captures_of
+from vlmrewrite.capture import CapturedForward, Graph, captures_of
 from vlmrewrite.compiler import compile, program_of
-from vlmrewrite.hf import Encoding, refuse_packed, tidy, wants_cache, without_full_mask
+from vlmrewrite.errors import CaptureError
+from vlmrewrite.hf import Encoded, Encoding, refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.kvcache import PositionCache, adopted
 from vlmrewrite.lower import DecodeStep, Executable
-from vlmrewrite.ops import Backend, Kernels, choose, mixers_swapped, replaced, resolve
-from vlmrewrite.plan import FEATURES, All, Plan
+from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
+from vlmrewrite.plan import All, Plan
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.rewrite import Program
-from vlmrewrite.runtime.facts import Given, LastCall, Layout, Prompt, current_prompt, prompt_of
+from vlmrewrite.runtime.around import entering, in_place_of, watched_for
+from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, prompt_of
 
 
 @dataclass(eq=False)
@@ -43,6 +45,7 @@ class Session:
             operators' definitions (see :func:`vlmrewrite.ops.replaced`); they die with the graph.
         text_calls: calls without an image, by thread, so that none waits for another, and whether a cache was there.
         compiled_calls: those of them that a compiler ran.
+        untraced: why the decoder alone is captured, and not the model's forward; None where that is not so.
     """
 
     recipe: Recipe
@@ -54,6 +57,7 @@ class Session:
     executables: WeakKeyDictionary[Graph, dict[Any, Executable]] = field(default_factory=WeakKeyDictionary)
     text_calls: Counter[tuple[int, bool]] = field(default_factory=Counter)
     compiled_calls: Counter[int] = field(default_factory=Counter)
+    untraced: str | None = None
     _thread: threading.local = field(default_factory=threading.local)
     _latest: Any = field(default_factory=WeakKeyDictionary)
     _any: LastCall | None = None
@@ -68,7 +72,9 @@ class Session:
 
     def _tell(self, ran: LastCall) -> None:
         """Let the call be the latest, but for threads that made theirs when this one ran beside them already."""
-        me = threading.current_thread()
+        me, generation = threading.current_thread(), current_prompt(self)
+        if generation is not None:
+            generation.ran = True
         with self._telling:
             for told in (x for x in self._latest.values() if me not in x[1]):
                 told[0] = ran
@@ -99,20 +105,62 @@ class Session:
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward under this recipe; its arguments and its outputs, which are not made a tuple here."""
         hf.refuse_checkpointing(model)
-        own = Prompt()
+        own, inner = Prompt(), hf.language_model(model) is not None
         with prompt_of(self, own):
-            kwargs, sizes = tidy(model, args, kwargs)
+            kwargs, sizes = tidy(model, args, kwargs, encode=not inner)
         known = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
+        prompt = replace(prompt, encodings=known, sizes=sizes or prompt.sizes)
+        if inner:
+            with self.around(model, prompt):
+                return type(model).forward(model, return_dict=True, **kwargs)
         past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
         with adopted(past, model) as cache:
             keep = past is not None or wants_cache(model, use_cache)
-            given, rest = Given.of(kwargs, cache, replace(prompt, encodings=known, sizes=sizes or prompt.sizes))
+            given, rest = Given.of(kwargs, cache, prompt)
             if given is None:
                 return self._text(model, cache if keep else None, rest)
             if not keep:
                 refuse_packed(kwargs)
-            out = self._with_images(model, cache, given, rest)
-            return out if keep else type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
+            if self.untraced is None:
+                try:
+                    return self._with_images(captures_of(model).call, model, model, cache, given, rest, keep)
+                except CaptureError as e:
+                    untraced = str(e)
+            with self.around(model, prompt, given.images):
+                out = type(model).forward(model, **kwargs, past_key_values=cache, use_cache=True, return_dict=True)
+            self.untraced = self.untraced or untraced
+            return out if keep else _without_cache(out)
+
+    @contextlib.contextmanager
+    def around(
+        self, model: nn.Module, prompt: Prompt, images: Mapping[str, Encoded] = MappingProxyType({})
+    ) -> Iterator[None]:
+        """While the block runs, calls of the model's decoder are under this recipe.
+
+        Args:
+            prompt: what is known of the prompt.
+            images: those that are encoded already.
+        """
+        decoder = hf.decoder_of(model)
+        with self._lock:
+            watched_for(vars(model)[hf.APPLIED], decoder)
+
+        def run(kwargs: dict[str, Any]) -> Any:
+            kwargs = {k: x for k, x in kwargs.items() if k not in (ARGUMENT, "return_dict")}
+            past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
+            keep = past is not None or wants_cache(model, use_cache)
+            with adopted(past, model) as cache:
+                given, rest = entering(kwargs, cache, prompt, images, runs)
+                if given is None:
+                    return self._text(decoder, cache if keep else None, rest)
+                if not keep:
+                    refuse_packed(kwargs)
+                return self._with_images(captures_of(decoder).inner, model, decoder, cache, given, rest, keep)
+
+        with contextlib.ExitStack() as stack:
+            runs = [] if images else stack.enter_context(hf.projections(model))
+            stack.enter_context(in_place_of(decoder, run))
+            yield
 
     def _text(self, model: nn.Module, cache: PositionCache | None, kwargs: dict[str, Any]) -> Any:
         """A call without an image: nothing is dropped, and what the cache holds is what each layer sees."""
@@ -144,17 +192,33 @@ class Session:
             cache.contiguous()
         return captures_of(model).text(runner, model, cache, kwargs, None)
 
-    def _with_images(self, model: nn.Module, cache: PositionCache, given: Given, kwargs: dict[str, Any]) -> Any:
+    def _with_images(
+        self,
+        one: CapturedForward,
+        model: nn.Module,
+        target: nn.Module,
+        cache: PositionCache,
+        given: Given,
+        kwargs: dict[str, Any],
+        keep_cache: bool,
+    ) -> Any:
+        """A call with an image, of the model or (``target``) of its decoder alone."""
+        if self.plan.judges_logits and target.get_output_embeddings() is None:  # type: ignore[operator]
+            raise NotImplementedError(
+                f"recipe {self.recipe.name!r} chooses by logits, and {type(target).__name__}, which is captured without"
+                f" the rest of {type(model).__name__}, has none: expected a recipe that needs none, or a model whose"
+                " forward can be captured whole"
+            )
         keep = kwargs.get("logits_to_keep")
         if self.plan.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
             kwargs = kwargs | {"logits_to_keep": 0}
-        one, told = captures_of(model), list[LastCall]()
-        before = len(one.call.graphs)
-        out = one.call(functools.partial(self._run, model.config, given, told), model, cache, kwargs, given.images)
-        graphs, limit = len(one.call.graphs), capture.limit()
+        told = list[LastCall]()
+        before = len(one.graphs)
+        out = one(functools.partial(self._run, model.config, given, told), target, cache, kwargs, given.images, model)
+        graphs, limit = len(one.graphs), capture.limit()
         if graphs > before and graphs >= limit - 2:
             warnings.warn(
-                f"{graphs} graphs of {type(model).__name__} were captured; {limit} is the limit"
+                f"{graphs} graphs of {type(target).__name__} were captured; {limit} is the limit"
                 " (the larger of vlmrewrite's and torch._dynamo.config.recompile_limit)",
                 stacklevel=3,
             )
@@ -164,7 +228,7 @@ class Session:
         self._tell(ran)
         for layer, entry in zip(cache.layers, ran.result.plan.layers, strict=False):
             layer.holes = layer.holes or (entry.keys != All and not ran.call.counts.dense(entry.keys))
-        return out
+        return out if keep_cache else _without_cache(out)
 
     def _run(self, config: Any, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
         call, missing = given.call(graph, inputs, *self._asked, config)
@@ -196,6 +260,10 @@ class Session:
         return made[key]
 
 
+def _without_cache(out: Any) -> Any:
+    return type(out)(**{k: v for k, v in out.items() if k != "past_key_values"})
+
+
 SESSIONS: WeakKeyDictionary[nn.Module, Session] = WeakKeyDictionary()
 
 
@@ -220,43 +288,3 @@ def _at_the_end(kwargs: dict[str, Any], given: Given, keep: int) -> bool:
     if given.end is not None:
         return int(given.end.min()) >= given.past + int(tokens.shape[1]) - keep
     return given.padding is None or bool(given.padding[:, -keep:].any(1).all())
-
-
-class _Stop(Exception):
-    """Raised in place of running a graph that is only to be captured."""
-
-
-def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
-    """Capture a model's forward for some inputs; nothing is installed, and the decoder is not run.
-
-    Args:
-        model: an unmodified model, on any device (the meta device too).
-        inputs: what the model's forward takes, with an image.
-
-    Raises:
-        ValueError: the inputs hold no image, or the graph could not be recognised.
-        RuntimeError: the forward could not be captured as one graph.
-    """
-    hf.check_support(model)
-    capture.register()
-    found, prompt = list[tuple[Graph, tuple[Any, ...]]](), Prompt()
-
-    def runner(graph: Graph, flat: Sequence[Any]) -> Any:
-        found.append((graph, tuple(flat)))
-        raise _Stop
-
-    with hf.attention_swapped(model), mixers_swapped(model), torch.no_grad():
-        kwargs, prompt.sizes = tidy(model, (), dict(inputs), prompt.encodings.append)
-        if kwargs.get("use_cache") is False:
-            refuse_packed(kwargs)
-        cache = PositionCache(model)
-        given, kwargs = Given.of(kwargs, cache, prompt)
-        if given is None:
-            raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
-        kwargs = {k: x for k, x in kwargs.items() if k not in ("past_key_values", "use_cache", "return_dict")}
-        with contextlib.suppress(_Stop):
-            captures_of(model).call(runner, model, cache, kwargs, given.images)
-    graph, flat = found[0]
-    program = program_of(graph)
-    call, missing = given.call(graph, flat, FEATURES, False, model.config)
-    return replace(program.lacking(missing), call=call, inputs=flat, model=model)

@@ -45,6 +45,8 @@ class InFloat64(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.float:
             func = Tensor.double
+        if func is torch.full and "dtype" not in (kwargs or {}):  # of the lowest number of the model's dtype, say
+            kwargs = {**(kwargs or {}), "dtype": torch.float64}
         wider = [torch.float64 if x is torch.float32 else x for x in args]
         return func(*wider, **{k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()})
 
@@ -136,16 +138,28 @@ def extended(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> dict[s
     n = tokens.shape[1]
     out = dict(inputs)
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    known = {k: v for k, v in inputs.items() if k != "input_ids"} | {"attention_mask": mask}
-    positions = generation_positions(model, inputs["input_ids"], {**known, "input_ids": inputs["input_ids"]})
-    more = positions[..., -1:] + torch.arange(1, n + 1)
-    out["position_ids"] = torch.cat([positions, more], -1)
+    out["position_ids"] = _positions(model, inputs | {"attention_mask": mask}, tokens)
     out["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     out["attention_mask"] = F.pad(mask, (0, n), value=1)
     kinds = {k: inputs[k] for k in ("token_type_ids", "mm_token_type_ids") if inputs.get(k) is not None}
+    for name in inputs.keys() - {"input_ids", "attention_mask", "position_ids", *kinds}:
+        if isinstance(x := inputs[name], Tensor) and x.shape == mask.shape:  # it says something of each token
+            out[name] = F.pad(x, (0, n))
     for _ in range(n):
         kinds = generation_inputs(model, kinds)
     return out | kinds
+
+
+def _positions(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Tensor:
+    """Positions of a prompt and of generated tokens [B, n], as the model counts them when it generates."""
+    ids: Tensor = inputs["input_ids"]
+    from_ids: Any = next((m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
+    if from_ids is None:
+        positions = generation_positions(model, ids, inputs)
+        return torch.cat([positions, positions[..., -1:] + torch.arange(1, tokens.shape[1] + 1)], -1)
+    steps = [(0, ids), *enumerate(tokens.split(1, 1), ids.shape[1])]
+    each = [from_ids.create_position_ids_from_input_ids(x, from_ids.padding_idx, past) for past, x in steps]
+    return torch.cat(each, 1)
 
 
 def logits_agreement(
