@@ -294,7 +294,17 @@ def commands() -> str:
     return "\n\n".join(parts)
 
 
+def families() -> str:
+    """What works with which family, and why the rest does not."""
+    from tools.families import overview, reasons, summary
+    from vlmrewrite.testing.matrix.table import KEPT, read
+
+    kept = read(KEPT)
+    return "\n\n".join([summary(kept), table(*overview(kept)), "## What does not work, and why", *reasons(kept)])
+
+
 PARTS: dict[str, Callable[[], str]] = {
-    f.__name__: f for f in (house, contracts, needs, policies, words, unmodified, techniques, recipes, commands)
+    f.__name__: f
+    for f in (house, contracts, needs, policies, words, unmodified, techniques, recipes, commands, families)
 }
 """What a page can ask for."""

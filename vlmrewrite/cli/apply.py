@@ -29,8 +29,9 @@ def apply(
     at_least("--max-new-tokens", max_new_tokens, 1)
     from vlmrewrite.api import applied, report
     from vlmrewrite.cli import loading
-    from vlmrewrite.cli.config import read_config
+    from vlmrewrite.cli.config import local, read_config
 
+    model = local(model, weights=True)
     where, (config, _) = loading.device_of(device), read_config(model)
     kind, pictures = loading.dtype_of(dtype, config, where), loading.read_images(image)
     processor = loading.read_processor(model)

@@ -26,7 +26,7 @@ from vlmrewrite.cli.terminal import print_table
 @app.command()
 def bench(
     model: Annotated[
-        Path | None, typer.Argument(metavar="MODEL", help="Model folder, or a config JSON file without weights.")
+        Path | None, typer.Argument(metavar="MODEL", help="Model folder, a model on the Hub, or a config JSON file.")
     ] = None,
     recipe: Annotated[list[str] | None, typer.Option(help="What to measure; may be given several times.")] = None,
     text: Annotated[int | None, typer.Option(help="Text tokens in each row of a made-up prompt [64].")] = None,
@@ -72,17 +72,18 @@ def bench(
         raise ValueError(f"--recipe: expected recipes with names of their own, got {', '.join(names[1:])}")
     at_least("--repeat", repeat, 1)
     at_least("--new-tokens", new_tokens, 2)
-    given = {"text": text, "images": images, "rows": rows, "image_tokens": image_tokens}
-    made_up = {name: n for name, n in given.items() if n is not None}
+    counts = {"text": text, "images": images, "rows": rows, "image_tokens": image_tokens}
+    made_up = {name: n for name, n in counts.items() if n is not None}
     if bool(image) != (prompt is not None) or (image and made_up):
         raise ValueError("expected both --image and --prompt, or any of --text, --images, --rows, --image-tokens")
     if prompt is not None:
         a_question("--prompt", prompt)
     from vlmrewrite.bench import bench as measure
     from vlmrewrite.cli import loading
-    from vlmrewrite.cli.config import config_file, read_config
+    from vlmrewrite.cli.config import config_file, local, read_config
     from vlmrewrite.cli.prompt import captured_prompt, made_up_shape
 
+    given, model = model, local(model, weights=not random_weights)
     where, (config, written) = loading.device_of(device), read_config(model)
     kind = loading.dtype_of(dtype, config, where)
     shape = None if image else made_up_shape(config, written, made_up.pop("image_tokens", None), made_up)[0]
@@ -109,7 +110,7 @@ def bench(
             progress=lambda text: progress.update(task, description=text, completed=next(done)),
         )
         progress.update(task, description="done", completed=(repeat + 1) * len(names))
-    result = {"model": str(model), "prompt": str(shape) if shape is not None else prompt} | result
+    result = {"model": str(given), "prompt": str(shape) if shape is not None else prompt} | result
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n")
     print(", ".join(f"{k} {result[k]}" for k in ("device", "threads", "torch", "dtype", "backend", "prompt", "repeat")))

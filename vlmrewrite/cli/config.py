@@ -10,13 +10,19 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
-from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+from transformers.models.auto.auto_mappings import CONFIG_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES,
+)
 
 from vlmrewrite.errors import blamed_on, shown
 
@@ -25,6 +31,36 @@ _TOKENS = ("mm_tokens_per_image", "vision_soft_tokens_per_image", "num_query_tok
 _LENGTHS = ("image_seq_length", "image_seq_len")
 
 _MERGES = ("spatial_merge_size", "scale_factor", "downsample_factor", "downsample_ratio", "pixel_shuffle_ratio")
+
+
+_HUB = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+
+_SMALL = ("*.json", "*.jinja", "*.txt", "*.model")  # of a model on the Hub, all but the weights
+
+
+def local(model: Path, *, weights: bool = False) -> Path:
+    """A model's folder or file as it is; of a Hub id, ``organisation/name``, transformers' copy of the folder.
+
+    Args:
+        model: a path; or a Hub id, if there is no such path.
+        weights: whether the copy shall have them.
+
+    Raises:
+        FileNotFoundError: there is no such path, and the Hub's copy cannot be had.
+    """
+    if model.exists() or not _HUB.fullmatch(model.as_posix()) or model.suffix == ".json":
+        return model
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = [*_SMALL, "*.safetensors"] if weights else list(_SMALL)
+        return Path(snapshot_download(model.as_posix(), allow_patterns=wanted))
+    except Exception as e:
+        why = " ".join(str(e).split("\n\n")[0].split())
+        raise FileNotFoundError(
+            f"expected a model folder, a config JSON file or a model on the Hub, got {str(model)!r}: there is no such"
+            f" path, and the Hub's copy cannot be had ({type(e).__name__}: {why[:300]})"
+        ) from e
 
 
 def config_file(path: Path) -> Path:
@@ -57,14 +93,24 @@ def read_config(path: Path) -> tuple[Any, dict[str, Any]]:
         got = shown(written) if not isinstance(written, dict) else "one without it"
         raise ValueError(f"{file}: expected a model's configuration with a 'model_type', got {got}")
     if written["model_type"] not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        close = difflib.get_close_matches(written["model_type"], MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
         raise ValueError(
             f"{file}: expected the configuration of a vision-language model that transformers has, got model_type"
-            f" {shown(written['model_type'])}{hint}"
+            f" {shown(written['model_type'])}{_what_it_is(written['model_type'])}"
         )
     with blamed_on(file, "the configuration"):
         return AutoConfig.from_pretrained(file, local_files_only=True, trust_remote_code=False), written
+
+
+def _what_it_is(kind: str) -> str:
+    """What a model type stands for that is no image-text-to-text model's; if it is not known, what is like it."""
+    if kind in MODEL_FOR_ZERO_SHOT_IMAGE_CLASSIFICATION_MAPPING_NAMES:
+        return ", a model that compares images with texts and writes none"
+    if kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return ", a model of text alone: it has no vision tokens"
+    if kind in CONFIG_MAPPING_NAMES:
+        return f", a model that does not answer questions about images ({CONFIG_MAPPING_NAMES[kind]})"
+    close = difflib.get_close_matches(kind, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
 
 
 def skeleton(config: Any, dtype: torch.dtype, file: Path) -> Any:
@@ -102,8 +148,8 @@ def image_tokens(config: Any, written: dict[str, Any]) -> tuple[int, str]:
         if isinstance(n := getattr(config, name, None), int) and n > 0:
             return n, name
     raise ValueError(
-        f"the configuration of {config.model_type} does not say how many tokens an image has (images of any size);"
-        " give --image-tokens"
+        f"the configuration of {config.model_type} does not say how many tokens an image has: it takes images of any"
+        " size; give --image-size, such as 640x480 (pixels), or --image-tokens"
     )
 
 

@@ -9,7 +9,17 @@ from typing import Annotated, Literal
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import AsJson, ImageTokens, Model, a_question, progress_bar, recipe_named, unset
+from vlmrewrite.cli.options import (
+    AsJson,
+    ImageSize,
+    ImageTokens,
+    Model,
+    a_question,
+    pixels,
+    progress_bar,
+    recipe_named,
+    unset,
+)
 from vlmrewrite.cli.terminal import print_json, print_table
 
 
@@ -21,6 +31,7 @@ def inspect(
     images: Annotated[int | None, typer.Option(help="Images in each row [1].")] = None,
     rows: Annotated[int | None, typer.Option(help="Rows of the batch [1].")] = None,
     image_tokens: ImageTokens = None,
+    image_size: ImageSize = None,
     dtype: Annotated[
         Literal["float32", "bfloat16", "float16"] | None,
         typer.Option(help="Of weights and K/V [bfloat16; with --profile float32 on a CPU, else the config's]."),
@@ -28,7 +39,9 @@ def inspect(
     profile: Annotated[
         bool, typer.Option("--profile", help="Measure what vision tokens do in each layer, with weights and images.")
     ] = False,
-    image: Annotated[list[Path] | None, typer.Option(help="Image file to profile; may be given several times.")] = None,
+    image: Annotated[
+        list[Path] | None, typer.Option(help="Image file whose size is taken, or several to profile.")
+    ] = None,
     prompt: Annotated[
         list[str] | None, typer.Option(help="Question about all images, or one for each, in their order.")
     ] = None,
@@ -45,23 +58,33 @@ def inspect(
     """
     made_up = {"text": text, "images": images, "rows": rows, "image_tokens": image_tokens}
     if profile:
-        unset({"recipe": recipe} | made_up, "--profile without")
+        unset({"recipe": recipe, "image_size": image_size} | made_up, "--profile without")
         _profile(model, image or [], prompt or [], plot, device or "auto", dtype or "auto", as_json)
         return
-    unset({"image": image, "prompt": prompt, "plot": plot, "device": device}, "--profile with")
+    unset({"prompt": prompt, "plot": plot, "device": device}, "--profile with")
+    if sum(x is not None for x in (image or None, image_tokens, image_size)) > 1:
+        raise ValueError("expected one of --image, --image-size and --image-tokens")
+    if image and len(image) > 1:
+        raise ValueError(f"--image: expected one without --profile, whose size is taken, got {len(image)}")
+    picture = None if image_size is None else pixels(image_size)
     chosen = None if recipe is None else recipe_named(recipe)
     dtype = dtype or "bfloat16"
     import torch
 
     from vlmrewrite.cli import catalogue
-    from vlmrewrite.cli.config import config_file, read_config, skeleton
+    from vlmrewrite.cli.config import config_file, local, read_config, skeleton
     from vlmrewrite.cli.prompt import captured_prompt, made_up_shape
     from vlmrewrite.compiler import rewrite
     from vlmrewrite.report import summary, verdict
 
+    if image:
+        from vlmrewrite.cli.loading import read_images
+
+        picture = read_images(image)[0].size
+    given, model = model, local(model)
     config, written = read_config(model)
     counts = {name: n for name, n in made_up.items() if n is not None}
-    shape, source = made_up_shape(config, written, counts.pop("image_tokens", None), counts)
+    shape, source = made_up_shape(config, written, counts.pop("image_tokens", None), counts, picture, model)
     built = skeleton(config, getattr(torch, dtype), config_file(model))
     program, _ = captured_prompt(built, shape)
     if chosen is not None:
@@ -69,7 +92,7 @@ def inspect(
     planned = program if chosen is None else rewrite(program, chosen.passes)
     count, found = sum(p.numel() for p in built.parameters()), summary(planned)
     if as_json:
-        about = {"model": str(model), "class": type(built).__name__, "parameters": count, "dtype": dtype}
+        about = {"model": str(given), "class": type(built).__name__, "parameters": count, "dtype": dtype}
         about |= {"prompt": dataclasses.asdict(shape), "image_tokens_from": source}
         print_json(about | {"recipe": None if chosen is None else catalogue.recipe_data(chosen)} | found)
         return

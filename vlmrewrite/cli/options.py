@@ -19,11 +19,19 @@ if TYPE_CHECKING:
     from vlmrewrite.recipe import Recipe
 
 
-Model = Annotated[Path, typer.Argument(metavar="MODEL", help="Model folder, or a config JSON file without weights.")]
+Model = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Model folder, a model on the Hub, or a config JSON file.")
+]
 
-ModelFolder = Annotated[Path, typer.Argument(metavar="MODEL", help="Folder with a model's weights and processor.")]
+ModelFolder = Annotated[
+    Path, typer.Argument(metavar="MODEL", help="Folder with a model's weights and processor, or a model on the Hub.")
+]
 
 ImageTokens = Annotated[int | None, typer.Option(help="Tokens of each made-up image, if not as the config says.")]
+
+ImageSize = Annotated[
+    str | None, typer.Option(metavar="WxH", help="Pixels of each made-up image, whose tokens and tiles are counted.")
+]
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
@@ -74,6 +82,18 @@ def a_question(option: str, value: str) -> None:
     """Raise ValueError for a prompt that asks nothing."""
     if not value.strip():
         raise ValueError(f"{option}: expected a question about the images, got {value!r}")
+
+
+def pixels(value: str) -> tuple[int, int]:
+    """Width and height of an option such as 640x480.
+
+    Raises:
+        ValueError: it is not written so.
+    """
+    width, _, height = value.lower().partition("x")
+    if not (width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise ValueError(f"--image-size: expected width and height in pixels, such as 640x480, got {value!r}")
+    return int(width), int(height)
 
 
 def at_least(option: str, value: int, least: int) -> None:

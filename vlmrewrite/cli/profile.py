@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from vlmrewrite.cli import loading
-from vlmrewrite.cli.config import read_config
+from vlmrewrite.cli.config import local, read_config
 from vlmrewrite.report import LayerProfile, profile
 
 
@@ -34,6 +34,7 @@ def profile_folder(
         raise ValueError(f"--prompt: expected one, or one for each of {len(images)} images, got {len(prompts)}")
     if folder.is_file():
         raise ValueError(f"--profile: expected a folder with weights and a processor, got the file {str(folder)!r}")
+    given, folder = folder, local(folder, weights=True)
     where, (config, _) = loading.device_of(device), read_config(folder)
     kind, pictures = loading.dtype_of(dtype, config, where), loading.read_images(images)
     processor = loading.read_processor(folder)
@@ -41,6 +42,6 @@ def profile_folder(
     asked = [loading.question(processor, *pair) for pair in zip(prompts, groups, strict=True)]
     model = loading.with_weights(folder, kind, where)
     found = profile(model, [dict(inputs.to(where, dtype=kind)) for inputs in asked], progress=progress)
-    about: dict[str, Any] = {"model": str(folder), "class": type(model).__name__, "device": str(where)}
+    about: dict[str, Any] = {"model": str(given), "class": type(model).__name__, "device": str(where)}
     about |= {"dtype": str(kind).removeprefix("torch."), "images": list(map(str, images)), "prompts": list(prompts)}
     return found, about

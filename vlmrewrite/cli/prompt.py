@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -49,10 +50,31 @@ class Shape:
 
 
 def made_up_shape(
-    config: Any, written: dict[str, Any], image_tokens: int | None, counts: dict[str, int]
+    config: Any,
+    written: dict[str, Any],
+    image_tokens: int | None,
+    counts: dict[str, int],
+    picture: tuple[int, int] | None = None,
+    model: Path | None = None,
 ) -> tuple[Shape, str]:
-    """The made-up prompt, and where its number of tokens an image comes from."""
-    tokens, source = (image_tokens, "as given") if image_tokens is not None else tokens_of_image(config, written)
+    """The made-up prompt, and where its number of tokens an image comes from.
+
+    Args:
+        config, written: as :func:`vlmrewrite.cli.config.read_config` gives them.
+        image_tokens: as given; None: as a picture has, or else as the configuration says.
+        counts: text tokens, images and rows.
+        picture: width and height in pixels of each image.
+        model: the folder or file; with a picture.
+    """
+    if image_tokens is not None:
+        tokens, source = image_tokens, "as given"
+    elif picture is not None and model is not None:
+        from vlmrewrite.cli.counting import tokens_of_picture
+
+        tokens, source = tokens_of_picture(config, written, model, picture)
+        source += ", as if alone in its row" if counts.get("images", 1) > 1 else ""
+    else:
+        tokens, source = tokens_of_image(config, written)
     return Shape(tokens, **counts), source
 
 

@@ -1,4 +1,4 @@
-"""The testing kit: tiny models, hypothesis strategies, agreement with the oracle; Triton without a GPU.
+"""The testing kit: tiny models, hypothesis strategies, agreement with the oracle; what works; Triton without a GPU.
 
 A name is loaded when it is first asked for. The strategies alone need hypothesis: the extra ``testing`` brings it.
 """
@@ -36,6 +36,7 @@ _NAMES = {
     "agreement": "Agreement InFloat64 extended forward_agreement generation_agreement logits_agreement",
     "models": "FAMILIES ZOO Row Side TinyVLM",
     "strategies": "Sets budgets depths pass_lists plans policies rows sides techniques",
+    "matrix": "",
     "triton": "",
 }
 """Each module, and what of it can be had from here."""
