@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmrewrite.ops import define, greedy_flops, like_member, per_image
+from vlmrewrite.ops import define, greedy_flops, least_of, like_member, per_image
 from vlmrewrite.plan import Budget, Per, Plan, Policy, frozen_pass
 
 BLOCK = 512
@@ -49,10 +49,11 @@ def _spread(x: Tensor, k: int) -> Tensor:
     pick = _closest_other(x).argmin()
     picks = [pick]
     similarity = torch.full((len(x),), -torch.inf, device=x.device)  # to the most similar chosen token
+    left = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for _ in range(k - 1):
         similarity = similarity.maximum((x * x.index_select(0, pick[None])).sum(1))
-        similarity.index_fill_(0, pick[None], torch.inf)
-        pick = similarity.argmin()
+        left.index_fill_(0, pick[None], False)
+        pick = least_of(similarity, left)
         picks.append(pick)
     return torch.stack(picks)
 

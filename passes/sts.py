@@ -18,7 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmrewrite.ops import define, greedy_flops, like_member, per_image
+from vlmrewrite.ops import define, greedy_flops, least_of, like_member, per_image
 from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 EPSILON = 1e-6
@@ -46,13 +46,13 @@ def sts_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) 
 def _repel(x: Tensor, k: int) -> Tensor:
     if k == len(x):
         return torch.arange(k, device=x.device)
-    potential = torch.zeros(len(x), device=x.device)
+    potential, left = torch.zeros(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
     pick = (x - x.mean(0)).square().sum(1).argmin()
     picks = [pick]
     for _ in range(k - 1):
         potential += 1 / ((x - x.index_select(0, pick[None])).square_().sum(1) + EPSILON)
-        potential.index_fill_(0, pick[None], torch.inf)
-        pick = potential.argmin()
+        left.index_fill_(0, pick[None], False)
+        pick = least_of(potential, left)
         picks.append(pick)
     return torch.stack(picks)
 

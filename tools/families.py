@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 from vlmrewrite.testing.matrix.cells import Cell, Record
-from vlmrewrite.testing.matrix.table import axes, counts
+from vlmrewrite.testing.matrix.table import KEPT, axes, counts, read
+
+
+def page(table: Callable[..., str]) -> str:
+    """All of it; ``table`` makes a table of headings and rows."""
+    kept = read(KEPT)
+    return "\n\n".join([summary(kept), table(*overview(kept)), "## What does not work, and why", *reasons(kept)])
 
 
 def summary(kept: Mapping[str, Record]) -> str:

@@ -202,20 +202,12 @@ def shown() -> dict[str, list[Any]]:
     from vlmrewrite.recipe import Recipe
 
     return {
-        "sts": [p.STS()],
-        "fastv": [p.FastV()],
-        "divprune": [p.DivPrune()],
-        "vidcom2": [p.VidCom2()],
-        "vtw": [p.VTW()],
-        "shortv": [p.ShortV(layers=tuple(range(12, 31)))],
-        "vica": [p.ViCA()],
-        "dpvr": [p.DPVR()],
+        "sts": [p.STS()], "fastv": [p.FastV()], "divprune": [p.DivPrune()], "vidcom2": [p.VidCom2()],
+        "vtw": [p.VTW()], "shortv": [p.ShortV(layers=tuple(range(12, 31)))], "vica": [p.ViCA()], "dpvr": [p.DPVR()],
         "visor": [p.VISOR(self_layers=(0, 1), cross_layers=(8, 16, 24)), *Recipe.load("visor-policy").passes],
-        "dape": [p.DAPE()],
-        "random": [p.Random(keep=0.5)],
-        "stride": [p.Stride(keep=0.5)],
+        "dape": [p.DAPE()], "random": [p.Random(keep=0.5)], "stride": [p.Stride(keep=0.5)],
         "framestride": [p.FrameStride(keep=0.5)],
-    }
+    }  # fmt: skip
 
 
 def unmodified() -> str:
@@ -296,11 +288,9 @@ def commands() -> str:
 
 def families() -> str:
     """What works with which family, and why the rest does not."""
-    from tools.families import overview, reasons, summary
-    from vlmrewrite.testing.matrix.table import KEPT, read
+    from tools.families import page
 
-    kept = read(KEPT)
-    return "\n\n".join([summary(kept), table(*overview(kept)), "## What does not work, and why", *reasons(kept)])
+    return page(table)
 
 
 PARTS: dict[str, Callable[[], str]] = {

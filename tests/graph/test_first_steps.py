@@ -63,7 +63,7 @@ def test_the_listing_says_who_was_refused_and_why(program):
     ]
     assert listed(vr.rewrite(program, [NEVER]), [Stride(keep=4)])[1] == told
     assert listed(program, [VTW(at=1), FastV(at=2)])[1].startswith(
-        "REFUSED FastV(keep=0.5, at=2): an earlier pass leav"
+        "REFUSED FastV(keep=0.5, at=2, per='image'): an earlier pass leav"
     )
 
 
@@ -93,7 +93,8 @@ def test_the_report_says_that_a_pass_keeps_everything(llava):
     with vr.applied(llava.model, [Stride(keep=1.0), Stride(keep=4)], strict=True), torch.no_grad():
         llava.model(**inputs)
         report = vr.report(llava.model)
-    assert "  Stride(keep=1.0, at=0): matched, CHANGES NOTHING\n  Stride(keep=4, at=0): matched\n" in str(report)
+    assert "  Stride(keep=1.0, at=0, per='image'): matched, CHANGES NOTHING\n" in str(report)
+    assert "  Stride(keep=4, at=0, per='image'): matched\n" in str(report)
     assert [told["changed"] for told in report.to_dict()["passes"]] == [False, True]
 
 
@@ -283,7 +284,7 @@ def test_blocks_of_one_budget_are_not_those_of_another(tmp_path):
     tiny = FAMILIES["llava"]()
     with vr.applied(tiny.model, [DPVR(at=2, fuse=1), Stride(keep=1)]):
         vr.save_blocks(tiny.model, tmp_path)
-    refused = pytest.raises(ValueError, match=r"belong to the passes \[DPVR.*Stride\(keep=1, at=0\)\]")
+    refused = pytest.raises(ValueError, match=r"belong to the passes \[DPVR.*Stride\(keep=1, at=0, per='image'\)\]")
     with vr.applied(tiny.model, [DPVR(at=2, fuse=1), Stride(keep=1.0)]), refused:
         vr.load_blocks(tiny.model, tmp_path)
     with vr.applied(tiny.model, [DPVR(at=2, fuse=1), Stride(keep=1)]):

@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache
 
 import vlmrewrite as vr
+from vlmrewrite.hf import Sizes
 from vlmrewrite.passes import FastV
 from vlmrewrite.runtime import last_call
 from vlmrewrite.runtime.facts import Given
@@ -76,6 +77,6 @@ def test_every_beam_keeps_what_the_row_keeps_alone(llava, name):
 
 
 def test_where_a_prompt_ends_is_counted_with_what_the_cache_holds():
-    given = Given(None, None, past=5, held=(), thw=None, end=torch.tensor([8]), encodings=[])
+    given = Given({}, None, past=5, held=(), sizes=Sizes(), end=torch.tensor([8]), encodings=[])
     for keep, there in ((1, False), (2, False), (3, True), (6, True)):
         assert _at_the_end({"input_ids": torch.zeros(1, 6)}, given, keep) is there

@@ -68,7 +68,7 @@ def test_depth_refuses(at: object) -> None:
 
 def test_numpy_floats_become_floats() -> None:
     made = Stride(keep=np.float64(0.5), at=np.float64(0.25))
-    assert repr(made) == "Stride(keep=0.5, at=0.25)"
+    assert repr(made) == "Stride(keep=0.5, at=0.25, per='image')"
 
 
 @pytest.mark.parametrize(
@@ -166,7 +166,7 @@ def test_all_that_is_wrong_is_said_at_once() -> None:
 
 def test_wrong_arguments() -> None:
     with pytest.raises(
-        ValueError, match=r"^STS\.kep: unknown key, expected one of keep, refine, at, features .*'keep'"
+        ValueError, match=r"^STS\.kep: unknown key, expected one of keep, refine, at, features, per .*'keep'"
     ):
         STS(kep=3)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"^Random\.keep: required, but missing$"):

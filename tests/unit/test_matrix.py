@@ -69,11 +69,11 @@ def test_a_refusal_is_one_that_vlmrewrite_raised() -> None:
 def test_what_the_oracle_cannot_judge_is_no_refusal() -> None:
     mask = torch.ones(1, 1, 2, 2)
     cell = judged(lambda: _attention(torch.nn.Linear(1, 1), mask, mask, mask, mask))  # type: ignore[arg-type, return-value]
-    assert (cell.status, cell.reason[:43]) == ("failed", "not judged: NotImplementedError: the oracle")
+    assert (cell.status, cell.reason[:11]) == ("failed", "not judged:")
 
 
-def test_the_reason_of_a_failed_capture_is_its_short_one() -> None:
-    reason = judged(raising(CaptureError("long\ntext", "short"))).reason
+def test_the_reason_of_a_failed_capture_is_its_message() -> None:
+    reason = judged(raising(CaptureError("short", "all that\nis known"))).reason
     assert reason.startswith("CaptureError: short (test_matrix.py, ")
 
 

@@ -19,7 +19,7 @@ from vlmrewrite.ops.positional import (
     unhidden,
 )
 from vlmrewrite.ops.recurrent import RECURRENT, mixers_swapped, recurrent, swap_mixers
-from vlmrewrite.ops.scoring import greedy_flops, like_member, per_image, shared_out
+from vlmrewrite.ops.scoring import greedy_flops, least_of, like_member, per_image, shared_out
 from vlmrewrite.ops.selection import select, token_index
 
 __all__ = [
@@ -48,6 +48,7 @@ __all__ = [
     "kernel_mask_softcapped",
     "kernels_missing",
     "kv_append",
+    "least_of",
     "like_member",
     "mixers_swapped",
     "per_image",

@@ -89,6 +89,17 @@ def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[T
     return chosen
 
 
+def least_of(values: Tensor, left: Tensor) -> Tensor:
+    """The index of the least value of those that are left, a number or not: what is none is the largest.
+
+    Args:
+        values: float [n].
+        left: bool [n], at least one.
+    """
+    most = torch.finfo(values.dtype).max
+    return torch.where(left, values.nan_to_num(nan=most, posinf=most), torch.inf).argmin()
+
+
 def shared_out(weights: Tensor, room: Tensor, total: int) -> Tensor:
     """A total in whole parts, as near to the proportions of ``weights`` as there is room.
 
