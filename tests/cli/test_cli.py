@@ -61,7 +61,7 @@ def test_recipes() -> None:
         "description": "Control, 1/2 of each image's tokens, evenly spaced, before the decoder.",
         "backend": "auto",
         "kernels": "auto",
-        "passes": [{"name": "stride", "options": {"keep": 0.5, "at": 0}}],
+        "passes": [{"name": "stride", "options": {"keep": 0.5, "at": 0, "per": "image"}}],
     }
 
 
@@ -128,8 +128,8 @@ def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     assert lines[2] == "program: 4 decoder layers, hidden 32, float32; 1 row of 20 tokens, 1 image, 16 vision tokens"
     at = lines.index("recipe mine")
     assert lines[at + 1 : at + 4] == [
-        "  Stride(keep=8, at=0): matched",
-        "  Random(keep=2, at=2, seed=0): matched",
+        "  Stride(keep=8, at=0, per='image'): matched",
+        "  Random(keep=2, at=2, seed=0, per='image'): matched",
         "  STS(keep=192, refine=64, at=0.5, features='encoder'): REFUSED: " + _NOT_ENCODED,
     ]
     assert lines[at + 6 : at + 11] == [
@@ -219,7 +219,7 @@ def test_apply_answers_without_and_with_a_recipe(folder: Path, tmp_path: Path) -
     assert len(before) == 4
     assert set(before[1:]) <= set(WORDS)
     assert lines[3] == "recipe all-of-them, backend eager"
-    assert "  Stride(keep=1.0, at=0): matched, CHANGES NOTHING" in lines
+    assert "  Stride(keep=1.0, at=0, per='image'): matched, CHANGES NOTHING" in lines
     assert any(line.endswith("(1 row of 18 tokens, 1 image, 16 vision tokens):") for line in lines)
 
 

@@ -156,16 +156,3 @@ def test_a_pass_that_fails_is_named_with_its_file(folder: Path, tmp_path: Path) 
     assert line.startswith("fuse=9 would bring the vision tokens back before layer 2")
     assert "(in pass DPVR(at=2, fuse=9, branch='copy')) " in line
     assert line.endswith(f"(for a decoder of 4 layers, from {mine})")
-
-
-def test_a_model_that_cannot_be_captured_is_told_by_its_cause(tmp_path: Path) -> None:
-    text = '{"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}'
-    tower = '{"depth": 1, "hidden_size": 32, "intermediate_size": 32, "num_heads": 2, "out_hidden_size": 32}'
-    file = write(
-        tmp_path / "config.json",
-        f'{{"model_type": "qwen3_vl", "text_config": {text}, "vision_config": {tower}, "image_token_id": 6}}',
-    )
-    [line] = refused("inspect", file, "--image-tokens", 4)
-    assert "no made-up prompt of Qwen3VLForConditionalGeneration could be captured" in line
-    assert "'BaseModelOutputWithPooling' object has no attribute 'deepstack_features'" in line
-    assert "(modeling_qwen3_vl.py, line " in line

@@ -39,6 +39,7 @@ def test_passes() -> None:
         "options": [
             {"name": "keep", "type": "Budget", "required": True},
             {"name": "at", "type": "Depth", "required": False, "default": 0},
+            {"name": "per", "type": "'frame' | 'image' | 'row'", "required": False, "default": "image"},
         ],
     }
     assert found["sts"]["options"][3] == {

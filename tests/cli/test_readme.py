@@ -112,14 +112,3 @@ def test_other_blocks_are_trained(technique):
     learned = {name: p for name, p in tiny.model.named_parameters() if name not in before}
     assert {name for name, p in tiny.model.named_parameters() if p.requires_grad} == set(learned)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learned.values())
-
-
-def test_the_testing_kit_of_the_page():
-    judge, number, properties = blocks(page("testing"), "python")
-    space: dict[str, object] = {"MyPass": passes.Stride, "__name__": __name__}
-    exec(compile(judge, "testing.md", "exec", dont_inherit=True), space)
-    space |= {"model": space["tiny"].model, "passes": [passes.Stride(keep=3)]}
-    exec(compile(number, "testing.md", "exec", dont_inherit=True), space)
-    assert 0 < space["found"].error <= space["found"].tolerance
-    exec(compile(properties, "testing.md", "exec", dont_inherit=True), space)
-    space["test_my_pass"]()

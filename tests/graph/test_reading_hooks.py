@@ -149,7 +149,7 @@ def test_a_hook_that_writes_to_the_stream_behind_a_rewritten_layer_does_what_it_
 
     found = []
     for hook in (in_place, lambda _, __, out: out * 2):
-        with vr.applied(tiny.model, PASSES["fastv"]):
-            with tiny.model.get_submodule(f"{LAYERS}.1").register_forward_hook(hook):
-                found.append(tiny.model(**inputs).logits)
+        layer = tiny.model.get_submodule(f"{LAYERS}.1")
+        with vr.applied(tiny.model, PASSES["fastv"]), layer.register_forward_hook(hook):
+            found.append(tiny.model(**inputs).logits)
     torch.testing.assert_close(*found)

@@ -173,8 +173,8 @@ def test_wrong_arguments() -> None:
         Random()  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"^Random\.keep: expected .* got 0$"):
         Random(0)
-    with pytest.raises(ValueError, match=r"^Stride: expected at most 2 arguments \(keep, at\), got one more: 7$"):
-        Stride(1, 0, 7)  # type: ignore[call-arg]
+    with pytest.raises(ValueError, match=r"^Stride: expected at most 3 arguments \(keep, at, per\), got one more: 7$"):
+        Stride(1, 0, "image", 7)  # type: ignore[call-arg]
     with pytest.raises(ValueError, match=r"^Random\.seed: expected a valid integer, got 1\.5$"):
         Random(1, seed=1.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"^STS\.keep: .* got 0$"):

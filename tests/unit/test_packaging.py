@@ -115,7 +115,7 @@ def test_a_pass_of_an_installed_package(tmp_path: Path) -> None:
         "    keep: 3\n"
         "    layers: [0, 4]\n"
         "- plain\n"
-        "- stride: {keep: 1, at: 0}\n"
+        "- stride: {keep: 1, at: 0, per: image}\n"
         "backend: auto\n"
         "kernels: auto\n\n"
         "mine.yaml: passes[0].checkerboard.layers[1]: expected a valid integer, got 'x' (str)\n"

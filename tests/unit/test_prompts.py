@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from vlmrewrite.hf.vision import Encoded
+from vlmrewrite.hf import Sizes
+from vlmrewrite.hf.vision import Encoded, EncoderOutput
 from vlmrewrite.runtime.facts import Given, Prompt
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]])
@@ -23,11 +26,15 @@ def test_copies_of_a_row_end_where_the_row_does(copies):
 
 
 @pytest.mark.parametrize("copies", [1, 2])
-def test_on_a_kept_cache_prompts_end_so_many_tokens_later(copies):
+def test_on_a_kept_cache_prompts_end_so_many_tokens_later(copies, monkeypatch):
     vision = torch.tensor([[True, False, False, False]] * 2 * copies)
-    images = Encoded(torch.zeros(2 * copies, 8), True, [1] * 2 * copies)
-    given = Given(images, None, 6, (), None, torch.tensor([9, 7]), [])
-    call, missing = given.call(vision, (), True, None)
+    features, lengths = {"x": torch.zeros(2 * copies, 8)}, {"x": [1] * 2 * copies}
+    images = {"image": Encoded(EncoderOutput({}), features, lengths)}
+    given = Given(images, None, 6, (), Sizes(), torch.tensor([9, 7]), [])
+    merge = SimpleNamespace(modality="image", name="x")
+    program = SimpleNamespace(anatomy=SimpleNamespace(merges=[merge]), vision_masks=lambda: [vision])
+    monkeypatch.setattr("vlmrewrite.runtime.facts.program_of", lambda _: program)
+    call, missing = given.call(None, (), (), True, None)
     assert not missing
     assert call.prompt_end.tolist() == [*[3] * copies, *[1] * copies]
     assert call.past == 6

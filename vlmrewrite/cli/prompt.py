@@ -100,6 +100,9 @@ def prompt_inputs(model: Any, shape: Shape, *, as_list: bool, seed: int = 0) -> 
     else:
         features = torch.randn(size, generator=generator).to(device, dtype)
     image = BaseModelOutputWithPooling(pooler_output=list(features) if as_list else features)  # type: ignore[arg-type]
+    again = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None)
+    if again:  # the tower's output holds features for some layers too
+        image.deepstack_features = [features.flatten(0, 1)] * len(again)
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in inspect.signature(type(model).forward).parameters:
