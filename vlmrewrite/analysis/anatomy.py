@@ -193,7 +193,7 @@ def _cache(node: Node) -> Node | None:
 
 
 def _dominators(start: Node, after: set[Node]) -> nx.DiGraph[Node]:
-    """A tree of what depends on ``start``: every path of values (not of sizes) to a node goes through those above it."""
+    """A tree of what depends on ``start``: each path of values (not of sizes) to a node goes through those above it."""
     graph = nx.DiGraph((a, b) for b in after for a in b.all_input_nodes if a in after and not is_number(a))
     return nx.DiGraph((above, n) for n, above in nx.immediate_dominators(graph, start).items() if n is not start)
 
