@@ -167,7 +167,7 @@ class CapturedForward:
                 " run in its place."
             ) from e
         except untraceable() as e:
-            what = f"the forward of {type(model).__name__} could not be captured as one graph: {untraced(e)}"
+            what = f"the forward of {type(whole or model).__name__} could not be captured as one graph: {untraced(e)}"
             raise CaptureError(f"{what}{_hooked(whole or model)}", str(e)) from None
         finally:
             _RUNNER.reset(token)
