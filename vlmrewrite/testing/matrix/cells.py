@@ -128,7 +128,7 @@ def of_error(error: Exception) -> Cell:
     home = Path(vlmrewrite.__file__).parent
     frames = traceback.extract_tb(error.__traceback__)
     places = [Path(f.filename).relative_to(home).parts[0] if home in Path(f.filename).parents else "" for f in frames]
-    text = error.reason if isinstance(error, CaptureError) else str(error)
+    text = error.reason if isinstance(error, CaptureError) else str(error).partition("\nfrom user code")[0]  # Dynamo's
     if "oracle" in places:
         return Cell("failed", reason=one_line(f"not judged: {type(error).__name__}: {text}"))
     if isinstance(error, _CLEAR) and places[-1:] not in ([""], ["testing"]):
