@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from vlmrewrite.testing.agreement import Agreement
 from vlmrewrite.testing.matrix.cases import CASES, IMAGES, LAYERS, TECHNIQUES, answers, beams, conversation
 from vlmrewrite.testing.matrix.cells import Cell
 from vlmrewrite.testing.matrix.measure import measure, padded, tried, unpadded
@@ -87,7 +88,13 @@ def test_what_the_unmodified_model_does_not_do_is_absent(tiny: TinyVLM) -> None:
     assert cell.status == "failed"
     assert cell.reason.startswith("ZeroDivisionError: ")
     other = dataclasses.replace(tiny, model=Halved())
-    assert "off those of its own forward over the same tokens" in (case.amiss(other) or "")
+    unlike = case.amiss(other)
+    assert unlike is not None
+    assert unlike.status == "failed"
+    assert unlike.reason.endswith("off those of its own forward over the same tokens")
+    wrong = dataclasses.replace(case, check=lambda *_: Agreement(1.0, 0.1))
+    assert tried(other, wrong, "Stride", []) == unlike
+    assert tried(other, case, "Stride", []) == cell  # what else goes wrong is told as it is
     other.model.generate = generate
     absent = tried(other, case, "Stride", [])
     assert absent == Cell("absent", reason="the unmodified model: RuntimeError: no beams here")

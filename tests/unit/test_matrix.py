@@ -149,7 +149,7 @@ def test_the_printed_table() -> None:
         "  . ok       agrees with the oracle",
         "  r refused  an error says why not",
         "  W wrong    differs from the oracle",
-        "  X failed   an exception that is no refusal",
+        "  X failed   an exception that is no refusal, or nothing to judge by",
         "  - absent   the unmodified model does not do it",
     ]
     assert set(MARKS) == set(MEANINGS)

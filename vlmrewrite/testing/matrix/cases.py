@@ -16,7 +16,7 @@ from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.plan import Pass
 from vlmrewrite.runtime import trace as captured
 from vlmrewrite.testing.agreement import Agreement, extended, forward_agreement, generation_agreement, logits_agreement
-from vlmrewrite.testing.matrix.cells import one_line
+from vlmrewrite.testing.matrix.cells import Cell, one_line
 from vlmrewrite.testing.models import Row, TinyVLM
 from vlmrewrite.testing.models.tiny import text_tokens
 
@@ -69,8 +69,12 @@ class Case:
         return None
 
     @torch.no_grad()
-    def amiss(self, tiny: TinyVLM) -> str | None:
-        """What is wrong with the unmodified model in this case, or None."""
+    def amiss(self, tiny: TinyVLM) -> Cell | None:
+        """What the cells come to because of the unmodified model, or None.
+
+        Where it raises, there is nothing to rewrite; where its answer is not its own forward's over the same tokens,
+        the oracle, which is that forward, cannot judge.
+        """
         try:
             found = self.unmodified(tiny, tiny.inputs(self.rows))
             if found is None:
@@ -78,11 +82,12 @@ class Case:
             whole, got = found
             expected = tiny.model(**whole).logits[:, -got.shape[1] :]
         except Exception as e:
-            return one_line(f"the unmodified model: {type(e).__name__}: {e}")
+            return Cell("absent", reason=one_line(f"the unmodified model: {type(e).__name__}: {e}"))
         off, scale = float((got - expected).abs().max()), float(expected.abs().max())
         if off <= 1e-4 * scale:
             return None
-        return f"the unmodified model's logits are {off:.2g} off those of its own forward over the same tokens"
+        told = f"the unmodified model's logits are {off:.2g} off those of its own forward over the same tokens"
+        return Cell("failed", reason=f"not judged: {told}")
 
 
 def _trace(tiny: TinyVLM, inputs: dict[str, Any], technique: Pass) -> None:

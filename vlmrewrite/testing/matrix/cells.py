@@ -23,7 +23,7 @@ MEANINGS: dict[Status, str] = {
     "ok": "agrees with the oracle",
     "refused": "an error says why not",
     "wrong": "differs from the oracle",
-    "failed": "an exception that is no refusal",
+    "failed": "an exception that is no refusal, or nothing to judge by",
     "absent": "the unmodified model does not do it",
 }
 
@@ -75,7 +75,7 @@ class Record:
 
     Attributes:
         versions: of torch and transformers, that it was measured with.
-        capture_seconds: what it took to capture its forward for the first time and to analyse it; None: neither.
+        capture_seconds: CPU time to capture its forward for the first time and to analyse it; None: that failed.
         graphs: how many graphs ``generate()`` needs over changing lengths, numbers of images and padding: for batches,
             and for one row; None if that could not be counted.
         cells: by case and technique.
@@ -128,7 +128,7 @@ def of_error(error: Exception) -> Cell:
     home = Path(vlmrewrite.__file__).parent
     frames = traceback.extract_tb(error.__traceback__)
     places = [Path(f.filename).relative_to(home).parts[0] if home in Path(f.filename).parents else "" for f in frames]
-    text = str(error)
+    text = str(error).partition("\nfrom user code")[0]  # Dynamo's
     if "oracle" in places:
         return Cell("failed", reason=one_line(f"not judged: {type(error).__name__}: {text}"))
     if isinstance(error, _CLEAR) and places[-1:] not in ([""], ["testing"]):

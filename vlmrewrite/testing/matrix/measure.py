@@ -34,13 +34,13 @@ def measure(name: str) -> Iterator[Piece]:
     yield "capture_seconds", capture_seconds(tiny)
     yield "graphs", graphs(tiny)
     for case_name, case in CASES.items():
-        lacking, amiss = case.lacking(tiny), list[str | None]()
+        lacking, amiss = case.lacking(tiny), list[Cell | None]()
         for technique_name in TECHNIQUES:
             cell = Cell("absent", reason=lacking) if lacking else tried(tiny, case, technique_name, amiss)
             yield "cell", (case_name, technique_name, cell)
 
 
-def tried(tiny: TinyVLM, case: Case, technique: str, amiss: list[str | None]) -> Cell:
+def tried(tiny: TinyVLM, case: Case, technique: str, amiss: list[Cell | None]) -> Cell:
     """One cell.
 
     Args:
@@ -50,19 +50,19 @@ def tried(tiny: TinyVLM, case: Case, technique: str, amiss: list[str | None]) ->
     cell = judged(lambda: case.check(tiny, tiny.inputs(case.rows), TECHNIQUES[technique]))
     if cell.status != "ok":
         amiss[:] = amiss or [case.amiss(tiny)]
-        if amiss[0]:
-            return Cell("absent", reason=amiss[0])
+        if amiss[0] is not None and (amiss[0].status == "absent" or cell.status == "wrong"):
+            return amiss[0]
     return cell
 
 
 def capture_seconds(tiny: TinyVLM) -> float | None:
-    """How long it takes to capture the forward for a padded batch, and to analyse it; None if that cannot be done."""
-    begun = time.perf_counter()
+    """CPU time to capture the forward for a padded batch, and to analyse it; None if that cannot be done."""
+    begun = time.process_time()
     try:
         trace(tiny.model, tiny.inputs(IMAGES))
     except Exception:  # the cells of the case `trace` tell it
         return None
-    return round(time.perf_counter() - begun, 1)
+    return round(time.process_time() - begun, 1)
 
 
 @torch.no_grad()
