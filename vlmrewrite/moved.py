@@ -68,7 +68,7 @@ MOVED = {
     "testing.oracle": "oracle.hooks oracle.masks testing.agreement",
     "tokens": "plan.tokens plan.needs plan.vocabulary plan.substitution",
     "tokenwise": "analysis.operators analysis.tokenwise",
-    "traced": "runtime.session capture.dynamo hf.inputs",
+    "traced": "runtime.session runtime.tracing capture.dynamo hf.inputs",
     "wellformed": "rewrite.verifier",
     "words": "plan.vocabulary",
 }

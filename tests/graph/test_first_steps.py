@@ -62,9 +62,8 @@ def test_the_listing_says_who_was_refused_and_why(program):
         "stride2 = stride.select(stride, keep=2) at layer 2",
     ]
     assert listed(vr.rewrite(program, [NEVER]), [Stride(keep=4)])[1] == told
-    assert listed(program, [VTW(at=1), FastV(at=2)])[1].startswith(
-        "REFUSED FastV(keep=0.5, at=2, per='image'): an earlier pass leav"
-    )
+    told = "REFUSED FastV(keep=0.5, at=2, per='image'): an earlier pass leav"
+    assert listed(program, [VTW(at=1), FastV(at=2)])[1].startswith(told)
 
 
 KEEPING = [
