@@ -1,6 +1,6 @@
 """Every kernel compiles for GPUs, keeps its values in registers, and fits into shared memory.
 
-In the configuration of its largest blocks; in every configuration with ``--every-config``, as in ``make aot`` and CI.
+In the configuration of its largest blocks; in every configuration with ``--every-config``, as in ``make aot``.
 """
 
 from __future__ import annotations

@@ -130,7 +130,7 @@ def test_inspect_with_a_recipe(folder: Path, tmp_path: Path) -> None:
     assert lines[at + 1 : at + 4] == [
         "  Stride(keep=8, at=0, per='image'): matched",
         "  Random(keep=2, at=2, seed=0, per='image'): matched",
-        "  STS(keep=192, refine=64, at=0.5, features='encoder'): REFUSED: " + _NOT_ENCODED,
+        "  STS(keep=192, refine=64, at=0.5, features='encoder', per='image'): REFUSED: " + _NOT_ENCODED,
     ]
     assert lines[at + 6 : at + 11] == [
         "stride = Vision.select(stride, keep=8) at layer 0",

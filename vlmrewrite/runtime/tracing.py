@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -66,8 +67,10 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         given, rest = Given.of(kwargs, cache, prompt)
         if given is not None:
             givens, images = [given], given.images
-            with contextlib.suppress(CaptureError):
+            try:
                 captures_of(model).call(runner, model, cache, rest, images)
+            except CaptureError as e:
+                stack.push(functools.partial(_prefer, e))
         if inner or given is not None:
             watched_for(stack, decoder)
             runs = stack.enter_context(hf.projections(model))
@@ -79,6 +82,12 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
     program = program_of(graph)
     call, missing = givens[0].call(graph, flat, FEATURES, False, model.config)
     return replace(program.lacking(missing), call=call, inputs=flat, model=model)
+
+
+def _prefer(failed: CaptureError, kind: Any, error: BaseException | None, _: Any) -> None:
+    """Where the model cannot be run at all, raise what was wrong with it first."""
+    if isinstance(error, Exception) and not isinstance(error, (_Stop, CaptureError)):
+        raise failed from error
 
 
 _OWN = ("past_key_values", "use_cache", "return_dict")
