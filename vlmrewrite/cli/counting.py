@@ -82,7 +82,8 @@ def _image_processor(config: Any, folder: Path) -> Any:
     }
     side = _setting(config, "image_size")
     for name in ("size", "crop_size", "max_image_size"):
-        default = dict(getattr(kind, name, None) or {})
+        sides = getattr(kind, name, None)
+        default = {} if sides is None or isinstance(sides, int) else dict(sides)
         of_a_tile = [{"height", "width"}, {"longest_edge"} if name == "max_image_size" else {"shortest_edge"}]
         if side is not None and set(default) in of_a_tile:
             known[name] = dict.fromkeys(default, side)
