@@ -39,7 +39,7 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 MISCOUNTED = {"hunyuan_vl"}
-"""Whose image processor does not count what it enlarges, nor what its tower puts behind each row. It can only shrink."""
+"""Whose image processor does not count what it enlarges, nor what its tower adds to each row. It can only shrink."""
 
 
 @pytest.mark.slow
