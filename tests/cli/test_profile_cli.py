@@ -58,7 +58,7 @@ def test_inspect_as_data(folder: Path) -> None:
         ("--profile --image {picture} --prompt a --prompt b", "--prompt: expected one, or one for each of 1 images"),
         ("--profile --image {picture} --prompt a --plot out.text", "plot: expected a file that ends in one of"),
         ("--profile --image {picture} --prompt a --text 3 --recipe b", "expected --profile without --recipe, --text"),
-        ("--image {picture} --plot out.png", "expected --profile with --image, --plot"),
+        ("--image {picture} --plot out.png", "expected --profile with --plot"),
     ],
 )
 def test_faults(folder: Path, arguments: str, message: str) -> None:
