@@ -45,8 +45,9 @@ class InFloat64(TorchFunctionMode):
     ) -> Any:
         if func is Tensor.float:
             func = Tensor.double
-        if func is torch.full and "dtype" not in (kwargs or {}):  # of the lowest number of the model's dtype, say
-            kwargs = {**(kwargs or {}), "dtype": torch.float64}
+        more = kwargs or {}
+        if func is torch.full and "dtype" not in more and isinstance([*args, more.get("fill_value")][1], float):
+            kwargs = {**more, "dtype": torch.float64}  # of the lowest number of the model's dtype, say
         wider = [torch.float64 if x is torch.float32 else x for x in args]
         return func(*wider, **{k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()})
 
