@@ -46,7 +46,8 @@ class InFloat64(TorchFunctionMode):
         if func is Tensor.float:
             func = Tensor.double
         more = kwargs or {}
-        if func is torch.full and "dtype" not in more and isinstance([*args, more.get("fill_value")][1], float):
+        filled = isinstance(args[1] if len(args) > 1 else more.get("fill_value"), float)
+        if func is torch.full and "dtype" not in more and filled:
             kwargs = {**more, "dtype": torch.float64}  # of the lowest number of the model's dtype, say
         wider = [torch.float64 if x is torch.float32 else x for x in args]
         return func(*wider, **{k: torch.float64 if x is torch.float32 else x for k, x in (kwargs or {}).items()})
