@@ -84,7 +84,9 @@ def test_encoder_features_of_a_tower_without_a_projector_are_missing():
     inputs = tiny.inputs(MIXED, seed=4)
     program = vr.trace(tiny.model, inputs)
     assert program.call.encoder_features is None
-    assert "does not go through a projector" in program.plan.refusals["encoder_features"]
+    assert (
+        "visual takes 120 vectors of shape (120, 96) for 30 vision tokens" in program.plan.refusals["encoder_features"]
+    )
 
 
 def test_a_call_tells_its_videos():
