@@ -174,8 +174,8 @@ def test_what_attention_does_not_take_is_refused(qkv, asked):
 
 def test_a_mask_of_another_kind_is_refused(qkv):
     q, k, v, mask = qkv
-    for other, found in ((None, "None"), (mask.float(), "torch.float32")):
-        with pytest.raises(NotImplementedError, match=f"expects a bool mask, Attention passes {found}"):
+    for other, found in ((None, "None"), (mask.long(), "torch.int64")):
+        with pytest.raises(NotImplementedError, match=f"expects a mask, bool or to be added, Attention passes {found}"):
             hooks._attention(Attention(), q, k, v, other)
 
 

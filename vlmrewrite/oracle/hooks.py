@@ -79,8 +79,10 @@ def _attention(
         asked = kwargs[name]
         if asked is not None and (isinstance(asked, Tensor) or asked):
             raise NotImplementedError(f"the oracle's attention does not take {name}, {type(module).__name__} passes it")
-    if attention_mask is None:
-        raise NotImplementedError(f"the oracle expects a mask, {type(module).__name__} passes none")
+    found = None if attention_mask is None else attention_mask.dtype
+    if attention_mask is None or not (found == torch.bool or attention_mask.is_floating_point()):
+        who = type(module).__name__
+        raise NotImplementedError(f"the oracle expects a mask, bool or to be added, {who} passes {found}")
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
