@@ -13,6 +13,7 @@ from transformers.models.auto.image_processing_auto import get_image_processor_c
 from transformers.models.auto.processing_auto import processor_class_from_name
 
 from vlmrewrite.cli.config import image_tokens
+from vlmrewrite.compat import tokens_of_image
 from vlmrewrite.errors import blamed_on
 
 _SETTINGS = ("preprocessor_config.json", "processor_config.json")
@@ -49,11 +50,10 @@ def tokens_of_picture(config: Any, written: dict[str, Any], folder: Path, size: 
         return patches * each, f"{name}, {one}: {patches} tiles of {each}, from {source}"
     kind = processor_class_from_name(PROCESSOR_MAPPING_NAMES.get(config.model_type, ""))
     try:
-        counts = kind is not None and hasattr(kind, "_get_num_multimodal_tokens")
-        processor = _bare(kind, images, config, written, folder) if kind is not None and counts else None
-        if processor is not None:
-            counted = processor._get_num_multimodal_tokens(image_sizes=[(height, width)])
-            return counted.num_image_tokens[0], f"{type(processor).__name__}, {one}"
+        processor = None if kind is None else _bare(kind, images, config, written, folder)
+        counted = tokens_of_image(processor, height, width)
+        if counted is not None:
+            return counted, f"{type(processor).__name__}, {one}"
     except (AttributeError, ImportError, KeyError, TypeError, ValueError) as e:  # it wants more than a bare one has
         raise ValueError(
             f"{getattr(kind, '__name__', kind)} cannot count the tokens of {one} here ({_first(e)}); {_INSTEAD}"

@@ -24,6 +24,12 @@ def memory_of(x: Tensor) -> int:
     return int(attribute(x.untyped_storage(), "_cdata", "torch"))
 
 
+def tokens_of_image(processor: Any, height: int, width: int) -> int | None:
+    """How many tokens a processor makes of an image of some pixels; None if it is of a kind that does not count."""
+    count = getattr(processor, "_get_num_multimodal_tokens", None)
+    return None if count is None else int(count(image_sizes=[(height, width)]).num_image_tokens[0])
+
+
 def tree_flatten(tree: Any) -> tuple[list[Any], Any]:
     """What lies in nested lists, tuples and dicts, and how it lies there."""
     leaves, spec = find("torch.utils._pytree", "tree_flatten")(tree)
