@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vlmrewrite.errors import noted
-from vlmrewrite.hf import check_support
+from vlmrewrite.hf import check_support, language_model
 from vlmrewrite.ops import Backend, Kernels, choose
 from vlmrewrite.oracle import verify_applied
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
@@ -62,7 +62,8 @@ def apply(
     chosen = calibrate(model, chosen)
     with noted(lambda _: [f"for a decoder of {depth} layers" + (f", from {chosen.source}" if chosen.source else "")]):
         plan, _ = run_passes(Plan(depth, frozenset(FEATURES)), chosen.passes)
-    session = Session(chosen, selected, picked, strict, plan, build(model, plan.blocks))
+    inner = language_model(model) is not None
+    session = Session(chosen, selected, picked, strict, plan, build(model, plan.blocks), inner)
     install_session(model, session)
     SESSIONS[model] = session
     return model

@@ -27,13 +27,14 @@ class Sizes:
 
     @classmethod
     def of(cls, inputs: Mapping[str, Any]) -> Sizes:
-        """That of a forward's, or a generation's, arguments."""
-        pixels, given = inputs.get("pixel_values_videos"), [inputs.get(f"{m}_grid_thw") for m in ("image", "video")]
-        known = isinstance(pixels, Tensor) and pixels.dim() == 5
-        return cls(given[0], given[1], (pixels.shape[1],) * len(pixels) if known else ())  # type: ignore[union-attr, arg-type]
+        """That of a forward's, or a generation's, arguments; of what was encoded before, with what was encoded."""
+        told = {**(inputs.get("mm_encoder_outputs") or {}), **{k: x for k, x in inputs.items() if x is not None}}
+        pixels = told.get("pixel_values_videos")
+        frames = (pixels.shape[1],) * len(pixels) if isinstance(pixels, Tensor) and pixels.dim() == 5 else ()
+        return cls(told.get("image_grid_thw"), told.get("video_grid_thw"), frames)
 
     def __bool__(self) -> bool:
-        return self != Sizes()
+        return self.images is not None or self.videos is not None or bool(self.frames)
 
     def video_frames(self) -> tuple[int, ...]:
         """How many frames each video has, as far as it is known."""

@@ -12,7 +12,16 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationMixin
 
-from vlmrewrite.hf.vision import MODALITIES, Encoded, EncoderOutput, Encoding, encoding_of, identical
+from vlmrewrite.hf.vision import (
+    MODALITIES,
+    Encoded,
+    EncoderOutput,
+    Encoding,
+    encoding_of,
+    identical,
+    lengths_of,
+    parts_around,
+)
 
 _FEATURES = "image_embeds"
 """What a decoder that merges the features itself calls them."""
@@ -55,7 +64,6 @@ def projections(model: Any) -> Iterator[list[Projection]]:
     """What the parts around the decoder make while the block runs in this thread, in order."""
     runs: list[Projection] = []
     me = threading.get_ident()
-    decoder = decoder_of(model)
 
     def note(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Any, ...], out: Any) -> None:
@@ -67,9 +75,8 @@ def projections(model: Any) -> Iterator[list[Projection]]:
         return hook
 
     with contextlib.ExitStack() as stack:
-        for name, child in model.base_model.named_children():
-            if all(module is not decoder for module in child.modules()):
-                stack.callback(child.register_forward_hook(note(name)).remove)
+        for name, child in parts_around(model, decoder_of(model)):
+            stack.callback(child.register_forward_hook(note(name)).remove)
         yield runs
 
 
@@ -78,14 +85,13 @@ def merged_inside(kwargs: dict[str, Any]) -> Encoded | None:
     features = kwargs.get(_FEATURES)
     if features is None:
         return None
-    lengths = [features.shape[1]] * len(features) if features.dim() == 3 else [len(features)]
-    return Encoded(EncoderOutput({"mask": None}), {_FEATURES: features}, {_FEATURES: lengths})
+    return Encoded(EncoderOutput({"mask": None}), {_FEATURES: features}, {_FEATURES: lengths_of(features)})
 
 
 def projected(runs: Sequence[Projection], embeddings: Tensor) -> tuple[Encoded, Encoding] | None:
     """Which of some runs made features that stand in the embeddings [B, T, H]: the latest, and what went into it."""
     for run in reversed(runs):
-        lengths = [run.given.shape[1]] * len(run.given) if run.given.dim() == 3 else [len(run.given)]
+        lengths = lengths_of(run.given)
         found = merged_outside(Encoded(EncoderOutput({}), {run.name: run.given}, {run.name: lengths}), embeddings)
         if found is not None:
             return found, encoding_of([(run.name, run.taken)], run.given, lengths)

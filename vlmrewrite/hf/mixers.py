@@ -59,10 +59,9 @@ def recurrent_mixers(model: nn.Module) -> dict[int, nn.Module]:
     Raises:
         ValueError: there is not exactly one such module in one of these layers.
     """
-    found = {}
-    for i in (i for i, layer in enumerate(cache_layers(model)) if is_recurrent(layer)):
-        found[i] = mixer_of(model.get_submodule(decoder_layers(model)[i]))
-    return found
+    recurrent = [i for i, layer in enumerate(cache_layers(model)) if is_recurrent(layer)]
+    names = decoder_layers(model) if recurrent else []
+    return {i: mixer_of(model.get_submodule(names[i])) for i in recurrent}
 
 
 def mixer_of(layer: nn.Module) -> nn.Module:

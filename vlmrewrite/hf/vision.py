@@ -7,7 +7,7 @@ import functools
 import inspect
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,6 +96,7 @@ def encode_images(
         taken |= arguments.keys() | {names[0]}
     if not taken:
         return kwargs
+    outputs |= {k: kwargs[k] for k in taken if k.endswith("_grid_thw")}  # who keeps what was encoded keeps its sizes
     position_ids = _position_ids(model, kwargs)
     rest = {k: v for k, v in kwargs.items() if k not in taken} | {"mm_encoder_outputs": outputs}
     return rest if position_ids is None else rest | {"position_ids": position_ids}
@@ -122,6 +123,11 @@ def _position_ids(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
     return compute(**given)  # type: ignore[no-any-return]
 
 
+def lengths_of(features: Tensor) -> list[int]:
+    """Tokens of each image in one tensor of features, [I, N, C] or [F, C]."""
+    return [features.shape[1]] * len(features) if features.dim() == 3 else [len(features)]
+
+
 _OF_THE_TOWER = ("hidden_states", "attentions", "router_logits")
 
 
@@ -139,7 +145,7 @@ def encoded_images(output: Any) -> Encoded:
     def handed(name: str, x: Any) -> Any:
         """A field, or a part of one, as the decoder gets it."""
         if isinstance(x, Tensor) and x.dim() in (2, 3):
-            candidates[name], lengths[name] = x, [x.shape[1]] * len(x) if x.dim() == 3 else [len(x)]
+            candidates[name], lengths[name] = x, lengths_of(x)
         if not isinstance(x, (list, tuple)) or not x:
             return x
         if all(isinstance(y, Tensor) and y.dim() > 1 for y in x):
@@ -170,6 +176,13 @@ class Encoding:
     missing: str | None = None
 
 
+def parts_around(model: Any, decoder: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a model's base that do not hold its decoder, by name: towers and projectors."""
+    for name, child in model.base_model.named_children():
+        if all(module is not decoder for module in child.modules()):
+            yield name, child
+
+
 def watched(model: nn.Module, encoder: Callable[..., Any], remember: Callable[[Encoding], None]) -> Callable[..., Any]:
     """A model's ``get_image_features`` that also tells what the projector took, token by token.
 
@@ -192,12 +205,9 @@ def watched(model: nn.Module, encoder: Callable[..., Any], remember: Callable[[E
             if args and isinstance(args[0], Tensor) and threading.get_ident() == me:
                 calls.append((name, args[0]))
 
-        decoder = this.get_decoder()
         with contextlib.ExitStack() as stack:
-            for name, child in this.base_model.named_children():
-                if all(module is not decoder for module in child.modules()):
-                    hook = child.register_forward_pre_hook(functools.partial(watch, name))
-                    stack.callback(hook.remove)
+            for name, child in parts_around(this, this.get_decoder()):
+                stack.callback(child.register_forward_pre_hook(functools.partial(watch, name)).remove)
             out = encoder(*args, **kwargs)
         made = encoded_images(out)
         remember(encoding_of(calls, made.features, next(iter(made.lengths.values()))))

@@ -156,9 +156,8 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session, generate = session_of(self), type(self).generate  # type: ignore[attr-defined]
-    inner = hf.language_model(self) is not None
-    prompt = Prompt(sizes=hf.Sizes.of(kwargs)) if inner else Prompt.of(args, kwargs)
-    with prompt_of(session, prompt), session.around(self, prompt) if inner else nullcontext():
+    prompt = Prompt(sizes=hf.Sizes.of(kwargs)) if session.inner else Prompt.of(args, kwargs)
+    with prompt_of(session, prompt), session.around(self, prompt) if session.inner else nullcontext():
         out = generate(self, *args, **kwargs)
     given = hf.images_of(inspect.signature(generate).bind_partial(self, *args, **kwargs).arguments | kwargs)
     if given and not prompt.ran:

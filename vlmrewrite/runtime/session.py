@@ -41,6 +41,7 @@ class Session:
         recipe, backend, kernels, strict: what :func:`vlmrewrite.apply` was asked for.
         plan: the recipe's, as far as it is known without a model's graph.
         blocks: modules of the blocks that it asks for, by name.
+        inner: whether a language model inside generates, or merges: see :func:`vlmrewrite.hf.language_model`.
         executables: each captured graph under this recipe, for the missing facts about the images, the device, and the
             operators' definitions (see :func:`vlmrewrite.ops.replaced`); they die with the graph.
         text_calls: calls without an image, by thread, so that none waits for another, and whether a cache was there.
@@ -54,6 +55,7 @@ class Session:
     strict: bool
     plan: Plan
     blocks: nn.ModuleDict
+    inner: bool
     executables: WeakKeyDictionary[Graph, dict[Any, Executable]] = field(default_factory=WeakKeyDictionary)
     text_calls: Counter[tuple[int, bool]] = field(default_factory=Counter)
     compiled_calls: Counter[int] = field(default_factory=Counter)
@@ -105,12 +107,12 @@ class Session:
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward under this recipe; its arguments and its outputs, which are not made a tuple here."""
         hf.refuse_checkpointing(model)
-        own, inner = Prompt(), hf.language_model(model) is not None
+        own = Prompt()
         with prompt_of(self, own):
-            kwargs, sizes = tidy(model, args, kwargs, encode=not inner)
+            kwargs, sizes = tidy(model, args, kwargs, encode=not self.inner)
         known = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
         prompt = replace(prompt, encodings=known, sizes=sizes or prompt.sizes)
-        if inner:
+        if self.inner:
             with self.around(model, prompt):
                 return type(model).forward(model, return_dict=True, **kwargs)
         past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)

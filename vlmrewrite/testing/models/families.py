@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,7 +41,9 @@ from vlmrewrite.testing.models.tiny import (
     TinyVLM,
     choice,
     decoder_sizes,
+    patches,
     square,
+    tiled,
     tiny_model,
     tower_sizes,
 )
@@ -108,23 +112,16 @@ def qwen2_5_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
         vision_end_token_id=END,
     )
 
-    def pictures(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
-        options = [(1, 4, 4), (1, 4, 8), (1, 6, 8), (1, 6, 4)]
-        grids = [options[choice(generator, len(options))] for _ in range(sum(counts))]
-        patches = [t * h * w for t, h, w in grids]
-        pixels = torch.randn(sum(patches), 3 * 2 * 4 * 4, generator=generator)
-        ids = [[START, *[IMAGE] * (n // 4), END] for n in patches]
-        return ids, {"pixel_values": pixels, "image_grid_thw": torch.tensor(grids)}
+    def ids(token: int, grid: tuple[int, int, int]) -> list[int]:
+        return [START, *[token] * (math.prod(grid) // 4), END]
+
+    shape, names = [3 * 2 * 4 * 4], ("pixel_values_videos", "video_grid_thw")
+    pictures = patches([(1, 4, 4), (1, 4, 8), (1, 6, 8), (1, 6, 4)], shape, functools.partial(ids, IMAGE))
+    videos = patches([(2, 4, 4), (3, 4, 4), (2, 4, 8)], shape, functools.partial(ids, VIDEO), names)
 
     def clips(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
-        options = [(2, 4, 4), (3, 4, 4), (2, 4, 8)]
-        grids = [options[choice(generator, len(options))] for _ in range(sum(counts))]
-        patches = [t * h * w for t, h, w in grids]
-        pixels = torch.randn(sum(patches), 3 * 2 * 4 * 4, generator=generator)
-        ids = [[START, *[VIDEO] * (n // 4), END] for n in patches]
-        seconds = torch.ones(len(grids))
-        inputs = {"pixel_values_videos": pixels, "video_grid_thw": torch.tensor(grids)}
-        return ids, inputs | {"second_per_grid_ts": seconds}
+        found, inputs = videos(counts, generator)
+        return found, inputs | {"second_per_grid_ts": torch.ones(len(found))}
 
     video: dict[str, Any] = {"video_token_id": VIDEO, "clips": clips}
     kind = Qwen2_5_VLForConditionalGeneration
@@ -141,12 +138,7 @@ def internvl(layers: int = 4, seed: int = 0) -> TinyVLM:
         tie_word_embeddings=False,
     )
 
-    def pictures(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
-        tiles = [(1, 3)[choice(generator, 2)] for _ in range(sum(counts))]
-        ids = [[START, *[IMAGE] * (4 * n), END] for n in tiles]
-        return ids, {"pixel_values": torch.randn(sum(tiles), 3, 16, 16, generator=generator)}
-
-    return tiny_model("internvl", InternVLForConditionalGeneration, config, pictures, seed)
+    return tiny_model("internvl", InternVLForConditionalGeneration, config, tiled(16), seed)
 
 
 def smolvlm(layers: int = 4, seed: int = 0) -> TinyVLM:

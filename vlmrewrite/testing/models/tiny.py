@@ -187,6 +187,17 @@ def square(size: int, tokens: int, *, marked: bool = False) -> Pictures:
     return pictures
 
 
+def tiled(size: int) -> Pictures:
+    """Images of one tile, or of two and a thumbnail, 4 tokens a tile, between markers."""
+
+    def pictures(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
+        tiles = [(1, 3)[choice(generator, 2)] for _ in range(sum(counts))]
+        ids = [[START, *[IMAGE] * (4 * n), END] for n in tiles]
+        return ids, {"pixel_values": torch.randn(sum(tiles), 3, size, size, generator=generator)}
+
+    return pictures
+
+
 def patches(
     grids: Sequence[tuple[int, int, int]],
     shape: Sequence[int],

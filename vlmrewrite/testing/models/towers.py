@@ -27,15 +27,13 @@ from transformers import (
 
 from vlmrewrite.testing.models.llavas import FRAMES, frames
 from vlmrewrite.testing.models.tiny import (
-    END,
     HIDDEN,
     IMAGE,
-    START,
     VIDEO,
     TinyVLM,
-    choice,
     decoder_sizes,
     square,
+    tiled,
     tiny_model,
     tower_sizes,
 )
@@ -84,12 +82,7 @@ def got_ocr2(layers: int = 4, seed: int = 0) -> TinyVLM:
         tie_word_embeddings=False,
     )
 
-    def pictures(counts: Sequence[int], generator: torch.Generator) -> tuple[list[list[int]], dict[str, Tensor]]:
-        tiles = [(1, 3)[choice(generator, 2)] for _ in range(sum(counts))]
-        ids = [[START, *[IMAGE] * (4 * n), END] for n in tiles]
-        return ids, {"pixel_values": torch.randn(sum(tiles), 3, 32, 32, generator=generator)}
-
-    return tiny_model("got_ocr2", GotOcr2ForConditionalGeneration, config, pictures, seed)
+    return tiny_model("got_ocr2", GotOcr2ForConditionalGeneration, config, tiled(32), seed)
 
 
 def deepseek_vl(layers: int = 4, seed: int = 0) -> TinyVLM:
