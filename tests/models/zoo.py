@@ -41,9 +41,12 @@ def same(a: Any, b: Any) -> bool:
 
 
 def darker(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Other images: what is bright in them is a quarter as bright, so that numbers of rows and columns stay such."""
+    """Other images: darker where they are bright, in another proportion each, for a norm may come first.
+
+    Bright is what is positive; numbers of rows and columns stay as they are.
+    """
     floats = {k for k, v in inputs.items() if isinstance(v, Tensor) and v.is_floating_point() and "mask" not in k}
-    return {k: torch.where(v > 0, v / 4, v) if k in floats else v for k, v in inputs.items()}
+    return {k: torch.where(v > 0, v * v / 4, v) if k in floats else v for k, v in inputs.items()}
 
 
 @torch.no_grad()
