@@ -6,9 +6,9 @@ In: a captured graph. Out: an :class:`Anatomy` and numbers.
 from vlmrewrite.analysis.anatomy import Anatomy, Layer, analyse
 from vlmrewrite.analysis.costs import LayerCost, costs
 from vlmrewrite.analysis.functional import functional
-from vlmrewrite.analysis.graph import axis, needed, reachable, same, value, where
+from vlmrewrite.analysis.graph import axis, closure, expression, is_number, needed, reachable, same, value, where
 from vlmrewrite.analysis.merge import Merge
-from vlmrewrite.analysis.operators import hidden_write, writes
+from vlmrewrite.analysis.operators import hidden_write, writes, written
 from vlmrewrite.analysis.tokenwise import not_token_wise
 
 __all__ = [
@@ -18,9 +18,12 @@ __all__ = [
     "Merge",
     "analyse",
     "axis",
+    "closure",
     "costs",
+    "expression",
     "functional",
     "hidden_write",
+    "is_number",
     "needed",
     "not_token_wise",
     "reachable",
@@ -28,4 +31,5 @@ __all__ = [
     "value",
     "where",
     "writes",
+    "written",
 ]

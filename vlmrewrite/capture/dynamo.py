@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import threading
 import types
 import weakref
@@ -16,6 +17,8 @@ import torch.fx
 from torch import nn
 
 from vlmrewrite.analysis import functional
+from vlmrewrite.capture.alike import Alike
+from vlmrewrite.capture.expand import UnlikeError, expand, reason_of
 from vlmrewrite.compat import (
     at_graph_limit,
     captured,
@@ -30,12 +33,17 @@ from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, keeping_all_tokens, parameter_inputs
 from vlmrewrite.kvcache import PositionCache
 
+_LOG = logging.getLogger(__name__)
+
 T = TypeVar("T")
 Runner = Callable[["Graph", Sequence[Any]], Any]
 
 LIMIT = 24
 """Graphs of one model before giving up: with or without gradient, padding, a past, one row or more, one logit or all
 make different graphs, so that Dynamo's default of 8 is soon used up."""
+
+_LAYERS = "layers"
+"""What a graph lacked when it was captured: see :class:`vlmrewrite.capture.alike.Alike`."""
 
 _OURS = ("past_key_values", "use_cache", "mm_encoder_outputs", "return_dict")
 
@@ -86,11 +94,15 @@ class CapturedForward:
         forward: the model's class's.
         graphs: those captured so far.
         seconds: what tracing each of them took.
+        whole: why all layers are traced, although some seemed alike; None where that is not so.
     """
 
     def __init__(self, forward: Callable[..., Any]) -> None:
         self.graphs: list[Graph] = []
         self.seconds: list[float] = []
+        self.whole: str | None = None
+        self._alike: Alike | None = None
+        self._lock = threading.Lock()
         me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
@@ -132,12 +144,44 @@ class CapturedForward:
             CaptureError: the forward could not be captured as one graph.
             RuntimeError: something else ran in place of the graph, or there would be too many graphs.
         """
+        if (alike := self._look(model)) is not None:
+            try:
+                return self._run(runner, model, cache, kwargs, images, whole, alike)
+            except UnlikeError as e:
+                self.whole = str(e)
+                self.graphs[:] = [graph for graph in self.graphs if _LAYERS in graph.derived]
+                _LOG.info("all layers of %s are traced: %s", type(whole or model).__name__, self.whole)
+        return self._run(runner, model, cache, kwargs, images, whole)
+
+    def _look(self, model: nn.Module) -> Alike | None:
+        """The layers that are alike, if any are."""
+        if self.whole is not None:
+            return None
+        if (found := self._alike) is None or not found.still():
+            with self._lock:
+                if self._alike is found:
+                    self._alike = Alike(model, found)
+                found = cast(Alike, self._alike)
+        return found if found.copies else None
+
+    def _run(
+        self,
+        runner: Runner,
+        model: nn.Module,
+        cache: PositionCache,
+        kwargs: dict[str, Any],
+        images: Mapping[str, Encoded] | None,
+        whole: nn.Module | None,
+        alike: Alike | None = None,
+    ) -> Any:
         ran, graphs = list[Graph](), self.graphs  # these live as long as this call, whatever another thread forgets
 
         def noted(graph: Graph | None, inputs: Sequence[Any]) -> Any:
             if graph is None:
                 raise NotCapturedError("another thread called this model where torch.compile does nothing: call again")
             ran.append(graph)
+            if alike is not None:
+                inputs = [*inputs, *alike.tensors(graph.once(_LAYERS, lambda: _expanded(graph, inputs, alike)))]
             if images is not None and graph.features is None:
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
                 graph.features = {name: places_of(name, one, inputs) for name, one in images.items()}
@@ -149,7 +193,8 @@ class CapturedForward:
             outputs = {name: one.output for name, one in images.items()}
         token = _RUNNER.set(noted)
         try:
-            out = self._compiled(self.forward, model, cache, self._absent | kwargs, outputs)
+            given = (model, "") if alike is None else (alike.short, repr(alike.copies))
+            out = self._compiled(self.forward, *given, cache, self._absent | kwargs, outputs)
             if not ran:
                 raise NotCapturedError(
                     "another backend of torch.compile ran in place of the rewritten graph: leave"
@@ -167,21 +212,37 @@ class CapturedForward:
                 " run in its place."
             ) from e
         except untraceable() as e:
+            if alike is not None and (reason := reason_of(e)) is not None:
+                raise UnlikeError(reason) from None
             what = f"the forward of {type(whole or model).__name__} could not be captured as one graph: {untraced(e)}"
             raise CaptureError(f"{what}{_hooked(whole or model)}", str(e)) from None
         finally:
             _RUNNER.reset(token)
 
 
+def _expanded(graph: Graph, inputs: Sequence[Any], alike: Alike) -> list[tuple[int, str]]:
+    """Give a graph, as it runs for the first time, the layers that were not traced; the tensors that these need."""
+    nodes = graph.gm.graph.find_nodes(op="placeholder")
+    own = {i: alike.names(i) for i in {*alike.again, *alike.again.values()}}
+    taken = expand(
+        graph.gm.graph,
+        {i: {n: of[id(x)] for n, x in zip(nodes, inputs, strict=True) if id(x) in of} for i, of in own.items()},
+        alike.again,
+    )
+    graph.gm.recompile()
+    return taken
+
+
 def _entry(
-    own: Callable[..., Any], model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], outputs: Any
+    own: Callable[..., Any], model: nn.Module, copies: str, cache: PositionCache, kwargs: dict[str, Any], outputs: Any
 ) -> Any:
     """What is traced: the model's own forward, with its images and videos encoded.
 
     Args:
+        copies: which layers stand-ins take the place of, for Dynamo to guard on.
         outputs: of the vision tower, by modality; None for a decode step, or a prompt without an image.
     """
-    global_hooks()  # read, so that Dynamo guards on it
+    global_hooks(), copies == ""  # read, so that Dynamo guards on it
     if not torch.compiler.is_dynamo_compiling():
         raise NotCapturedError(
             "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"

@@ -1,0 +1,150 @@
+"""Layers that are alike are traced once, and a graph is what a trace of all of them gives."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import vlmrewrite as vr
+from tests.depth import same_graphs
+from vlmrewrite.capture import CapturedForward, captures_of
+from vlmrewrite.passes import Stride
+from vlmrewrite.testing.models import ZOO, Row, TinyVLM
+
+ROWS = [Row(1, 3, 2), Row(2, 1, 3)]
+
+
+@pytest.fixture
+def deep() -> TinyVLM:
+    return ZOO["llava"](layers=6)
+
+
+def forward_of(model: nn.Module) -> CapturedForward:
+    return captures_of(model).call
+
+
+def copies_of(model: nn.Module) -> dict[int, int]:
+    found = forward_of(model)._alike
+    assert found is not None
+    return found.copies
+
+
+def agrees(tiny: TinyVLM, model: nn.Module, **options: Any) -> None:
+    """Whether an applied model's logits are those of a model like it, all of whose layers are traced."""
+    with torch.no_grad():
+        got = model(**tiny.inputs(ROWS, **options)).logits
+        whole = ZOO[tiny.name](layers=6).model
+        whole.load_state_dict(model.state_dict())
+        forward_of(whole).whole = "a test wants it"
+        with vr.applied(whole, [Stride(keep=0.5)]):
+            assert torch.equal(got, whole(**tiny.inputs(ROWS, **options)).logits)
+
+
+@pytest.mark.parametrize(
+    ("name", "copies"),
+    [
+        ("llava", {1: 0, 2: 0, 3: 0, 4: 0, 5: 0}),
+        ("gemma3", {2: 0, 4: 0, 3: 1}),  # two kinds of attention in turns
+        ("deepseek_ocr2", {2: 1, 3: 1, 4: 1, 5: 1}),  # one layer of another kind first
+        ("qwen3_vl", {1: 0, 2: 0, 3: 0, 4: 0, 5: 0}),  # images are added again between layers
+    ],
+)
+def test_the_graph_is_that_of_a_whole_trace(name: str, copies: dict[int, int]) -> None:
+    tiny = ZOO[name](layers=7)
+    same_graphs(tiny, ROWS)
+    assert copies_of(tiny.model) == copies
+    assert forward_of(tiny.model).whole is None
+
+
+def test_a_family_whose_layers_return_more_is_traced_whole(caplog: pytest.LogCaptureFixture) -> None:
+    tiny = ZOO["chameleon"](layers=5)
+    with caplog.at_level(logging.INFO, "vlmrewrite"):
+        same_graphs(tiny, ROWS)
+    assert forward_of(tiny.model).whole == "more than a hidden state comes out of a layer"
+    assert "all layers of ChameleonForConditionalGeneration are traced: more than a hidden state" in caplog.text
+    assert len(forward_of(tiny.model).graphs) == 1
+
+
+def test_padding_and_a_further_turn(deep: TinyVLM) -> None:
+    with vr.applied(deep.model, [Stride(keep=0.5)]):
+        agrees(deep, deep.model, side="left")
+        assert copies_of(deep.model)
+    found = vr.testing.generation_agreement(deep.model, deep.inputs(ROWS), [Stride(keep=0.5)], new_tokens=3)
+    found.check()
+
+
+def test_parameters_that_are_exchanged_in_a_copied_layer(deep: TinyVLM) -> None:
+    layer: Any = deep.model.get_decoder().layers[3]
+    with torch.no_grad(), vr.applied(deep.model, [Stride(keep=0.5)]):
+        deep.model(**deep.inputs(ROWS))
+        layer.mlp.up_proj.weight.mul_(2)
+        agrees(deep, deep.model)
+        layer.mlp.up_proj.weight = nn.Parameter(layer.mlp.up_proj.weight.detach() * 0.5)
+        agrees(deep, deep.model)
+        assert len(forward_of(deep.model).graphs) == 1
+
+
+def test_a_copied_layer_that_becomes_another(deep: TinyVLM) -> None:
+    """A hook, another number: it is traced."""
+    layer: Any = deep.model.get_decoder().layers[3]
+    inputs = deep.inputs(ROWS)
+    with torch.no_grad(), vr.applied(deep.model, [Stride(keep=0.5)]):
+        before = deep.model(**inputs).logits
+        hook = layer.mlp.register_forward_hook(lambda module, args, out: out * 2)
+        hooked = deep.model(**inputs).logits
+        assert copies_of(deep.model) == {1: 0, 2: 0, 4: 0}
+        hook.remove()
+        scaling = layer.self_attn.scaling
+        layer.self_attn.scaling = 3 * scaling
+        scaled = deep.model(**inputs).logits
+        layer.self_attn.scaling = scaling
+        assert not torch.equal(before, hooked)
+        assert not torch.equal(before, scaled)
+        assert not torch.equal(hooked, scaled)
+        assert torch.equal(before, deep.model(**inputs).logits)
+        graphs = len(forward_of(deep.model).graphs)
+        assert torch.equal(before, deep.model(**inputs).logits)
+        assert len(forward_of(deep.model).graphs) == graphs
+
+
+def test_a_layer_in_training_mode(deep: TinyVLM) -> None:
+    layer: Any = deep.model.get_decoder().layers[2]
+    layer.self_attn.attention_dropout = 1.0
+    with torch.no_grad(), vr.applied(deep.model, [Stride(keep=0.5)]):
+        before = deep.model(**deep.inputs(ROWS)).logits
+        layer.train()
+        assert not torch.equal(before, deep.model(**deep.inputs(ROWS)).logits)
+        layer.eval()
+        assert torch.equal(before, deep.model(**deep.inputs(ROWS)).logits)
+
+
+def test_gradients_reach_copied_layers(deep: TinyVLM) -> None:
+    with vr.applied(deep.model, [Stride(keep=0.5)]):
+        deep.model(**deep.inputs(ROWS)).logits.sum().backward()
+    layers: Any = deep.model.get_decoder().layers
+    assert copies_of(deep.model)
+    assert all(p.grad is not None and bool(p.grad.any()) for layer in layers for p in layer.parameters())
+
+
+def test_the_model_is_as_it_was(deep: TinyVLM) -> None:
+    decoder: Any = deep.model.get_decoder()
+    before = {name: dict(vars(m)) for name, m in decoder.named_modules()}
+    with torch.no_grad(), vr.applied(deep.model, [Stride(keep=0.5)]):
+        deep.model(**deep.inputs(ROWS))
+    assert {name: dict(vars(m)) for name, m in decoder.named_modules()} == before
+
+
+def test_calls_of_all_sorts_capture_each_way_once(deep: TinyVLM) -> None:
+    """Decoding between them, calls that are the same use the graph that is there."""
+    model: Any = deep.model
+    one, two, padded = deep.inputs(ROWS[:1]), deep.inputs(ROWS[1:]), deep.inputs(ROWS, side="left")
+    counts = []
+    with vr.applied(model, [Stride(keep=0.5)]):
+        for inputs in (one, two, padded, one, padded):
+            model.generate(**inputs, max_new_tokens=3, do_sample=False)
+            counts.append(len(forward_of(model).graphs))
+    assert counts == [1, 1, 2, 2, 2]

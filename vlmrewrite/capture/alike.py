@@ -1,0 +1,189 @@
+"""Decoder layers that are alike are traced once: Dynamo sees a short model, whose trace hardly grows with depth.
+
+Of the layers of one kind, the first and the last are traced; those between leave a stand-in behind, in whose place
+:mod:`vlmrewrite.capture.expand` puts a copy of what the first one left. The model itself is not touched: Dynamo gets
+modules that share everything with it but the list of layers.
+"""
+
+from __future__ import annotations
+
+import functools
+import operator
+import types
+import weakref
+from collections.abc import Sequence
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmrewrite.capture.expand import stands_in, traced
+from vlmrewrite.hf import APPLIED, cache_layers, decoder_layers, is_recurrent
+
+_PLAIN = (int, float, str, bool, type(None), set, frozenset, torch.dtype, torch.device)
+
+
+class Alike:
+    """Which layers of a model's decoder are alike, as of now.
+
+    Attributes:
+        layers: all of them.
+        copies: for each that need not be traced, the one that it is a copy of.
+        again: for the last one of each kind, which is traced too, the first.
+        short: the model as Dynamo gets it; None where there are no copies.
+    """
+
+    def __init__(self, model: nn.Module, before: Alike | None = None) -> None:
+        """Look at a model; ``before``: an earlier look, whose modules are used again if it found the same."""
+        names = decoder_layers(model)
+        self.layers = [model.get_submodule(name) for name in names]
+        path = _path(model, names[0].rpartition(".")[0])
+        strange = any("forward" in vars(m) and not _bound(vars(m)["forward"], m) for _, m in path[1:])
+        kinds = [] if strange else _kinds(model, self.layers)
+        self.copies = {i: kind[0] for kind in kinds for i in kind[1:-1]}
+        self.again = {kind[-1]: kind[0] for kind in kinds if len(kind) > 2}
+        ends = [self.layers[i] for i in {*self.again, *self.again.values()}]
+        self._path = [(weakref.ref(m), _told(m)) for m in [*(m for _, m in path), *ends]]
+        copied = [m for i in self.copies for m in self.layers[i].modules()]
+        self._copied = [(vars(m), {k: _copy(x) for k, x in vars(m).items()}) for m in copied]
+        self._held = [x for m in copied for own in (m._parameters, m._buffers) for x in own.values() if x is not None]
+        self._layouts = list(map(_may_change, self._held))
+        same = before is not None and before.copies == self.copies
+        self._twins: dict[object, nn.Module] = before._twins if before is not None and same else {}
+        self.short = self._shortened(path) if self.copies else None
+        self._places: dict[int, tuple[object, list[tuple[dict[str, Any], str]]]] = {}
+
+    def still(self) -> bool:
+        """Whether nothing has changed of what was compared, and of what ``short`` shares."""
+        for ref, told in self._path:
+            module = ref()
+            if module is None or _told(module) != told:
+                return False
+        try:
+            same = all(now == then for now, then in self._copied)
+        except (RuntimeError, ValueError):  # two tensors that are not the same object were compared
+            return False
+        return same and all(map(operator.eq, map(_may_change, self._held), self._layouts))
+
+    def names(self, layer: int) -> dict[int, str]:
+        """The names of a layer's parameters and buffers, by the tensors' ids."""
+        module = self.layers[layer]
+        found = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
+        return {id(x): name for name, x in found}
+
+    def tensors(self, wanted: Sequence[tuple[int, str]]) -> list[Tensor]:
+        """Parameters and buffers of layers, as of now."""
+        key = id(wanted)
+        if key not in self._places:
+            paths = [(layer, *name.rpartition(".")[::2]) for layer, name in wanted]
+            homes = [(self.layers[layer].get_submodule(path), name) for layer, path, name in paths]
+            places: list[Any] = [(m._parameters if n in m._parameters else m._buffers, n) for m, n in homes]
+            self._places[key] = wanted, places
+        return [home[name] for home, name in self._places[key][1]]
+
+    def _shortened(self, path: list[tuple[str, nn.Module]]) -> nn.Module:
+        layers = dict(path[-1][1]._modules)
+        for i, name in enumerate(layers):
+            if i in self.copies:
+                layers[name] = self._twin(i, self.layers[i], forward=stands_in(i, self.copies[i]))
+            elif i in self.again or i in self.again.values():
+                layers[name] = self._twin(i, self.layers[i], forward=traced(i))
+        below: dict[str, nn.Module | None] = layers
+        for depth, (name, module) in reversed(list(enumerate(path))):
+            made = self._twin(name if depth else None, module, _modules=below)
+            if depth:
+                below = path[depth - 1][1]._modules | {name: made}
+        return made
+
+    def _twin(self, key: object, module: nn.Module, **other: Any) -> nn.Module:
+        """A module that shares everything with another one, but for some attributes."""
+        twin = self._twins.setdefault(key, type(module).__new__(type(module)))
+        own = {k: x for k, x in vars(module).items() if k != APPLIED and not (key is None and _bound(x, module))}
+        own |= {k: types.MethodType(x.__func__, twin) for k, x in own.items() if _bound(x, module)}
+        own |= {k: types.MethodType(x, twin) if k == "forward" else x for k, x in other.items()}
+        for name in vars(twin).keys() - own.keys():
+            del vars(twin)[name]
+        vars(twin).update(own)  # at once: another thread may be running it
+        return twin
+
+
+def _path(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
+    """The modules from the model to the one of this name."""
+    found = [("", model)]
+    for part in name.split("."):
+        found.append((part, found[-1][1].get_submodule(part)))
+    return found
+
+
+def _bound(x: object, module: nn.Module) -> bool:
+    return isinstance(x, types.MethodType) and x.__self__ is module
+
+
+def _told(module: nn.Module) -> dict[str, Any]:
+    """What a module holds, with what may change of its tensors; not what vlmrewrite put there."""
+    own = {k: _copy(x) for k, x in vars(module).items() if not _bound(x, module)}
+    own.pop(APPLIED, None)
+    for kind in ("_parameters", "_buffers"):
+        own[kind] = {k: (id(x), *_layout(x)) for k, x in own[kind].items()}
+    return own
+
+
+def _copy(x: Any) -> Any:
+    return x.copy() if isinstance(x, dict) else x
+
+
+_may_change = attrgetter("dtype", "requires_grad", "device")
+
+
+def _layout(x: Tensor | None) -> tuple[object, ...]:
+    return () if x is None else (type(x), x.dtype, x.requires_grad, x.device, x.shape)
+
+
+def _kinds(model: nn.Module, layers: list[nn.Module]) -> list[list[int]]:
+    """The layers by kind; those with a state in the cache are each of their own."""
+    kinds, states = list[list[int]](), [is_recurrent(x) for x in cache_layers(model)]
+    for i, layer in enumerate(layers):
+        kind = next((k for k in kinds if _alike(layers[k[0]], layer, k[0], i)), None)
+        if kind is None or any(states[i : i + 1]):
+            kinds.append([i])
+        else:
+            kind.append(i)
+    return kinds
+
+
+def _alike(a: nn.Module, b: nn.Module, i: int, k: int) -> bool:
+    """Whether two modules, of layers ``i`` and ``k``, differ in nothing but the numbers in their tensors."""
+    x, y = vars(a), vars(b)
+    if type(a) is not type(b) or x.keys() != y.keys():
+        return False
+    for name, p in x.items():
+        q = y[name]
+        if name in ("_parameters", "_buffers"):
+            if p.keys() != q.keys() or any(_layout(p[n]) != _layout(q[n]) or _odd(p[n]) for n in p):
+                return False
+        elif name == "_modules":
+            if p.keys() != q.keys() or not all(_alike(p[n], q[n], i, k) for n in p if p[n] is not q[n]):
+                return False
+        elif (name.endswith("_hooks") and (p or q)) or not (_same(p, q) or (type(p) is int and (p, q) == (i, k))):
+            return False
+    return True
+
+
+def _odd(x: Tensor | None) -> bool:
+    return type(x) not in (nn.Parameter, Tensor, type(None))
+
+
+def _same(p: Any, q: Any) -> bool:
+    """Whether two attributes are the same thing, or plain data that is equal."""
+    if p is q:
+        return not isinstance(p, Tensor)
+    if type(p) is not type(q):
+        return False
+    if isinstance(p, (tuple, list)):
+        return len(p) == len(q) and all(map(_same, p, q))
+    if isinstance(p, dict):
+        return p.keys() == q.keys() and all(_same(p[n], q[n]) for n in p)
+    if isinstance(p, functools.partial):
+        return _same((p.func, p.args, p.keywords), (q.func, q.args, q.keywords))
+    return isinstance(p, _PLAIN) and bool(p == q)
