@@ -44,7 +44,7 @@ test: $(READY) ## all tests, in WORKERS processes
 quick: $(READY) ## the tests of units and graphs that take no time, in WORKERS processes
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow" $(QUICK) $(ARGS)
 
-aot: $(READY) ## compile all kernels for GPUs that are not there, in every configuration
+aot: $(READY) ## compile all kernels for GPUs that are not there, in every configuration; keep what comes out (minutes)
 	$(BIN)/python -m pytest tests/aot/test_aot.py --every-config $(ARGS)
 
 mutants: $(READY) ## seeded faults, one at a time: which do the tests find? (hours; ARGS="--sample 3 --seed 1")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start: tests themselves run on all cores
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")  # as it is without; Triton 3.9 warns if it is not said
 
 import torch
@@ -36,13 +37,18 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     dynamo.LIMIT = 256  # all tests share a model, and call it in all ways there are
+    gc.disable()
     yield
+    gc.enable()
     gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def no_looking_at_what_stays() -> Iterator[None]:
-    """Captured graphs are millions of objects, and looking for garbage among them is a quarter of the tests' time."""
+    """Captured graphs are millions of objects, and looking for garbage among them is a quarter of the tests' time.
+
+    So it is looked for between modules only, in what the last one made.
+    """
     yield
     gc.collect()
     gc.freeze()

@@ -1,10 +1,14 @@
 """Every kernel compiles for GPUs, keeps its values in registers, and fits into shared memory.
 
-In the configuration of its largest blocks; in every configuration with ``--every-config``, as in ``make aot``.
+``make aot`` compiles every configuration, which takes minutes, and keeps what came out in ``compiled.json``. As long as
+that is of these very kernels, by this Triton, it is what is looked at; else each kernel is compiled anew, in the
+configuration of its largest blocks.
 """
 
 from __future__ import annotations
 
+import hashlib
+import importlib.metadata
 import json
 import os
 import subprocess
@@ -22,6 +26,7 @@ pytest.importorskip("triton")
 from vlmrewrite.testing.triton import aot
 
 FILES = sorted(map(str, (Path(__file__).parents[1] / "kernels").glob("cases_*.py")))
+KEPT = Path(__file__).with_name("compiled.json")
 FAMILIES = sorted({case.partition(": ")[0] for case in aot.cases(FILES)})
 
 BROKEN = """
@@ -87,16 +92,54 @@ def finish(running: Running) -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def digest() -> str:
+    """Of all that decides what comes out: kernels, what launches them with what, and Triton."""
+    root = Path(__file__).parents[2]
+    folders = [root / "vlmrewrite" / "kernels", *sorted(root.glob("passes/*/kernels"))]
+    files = [*map(Path, FILES), Path(aot.__file__), *sorted(x for folder in folders for x in folder.rglob("*.py"))]
+    said = hashlib.sha256(importlib.metadata.version("triton").encode())
+    for file in files:
+        said.update(file.name.encode() + file.read_bytes())
+    return said.hexdigest()
+
+
+def kept() -> dict[str, dict[str, list[dict[str, Any]]]] | None:
+    """What an earlier run compiled in every configuration; None if it was of other kernels, or by another Triton."""
+    made = json.loads(KEPT.read_text()) if KEPT.exists() else {"of": None}
+    if made["of"] != digest():
+        return None
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {target: defaultdict(list) for target in aot.TARGETS}
+    for row in made["rows"]:
+        found[row["target"]][row["case"]].append(row)
+    return found
+
+
+def keep(found: dict[str, dict[str, list[dict[str, Any]]]]) -> None:
+    rows = [
+        {"case": case, **{name: x for name, x in one.items() if name not in ("seconds", "error")}}
+        for cases in found.values()
+        for case, made in sorted(cases.items())
+        for one in made
+    ]
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    KEPT.write_text(f'{{"of": "{digest()}", "rows": [\n{lines}\n]}}\n')
+
+
 @pytest.fixture(scope="session")
 def compiled(
     tmp_path_factory: pytest.TempPathFactory, pytestconfig: pytest.Config
 ) -> Iterator[dict[str, dict[str, list[dict[str, Any]]]]]:
+    every = pytestconfig.getoption("every_config")
+    if not every and (found := kept()) is not None:
+        yield found
+        return
     folder = tmp_path_factory.mktemp("compiled")
-    more = () if pytestconfig.getoption("every_config") else ("--largest",)
+    more = () if every else ("--largest",)
     running = {target: start(FILES, target, folder / target, *more) for target in aot.TARGETS}
-    yield {target: finish(one) for target, one in running.items()}
-    for one in running.values():
-        one.process.kill()
+    found = {target: finish(one) for target, one in running.items()}
+    if every:
+        keep(found)
+    yield found
 
 
 @pytest.mark.slow
@@ -117,6 +160,14 @@ def test_compiles_without_spills(compiled: dict[str, Any], family: str, target: 
             if tensor_cores and "wgmma.mma_async" not in one["mma"]:
                 wrong.append(f"{what}: uses {one['mma']}; expected wgmma")
     assert not wrong, "\n".join(wrong)
+
+
+def test_what_is_kept_is_of_every_kernel_and_target() -> None:
+    """Where kernels have changed since: ``make aot``, and commit what it writes."""
+    rows = json.loads(KEPT.read_text())["rows"]
+    cases = {row["case"] for row in rows}
+    assert {row["target"] for row in rows} == {*aot.TARGETS}
+    assert {*aot.cases(FILES)} == cases
 
 
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:

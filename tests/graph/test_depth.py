@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import types
 from typing import Any
 
 import pytest
@@ -109,6 +110,18 @@ def test_a_copied_layer_that_becomes_another(deep: TinyVLM) -> None:
         graphs = len(forward_of(deep.model).graphs)
         assert torch.equal(before, deep.model(**inputs).logits)
         assert len(forward_of(deep.model).graphs) == graphs
+
+
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_a_forward_of_its_own(deep: TinyVLM, at: int) -> None:
+    layer: Any = deep.model.get_decoder().layers[at]
+    with torch.no_grad(), vr.applied(deep.model, [Stride(keep=0.5)]):
+        before = deep.model(**deep.inputs(ROWS)).logits
+        layer.forward = types.MethodType(lambda self, x, **kwargs: type(self).forward(self, 2 * x, **kwargs), layer)
+        doubled = deep.model(**deep.inputs(ROWS)).logits
+        del layer.forward
+        assert not torch.equal(before, doubled)
+        assert torch.equal(before, deep.model(**deep.inputs(ROWS)).logits)
 
 
 def test_a_layer_in_training_mode(deep: TinyVLM) -> None:

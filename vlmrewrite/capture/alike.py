@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.fx import GraphModule
 
-from vlmrewrite.capture.expand import stands_in, traced
+from vlmrewrite.capture.expand import expand, stands_in, traced
 from vlmrewrite.hf import APPLIED, cache_layers, decoder_layers, is_recurrent
 
 _PLAIN = (int, float, str, bool, type(None), set, frozenset, torch.dtype, torch.device)
@@ -66,7 +67,27 @@ class Alike:
             return False
         return same and all(map(operator.eq, map(_may_change, self._held), self._layouts))
 
-    def names(self, layer: int) -> dict[int, str]:
+    def complete(self, gm: GraphModule, inputs: Sequence[object]) -> list[tuple[int, str]]:
+        """Give a graph that was captured of ``short`` the layers that were not traced.
+
+        Args:
+            gm: changed in place.
+            inputs: its own, flat.
+
+        Returns:
+            what it takes behind its inputs, for :meth:`tensors`.
+
+        Raises:
+            UnlikeError: see :func:`vlmrewrite.capture.expand.expand`.
+        """
+        placed = list(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
+        names = {i: self._names(i) for i in {*self.again, *self.again.values()}}
+        own = {i: {n: known[id(x)] for n, x in placed if id(x) in known} for i, known in names.items()}
+        taken = expand(gm.graph, own, self.again)
+        gm.recompile()
+        return taken
+
+    def _names(self, layer: int) -> dict[int, str]:
         """The names of a layer's parameters and buffers, by the tensors' ids."""
         module = self.layers[layer]
         found = [*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False)]
@@ -99,8 +120,8 @@ class Alike:
     def _twin(self, key: object, module: nn.Module, **other: Any) -> nn.Module:
         """A module that shares everything with another one, but for some attributes."""
         twin = self._twins.setdefault(key, type(module).__new__(type(module)))
-        own = {k: x for k, x in vars(module).items() if k != APPLIED and not (key is None and _bound(x, module))}
-        own |= {k: types.MethodType(x.__func__, twin) for k, x in own.items() if _bound(x, module)}
+        own = vars(module) if key is not None else _own(module)
+        own = own | {k: types.MethodType(x.__func__, twin) for k, x in own.items() if _bound(x, module)}
         own |= {k: types.MethodType(x, twin) if k == "forward" else x for k, x in other.items()}
         for name in vars(twin).keys() - own.keys():
             del vars(twin)[name]
@@ -120,10 +141,16 @@ def _bound(x: object, module: nn.Module) -> bool:
     return isinstance(x, types.MethodType) and x.__self__ is module
 
 
+def _own(module: nn.Module) -> dict[str, Any]:
+    """What a module holds, without functions, which its class has too, and which may hold the whole model."""
+    kinds = (types.FunctionType, types.MethodType)
+    return {k: x for k, x in vars(module).items() if k != APPLIED and not isinstance(x, kinds)}
+
+
 def _told(module: nn.Module) -> dict[str, Any]:
-    """What a module holds, with what may change of its tensors; not what vlmrewrite put there."""
-    own = {k: _copy(x) for k, x in vars(module).items() if not _bound(x, module)}
-    own.pop(APPLIED, None)
+    """The same, with what may change of its tensors, and which functions there are."""
+    own = {k: _copy(x) for k, x in _own(module).items()}
+    own |= {k: id(x) for k, x in vars(module).items() if k not in own and k != APPLIED}
     for kind in ("_parameters", "_buffers"):
         own[kind] = {k: (id(x), *_layout(x)) for k, x in own[kind].items()}
     return own

@@ -10,7 +10,7 @@ import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.fx
@@ -18,7 +18,8 @@ from torch import nn
 
 from vlmrewrite.analysis import functional
 from vlmrewrite.capture.alike import Alike
-from vlmrewrite.capture.expand import UnlikeError, expand, reason_of
+from vlmrewrite.capture.expand import UnlikeError, reason_of
+from vlmrewrite.capture.graph import Graph
 from vlmrewrite.compat import (
     at_graph_limit,
     captured,
@@ -35,7 +36,6 @@ from vlmrewrite.kvcache import PositionCache
 
 _LOG = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Runner = Callable[["Graph", Sequence[Any]], Any]
 
 LIMIT = 24
@@ -54,34 +54,6 @@ _RUNNER: ContextVar[Runner] = ContextVar("vlmrewrite_runner")
 def limit() -> int:
     """How many graphs there may be of one model; torch._dynamo.config.recompile_limit raises it."""
     return max(LIMIT, graph_limit())
-
-
-class Graph:
-    """One captured graph of a model.
-
-    Attributes:
-        gm: the graph.
-        features: for images and videos, if it takes them, by name the tensors of the vision tower's output that are
-            among its inputs, and which these are; None before its first run, and of a graph of text.
-        parameters: for each of its inputs that is a decoder layer's parameter, the layer and the name within it.
-        derived: what later stages made of it, by their own keys; it dies with the graph.
-        lock: held while something is derived.
-    """
-
-    def __init__(self, gm: torch.fx.GraphModule) -> None:
-        self.gm = gm
-        self.features: dict[str, dict[str, int]] | None = None
-        self.parameters: dict[str, tuple[int, str]] = {}
-        self.derived: dict[object, Any] = {}
-        self.lock = threading.RLock()
-
-    def once(self, key: object, make: Callable[[], T]) -> T:
-        """What was derived under a key; made at the first request for it, by one thread."""
-        if key not in self.derived:
-            with self.lock:
-                if key not in self.derived:
-                    self.derived[key] = make()
-        return cast(T, self.derived[key])
 
 
 class CapturedForward:
@@ -153,6 +125,11 @@ class CapturedForward:
                 _LOG.info("all layers of %s are traced: %s", type(whole or model).__name__, self.whole)
         return self._run(runner, model, cache, kwargs, images, whole)
 
+    @property
+    def copied(self) -> int:
+        """How many layers of the graphs are copies of layers that are like them."""
+        return 0 if self.whole is not None or self._alike is None else len(self._alike.copies)
+
     def _look(self, model: nn.Module) -> Alike | None:
         """The layers that are alike, if any are."""
         if self.whole is not None:
@@ -181,7 +158,7 @@ class CapturedForward:
                 raise NotCapturedError("another thread called this model where torch.compile does nothing: call again")
             ran.append(graph)
             if alike is not None:
-                inputs = [*inputs, *alike.tensors(graph.once(_LAYERS, lambda: _expanded(graph, inputs, alike)))]
+                inputs = [*inputs, *alike.tensors(graph.once(_LAYERS, lambda: alike.complete(graph.gm, inputs)))]
             if images is not None and graph.features is None:
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
                 graph.features = {name: places_of(name, one, inputs) for name, one in images.items()}
@@ -218,19 +195,6 @@ class CapturedForward:
             raise CaptureError(f"{what}{_hooked(whole or model)}", str(e)) from None
         finally:
             _RUNNER.reset(token)
-
-
-def _expanded(graph: Graph, inputs: Sequence[Any], alike: Alike) -> list[tuple[int, str]]:
-    """Give a graph, as it runs for the first time, the layers that were not traced; the tensors that these need."""
-    nodes = graph.gm.graph.find_nodes(op="placeholder")
-    own = {i: alike.names(i) for i in {*alike.again, *alike.again.values()}}
-    taken = expand(
-        graph.gm.graph,
-        {i: {n: of[id(x)] for n, x in zip(nodes, inputs, strict=True) if id(x) in of} for i, of in own.items()},
-        alike.again,
-    )
-    graph.gm.recompile()
-    return taken
 
 
 def _entry(

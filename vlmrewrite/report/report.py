@@ -82,7 +82,9 @@ class Report:
             for (kernel, why), names in self._by_kernel().items():
                 lines.append(f"kernels: {kernel} for {', '.join(names)} ({why})")
         if self.graphs:
-            lines.append(f"graphs captured: {self.graphs['captured']} of at most {self.graphs['limit']}")
+            copies, known = self.graphs.get("copied_layers", 0), "captured: {captured} of at most {limit}"
+            alike = f", {copies} layers as copies of others that are like them" if copies else ""
+            lines.append(f"graphs {known.format(**self.graphs)}{alike}")
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items()))
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
@@ -139,7 +141,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         given_up=() if latest is None else _given_up(latest),
         dispatch=None if latest is None or not latest.result.ran else latest.executable.program.plan,
         kernels={} if latest is None else latest.executable.choices,
-        graphs={} if one is None else {"captured": len(one.graphs), "limit": limit()},
+        graphs={} if one is None else {"captured": len(one.graphs), "limit": limit(), "copied_layers": one.copied},
         seconds={} if one is None else {"capture": sum(one.seconds)},
         plain_calls=session.text_calls.total(),
         continued_calls=sum(n for (_, continued), n in session.text_calls.items() if continued),
