@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch._dynamo
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.modeling_utils import AttentionInterface
 
 import vlmrewrite as vr
 from vlmrewrite import ops
@@ -94,6 +95,33 @@ def test_text_on_a_cache_keeps_the_softcap():
         expected = ops.attention(q[:, :, t], k[:, :, : t.stop], v[:, :, : t.stop], softcap=0.5)
         torch.testing.assert_close(got, expected)
         assert (got - ops.attention(q[:, :, t], k[:, :, : t.stop], v[:, :, : t.stop])).abs().max() > 0.01
+
+
+@torch.no_grad()
+def test_a_library_wraps_all_attention_functions_and_calls_them_by_place(monkeypatch):
+    """As kvpress does when it is imported; its wrapper also leaves a mark on the module, in prefill."""
+    tiny = FAMILIES["llava"](layers=2)
+    inputs, seen = tiny.inputs([Row(1, 2, 3), Row(2, 1, 1)], side="left"), []
+    with vr.applied(tiny.model, [STS(keep=3)]):
+        expected = tiny.model.generate(**inputs, max_new_tokens=4, do_sample=False)
+
+    def wrapped(own):
+        def wrapper(module, query, key, value, attention_mask, dropout, **kwargs):
+            if query.shape[2] == key.shape[2]:
+                module.marked = None
+            elif not torch.compiler.is_dynamo_compiling():
+                seen.append(key.shape[2])
+            return own(module, query, key, value, attention_mask, dropout, **kwargs)
+
+        return wrapper
+
+    known = AttentionInterface._global_mapping
+    monkeypatch.setattr(AttentionInterface, "_global_mapping", {name: wrapped(own) for name, own in known.items()})
+    monkeypatch.setattr(hooks, "register", lambda: None)
+    monkeypatch.setattr("vlmrewrite.capture.register", lambda: None)
+    with vr.applied(tiny.model, [STS(keep=3)]):
+        assert torch.equal(tiny.model.generate(**inputs, max_new_tokens=4, do_sample=False), expected)
+    assert seen
 
 
 def test_features_are_found_by_what_they_are_whatever_their_name():

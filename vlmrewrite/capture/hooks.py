@@ -34,12 +34,15 @@ def attention_forward(
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
-    scaling: float | None = None,
     dropout: float = 0.0,
+    scaling: float | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attention function for transformers' ``AttentionInterface``: q [B, H, t, D], k and v [B, Hk, m, D]."""
+    """Attention function for transformers' ``AttentionInterface``: q [B, H, t, D], k and v [B, Hk, m, D].
+
+    Its arguments are in the order of transformers' own: some libraries wrap all that are registered, and call by place.
+    """
     for name in ("s_aux", "position_bias", "output_attentions"):
         if kwargs.get(name) is not None and kwargs[name] is not False:
             raise NotImplementedError(f"vlmrewrite's attention has no {name}, which {type(module).__name__} passes")

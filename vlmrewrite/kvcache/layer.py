@@ -2,7 +2,7 @@
 
 A token is appended without copying those before it. A layer makes a buffer when it first appends, with room for a share
 of what it holds; where none is left it makes another. So the memory of a cache that grows is at most an eighth more
-than its tokens need (64 tokens, if that is more), of which one layer's is there twice while it moves; and a token that
+than its tokens need (8 tokens, if that is more), of which one layer's is there twice while it moves; and a token that
 stays is copied some nine times in all, not once a step.
 """
 
@@ -32,8 +32,8 @@ def once(shared: Shared, objects: tuple[object, ...], make: Callable[[], T]) -> 
     return made
 
 
-SHARE, LEAST = 8, 64
-"""Buffer is made for an eighth more tokens than there are, and for at least 64 more."""
+SHARE, LEAST = 8, 8
+"""Buffer is made for an eighth more tokens than there are, and for at least 8 more."""
 
 
 class Buffer:
