@@ -24,7 +24,7 @@ from vlmrewrite.capture import dynamo
 from vlmrewrite.testing.models import TinyVLM
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
-settings.register_profile("ci", max_examples=8, deadline=None, suppress_health_check=_SLOW, derandomize=True)
+settings.register_profile("ci", max_examples=5, deadline=None, suppress_health_check=_SLOW, derandomize=True)
 settings.register_profile("long", max_examples=700, deadline=None, suppress_health_check=_SLOW)
 settings.load_profile("ci")
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
+from hypothesis import settings
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 from vlmrewrite.plan.pipeline import run_passes
@@ -14,6 +16,17 @@ from vlmrewrite.testing.models import tiny
 
 CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
 """Configurations of VISOR to choose among, from the cheapest to the most demanding."""
+
+
+def pairs(first, second):
+    """Two parametrisations at once: each of both occurs, and under hypothesis' long profile each with each.
+
+    A model is captured for each; which recipe is tried with which model does not matter, as long as all are.
+    """
+    first, second = list(first), list(second)
+    if settings.get_current_profile_name() == "long":
+        return list(itertools.product(first, second))
+    return [(first[i % len(first)], second[i % len(second)]) for i in range(max(len(first), len(second)))]
 
 
 def planned(*passes, depth=8, features=frozenset()):

@@ -9,6 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import vlmrewrite as vr
+from tests.small import pairs
 from vlmrewrite.oracle import layer_masks
 from vlmrewrite.oracle.hooks import masked
 from vlmrewrite.passes import DPVR, STS, FastV, ShortV
@@ -30,6 +31,7 @@ READ = {
     "derived": lambda x: [x.detach(), x.clone(), x.double(), x.float().mean(-1), x[:, -1].detach()],
 }
 LAYERS = "model.language_model.layers"
+INSIDE = ["mlp", "self_attn.q_proj", "self_attn.v_proj", "input_layernorm"]
 PASSES = {
     "fastv": [FastV(keep=2, at=1)],
     "sts": [STS(keep=6, refine=3, at=2)],
@@ -62,8 +64,7 @@ def both(model, inputs, put):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("read", READ)
-@pytest.mark.parametrize("passes", PASSES)
+@pytest.mark.parametrize(("read", "passes"), [*pairs(["derived"], PASSES), ("as it is", "fastv")])
 def test_a_hook_that_reads_a_layer_is_given_the_stream_of_the_rewritten_model(tiny, inputs, passes, read):
     model, real = tiny.model, inputs["attention_mask"].bool()
     plain = model(**inputs).logits
@@ -89,8 +90,9 @@ def test_a_hook_that_reads_a_layer_is_given_the_stream_of_the_rewritten_model(ti
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("read", READ)
-@pytest.mark.parametrize("where", ["mlp", "self_attn.q_proj", "self_attn.v_proj", "input_layernorm"])
+@pytest.mark.parametrize(
+    ("where", "read"), pairs(["mlp", "self_attn.q_proj", "self_attn.v_proj", "input_layernorm"], READ)
+)
 def test_a_hook_that_reads_inside_a_rewritten_layer_is_refused(tiny, inputs, where, read):
     model = tiny.model
     plain = model(**inputs).logits

@@ -10,6 +10,7 @@ import torch
 from transformers import DynamicCache, FalconH1Config, GraniteMoeHybridConfig, Lfm2Config, OlmoHybridConfig
 
 import vlmrewrite as vr
+from tests.small import pairs
 from vlmrewrite.capture import captures_of
 from vlmrewrite.ops import RECURRENT
 from vlmrewrite.oracle import LayerMasks, layer_masks, oracle_logits
@@ -75,16 +76,18 @@ def conv():
     return tiny("convolutions with a bias")
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_generation_agrees_with_the_oracle(each, recipe):
-    found = generation_agreement(each.model, each.inputs(BATCH, side="left"), recipe)
+@pytest.mark.parametrize(("text", "recipe"), pairs(TEXTS, RECIPES))
+def test_generation_agrees_with_the_oracle(text, recipe):
+    each = tiny(text)
+    found = generation_agreement(each.model, each.inputs(BATCH, side="left"), RECIPES[recipe])
     found.check()
     assert found.kv_lengths[::2] == [0, 0]
 
 
-@pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
-def test_a_forward_padded_on_the_right_agrees_with_the_oracle(each, recipe):
-    forward_agreement(each.model, each.inputs(BATCH, side="right", seed=1), recipe).check()
+@pytest.mark.parametrize(("recipe", "text"), pairs(RECIPES, reversed(TEXTS)))
+def test_a_forward_padded_on_the_right_agrees_with_the_oracle(recipe, text):
+    each = tiny(text)
+    forward_agreement(each.model, each.inputs(BATCH, side="right", seed=1), RECIPES[recipe]).check()
 
 
 @torch.no_grad()

@@ -90,8 +90,7 @@ def test_a_turn_on_a_kept_cache_and_logits_of_some_tokens():
     model, inputs = gemma4().model, gemma4().inputs(ROWS)
     with torch.no_grad(), vr.applied(model, [Stride(0.5, at=2)]):
         every = model(**inputs).logits
-        for n in (1, 3):
-            torch.testing.assert_close(model(**inputs, logits_to_keep=n).logits, every[:, -n:])
+        torch.testing.assert_close(model(**inputs, logits_to_keep=3).logits, every[:, -3:])
         first = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
         more = torch.cat([first.sequences, torch.full((3, 2), 20)], 1)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers.models.gemma2.modeling_gemma2 import eager_attention_forward
 
 import vlmrewrite as vr
-from tests.small import family
+from tests.small import family, pairs
 from vlmrewrite.oracle import hooks, layer_masks
 from vlmrewrite.passes import STS, FastV, Random, Stride
 from vlmrewrite.plan.tokens import All, Image, Text, Vision
@@ -72,11 +72,11 @@ def told(layers):
     return Sets(tuple((*sets, None, None)[:3] for sets in layers))
 
 
-@pytest.mark.parametrize("layers", PLANS.values(), ids=PLANS)
-@pytest.mark.parametrize("rows", [ONE, BATCH], ids=["one row", "padded batch"])
+@pytest.mark.parametrize(("rows", "layers"), pairs(["padded batch", "one row"], PLANS))
 def test_plan(rows, layers):
     tiny = family("llava")
-    generation_agreement(tiny.model, tiny.inputs(rows, seed=1), told(layers)).check()
+    rows = ONE if rows == "one row" else BATCH
+    generation_agreement(tiny.model, tiny.inputs(rows, seed=1), told(PLANS[layers])).check()
 
 
 @given(strategies.plans(4), strategies.rows(), strategies.sides(), st.integers(1, 4), st.integers(0, 99))
@@ -185,17 +185,15 @@ def paid(tiny, inputs, masks, layer):
 # ---- ways to call
 
 
-@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
-@pytest.mark.parametrize("recipe", [[STS(keep=6, refine=3, at=2)], told(PLANS["other keys"])],
-                         ids=["sts", "other keys"])  # fmt: skip
+@pytest.mark.parametrize(("name", "recipe"), pairs(["llava", "qwen2_5_vl", "gemma3"], ["sts", "other keys"]))
 def test_a_padded_text_turn_on_the_kept_cache(name, recipe):
     """Images in turn 1, padded left; text of different lengths in turn 2, padded left between the turns."""
-    tiny = family(name)
+    tiny, passes = family(name), [STS(keep=6, refine=3, at=2)] if recipe == "sts" else told(PLANS["other keys"])
     inputs = tiny.inputs(BATCH, side="left", seed=4)
     question = tiny.inputs([Row(0, 0, 3), Row(0, 0, 5), Row(0, 0, 1)], side="left", seed=5)
     length, more = inputs["input_ids"].shape[1], question["input_ids"].shape[1]
     mask = torch.cat([inputs["attention_mask"], question["attention_mask"]], 1)
-    with torch.no_grad(), vr.applied(tiny.model, recipe):
+    with torch.no_grad(), vr.applied(tiny.model, passes):
         first = tiny.model.generate(**inputs, max_new_tokens=1, return_dict_in_generate=True)
         masks = layer_masks(tiny.model, length + more)
         whole = positioned(tiny, inputs | {"attention_mask": mask}, question["input_ids"])
