@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.fx import Node
 
@@ -183,6 +184,8 @@ def _indexed(node: Node, length: object) -> str | None:
     if not isinstance(x, Tensor):
         return None  # one of several results
     given: list[Any] = [i for i in (index if isinstance(index, tuple) else (index,)) if i is not None]
+    if len(given) == 1 and isinstance(value(index) if isinstance(index, Node) else index, Tensor):
+        return _looked_up(node, index, x, length)
     if any(_tensors(i) or isinstance(i, (bool, list, tuple, Tensor)) for i in given):
         return "it is indexed by another tensor"
     if Ellipsis in given:
@@ -196,6 +199,15 @@ def _indexed(node: Node, length: object) -> str | None:
         if not _symbols(size) and any(_symbols(n) & _symbols(length) for n in (start, stop, step)):
             return "it computes with the number of tokens"
     return None
+
+
+def _looked_up(node: Node, index: Any, table: Tensor, length: object) -> str | None:
+    """Each place of the index is that of what stands there in a table of numbers, which has no tokens."""
+    if _axes(table, length) or value(index).dtype.is_floating_point or value(index).dtype == torch.bool:
+        return "it is indexed by another tensor"
+    (out,) = _tensors(node)
+    places = {d - table.dim() + 1: kind for d, kind in _axes(value(index), length).items()}
+    return None if _axes(out, length) == places else "the axes of its index and its result are not the same"
 
 
 def _set(node: Node, length: object) -> str | None:

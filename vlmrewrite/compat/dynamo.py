@@ -142,7 +142,11 @@ class _Tracer:
         return made
 
 
-_OPTIONS = {"assume_static_by_default": False, "specialize_float": True, "skip_nnmodule_hook_guards": False}
+_OPTIONS: dict[str, Any] = {
+    "assume_static_by_default": False,
+    "specialize_float": True,
+    "skip_nnmodule_hook_guards": False,
+}
 
 if hasattr(torch._dynamo.config, "side_effect_replay_policy"):  # no text of each write to the cache, that nobody reads
     _OPTIONS |= {"side_effect_replay_policy": "silent"}
