@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_forward_hook
 
 import vlmrewrite as vr
 from tests.depth import same_graphs
@@ -110,6 +111,27 @@ def test_a_copied_layer_that_becomes_another(deep: TinyVLM) -> None:
         graphs = len(forward_of(deep.model).graphs)
         assert torch.equal(before, deep.model(**inputs).logits)
         assert len(forward_of(deep.model).graphs) == graphs
+
+
+def test_a_layer_in_which_two_parameters_are_one(deep: TinyVLM) -> None:
+    layers: Any = deep.model.get_decoder().layers
+    layers[0].mlp.up_proj.weight = layers[0].mlp.gate_proj.weight
+    with torch.no_grad(), vr.applied(deep.model, [Stride(keep=0.5)]):
+        agrees(deep, deep.model)
+        assert copies_of(deep.model) == {2: 1, 3: 1, 4: 1}
+
+
+def test_a_hook_on_all_modules_is_called_for_each(deep: TinyVLM) -> None:
+    layers: Any = deep.model.get_decoder().layers
+    seen: list[int] = []
+    with torch.no_grad(), vr.applied(deep.model, [Stride(keep=0.5)]):
+        deep.model(**deep.inputs(ROWS))
+        hook = register_module_forward_hook(lambda module, args, out: seen.append(id(module)))
+        try:
+            deep.model(**deep.inputs(ROWS))
+        finally:
+            hook.remove()
+    assert {id(layer.mlp) for layer in layers} <= {*seen}
 
 
 @pytest.mark.parametrize("at", [0, 2, 5])

@@ -170,13 +170,20 @@ def _layout(x: Tensor | None) -> tuple[object, ...]:
 def _kinds(model: nn.Module, layers: list[nn.Module]) -> list[list[int]]:
     """The layers by kind; those with a state in the cache are each of their own."""
     kinds, states = list[list[int]](), [is_recurrent(x) for x in cache_layers(model)]
+    tied = list(map(_tied, layers))
     for i, layer in enumerate(layers):
-        kind = next((k for k in kinds if _alike(layers[k[0]], layer, k[0], i)), None)
+        kind = next((k for k in kinds if _alike(layers[k[0]], layer, k[0], i) and tied[k[0]] == tied[i]), None)
         if kind is None or any(states[i : i + 1]):
             kinds.append([i])
         else:
             kind.append(i)
     return kinds
+
+
+def _tied(layer: nn.Module) -> list[int]:
+    """For each tensor of a layer, which is the first that is the very same."""
+    ids = [id(x) for own in (layer.named_parameters, layer.named_buffers) for _, x in own(remove_duplicate=False)]
+    return list(map(ids.index, ids))
 
 
 def _alike(a: nn.Module, b: nn.Module, i: int, k: int) -> bool:

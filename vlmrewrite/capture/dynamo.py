@@ -132,7 +132,7 @@ class CapturedForward:
 
     def _look(self, model: nn.Module) -> Alike | None:
         """The layers that are alike, if any are."""
-        if self.whole is not None:
+        if self.whole is not None or global_hooks():  # which are called for each module, also of a copy
             return None
         if (found := self._alike) is None or not found.still():
             with self._lock:
