@@ -34,6 +34,12 @@ def test_demo(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+def test_startup():
+    head, line = run("startup.py", 3).splitlines()
+    assert head.split() == ["layers", "before", "first", "another", "padded", "another", "graphs"]
+    assert (line.split()[0], line.split()[-1]) == ("3", "2")
+
+
 def test_evaluate(tmp_path):
     text = run("-m", "digits.evaluate", "-n", 2, "--batch", 2, "--json", tmp_path / "out.json")
     assert all(name in text for name in ("unmodified", "STS", "Random", "Stride", "1/8"))
