@@ -95,23 +95,6 @@ def test_confidence_escalates_until_it_is_reached():
     assert Confidence(0, 0.9).then(2, logits, ~images, 3) is None
 
 
-@torch.no_grad()
-def test_a_decoder_whose_rows_meet_runs_them_together():
-    """Behind its last layer, by a hook that takes the mean of the rows off."""
-    inputs = TINY.inputs(ROWS)
-    norm = TINY.model.get_submodule("model.language_model.norm")
-    undo = norm.register_forward_hook(lambda _, __, out: out - out.mean(0, keepdim=True))
-    try:
-        with vr.applied(TINY.model, [VISOR(policy=lambda _: torch.tensor([0, 0, 1]), chain=CHAIN)]) as model:
-            model(**inputs)
-            assert [tuple(run) for run in session_of(model).last().result.runs] == [(1, [0, 1, 2], [0, 1, 2])]
-            told = str(vr.report(model))
-    finally:
-        undo.remove()
-    assert "all rows of a call follow the plan of the most demanding one: node mean" in told
-    assert "takes rows together" in told
-
-
 @pytest.mark.slow
 def test_logits_of_the_last_tokens_only():
     inputs = TINY.inputs(ROWS)

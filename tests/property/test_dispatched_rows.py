@@ -172,6 +172,24 @@ def test_a_loss_is_of_all_rows_which_then_follow_one_plan():
 
 
 @torch.no_grad()
+def test_a_decoder_whose_rows_meet_runs_them_together():
+    """Behind its last layer, by a hook that takes the mean of the rows off."""
+    tiny = family("llava")
+    inputs = tiny.inputs([Row(1, 2, 3), Row(0, 3, 3), Row(3, 1, 3)])
+    norm = tiny.model.get_submodule("model.language_model.norm")
+    undo = norm.register_forward_hook(lambda _, __, out: out - out.mean(0, keepdim=True))
+    try:
+        with vr.applied(tiny.model, [VISOR(policy=of_rows([0, 0, 1]), chain=CHAIN)]) as model:
+            model(**inputs)
+            assert [tuple(run) for run in runs(model)] == [(1, [0, 1, 2], [0, 1, 2])]
+            told = str(vr.report(model))
+    finally:
+        undo.remove()
+    assert "all rows of a call follow the plan of the most demanding one: node mean" in told
+    assert "takes rows together" in told
+
+
+@torch.no_grad()
 def test_the_report_counts_the_rows_of_each_plan():
     tiny = family("llava")
     inputs = tiny.inputs([Row(1, 2, 3), Row(1, 2, 3), Row(1, 2, 3), Row(1, 2, 3)])
