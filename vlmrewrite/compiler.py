@@ -75,7 +75,7 @@ def rewrite(
             legalize(program.captured, program.anatomy, variant, modules, program.parameters)
             for variant in plan.variants or (plan,)
         ]
-        cut = dispatch(variants) if plan.variants else None
+        cut = dispatch(variants, program.captured.graph, program.anatomy) if plan.variants else None
         times.append(time.perf_counter())
         for variant in variants:
             check_sets(program.anatomy, variant)

@@ -49,7 +49,7 @@ class Router(nn.Module):
 
 @dataclass(frozen=True)
 class Confidence:
-    """From the cheapest plan on, the next one while some row's most likely next token is below ``threshold``."""
+    """From the cheapest plan on, the next one for rows whose most likely next token is below ``threshold``."""
 
     at: Depth
     threshold: float
@@ -60,10 +60,10 @@ class Confidence:
         """The cheapest."""
         return 0
 
-    def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> int | None:
-        """The next, unless all rows with an image are confident or it was the last."""
-        sure = logits[images].float().softmax(-1).amax(-1).nan_to_num(1.0).amin()  # NaN says nothing of other rows
-        return tried + 1 if tried + 1 < variants and bool(sure < self.threshold) else None
+    def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> Tensor | None:
+        """The next, for rows with an image that are not confident, unless it was the last."""
+        sure = logits.float().softmax(-1).amax(-1).nan_to_num(1.0)  # no plan mends NaN
+        return tried + (images & (sure < self.threshold)).long() if tried + 1 < variants else None
 
 
 @dataclass(frozen=True)
@@ -86,15 +86,15 @@ class Routed:
         """The router, or nothing but the hidden states."""
         return torch.clone if self.policy is not None else torch.ops.vlm.visor_router.default
 
-    def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
-        """Of the rows with an image, the most demanding one's."""
+    def first(self, value: Tensor | None, images: Tensor, variants: int) -> Tensor | int:
+        """What was read of each row; rows without an image, to which all plans are the same, go with the cheapest."""
         assert value is not None
         found: Any = value if self.policy is None else self.policy(value)
         if isinstance(found, Tensor) and found.is_floating_point() and not bool(found.isfinite().all()):
             raise ValueError(f"{self} scored the plans of the rows {found.tolist()}; expected finite scores")
         if isinstance(found, Tensor) and found.shape in ((len(images),), (len(images), variants)):
-            found = found.argmax(-1) if found.dim() == 2 else found
-            found = found.to(images.device)[images].max().item()
+            found = (found.argmax(-1) if found.dim() == 2 else found).to(images.device)
+            found = found.where(images, found[images].amin())
         elif isinstance(found, Tensor) and found.numel() == 1:
             found = found.item()
         return found  # type: ignore[no-any-return]

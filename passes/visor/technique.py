@@ -4,7 +4,7 @@
     layer 1        run_on All      layer 1        run_on Text, attend_to All      cross: text reads vision as it stands
     layer 2        run_on All      layer 2        run_on Text                     text only
 
-The layers are given, or chosen by a measured budget, or one of a chain of configurations is chosen for each call.
+The layers are given, or chosen by a measured budget, or one of a chain of configurations is chosen for each row.
 Refused where no vision tokens are left. The paper trains a network whose cross layers have weights of their own and a
 depth-wise convolution. Ours: the model's own weights without training, one softmax over vision and text keys, original
 positions; the budget by :mod:`vlmrewrite.report.layer_profile` (contribution of a layer as in ShortV, arXiv

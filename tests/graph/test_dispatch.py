@@ -14,7 +14,7 @@ from vlmrewrite.passes.visor.dispatch import Confidence
 from vlmrewrite.plan.blocks import ATTRIBUTE
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import Text
-from vlmrewrite.runtime import routing
+from vlmrewrite.runtime import routing, session_of
 from vlmrewrite.testing.agreement import generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
 
@@ -24,8 +24,9 @@ ROWS = [Row(1, 2, 3), Row(0, 3, 3), Row(3, 1, 3)]
 KINDS = [["cross", "text", "cross", "text"], ["self", "text", "cross", "text"], ["self"] * 4]
 
 
-def kinds(model):
-    return ["self" if e.run.all() else "cross" if e.keys.all() else "text" for e in layer_masks(model)]
+def kinds(model, row=slice(None)):
+    told = [(e.run[row].all(), e.keys[row].all()) for e in layer_masks(model)]
+    return ["self" if run else "cross" if keys else "text" for run, keys in told]
 
 
 def test_plan():
@@ -58,12 +59,21 @@ def test_a_policy_chooses_and_later_passes_hold_for_every_plan(which):
     generation_agreement(TINY.model, inputs, [*passes, STS(keep=4, refine=2, at=1)]).check()
 
 
-def test_the_most_demanding_row_with_an_image_decides():
+@torch.no_grad()
+def test_each_row_follows_its_own_plan_and_one_without_an_image_the_cheapest_of_them():
     inputs = TINY.inputs(ROWS)
-    for wanted, chosen in (([1, 2, 0], 1), ([0, 2, 0], 0), ([0, 0, 2], 2)):
+    real = inputs["attention_mask"].bool()
+    alone = {}
+    for i in range(3):
+        with vr.applied(TINY.model, [VISOR(policy=always(i), chain=CHAIN)]) as model:
+            alone[i] = model(**inputs).logits
+    for wanted, ran in (([1, 2, 0], [0, 1]), ([0, 2, 0], [0]), ([2, 0, 2], [2]), ([2, 2, 1], [1, 2])):
         with vr.applied(TINY.model, [VISOR(policy=lambda _, w=wanted: torch.tensor(w), chain=CHAIN)]) as model:
-            model(**inputs)
-            assert kinds(model) == KINDS[chosen]
+            logits = model(**inputs).logits
+            assert [run.variant for run in session_of(model).last().result.runs] == ran
+            for row in (0, 2):
+                assert kinds(model, row) == KINDS[wanted[row]]
+                torch.testing.assert_close(logits[row][real[row]], alone[wanted[row]][row][real[row]])
 
 
 def test_confidence_escalates_until_it_is_reached():
@@ -72,16 +82,16 @@ def test_confidence_escalates_until_it_is_reached():
     for threshold in (1e-6, 1.0):
         with vr.applied(TINY.model, [VISOR(policy="confidence", chain=CHAIN, threshold=threshold)]) as model:
             model(**inputs)
-            seen[threshold] = kinds(model)
+            seen[threshold] = [kinds(model, row) for row in range(3)]
             found = vr.report(model)
             assert any("2 cheaper plans ran" in note for note in found.notes) == (threshold == 1.0)
             assert (found.totals["after"]["flops"] > found.totals["before"]["flops"]) == (threshold == 1.0)
-    assert seen == {1e-6: KINDS[0], 1.0: KINDS[2]}
-    images = torch.tensor([True, False])
-    logits = torch.tensor([[9.0, 0.0], [0.0, 0.0]])
-    assert Confidence(0, 0.9).then(0, logits, images, 3) is None
-    assert Confidence(0, 0.9).then(0, logits, ~images, 3) == 1
-    assert Confidence(0, 0.9).then(0, logits, images | True, 3) == 1
+    assert seen == {1e-6: [KINDS[0]] * 3, 1.0: [KINDS[2], KINDS[0], KINDS[2]]}
+    images = torch.tensor([True, False, True, False])
+    logits = torch.tensor([[9.0, 0.0], [0.0, 0.0], [0.0, 0.0], [9.0, 0.0]])
+    assert Confidence(0, 0.9).then(0, logits, images, 3).tolist() == [0, 0, 1, 0]
+    assert Confidence(0, 0.9).then(1, logits, ~images, 3).tolist() == [1, 2, 1, 1]
+    assert Confidence(0, 0.9).then(0, logits * float("nan"), ~images, 3).tolist() == [0] * 4
     assert Confidence(0, 0.9).then(2, logits, ~images, 3) is None
 
 
@@ -199,7 +209,7 @@ def test_an_untrained_router_chooses_the_most_demanding_and_a_trained_one_what_i
     assert losses[3] < losses[0]
     model(**inputs)
     assert routing(model).argmax(-1).tolist() == [0, 1]
-    assert kinds(model) == KINDS[1]
+    assert [kinds(model, row) for row in range(2)] == KINDS[:2]
     vr.restore(model)
     assert not hasattr(model, ATTRIBUTE)
 

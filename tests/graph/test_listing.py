@@ -34,7 +34,7 @@ def test_the_listing_of_a_program_names_the_chooser_and_holds_each_plan():
 
 
 def test_cutting_a_dispatch_is_part_of_legalize(monkeypatch):
-    monkeypatch.setattr("vlmrewrite.compiler.dispatch", lambda variants: time.sleep(1.0))
+    monkeypatch.setattr("vlmrewrite.compiler.dispatch", lambda *_: time.sleep(1.0))
     traced = vr.trace(TINY.model, TINY.inputs([Row(1, 2, 3)]))
     program = vr.rewrite(traced, [VISOR(policy="confidence", chain=CHAIN[:2])], propagate=False)
     assert program.seconds["legalize"] >= 1.0

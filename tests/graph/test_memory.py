@@ -23,6 +23,7 @@ EACH = {
     "dpvr": [DPVR(at=1)],
     "visor": [VISOR([0], [2])],
     "visor dispatch": [VISOR(policy="confidence", chain=CHAIN, threshold=1.0)],
+    "rows on plans of their own": [VISOR(policy=lambda x: torch.tensor([1, 0, 2][: len(x)]), chain=CHAIN)],
     "dape": [DAPE(0.5)],
 }
 

@@ -9,13 +9,16 @@ from vlmrewrite.analysis.functional import functional
 from vlmrewrite.analysis.graph import axis, closure, expression, is_number, needed, reachable, same, value, where
 from vlmrewrite.analysis.merge import Merge
 from vlmrewrite.analysis.operators import hidden_write, writes, written
+from vlmrewrite.analysis.rows import ALONG, Rows
 from vlmrewrite.analysis.tokenwise import not_token_wise
 
 __all__ = [
+    "ALONG",
     "Anatomy",
     "Layer",
     "LayerCost",
     "Merge",
+    "Rows",
     "analyse",
     "axis",
     "closure",

@@ -19,6 +19,7 @@ from vlmrewrite.ops.positional import (
     unhidden,
 )
 from vlmrewrite.ops.recurrent import RECURRENT, mixers_swapped, recurrent, swap_mixers
+from vlmrewrite.ops.rows import ROWS, TOKENS, Along, Join, Run, cut, joined
 from vlmrewrite.ops.scoring import greedy_flops, least_of, like_member, per_image, shared_out
 from vlmrewrite.ops.selection import select, token_index
 
@@ -30,18 +31,25 @@ __all__ = [
     "OPAQUE",
     "RECURRENT",
     "REFERENCES",
+    "ROWS",
+    "TOKENS",
+    "Along",
     "Backend",
     "Choice",
+    "Join",
     "Kernels",
+    "Run",
     "attend",
     "attention",
     "attention_blocks",
     "choose",
+    "cut",
     "define",
     "expert_linear",
     "fill",
     "greedy_flops",
     "interpreted",
+    "joined",
     "kernel_attention",
     "kernel_mask",
     "kernel_mask_everywhere",

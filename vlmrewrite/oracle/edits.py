@@ -9,7 +9,7 @@ get detail, say) is made anew: where what it goes by is equal but for rounding, 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -36,6 +36,13 @@ def edited(mask: EditMask, stream: Tensor, merged: Tensor | None, paid: Callable
         NotImplementedError: it needs something that the oracle cannot find on this model.
     """
     edit = mask.edit
+    if (rows := mask.rows) is not None:
+
+        def paid_of(keys: Tensor) -> Tensor:
+            return paid(keys.new_zeros(len(stream), keys.shape[1]).index_copy(0, rows, keys))[rows]
+
+        some = None if merged is None else merged[rows]
+        return stream.index_copy(0, rows, edited(replace(mask, rows=None), stream[rows], some, paid_of))
     index, valid = _indexed(mask.tokens)
     if not index.shape[1]:
         return stream

@@ -140,14 +140,14 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
 
 
 def _row_by_row(mixer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """A recurrent module on its layer's tokens, a row at a time; on all tokens, as the model runs it: [B, T, H]."""
+    """A recurrent module on its layer's tokens, a row at a time; rows of all tokens as the model runs it: [B, T, H]."""
     tokens = _STATE.get().keys[mixer.layer_idx]
     run = functools.partial(type(mixer).forward, mixer, **kwargs)
     if bool(tokens.all()):
         return run(hidden_states)  # type: ignore[no-any-return]
-    out = torch.zeros_like(hidden_states)
+    out = torch.where(tokens.all(1)[:, None, None], run(hidden_states), 0.0)
     for row, there in enumerate(tokens):
-        if bool(there.any()):
+        if bool(there.any()) and not bool(there.all()):
             out[row, there] = run(hidden_states[row : row + 1, there], attention_mask=None)[0]
     return out
 

@@ -58,9 +58,11 @@ class EditMask:
         tokens: whose hidden states it replaces, bool [B, n].
         call: what is known of the call.
         weights: parameters, cast to the stream's dtype.
+        rows: of the stream that tokens and call are of, int64 [b]; None: all.
     """
 
     edit: Edit
     tokens: Tensor
     call: Call
     weights: tuple[Tensor, ...] = ()
+    rows: Tensor | None = None

@@ -10,12 +10,14 @@ from torch import Tensor, nn
 
 from vlmrewrite.oracle.hooks import oracle_logits
 from vlmrewrite.oracle.masks import BranchMask, EditMask, LayerMasks
-from vlmrewrite.plan import Branch, Edit, TokenSet
-from vlmrewrite.runtime import last_call, session_of
+from vlmrewrite.plan import Branch, Edit
+from vlmrewrite.runtime import session_of
 
 
 def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
     """What each layer did in the last call with an image, for the oracle; tokens that came later belong to every set.
+
+    Of a dispatch, each row's are those of the plan that it followed.
 
     Args:
         total: length of the logical sequence; default: that of the call.
@@ -23,30 +25,34 @@ def layer_masks(model: nn.Module, total: int | None = None) -> list[LayerMasks]:
     Raises:
         ValueError: no recipe is applied, or there was no such call yet.
     """
-    program, call, chosen = last_call(model)
+    last = session_of(model).last()
+    call, chosen, blocks, plans = last.call, last.result.chosen, last.program.blocks, last.followed
     more = (total or call.length) - call.length
 
-    def mask(s: TokenSet, later: bool = True) -> Tensor:
-        return torch.nn.functional.pad(call.members(s, chosen), (0, more), value=later)
+    def later(x: Tensor, value: bool = True) -> Tensor:
+        return torch.nn.functional.pad(x, (0, more), value=value)
 
-    def branch(b: Branch) -> BranchMask:
-        block = None if b.block is None else copy.deepcopy(program.blocks[b.block])
-        return BranchMask(mask(b.tokens, later=False), b.rejoin, block)
+    def branch(b: Branch, rows: Tensor) -> BranchMask:
+        block = None if b.block is None else copy.deepcopy(blocks[b.block])
+        return BranchMask(later(call.members(b.tokens, chosen) & rows[:, None], False), b.rejoin, block)
 
-    def edit(e: Edit) -> EditMask:
-        weights = tuple(program.blocks.get_parameter(name).detach().clone() for name in e.weights)
-        return EditMask(e, call.members(e.tokens, chosen), call, weights)
+    def edit(e: Edit, rows: Tensor) -> EditMask:
+        weights = tuple(blocks.get_parameter(name).detach().clone() for name in e.weights)
+        if bool(rows.all()):
+            return EditMask(e, call.members(e.tokens, chosen), call, weights)
+        at, which = rows.nonzero()[:, 0], rows[call.flat // call.length]
+        some, theirs = call.of_rows(at), {s: x[which] for s, x in chosen.items()}
+        return EditMask(e, some.members(e.tokens, theirs), some, weights, at)
 
-    return [
-        LayerMasks(
-            run=mask(e.run_set),
-            keys=mask(e.keys),
-            mlp=None if e.mlp_set is None else mask(e.mlp_set),
-            edits=tuple(edit(x) for x in program.plan.edits if x.at == e.index),
-            branches=tuple(branch(b) for b in program.plan.branches if b.leave == e.index),
-        )
-        for e in program.plan.layers
-    ]
+    def layer(i: int) -> LayerMasks:
+        entries = [plan.layers[i] for plan, _ in plans]
+        run, keys, mlp = (later(last.members(sets)) for sets in zip(*(e.sets() for e in entries), strict=True))
+        some = any(e.mlp_set is not None for e in entries)
+        edits = tuple(edit(e, rows) for plan, rows in plans for e in plan.edits if e.at == i)
+        branches = tuple(branch(b, rows) for plan, rows in plans for b in plan.branches if b.leave == i)
+        return LayerMasks(run, keys, mlp if some else None, None, edits, branches)
+
+    return [layer(i) for i in range(last.result.plan.depth)]
 
 
 @torch.no_grad()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import compress
 from typing import Any, NamedTuple
 
 import torch
@@ -59,6 +60,7 @@ class Call:
         videos: the vision tokens that are videos', bool [B, T], or None without a video.
         video_lengths: tokens of each video.
         video_frames: frames of each video, where that is known; a video that text cuts has a frame in each piece.
+        sizes: counts of the call that these are some rows of, by which the lengths of sets go; None: its own.
     """
 
     vision: Tensor
@@ -72,6 +74,7 @@ class Call:
     videos: Tensor | None = None
     video_lengths: Sequence[int] = ()
     video_frames: Sequence[int] | None = None
+    sizes: TokenCounts | None = None
 
     def __post_init__(self) -> None:
         video = 0 if self.videos is None else int(self.of_videos.sum())
@@ -243,14 +246,41 @@ class Call:
             return self.image_of_token == -1 - s.index
         return (self.frame == s.index) & self.of_videos if isinstance(s, Frame) else self.of_videos == (s == Videos)
 
+    def tokens_of(self, rows: Tensor) -> Tensor:
+        """Which vision tokens are of some rows, int64 [b]: bool [F]."""
+        return torch.zeros_like(self.with_images).index_fill(0, rows, True)[self.flat // self.length]
+
+    def of_rows(self, rows: Tensor) -> Call:
+        """The same of some rows, int64 [b], ascending; sets are as long as they are in this call."""
+
+        def left(lengths: Sequence[int], of: Tensor) -> list[int]:
+            return [int(entry.sum()) for entry in which[of].cpu().split(list(lengths))]
+
+        which, features, counts = self.tokens_of(rows), self.encoder_features, self.counts
+        videos, kept = left(self.video_lengths, self.of_videos), set(rows.tolist())
+        frames = [row in kept for row, image in zip(counts.rows, counts.each, strict=True) for _ in image]
+        own = {name: getattr(self, name) for name in ("vision", "padding", "prompt_end", "ends", "videos")}
+        own = {name: x[rows] for name, x in own.items() if x is not None}
+        return replace(
+            self,
+            **own,
+            feature_lengths=[n for n in left(self.feature_lengths, ~self.of_videos) if n],
+            encoder_features=None if features is None else features[which],
+            grids=None if self.grids is None else list(compress(self.grids, frames)),
+            video_lengths=[n for n in videos if n],
+            video_frames=None if self.video_frames is None else list(compress(self.video_frames, videos)),
+            sizes=self.sizes or counts,
+        )
+
     def fill(self, extra: Extra) -> Any:
         """The value of one additional graph input."""
+        counts = self.sizes or self.counts
         if extra.subject is None:
             return self.fact(extra.kind, extra.per)
         if extra.kind == "size":
-            return max(1, self.counts.size(extra.subject))
+            return max(1, counts.size(extra.subject))
         if extra.kind == "dense":
-            return self.counts.dense(extra.subject)
+            return counts.dense(extra.subject)
         return _on_host(self.counts.per_group(extra.subject, extra.per)[0])
 
 

@@ -154,7 +154,7 @@ class Plan:
         return name
 
     def dispatch(self, chooser: Chooser, plans: Sequence[Plan]) -> None:
-        """Choose among whole plans at run time; what later passes say, they say to each of them.
+        """Choose among whole plans for each row at run time; what later passes say, they say to each of them.
 
         Args:
             chooser: who chooses, and at the entry of which layer.
@@ -258,9 +258,9 @@ class Plan:
         return sum((v.asks() for v in self.variants), [*own, *edits])
 
     def beyond_recurrence(self) -> str | None:
-        """Why a recurrent layer cannot do what it says, or None."""
+        """Why a recurrent layer cannot do what it, or one of its variants, says; or None."""
         others = ", ".join(str(i) for i in range(self.depth) if i not in self.recurrent)
-        for entry in (e for e in self.layers if e.index in self.recurrent):
+        for entry in (p.layers[i] for p in (self, *self.variants) for i in sorted(self.recurrent)):
             if entry.keys != entry.run_set:
                 run, keys = self.render(entry.run_set), self.render(entry.keys)
                 found = f"cannot attend to {keys} and run on {run}"

@@ -14,7 +14,10 @@ from vlmrewrite.plan.tokens import All, Text, TokenSet
 
 
 class Chooser(Protocol):
-    """Who chooses among the plans of a dispatch, once per call with an image.
+    """Who chooses among the plans of a dispatch for each row, in each call with an image.
+
+    What it says of a row must come from that row alone. Where rows cannot be run apart, the largest number holds for
+    all.
 
     Attributes:
         at: the layer at whose entry the plans part.
@@ -35,8 +38,8 @@ class Chooser(Protocol):
     def weights(self) -> tuple[str, ...]:
         """Its parameters."""
 
-    def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
-        """Which variant to run.
+    def first(self, value: Tensor | None, images: Tensor, variants: int) -> Tensor | int:
+        """Which variant to run, of each row, int64 [B], or one for all.
 
         Args:
             value: what ``op`` returned.
@@ -44,13 +47,16 @@ class Chooser(Protocol):
             variants: how many there are.
         """
 
-    def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> int | None:
-        """Which variant to run instead of the one that was tried, or None to keep its result.
+    def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> Tensor | int | None:
+        """Which variant to run instead of the one that was tried, ``tried`` where its result is kept.
+
+        Of each row that it was run for, int64 [b], or one for all of them; None: all keep it.
 
         Args:
             tried: the variant that was run last.
-            logits: of each row's last prompt token, [B, V].
-            images, variants: as for :meth:`first`.
+            logits: of each of these rows' last prompt token, [b, V].
+            images: which of them have an image, bool [b].
+            variants: how many there are.
         """
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from vlmrewrite.compat import dispatch_mode, fake_mode, tree_leaves
 from vlmrewrite.lower import lower
+from vlmrewrite.ops import Along, cut
 from vlmrewrite.runtime import Layout, Session
 
 _CUDA_BLOCK = 512
@@ -63,15 +64,34 @@ class Tail(NamedTuple):
         graph: what runs.
         arguments: its first ones.
         takes: which of the head's results follow.
+        cuts: where the first of its arguments, and what it takes, hold rows, if it runs for some rows.
+        at: these rows, int64 [b], and their vision tokens, int64 [f].
+        kept: whether what it returns is held until the end.
     """
 
     graph: torch.fx.GraphModule
     arguments: Sequence[Any]
     takes: Sequence[int]
+    cuts: Sequence[Along] | str = ()
+    at: tuple[Tensor, ...] = ()
+    kept: bool = False
+
+    def run(self, arguments: list[Any], results: Sequence[Any], at: list[Any]) -> Any:
+        """Run it, on fake arguments and rows, and what the head made."""
+        taken, n = [results[k] for k in self.takes], len(self.cuts) - len(self.takes)
+        if at and not isinstance(self.cuts, str):
+            arguments[:n] = (cut(x, along, *at) for x, along in zip(arguments[:n], self.cuts[:n], strict=True))
+            taken = [cut(x, along, *at) for x, along in zip(taken, self.cuts[n:], strict=True)]
+        return self.graph(*arguments, *taken)
 
 
 @torch.no_grad()
-def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequence[Tail] = ()) -> int:
+def peak_bytes(
+    head: torch.fx.GraphModule,
+    arguments: Sequence[Any],
+    tails: Sequence[Tail] = (),
+    join: Callable[[Sequence[Any], Sequence[Any]], Any] = lambda held, results: None,
+) -> int:
     """The largest number of bytes that a graph holds at a time, beyond its arguments and weights, without gradients.
 
     What an operator that tracing does not see through uses inside is not known and not counted, nor is the workspace of
@@ -80,7 +100,8 @@ def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequ
     Args:
         head: what runs.
         arguments: its, where a :class:`Layout` may stand for a tensor.
-        tails: what runs after it, one after another; the head's results are kept, those of all tails but the last not.
+        tails: what runs after it, one after another; the head's results are kept.
+        join: what is made at the end of what was kept of tails, and of the head's results.
     """
     with fake_mode() as mode:
         graphs = (head, *(t.graph for t in tails))
@@ -89,9 +110,12 @@ def peak_bytes(head: torch.fx.GraphModule, arguments: Sequence[Any], tails: Sequ
         live = LiveBytes()
         live.give(weights)
         with live:
-            results = head(*given)
+            results, held = head(*given), []
             for tail, args in zip(tails, more, strict=True):
-                tail.graph(*args, *(results[k] for k in tail.takes))
+                out = tail.run(args, results, [_fake(x, mode) for x in tail.at])
+                held += [out] * tail.kept
+                del out
+            _ = join(held, results)
     return live.peak
 
 
@@ -111,9 +135,21 @@ def peak_memory(session: Session) -> dict[str, int]:
     device = latest.call.vision.device
     before = lower(latest.executable.program.captured, session.kernels, device).graph_module
     program, (first, *more) = latest.executable.program, latest.executable.graphs
-    arguments, tails = program.arguments(latest.inputs, latest.call), list[Tail]()
-    if (parted := program.dispatch) is not None:
-        given = (program.arguments(latest.inputs, latest.call, i) for i in latest.result.ran)
-        tails = [Tail(more[i], g, parted.takes[i]) for i, g in zip(latest.result.ran, given, strict=True)]
+    call, parted, runs = latest.call, program.dispatch, latest.result.runs
+    tails, kept = list[Tail](), [run for run in runs if run.kept]
+    for run in runs:
+        assert parted is not None
+        cuts, some, at = parted.cuts[run.variant], call, torch.tensor(run.rows, device=device)
+        where: tuple[Tensor, ...] = ()
+        if len(run.rows) < len(call.vision):
+            where, some = (at, call.tokens_of(at).nonzero()[:, 0]), call.of_rows(at)
+        arguments = program.arguments(latest.inputs, some, run.variant)
+        tail = Tail(more[run.variant], arguments, parted.takes[run.variant], cuts, where, bool(run.kept))
+        tails.append(tail)
+
+    def join(held: Sequence[Any], results: Sequence[Any]) -> Any:
+        return parted and parted.joined([(run, out[0]) for run, out in zip(kept, held, strict=True)], results)
+
+    arguments = program.arguments(latest.inputs, call)
     with torch.autocast(device.type, latest.autocast, enabled=latest.autocast is not None):
-        return {"before": peak_bytes(before, latest.inputs), "after": peak_bytes(first, arguments, tails)}
+        return {"before": peak_bytes(before, latest.inputs), "after": peak_bytes(first, arguments, tails, join)}

@@ -12,11 +12,12 @@ from torch import nn
 
 from vlmrewrite import hf
 from vlmrewrite.capture import CAPTURES, limit
-from vlmrewrite.plan import Call, Pass, Plan, describe
+from vlmrewrite.ops import Run
+from vlmrewrite.plan import Call, Pass, describe
 from vlmrewrite.report.memory import peak_memory
 from vlmrewrite.report.summary import compared, dropping_nothing, recurrent_layers, saving_nothing, verdict, verdicts
 from vlmrewrite.rewrite import Program
-from vlmrewrite.runtime import LastCall, Session
+from vlmrewrite.runtime import Session
 from vlmrewrite.text import byte_size, span, table
 
 
@@ -138,8 +139,8 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         program=None if latest is None else latest.program,
         call=None if latest is None else latest.call,
         held=() if latest is None else latest.given.held,
-        given_up=() if latest is None else _given_up(latest),
-        dispatch=None if latest is None or not latest.result.ran else latest.executable.program.plan,
+        runs=() if latest is None else latest.result.runs,
+        dispatch=None if latest is None or not latest.result.runs else latest.executable.program,
         kernels={} if latest is None else latest.executable.choices,
         graphs={} if one is None else {"captured": len(one.graphs), "limit": limit(), "copied_layers": one.copied},
         seconds={} if one is None else {"capture": sum(one.seconds)},
@@ -160,12 +161,6 @@ def _captured_inside(model: nn.Module, session: Session) -> str | None:
     return session.untraced and f"{alone} it as it is: {session.untraced}"
 
 
-def _given_up(latest: LastCall) -> list[Program]:
-    """Of a dispatch, what ran before the plan that was kept."""
-    whole = latest.executable.program
-    return [replace(whole, plan=whole.plan.variants[i]) for i in latest.result.ran[:-1]]
-
-
 def make_report(
     recipe: str,
     backend: str,
@@ -179,8 +174,8 @@ def make_report(
     plain_calls: int,
     continued_calls: int = 0,
     held: Sequence[int] = (),
-    given_up: Sequence[Program] = (),
-    dispatch: Plan | None = None,
+    runs: Sequence[Run] = (),
+    dispatch: Program | None = None,
     compiled_calls: int = 0,
     memory: dict[str, int] | None = None,
     inner: str | None = None,
@@ -191,8 +186,8 @@ def make_report(
         recipe, backend, passes: what was applied; the backend is the one that was chosen for the last call.
         program, call, held: of the last call with an image, if any; ``held`` as for
             :func:`vlmrewrite.analysis.costs`.
-        given_up: variants of a dispatch that ran in that call before the one that was kept.
-        dispatch: the plan that dispatches among variants, of which ``program`` is the one that was kept.
+        runs: of a dispatch, the variants that ran in that call, for which rows, and which of these kept the result.
+        dispatch: the whole program, of which ``program`` is the most demanding variant that a row followed.
         kernels: what each kind of operator became.
         graphs, seconds: of capturing.
         plain_calls: calls without an image; ``continued_calls`` of them went on from a cache, and ``compiled_calls``
@@ -218,13 +213,16 @@ def make_report(
             {"name": p.name, "configuration": repr(p), "matched": None, "changed": None, "reason": None} for p in passes
         )
         return Report(recipe, backend, None, untried, graphs=graphs, notes=tuple(notes))
-    layers, totals = compared(program, call.counts, call.past, held)
-    if given_up:
-        wasted = sum(_tail_flops(p, call, held) for p in given_up)
+    variants = () if dispatch is None else dispatch.plan.variants
+    followed = [(variants[run.variant], len(run.kept)) for run in runs if run.kept]
+    layers, totals = compared(program, call.counts, call.past, held, followed)
+    if given_up := [run for run in runs if len(run.kept) < len(run.rows)]:
+        wasted = sum(_given_up(replace(program, plan=variants[run.variant]), run, call, held) for run in given_up)
         totals["after"]["flops"] += wasted
+        told = "; ".join(f"variant {x.variant}: {len(x.rows) - len(x.kept)} of {len(x.rows)}" for x in given_up)
         notes.append(
-            f"{len(given_up)} cheaper plan{'s' * (len(given_up) > 1)} ran in the last call and did not do: totals hold"
-            f" their {wasted / 1e9:.4g} GFLOP"
+            f"{len(given_up)} cheaper plan{'s' * (len(given_up) > 1)} ran in the last call and did not do for some rows"
+            f" ({told}): totals hold their {wasted / 1e9:.4g} GFLOP"
         )
     notes += recurrent_layers(program.plan) + dropping_nothing(program.plan, call.counts)
     notes += saving_nothing(totals, "the last call")
@@ -238,9 +236,17 @@ def make_report(
     }
     seconds = {**seconds, **program.seconds}
     if dispatch is not None:
-        kept = next(i for i, variant in enumerate(dispatch.variants) if variant is program.plan)
-        notes.append(f"layers and totals are those of variant {kept} of the plan, which the last call kept")
-    plan = str(program.plan if dispatch is None else dispatch)
+        kept = [f"variant {run.variant}" for run in runs if run.kept]
+        kept = (
+            kept
+            if len(kept) == 1
+            else [f"{v}: {n} row{'s' * (n != 1)}" for v, (_, n) in zip(kept, followed, strict=True)]
+        )
+        notes.append(f"layers and totals are those of {', '.join(kept)} of the plan, which the last call kept")
+        assert dispatch.dispatch is not None
+        if (reason := dispatch.dispatch.together) is not None and len(call.counts.text) > 1:
+            notes.append(f"all rows of a call follow the plan of the most demanding one: {reason}")
+    plan = str((program if dispatch is None else dispatch).plan)
     return Report(
         recipe,
         backend,
@@ -261,7 +267,7 @@ def _calls(n: int) -> str:
     return f"{n} call{'s' * (n != 1)} went"
 
 
-def _tail_flops(program: Program, call: Call, held: Sequence[int]) -> int:
-    """FLOPs of a variant of a dispatch behind the point where the variants part."""
-    rows = program.costs(call.counts, call.past, held)
-    return sum(row.flops for row in rows[program.plan.parts_at :])
+def _given_up(program: Program, run: Run, call: Call, held: Sequence[int]) -> int:
+    """FLOPs of a variant behind the point where the variants part, for the rows that did not keep its result."""
+    layers = program.costs(call.counts, call.past, held)[program.plan.parts_at :]
+    return sum(c.flops for c in layers) * (len(run.rows) - len(run.kept)) // len(call.counts.text)

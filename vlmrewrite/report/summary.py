@@ -6,26 +6,35 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from vlmrewrite.analysis import LayerCost
 from vlmrewrite.plan import Outcome, Plan, TokenCounts
 from vlmrewrite.rewrite import Program
 
 
 def compared(
-    program: Program, counts: TokenCounts, past: int, held: Sequence[int] = ()
+    program: Program,
+    counts: TokenCounts,
+    past: int,
+    held: Sequence[int] = (),
+    followed: Sequence[tuple[Plan, int]] = (),
 ) -> tuple[list[dict[str, Any]], dict[str, dict[str, float]]]:
     """What each layer works on and costs, and the totals, before and after.
 
     Args:
         program: the rewritten one.
         counts, past, held: as for :func:`vlmrewrite.analysis.costs`; ``held`` after only.
+        followed: the plans that rows followed, and how many did, if they are not all the program's.
     """
-    after, plan = program.costs(counts, past, held), program.plan
+    rows, plan = len(counts.text), program.plan
+    plans = [p for p, _ in followed] or [plan]
+    each = [replace(program, plan=p).costs(counts, past, held) for p in plans]
+    after = [_together(found, [n for _, n in followed] or [rows], rows) for found in zip(*each, strict=True)]
     before = replace(program, plan=Plan(plan.depth)).costs(counts, past)
     layers = []
     for a, b in zip(after, before, strict=True):
-        entry = plan.layers[a.index]
-        sets = {"layer": a.index, "run_on": plan.render(entry.run_set), "attend_to": plan.render(entry.keys)}
-        sets["mlp_on"] = plan.render(entry.sets()[2])
+        sets: dict[str, Any] = {"layer": a.index}
+        for i, name in enumerate(("run_on", "attend_to", "mlp_on")):
+            sets[name] = " / ".join(dict.fromkeys(p.render(p.layers[a.index].sets()[i]) for p in plans))
         now = {"tokens": a.run, "keys": a.keys, "flops": a.flops, "kv_bytes": a.kv_bytes}
         then = {"tokens": b.run, "keys": b.keys, "flops": b.flops, "kv_bytes": b.kv_bytes}
         layers.append(sets | now | {f"{k}_before": v for k, v in then.items()})
@@ -38,6 +47,13 @@ def compared(
         for name, found in (("before", before), ("after", after))
     }
     return layers, totals
+
+
+def _together(found: Sequence[LayerCost], share: Sequence[int], rows: int) -> LayerCost:
+    """What a layer costs where so many of the rows follow each plan; the cache holds as much for each as for any."""
+    flops = sum(c.flops * n // rows for c, n in zip(found, share, strict=True))
+    run, keys, kv_bytes = (max(getattr(c, name) for c in found) for name in ("run", "keys", "kv_bytes"))
+    return LayerCost(found[0].index, run, keys, flops, kv_bytes)
 
 
 def dropping_nothing(plan: Plan, counts: TokenCounts) -> list[str]:

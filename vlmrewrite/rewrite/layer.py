@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, Layer, axis, hidden_write, not_token_wise, reachable, same, value, where
+from vlmrewrite.ops import TOKENS
 from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet, contains
 from vlmrewrite.rewrite.sets import Emitter, Sets, Stream
 
@@ -181,11 +182,11 @@ class GraphInputs:
         """As the merge takes them, [F, C]; of images and videos, as they stand in the stream behind both merges."""
         anatomy, emit = self.nodes.anatomy, self.nodes.emit
         if len(anatomy.merges) > 1:
-            stream = emit.call(torch.flatten, self.nodes.env[anatomy.merges[-1].node], 0, 1)
-            return emit.call(torch.index_select, stream, 0, emit.extra("flat"))
+            stream = emit.call(torch.flatten, self.nodes.env[anatomy.merges[-1].node], 0, 1, along=None)
+            return emit.call(torch.index_select, stream, 0, emit.extra("flat"), along=TOKENS)
         merged = anatomy.merges[0].merged
         node, dims = self.nodes.env[merged], cast(Tensor, value(merged)).dim()
-        return node if dims == 2 else emit.call(torch.reshape, node, (-1, anatomy.hidden))
+        return node if dims == 2 else emit.call(torch.reshape, node, (-1, anatomy.hidden), along=TOKENS)
 
     def stream(self) -> Node:
         """The whole stream, up to date."""
@@ -208,5 +209,5 @@ class GraphInputs:
             k = emit.call(torch.cat, [nodes.argument(layer.append, 0), k], 2)
             positions = emit.call(torch.cat, [nodes.argument(layer.append, 2), positions], 1)
         mask, scale, softcap = (nodes.maybe(layer.attention.args[i]) for i in (3, 6, 8))
-        read = now.index, now.valid, emit.extra("flat"), emit.extra("length")
-        return emit.call(vlm.attention_received.default, q, k, mask, last.positions, positions, scale, softcap, *read)
+        read = last.positions, positions, scale, softcap, now.index, now.valid, emit.extra("flat"), emit.extra("length")
+        return emit.call(vlm.attention_received.default, q, k, mask, *read, along=TOKENS)

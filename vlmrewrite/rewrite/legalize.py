@@ -21,6 +21,7 @@ from torch.fx.node import map_arg
 
 from vlmrewrite.analysis import Anatomy, Layer, hidden_write, needed, reachable, where, writes
 from vlmrewrite.compat import assert_scalar
+from vlmrewrite.ops import TOKENS
 from vlmrewrite.plan import NEEDS, All, Branch, Edit, Extra, Last, LayerPlan, Plan, Selection, TokenSet
 from vlmrewrite.rewrite.layer import GraphInputs, LayerNodes
 from vlmrewrite.rewrite.sets import BLOCKS, Emitter, Sets, Stream
@@ -149,9 +150,10 @@ class _Rewrite:
         """Let a selection's policy choose."""
         given = self.sets.which(s.source), self.emit.extra("lengths", per=s.per), self.emit.extra("keep", s, s.per)
         inputs = self._inputs(s.policy.needs, s.source, s.per)
-        chosen = self.emit.call(s.policy.op, *inputs, *given, *self._weights(s.policy), *s.policy.options)
+        inputs += [*given, *self._weights(s.policy)]
+        chosen = self.emit.call(s.policy.op, *inputs, *s.policy.options, along=TOKENS)
         chosen.meta["asked_by"] = f"policy {s.policy.name!r} at layer {s.at}"
-        self.sets.chosen[s] = self.emit.call(vlm.checked.default, chosen, *given, s.policy.name)
+        self.sets.chosen[s] = self.emit.call(vlm.checked.default, chosen, *given, s.policy.name, along=TOKENS)
 
     def edit(self, edit: Edit) -> None:
         """Replace the hidden states of an edit's tokens."""

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from vlmrewrite.analysis import Anatomy, LayerCost, costs
 from vlmrewrite.errors import noted
+from vlmrewrite.ops import Run, cut
 from vlmrewrite.plan import FEATURES, Call, Outcome, Plan, Selection, TokenCounts, describe, dispatched, events
-from vlmrewrite.rewrite.dispatch import Dispatch, in_range
+from vlmrewrite.rewrite.dispatch import Dispatch, chosen_by
 from vlmrewrite.rewrite.legalize import Rewritten
 from vlmrewrite.rewrite.verifier import cone_of, propagate_fakes
 from vlmrewrite.text import byte_size, span, table
@@ -27,18 +28,18 @@ class RunResult:
     """What came out of a run.
 
     Attributes:
-        plan: the plan that was followed; of a dispatch, the one that was chosen.
+        plan: the plan that was followed; of a dispatch, the most demanding one that a row followed.
         out: the captured outputs.
-        chosen: which vision tokens each of its selections chose, bool [F].
+        chosen: which vision tokens each selection chose, bool [F], in rows that followed a plan with it.
         value: what the chooser of a dispatch read in the graph, or None.
-        ran: of a dispatch, the numbers of the plans that ran; the last one's result was kept.
+        runs: of a dispatch, the plans that ran, in order.
     """
 
     plan: Plan
     out: Any
     chosen: dict[Selection, Tensor]
     value: Tensor | None = None
-    ran: tuple[int, ...] = ()
+    runs: tuple[Run, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -105,33 +106,73 @@ class Program:
     def execute(self, parts: Sequence[Callable[..., Any]], inputs: Sequence[Any], call: Call) -> RunResult:
         """Run :attr:`graphs`, or what they were lowered to, on the captured graph's flat inputs.
 
-        Of a dispatch: run what the plans share, ask the chooser, and run one tail after another until it is content.
+        Of a dispatch: run what the plans share, ask the chooser, and run one tail after another, each for the rows that
+        want it, until it is content with all.
 
         Raises:
             ValueError: the chooser chose none of the plans.
         """
         first, *tails = map(noted(self.about), parts)
         out = first(*self.arguments(inputs, call))
-        if self.dispatch is None:
-            return self._result(0, *out) if self.variants else RunResult(self.plan, out, {})
-        chooser, n, shared = self.plan.chooser, len(tails), out
-        assert chooser is not None
-        value = None if chooser.op is None else shared[0]
-        ran = [in_range(chooser, chooser.first(value, call.with_images, n), n)]
-        while True:
-            tried = ran[-1]
-            out = tails[tried](*self.arguments(inputs, call, tried), *(shared[k] for k in self.dispatch.takes[tried]))
-            logits = out[0][self.anatomy.logits]
-            column = (call.last - (call.length - logits.shape[1])).clamp(min=0)  # they may be of the last tokens only
-            another = chooser.then(tried, logits.take_along_dim(column[..., None], 1)[:, 0], call.with_images, n)
-            if another is None:
-                return self._result(tried, *out, value, tuple(ran))
-            del out, logits  # their memory is the next one's
-            ran.append(in_range(chooser, another, n))
+        if self.dispatch is not None:
+            return self._dispatched(tails, inputs, call, out)
+        if not self.variants:
+            return RunResult(self.plan, out, {})
+        return RunResult(self.plan, out[0], dict(zip(self.variants[0].selections, out[1], strict=True)))
 
-    def _result(self, i: int, out: Any, selected: Sequence[Tensor], *more: Any) -> RunResult:
-        plan = self.plan.variants[i] if self.plan.variants else self.plan
-        return RunResult(plan, out, dict(zip(self.variants[i].selections, selected, strict=True)), *more)
+    def _dispatched(
+        self, tails: Sequence[Callable[..., Any]], inputs: Sequence[Any], call: Call, shared: Sequence[Any]
+    ) -> RunResult:
+        """Run the tails on what the head made."""
+        chooser, n, rows, parted = self.plan.chooser, len(tails), len(call.vision), self.dispatch
+        assert chooser is not None and parted is not None
+        value = None if chooser.op is None else shared[0]
+        first = parted.each(chooser, chooser.first(value, call.with_images, n), rows)
+        waiting, runs, kept = dict(enumerate(first)), list[Run](), list[tuple[Run, Any, Any]]()
+        while waiting:
+            tried = min(waiting.values())
+            mine = [row for row, i in waiting.items() if i == tried]
+            given, some = self.given(inputs, call, shared, tried, mine)
+            out, selected = tails[tried](*given)
+            logits = out[self.anatomy.logits]
+            column = (some.last - (some.length - logits.shape[1])).clamp(min=0)  # they may be of the last tokens only
+            last = logits.take_along_dim(column[..., None], 1)[:, 0]
+            another = chooser.then(tried, last, some.with_images, n)
+            found = [tried] * len(mine) if another is None else parted.each(chooser, another, len(mine))
+            runs.append(Run(tried, mine, [row for row, i in zip(mine, found, strict=True) if i == tried]))
+            if runs[-1].kept:
+                kept.append((runs[-1], out, selected))
+            waiting |= zip(mine, found, strict=True)
+            waiting = {row: i for row, i in waiting.items() if row not in runs[-1].kept}
+            del out, selected, given, some, logits, last  # their memory is the next one's
+        plan = self.plan.variants[max(run.variant for run, *_ in kept)]
+        out = parted.joined([(run, out) for run, out, _ in kept], shared)
+        chosen = [(run, dict(zip(self.variants[run.variant].selections, x, strict=True))) for run, _, x in kept]
+        return RunResult(plan, out, chosen_by(chosen, call), value, tuple(runs))
+
+    def given(
+        self, inputs: Sequence[Any], call: Call, shared: Sequence[Any], variant: int, rows: list[int]
+    ) -> tuple[list[Any], Call]:
+        """What the tail of a variant is given for some rows of a call, and the call of these rows.
+
+        Args:
+            inputs: the captured graph's flat inputs.
+            call: the call.
+            shared: what the head made.
+            variant: which one.
+            rows: ascending.
+        """
+        assert self.dispatch is not None
+        takes = [shared[k] for k in self.dispatch.takes[variant]]
+        if len(rows) < len(call.vision):
+            at, cuts = torch.tensor(rows, device=call.vision.device), self.dispatch.cuts[variant]
+            tokens = call.tokens_of(at).nonzero()[:, 0]
+            inputs, takes = (
+                [cut(x, along, at, tokens) for x, along in zip(given, of, strict=True)]
+                for given, of in ((inputs, cuts[: len(inputs)]), (takes, cuts[len(inputs) :]))
+            )
+            call = call.of_rows(at)
+        return [*self.arguments(inputs, call, variant), *takes], call
 
     def about(self, said: str) -> list[str]:
         """Which policies and edits, of which passes, an error is in that names operators, as ``vlm.name.default``."""

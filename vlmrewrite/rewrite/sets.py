@@ -13,6 +13,8 @@ import torch
 import torch.fx
 from torch.fx import Node
 
+from vlmrewrite.analysis import ALONG
+from vlmrewrite.ops import TOKENS, Along
 from vlmrewrite.plan import (
     All,
     Extra,
@@ -52,10 +54,11 @@ class Emitter:
         self.typed: dict[Node, TokenSet] = {}
         self._last_input = graph.find_nodes(op="placeholder")[-1]
 
-    def call(self, target: Any, *args: Any, on: TokenSet | None = None) -> Node:
-        """A new node before the anchor, which holds the tokens of a set."""
+    def call(self, target: Any, *args: Any, on: TokenSet | None = None, along: Along = 0) -> Node:
+        """A new node before the anchor, which holds the tokens of a set, and its rows along an axis, or TOKENS."""
         with self.graph.inserting_before(self.anchor):
             node = self.graph.call_function(target, args)
+        node.meta[ALONG] = along
         if on is not None:
             self.typed[node] = on
         return node
@@ -147,6 +150,7 @@ class Sets:
             else:
                 raise ValueError(f"{s} is not a set of vision tokens")
             self.chosen[s] = node
+            node.meta[ALONG] = TOKENS
         return self.chosen[s]
 
 

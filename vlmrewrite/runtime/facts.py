@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field, replace
@@ -19,7 +19,7 @@ from vlmrewrite.compiler import program_of
 from vlmrewrite.hf import Encoded, Encoding
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.lower import Executable
-from vlmrewrite.plan import Call
+from vlmrewrite.plan import Call, Plan, TokenSet
 from vlmrewrite.rewrite import Program, RunResult
 
 ARGUMENT = "vlmrewrite_prompt"
@@ -235,11 +235,30 @@ class LastCall(NamedTuple):
 
     @property
     def program(self) -> Program:
-        """What ran; of a dispatch, the program of the plan that was chosen."""
-        whole, ran = self.executable.program, self.result.ran
+        """What ran; of a dispatch, the program of the most demanding plan that a row followed."""
+        whole, plan = self.executable.program, self.result.plan
         if whole.dispatch is None:
             return whole
-        return replace(whole, plan=self.result.plan, variants=whole.variants[ran[-1] : ran[-1] + 1], dispatch=None)
+        rewritten = (r for r, x in zip(whole.variants, whole.plan.variants, strict=True) if x is plan)
+        return replace(whole, plan=plan, variants=tuple(rewritten), dispatch=None)
+
+    @property
+    def followed(self) -> list[tuple[Plan, Tensor]]:
+        """The plans that rows followed, and which rows, bool [B]; each row followed one."""
+        rows, plans = self.call.with_images, self.executable.program.plan.variants
+        if not plans:
+            return [(self.result.plan, torch.ones_like(rows))]
+        kept = [
+            (plans[run.variant], torch.tensor(run.kept, device=rows.device)) for run in self.result.runs if run.kept
+        ]
+        return [(plan, torch.zeros_like(rows).index_fill(0, at, True)) for plan, at in kept]
+
+    def members(self, sets: Iterable[TokenSet]) -> Tensor:
+        """A set of each plan of ``followed``, in the rows that did, bool [B, T]."""
+        each = zip(self.followed, sets, strict=True)
+        return functools.reduce(
+            operator.or_, (self.call.members(s, self.result.chosen) & rows[:, None] for (_, rows), s in each)
+        )
 
 
 @dataclass(frozen=True)

@@ -82,6 +82,8 @@ def routing(model: nn.Module) -> Tensor:
 def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]:
     """What ran in the last call with an image, the call, and what each selection chose in it, bool [F].
 
+    Of a dispatch, the program of the most demanding plan that a row followed; see :attr:`LastCall.followed`.
+
     Raises:
         ValueError: no recipe is applied, or there was no such call yet.
     """
@@ -110,7 +112,7 @@ def prompt_ends(model: nn.Module, column: Tensor) -> AbstractContextManager[None
 
 
 def kept_tokens(model: nn.Module) -> list[Stage]:
-    """Which vision tokens each layer ran on in the last call with an image.
+    """Which vision tokens each layer ran on in the last call with an image, whichever plan a row followed.
 
     Of several threads, the one that asks is told of its own last call, or of a newer one by a thread that was started
     after that call (as for a streamer), never of one by a thread that ran beside it already: there, ask in the thread
@@ -119,11 +121,18 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     Raises:
         ValueError: no recipe is applied, or there was no such call yet.
     """
-    program, call, chosen = last_call(model)
-    stages: dict[TokenSet, list[int]] = {}
-    for entry in program.plan.layers:
-        stages.setdefault(entry.run_set, []).append(entry.index)
-    return [Stage(program.plan.render(s), tuple(at), call.members(Vision & s, chosen)) for s, at in stages.items()]
+    last = session_of(model).last()
+    stages: dict[tuple[TokenSet, ...], list[int]] = {}
+    for i in range(last.result.plan.depth):
+        stages.setdefault(tuple(plan.layers[i].run_set for plan, _ in last.followed), []).append(i)
+    return [
+        Stage(
+            " / ".join(dict.fromkeys(plan.render(s) for (plan, _), s in zip(last.followed, sets, strict=True))),
+            tuple(at),
+            last.members(Vision & s for s in sets),
+        )
+        for sets, at in stages.items()
+    ]
 
 
 def _register(undo: ExitStack, model: nn.Module, blocks: nn.ModuleDict) -> None:

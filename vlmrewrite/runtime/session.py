@@ -228,8 +228,11 @@ class Session:
             out["logits"] = out.logits[:, -keep:]
         ran = told[0]
         self._tell(ran)
-        for layer, entry in zip(cache.layers, ran.result.plan.layers, strict=False):
-            layer.holes = layer.holes or (entry.keys != All and not ran.call.counts.dense(entry.keys))
+        plans = [plan.layers for plan, _ in ran.followed]
+        for layer, *entries in zip(cache.layers, *plans, strict=False):
+            keys = {entry.keys for entry in entries}
+            some = len(keys) > 1 or any(s != All and not ran.call.counts.dense(s) for s in keys)
+            layer.holes = layer.holes or some
         return out if keep_cache else _without_cache(out)
 
     def _run(self, config: Any, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from vlmrewrite.api import applied
 from vlmrewrite.compat import generation_inputs, generation_positions
 from vlmrewrite.oracle import LayerMasks, layer_masks, oracle_logits
-from vlmrewrite.runtime import kept_tokens, last_call
+from vlmrewrite.runtime import kept_tokens, session_of
 
 SLACK = 8
 """How many times the oracle's own error in the model's dtype a rewritten model may be away from the oracle in fp64.
@@ -123,9 +123,10 @@ def generation_agreement(
         )
         prompt = inputs["input_ids"].shape[1]
         masks = layer_masks(model, prompt + new_tokens - 1)
-        program, call, _ = last_call(model)
-        recurrent, own = program.plan.recurrent, [e for e in program.plan.layers if e.owner is None]
-        planned = [0 if e.index in recurrent else call.counts.size(e.keys) + new_tokens - 1 for e in own]
+        last = session_of(model).last()
+        recurrent, own = last.result.plan.recurrent, [e.index for e in last.result.plan.layers if e.owner is None]
+        longest = [max(last.call.counts.size(plan.layers[i].keys) for plan, _ in last.followed) for i in own]
+        planned = [0 if i in recurrent else n + new_tokens - 1 for i, n in zip(own, longest, strict=True)]
         kept_tokens(model)
     longer = extended(model, inputs, out.sequences[:, prompt:-1])
     got = torch.stack(out.logits, 1)
