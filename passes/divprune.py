@@ -101,9 +101,8 @@ class _Cosine:
         more = self.products.of(picks) + self.off
         return more if bounds is None else bounds.maximum(more)
 
-    def exactly(self, potential: Tensor | None, image: int, rows: Tensor, picks: Tensor) -> Tensor:
-        x = self.x[image]
-        more = pairwise(_cosines, x[picks], x[rows]).amax(0)
+    def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
+        more = pairwise(_cosines, picks, rows).amax(0)
         return more if potential is None else potential.maximum(more)
 
 

@@ -73,15 +73,15 @@ def _squares(x: Tensor, y: Tensor) -> Tensor:
 class _Repulsion:
     """Bounds of the potentials by ``|x - y|^2 = |x|^2 + |y|^2 - 2 xy``, the mean taken out, so that less cancels.
 
-    Products, squares and differences are off by at most ``2 product_rounding(C) (|x|^2 + |y|^2)``, a sum of potentials
-    by ``product_rounding(k)`` of itself.
+    Products, squares and differences are off by at most ``product_rounding(C) (|x|^2 + |y|^2)``: each has its own share
+    of the 12 deviations in there. A sum of potentials is off by ``product_rounding(k)`` of itself.
     """
 
     def __init__(self, x: Tensor, k: int) -> None:
         self.x, self.mean = x, torch.stack([one.mean(0) for one in x])
         centred = x - self.mean[:, None]
         self.products = Products(centred, k)
-        squares, off = self.products.squares(), 2 * product_rounding(x.shape[2], x.device)
+        squares, off = self.products.squares(), product_rounding(x.shape[2], x.device)
         sign = torch.tensor([1.0, -1.0], device=x.device)[:, None, None]  # farther is less: the lower bound first
         self.sums = squares * (1 + sign * off) + EPSILON / 2
         self.factor = (1 - sign * product_rounding(k, x.device)).expand_as(self.sums).contiguous()
@@ -94,9 +94,8 @@ class _Repulsion:
         more = sums.sub_(self.products.of(picks), alpha=2).clamp_(min=EPSILON).reciprocal_()
         return more * self.factor if bounds is None else bounds.addcmul_(more, self.factor)
 
-    def exactly(self, potential: Tensor | None, image: int, rows: Tensor, picks: Tensor) -> Tensor:
-        x = self.x[image]
-        more = 1 / (pairwise(_squares, x[picks], x[rows]) + EPSILON)
+    def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
+        more = 1 / (pairwise(_squares, picks, rows) + EPSILON)
         return added_in_order(torch.zeros_like(more[0]) if potential is None else potential, more)
 
 

@@ -22,14 +22,20 @@ ROOM = 2**24
 """Numbers in a batch's features, and in its matrix of products: 64 MiB of fp32."""
 
 SIDE = 144
-"""Rows of the matrix of products that are computed at a time."""
+"""Rows whose products or distances are computed at a time."""
 
 WORTH = 16
 """Rows of the matrix of products that take the time of one product of a matrix and a vector."""
 
 
 class Rule(Protocol):
-    """What greedy search takes the least of: bounds from products, and the definition."""
+    """What greedy search takes the least of: bounds from products, and the definition.
+
+    Attributes:
+        x: what distances are taken of, fp32 [I, m, C].
+    """
+
+    x: Tensor
 
     def first(self) -> Tensor:
         """The score that the first pick has least, by its definition, fp32 [I, m]."""
@@ -37,8 +43,8 @@ class Rule(Protocol):
     def bounded(self, bounds: Tensor | None, picks: Tensor) -> Tensor:
         """Lower and upper bounds of the potentials [2, I, m], None before the first pick, after one more pick [I]."""
 
-    def exactly(self, potential: Tensor | None, image: int, rows: Tensor, picks: Tensor) -> Tensor:
-        """Potentials of some tokens of an image, fp32 [r], None before the first pick, after more picks, int64 [p]."""
+    def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
+        """Potentials of some tokens [r, C], fp32 [r], None before the first pick, after more picks, [p, C]."""
 
 
 def search(rule: Rule, k: int) -> list[list[int]]:
@@ -52,31 +58,33 @@ def search(rule: Rule, k: int) -> list[list[int]]:
     (images, m), device = score.shape, score.device
     picks = [[pick] for pick in score.argmin(1).tolist()]
     every, bounds = torch.arange(images, device=device), None
+    past = rule.x.new_empty(images, k - 1, rule.x.shape[2])  # the picks' features, so that none is gathered again
     known, seen = torch.zeros_like(score), torch.zeros(images, m, dtype=torch.int64, device=device)
-    for _ in range(k - 1):
+    for t in range(k - 1):
         last = torch.tensor([own[-1] for own in picks], device=device)
         bounds = rule.bounded(bounds, last)
         bounds[:, every, last] = torch.inf
+        past[:, t] = rule.x[every, last]
         rivals: list[list[int]] = [[] for _ in range(images)]
         for image, row in (bounds[0] <= bounds[1].amin(1, keepdim=True)).nonzero().tolist():
             rivals[image].append(row)
         for image, own in enumerate(rivals):
             least = 0
             if len(own) > 1:
-                rows, past = torch.tensor(own, device=device), torch.tensor(picks[image], device=device)
-                true = _renewed(rule, known[image], seen[image], image, rows, past)
+                rows = torch.tensor(own, device=device)
+                true = _renewed(rule, known[image], seen[image], rule.x[image], rows, past[image, : t + 1])
                 bounds[:, image, rows] = true
                 least = int(true.argmin())
             picks[image].append(own[least])
     return picks
 
 
-def _renewed(rule: Rule, known: Tensor, seen: Tensor, image: int, rows: Tensor, picks: Tensor) -> Tensor:
+def _renewed(rule: Rule, known: Tensor, seen: Tensor, x: Tensor, rows: Tensor, picks: Tensor) -> Tensor:
     """Potentials of some rows by the definition, going on from those that are ``known``, [m], after ``seen`` picks."""
     before = seen[rows]
     for n in set(before.tolist()):
         these = rows[before == n]
-        known[these] = rule.exactly(known[these] if n else None, image, these, picks[n:])
+        known[these] = rule.exactly(known[these] if n else None, x[these], picks[n:])
     seen[rows] = len(picks)
     return known[rows]
 
@@ -97,14 +105,15 @@ def pairwise(f: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Ten
     """``f(x, y)``, the same whichever is which, of each row x of a [n, C] and y of b [r, C]: [n, r]."""
     if len(a) < len(b):
         return torch.stack([f(b, x) for x in a])
-    return torch.stack([f(a, y) for y in b], 1)
+    parts = a.split(SIDE)  # what is computed on the way stays in the processor's cache
+    return torch.cat([torch.stack([f(part, y) for y in b], 1) for part in parts])
 
 
 def product_rounding(n: int, device: torch.device) -> float:
     """What a sum of ``n`` products of fp32 numbers is off, in units of the sum of their sizes.
 
     Each of n steps rounds by at most 2^-24 of the sum. Errors add up like random ones, to a standard deviation of at
-    most sqrt(n / 3) / sqrt(3) units of it; 12 times as much is allowed. Where the user lets matrix products be computed
+    most sqrt(n) / 3 units of it; 12 times as much is allowed. Where the user lets matrix products be computed
     from shorter numbers, each product is off by two units of theirs.
     """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
