@@ -5,8 +5,8 @@ Before the decoder, those tokens of each image are kept whose closest pair is as
     layers 0-31    run_on All  ->  layers 0-31    run_on Text | divprune
 
 Refused where no vision tokens are left. Distance and search are the paper's: cosine, the first token is the one whose
-nearest other token is farthest. Ours: ties go to the first token, a chosen token is never chosen again, and the matrix
-of all distances is not kept (only its rows' extremes, block by block, for the first token).
+nearest other token is farthest. Ours: ties go to the first token, a chosen token is never chosen again, and of large
+images the matrix of all distances is not kept (only its rows' extremes, block by block, for the first token).
 """
 
 from __future__ import annotations
@@ -17,10 +17,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmrewrite.ops import define, greedy_flops, least_of, like_member, per_image
+from vlmrewrite.ops import (
+    Products,
+    define,
+    greedy_choice,
+    greedy_flops,
+    least_of,
+    like_member,
+    pairwise,
+    product_rounding,
+    upper_products,
+)
 from vlmrewrite.plan import Budget, Per, Plan, Policy, frozen_pass
 
-BLOCK = 512
+BLOCK = 144
 
 
 def divprune_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
@@ -28,7 +38,7 @@ def divprune_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Ten
 
     The first token is the one whose smallest distance to another token is largest; then always the one is added whose
     smallest distance to the chosen ones is largest. fp32; ties go to the first token, and a zero feature is at
-    distance 1 from all. O(m^2 C) once and O(m C) a step, for m tokens; at most 512 x m distances at a time.
+    distance 1 from all. O(m^2 C) for m tokens; if m > 4096, O(m C) more a step, at most 144 x m distances at a time.
 
     Args:
         features: [F, C], any float dtype.
@@ -39,36 +49,61 @@ def divprune_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Ten
     Returns:
         the chosen tokens, bool [F].
     """
-    return per_image(member, lengths, keep, lambda left, k, _: _spread(features.index_select(0, left).float(), k))
+    return greedy_choice(features, member, lengths, keep, _Cosine, spread)
 
 
-def _spread(x: Tensor, k: int) -> Tensor:
-    if k == len(x):
-        return torch.arange(k, device=x.device)
+def spread(x: Tensor, k: int) -> Tensor:
+    """The definition: the first ``k`` picks of one image, x fp32 [m, C], k < m; what is not a number is picked last."""
     x = F.normalize(x, dim=1)
     pick = _closest_other(x).argmin()
     picks = [pick]
     similarity = torch.full((len(x),), -torch.inf, device=x.device)  # to the most similar chosen token
     left = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for _ in range(k - 1):
-        similarity = similarity.maximum((x * x.index_select(0, pick[None])).sum(1))
-        left.index_fill_(0, pick[None], False)
+        similarity = similarity.maximum(_cosines(x, x[pick]))
+        left[pick] = False
         pick = least_of(similarity, left)
         picks.append(pick)
     return torch.stack(picks)
 
 
+def _cosines(x: Tensor, y: Tensor) -> Tensor:
+    return (x * y).sum(1)
+
+
 def _closest_other(x: Tensor) -> Tensor:
     """Cosine of each row of x [m, C] to its most similar other row; each pair is computed once, so ties stay ties."""
     best = torch.full((len(x),), -torch.inf, device=x.device)
-    for start in range(0, len(x), BLOCK):
-        with torch.autocast(x.device.type, enabled=False):
-            pairs = x[start : start + BLOCK] @ x[start:].T
+    for start, pairs in upper_products(x, BLOCK):
         pairs.masked_fill_(torch.ones_like(pairs, dtype=torch.bool).tril(), -torch.inf)
-        rows = best[start : start + BLOCK]
+        rows = best[start : start + len(pairs)]
         rows.copy_(rows.maximum(pairs.amax(1)))
         best[start:] = best[start:].maximum(pairs.amax(0))
     return best
+
+
+class _Cosine:
+    """Bounds of the similarities, products of rows of norm 1: off by at most ``product_rounding(C)``."""
+
+    def __init__(self, x: Tensor, _: int) -> None:
+        self.x = F.normalize(x, dim=2)
+        self.products = Products(self.x, x.shape[1], BLOCK)
+        off = product_rounding(x.shape[2], x.device)
+        self.off = torch.tensor([-off, off], device=x.device)[:, None, None]
+
+    def first(self) -> Tensor:
+        if self.products.gram is None:
+            return torch.stack([_closest_other(x) for x in self.x])
+        self.products.gram.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
+        return self.products.gram.amax(2)
+
+    def bounded(self, bounds: Tensor | None, picks: Tensor) -> Tensor:
+        more = self.products.of(picks) + self.off
+        return more if bounds is None else bounds.maximum(more)
+
+    def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
+        more = pairwise(_cosines, picks, rows).amax(0)
+        return more if potential is None else potential.maximum(more)
 
 
 define(

@@ -18,7 +18,17 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
-from vlmrewrite.ops import define, greedy_flops, least_of, like_member, per_image
+from vlmrewrite.ops import (
+    Products,
+    added_in_order,
+    define,
+    greedy_choice,
+    greedy_flops,
+    least_of,
+    like_member,
+    pairwise,
+    product_rounding,
+)
 from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 EPSILON = 1e-6
@@ -40,21 +50,53 @@ def sts_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) 
     Returns:
         the chosen tokens, bool [F].
     """
-    return per_image(member, lengths, keep, lambda left, k, _: _repel(features.index_select(0, left).float(), k))
+    return greedy_choice(features, member, lengths, keep, _Repulsion, repel)
 
 
-def _repel(x: Tensor, k: int) -> Tensor:
-    if k == len(x):
-        return torch.arange(k, device=x.device)
+def repel(x: Tensor, k: int) -> Tensor:
+    """The definition: the first ``k`` picks of one image, x fp32 [m, C], k < m; what is not a number is picked last."""
     potential, left = torch.zeros(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
-    pick = (x - x.mean(0)).square().sum(1).argmin()
+    pick = _squares(x, x.mean(0)).argmin()
     picks = [pick]
     for _ in range(k - 1):
-        potential += 1 / ((x - x.index_select(0, pick[None])).square_().sum(1) + EPSILON)
-        left.index_fill_(0, pick[None], False)
+        potential += 1 / (_squares(x, x[pick]) + EPSILON)
+        left[pick] = False
         pick = least_of(potential, left)
         picks.append(pick)
     return torch.stack(picks)
+
+
+def _squares(x: Tensor, y: Tensor) -> Tensor:
+    return (x - y).square_().sum(1)
+
+
+class _Repulsion:
+    """Bounds of the potentials by ``|x - y|^2 = |x|^2 + |y|^2 - 2 xy``, the mean taken out, so that less cancels.
+
+    Products, squares and differences are off by at most ``product_rounding(C) (|x|^2 + |y|^2)``: each has its own share
+    of the 12 deviations in there. A sum of potentials is off by ``product_rounding(k)`` of itself.
+    """
+
+    def __init__(self, x: Tensor, k: int) -> None:
+        self.x, self.mean = x, torch.stack([one.mean(0) for one in x])
+        centred = x - self.mean[:, None]
+        self.products = Products(centred, k)
+        squares, off = self.products.squares(), product_rounding(x.shape[2], x.device)
+        sign = torch.tensor([1.0, -1.0], device=x.device)[:, None, None]  # farther is less: the lower bound first
+        self.sums = squares * (1 + sign * off) + EPSILON / 2
+        self.factor = (1 - sign * product_rounding(k, x.device)).expand_as(self.sums).contiguous()
+
+    def first(self) -> Tensor:
+        return torch.stack([_squares(x, mean) for x, mean in zip(self.x, self.mean, strict=True)])
+
+    def bounded(self, bounds: Tensor | None, picks: Tensor) -> Tensor:
+        sums = self.sums + self.sums[:, self.products.every, picks][:, :, None]
+        more = sums.sub_(self.products.of(picks), alpha=2).clamp_(min=EPSILON).reciprocal_()
+        return more * self.factor if bounds is None else bounds.addcmul_(more, self.factor)
+
+    def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
+        more = 1 / (pairwise(_squares, picks, rows) + EPSILON)
+        return added_in_order(torch.zeros_like(more[0]) if potential is None else potential, more)
 
 
 define(

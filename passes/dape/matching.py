@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vlmrewrite.passes.dape.regions import density, deviation, pool
+from vlmrewrite.passes.dape.regions import moments, representatives, sizes
 
 
 def match(
@@ -53,19 +53,22 @@ def aligned(rho: Tensor, z: Tensor, most: int) -> Tensor:
     """Which regions belong to which text token: z, scaled to [0, 1], is kept from 0.9 - 0.3 rho on, and normalised.
 
     Args:
-        rho: [n]. z: [n, R]. most: how many regions a token may have.
+        rho: [..., n]. z: [..., n, R]. most: how many regions a token may have.
 
     Returns:
-        weights [n, R]; each row's sum is 1, or 0 if it matches all regions alike.
+        weights [..., n, R]; each row's sum is 1, or 0 if it matches all regions alike.
     """
-    low, high = z.aminmax(dim=1, keepdim=True)
+    low, high = z.aminmax(dim=-1, keepdim=True)
     z = (z - low) / (high - low).clamp(min=1e-12)
-    best = z.topk(min(most, z.shape[1]), dim=1).values[:, -1:]
-    kept = torch.where((z >= bar(rho)[:, None]) & (z >= best), z, 0.0)
-    return kept / kept.sum(1, keepdim=True).clamp(min=1e-12)
+    best = z.topk(min(most, z.shape[-1]), dim=-1).values[..., -1:]
+    kept = torch.where((z >= bar(rho)[..., None]) & (z >= best), z, 0.0)
+    return kept / kept.sum(-1, keepdim=True).clamp(min=1e-12)
 
 
 TEXT_BLOCK = 512
+
+TOGETHER = 2**20
+"""Numbers in the features of images that are looked at together: more would not stay in a processor's cache."""
 
 
 def gains(features: Tensor, blocks: Tensor, text: Tensor, weights: Sequence[Tensor] = ()) -> Tensor:
@@ -76,24 +79,68 @@ def gains(features: Tensor, blocks: Tensor, text: Tensor, weights: Sequence[Tens
     largest one of the regions in it; a location's error is its squared distance from the average of its 2 x 2 block.
 
     Args:
-        features: [n, H]. blocks: representatives, int64 [3, n]. text: hidden states of the row's text, [m, H].
-        weights: of :class:`Matching`, or none.
+        features: of images of one grid, [..., n, H]. blocks: representatives, int64 [3, n].
+        text: hidden states of the text of each image's row, [..., m, H]. weights: of :class:`Matching`, or none.
 
     Returns:
-        fp32 [3, n], at the representatives of each scale; also that of a location.
+        fp32 [..., 3, n], at the representatives of each scale; also that of a location.
     """
-    x = features.float()
-    means, counts = (torch.stack(found) for found in zip(*(pool(x, b) for b in blocks), strict=True))
-    visual = torch.stack([density(x, b) for b in blocks])
-    level, at = torch.zeros_like(visual, dtype=torch.bool).scatter(1, blocks, True).nonzero(as_tuple=True)
-    seen = visual[level, at]
+    n, size = features.shape[-2:]
+    x = features.float().reshape(-1, n, size)
+    start = n * torch.arange(len(x), device=x.device)
+    found = moments(x.flatten(0, 1), (blocks[:, None] + start[:, None]).flatten(1))
+    few = [len(at) // len(x) for at in found.at]
+    at = torch.cat([blocks[0], *(at[:k] for at, k in zip(found.at, few, strict=True))])
+    level = torch.repeat_interleave(torch.tensor([n, *few], device=x.device))
+    regions = torch.cat([x, *(mean.view(len(x), -1, size) for mean in found.mean)], 1)
+    error, visual = (y.view(3, len(x), n).transpose(0, 1) for y in (found.error, found.density))
+    seen = visual[:, level, at]
+    visible = seen / seen.amax(1, keepdim=True).clamp(min=1e-12)
     best = torch.zeros_like(seen)
-    for some in text.split(TEXT_BLOCK) if len(text) else ():
-        rho, z = match(some, means[level, at], level, seen / seen.max().clamp(min=1e-12), weights)
-        best = best.maximum((rho[:, None] * aligned(rho, z, max(1, len(x) // 8))).amax(0))
+    for some in text.reshape(len(x), -1, size).split(TEXT_BLOCK, 1) if text.shape[-2] else ():
+        rho, z = match(some, regions, level, visible, weights)
+        best = best.maximum((rho[..., None] * aligned(rho, z, max(1, n // 8))).amax(1))
     score = torch.zeros_like(visual)
-    score[level, at] = best / best.max().clamp(min=1e-12)
+    score[:, level, at] = best / best.amax(1, keepdim=True).clamp(min=1e-12)
     for s in (1, 2):
-        score[s].scatter_reduce_(0, blocks[s], score[s - 1, blocks[s - 1]], "amax")
-    error = torch.stack([deviation(x, blocks[1]), *(visual[s] * counts[s] for s in (1, 2))])
-    return error * (0.1 + score)
+        score[:, s].scatter_reduce_(1, blocks[s].expand(len(x), -1), score[:, s - 1, blocks[s - 1]], "amax")
+    return (error * (0.1 + score)).view(*features.shape[:-2], 3, n)
+
+
+def all_gains(
+    features: Tensor,
+    stream: Tensor,
+    prompt: Tensor,
+    flat: Tensor,
+    lengths: Tensor,
+    grid: Tensor,
+    weights: Sequence[Tensor] = (),
+) -> Tensor:
+    """:func:`gains` of all images, those of equal grids and equally much text together.
+
+    Args:
+        features: [F, H]. stream, prompt, flat, lengths, grid, weights: as for :func:`.ops.dape_cover`.
+
+    Returns:
+        fp32 [3, F].
+    """
+    out = torch.zeros(3, len(features), device=features.device)
+    starts = (lengths.cumsum(0) - lengths).tolist()
+    seen = [(i, size) for i, size in zip(starts, sizes(lengths, grid), strict=True) if size[0] * size[1]]
+    rows = (flat[[i for i, _ in seen]] // prompt.shape[1]).tolist()
+    texts = {row: stream[row][prompt[row]] for row in set(rows)}
+    groups = dict[tuple[tuple[int, int], int], list[tuple[int, int]]]()
+    for (i, size), row in zip(seen, rows, strict=True):
+        groups.setdefault((size, len(texts[row])), []).append((i, row))
+    for (size, _), images in groups.items():
+        n = size[0] * size[1]
+        blocks = representatives(torch.tensor([n], device="cpu"), torch.tensor([size], device="cpu")).to(out.device)
+        together = max(1, TOGETHER // (n * features.shape[1]))
+        for begin in range(0, len(images), together):
+            some = images[begin : begin + together]
+            x, text = torch.stack([features[i : i + n] for i, _ in some]), torch.stack([texts[row] for _, row in some])
+            with torch.autocast(features.device.type, enabled=False):
+                found = gains(x, blocks, text, weights)
+            for (i, _), own in zip(some, found, strict=True):
+                out[:, i : i + n] = own
+    return out

@@ -14,8 +14,17 @@ from torch import Tensor
 
 from vlmrewrite.ops import define, like_member
 from vlmrewrite.passes.dape.blocks import WIDTH, Matching
-from vlmrewrite.passes.dape.matching import gains, match
-from vlmrewrite.passes.dape.regions import SCALES, coarsest, density, deviation, owners, pool, refined, representatives
+from vlmrewrite.passes.dape.matching import all_gains, match
+from vlmrewrite.passes.dape.regions import (
+    SCALES,
+    coarsest,
+    density,
+    moments,
+    owners,
+    pool,
+    refined,
+    representatives,
+)
 
 
 @torch.no_grad()
@@ -48,16 +57,8 @@ def dape_cover(
         ValueError: ``keep`` is less than an image has blocks of 4 x 4, or a grid does not fit.
     """
     base = coarsest(lengths, grid, keep.tolist()).to(member.device)
-    blocks = representatives(lengths, grid).to(member.device)
-    found, more, start = [torch.zeros(3, 0, device=member.device)], [], 0
-    with torch.autocast(features.device.type, enabled=False):
-        for n, k in zip(lengths.tolist(), keep.tolist(), strict=True):
-            here = slice(start, start + n)
-            row = int(flat[start]) // prompt.shape[1]
-            found.append(gains(features[here], blocks[:, here] - start, stream[row][prompt[row]], weights))
-            more.append(k - int(base[here].sum()))
-            start += n
-    return base | refined(base, lengths, grid, torch.cat(found, 1), more)
+    spare = [k - int(part.sum()) for k, part in zip(keep.tolist(), base.cpu().split(lengths.tolist()), strict=True)]
+    return base | refined(base, lengths, grid, all_gains(features, stream, prompt, flat, lengths, grid, weights), spare)
 
 
 def _located(index: Tensor, valid: Tensor, flat: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -95,7 +96,10 @@ def dape_pool(
     at, member = _located(index, valid, flat, stream.shape[1])
     owner, level = torch.ops.vlm.region_owner(member, lengths, grid).unbind(0)
     x = stream.flatten(0, 1)[flat]
-    new = pool(x, owner)[0][at]
+    slots, places = index.numel(), torch.where(valid, at, len(flat)).flatten()
+    slot = torch.full((len(flat) + 1,), slots, dtype=torch.int64, device=flat.device)
+    slot = slot.scatter(0, places, torch.arange(slots, device=flat.device))
+    new = pool(x, slot[owner], slots + 1)[0][:slots].view(*index.shape, -1)
     given = [w for w in weights if w is not None]
     if given and prompt is not None and torch.is_grad_enabled():
         visual = density(x.detach(), owner)[at].float() * valid
@@ -125,8 +129,13 @@ def dape_split(
         the tokens added, bool [F].
     """
     blocks = representatives(lengths, grid).to(member.device)
-    priority = torch.stack([deviation(features, blocks[1]), *(density(features, b) for b in blocks[1:])])
-    paid = attention[owners(~member, blocks)]
+    found, start = [torch.zeros(3, 0, device=member.device)], 0
+    for n in lengths.tolist():
+        x = features[start : start + n].to(torch.promote_types(features.dtype, torch.float32))
+        of = moments(x, blocks[:, start : start + n] - start)
+        found.append(torch.cat([of.error[:1], of.density[1:]]))
+        start += n
+    priority, paid = torch.cat(found, 1), attention[owners(~member, blocks)]
     return refined(~member, lengths, grid, priority * paid, keep.tolist())
 
 

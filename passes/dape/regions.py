@@ -14,8 +14,8 @@ runs in eager PyTorch and Python; F counts the locations of all images of a call
 from __future__ import annotations
 
 import functools
-import heapq
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ SCALES = (1, 2, 4)
 
 
 @functools.lru_cache(maxsize=256)
-def _blocks(rows: int, columns: int) -> tuple[Tensor, tuple[dict[int, list[int]], ...]]:
-    """One grid's representatives [3, F'], and what each block of scales 2 and 4 is made of, by representative."""
+def _blocks(rows: int, columns: int) -> Tensor:
+    """One grid's representatives [3, F']."""
     at = torch.arange(rows * columns, device="cpu")
     found = []
     for scale in SCALES:
@@ -36,13 +36,7 @@ def _blocks(rows: int, columns: int) -> tuple[Tensor, tuple[dict[int, list[int]]
             first = x // scale * scale
             place.append(first + (n - first).clamp(max=min(scale, 2)) // 2)
         found.append(place[0] * columns + place[1])
-    parts: tuple[dict[int, list[int]], ...] = ({}, {}, {})
-    for level in (1, 2):
-        for small, large in zip(found[level - 1].tolist(), found[level].tolist(), strict=True):
-            inside = parts[level].setdefault(large, [])
-            if small not in inside:
-                inside.append(small)
-    return torch.stack(found), parts
+    return torch.stack(found)
 
 
 def sizes(lengths: Tensor, grid: Tensor) -> list[tuple[int, int]]:
@@ -75,7 +69,7 @@ def representatives(lengths: Tensor, grid: Tensor) -> Tensor:
     """
     found, start = [], 0
     for rows, columns in sizes(lengths, grid):
-        found.append(_blocks(rows, columns)[0] + start)
+        found.append(_blocks(rows, columns) + start)
         start += rows * columns
     return torch.cat(found, 1) if found else torch.zeros(3, 0, dtype=torch.int64, device="cpu")
 
@@ -107,18 +101,21 @@ def region_owner(member: Tensor, lengths: Tensor, grid: Tensor) -> Tensor:
     return torch.stack([owner, level[owner]])
 
 
-def pool(x: Tensor, owner: Tensor) -> tuple[Tensor, Tensor]:
+def pool(x: Tensor, owner: Tensor, tokens: int | None = None) -> tuple[Tensor, Tensor]:
     """Averages over regions.
 
     Args:
         x: [F, C]. owner: the token that stands for each location, int64 [F].
+        tokens: how many there are, F by default.
 
     Returns:
-        means [F, C] in fp32 (fp64 for fp64), and numbers of locations [F] in the same dtype; both 0 where no region is.
+        means [tokens, C] in fp32 (fp64 for fp64), and numbers of locations [tokens] in the same dtype; both 0 where no
+        region is.
     """
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    count = x.new_zeros(len(x)).index_add(0, owner, x.new_ones(len(x)))
-    total = torch.zeros_like(x).index_add(0, owner, x)
+    tokens = len(x) if tokens is None else tokens
+    count = x.new_zeros(tokens).index_add(0, owner, x.new_ones(len(x)))
+    total = x.new_zeros(tokens, x.shape[1]).index_add(0, owner, x)
     return total / count.clamp(min=1)[:, None], count
 
 
@@ -131,6 +128,60 @@ def deviation(x: Tensor, owner: Tensor) -> Tensor:
 def density(x: Tensor, owner: Tensor) -> Tensor:
     """Visual density of each region, the variance inside it, mean over channels: x [F, C], owner [F] -> [F]."""
     return pool(deviation(x, owner)[:, None], owner)[0][:, 0]
+
+
+def numbered(blocks: Tensor) -> tuple[Tensor, Tensor]:
+    """The blocks of one scale, by their representatives.
+
+    Args:
+        blocks: that of each location's block, int64 [F].
+
+    Returns:
+        representatives, ascending, int64 [R]; which of them each location's is, int64 [F].
+    """
+    found = (blocks == torch.arange(len(blocks), device=blocks.device)).nonzero()[:, 0]
+    number = torch.zeros_like(blocks).index_put((found,), torch.arange(len(found), device=blocks.device))
+    return found, number[blocks]
+
+
+class Moments(NamedTuple):
+    """What :func:`moments` finds.
+
+    Attributes:
+        mean: of each 2 x 2 block and of each 4 x 4 block, two of [R, C].
+        at: representatives of these blocks, two of int64 [R].
+        error: squared distance of each location from the average of its 2 x 2 block, mean over channels; and of each
+            block its locations' sum of the same from its own average, at its representative; [3, F].
+        density: the visual density of each block, at its representative, [3, F]; that of a location is 0.
+    """
+
+    mean: tuple[Tensor, Tensor]
+    at: tuple[Tensor, Tensor]
+    error: Tensor
+    density: Tensor
+
+
+def moments(x: Tensor, blocks: Tensor) -> Moments:
+    """Averages and variances of all blocks; those of 4 x 4 from those of 2 x 2, so that x is read twice.
+
+    Args:
+        x: [F, C], fp32 or fp64. blocks: what :func:`representatives` returned, on the device of x.
+    """
+    small, at = numbered(blocks[1])
+    large, up = numbered(blocks[2])
+    up = up[small]
+    count = x.new_zeros(len(small)).index_add(0, at, x.new_ones(len(x)))
+    total = x.new_zeros(len(small), x.shape[1]).index_add(0, at, x)
+    counts = x.new_zeros(len(large)).index_add(0, up, count)
+    wide = x.new_zeros(len(large), x.shape[1]).index_add(0, up, total) / counts[:, None]
+    mean = total / count[:, None]
+    error, density = x.new_zeros(3, len(x)), x.new_zeros(3, len(x))
+    error[0] = (x - mean[at]).square_().mean(1)
+    inside = x.new_zeros(len(small)).index_add(0, at, error[0])
+    across = inside + count * (mean - wide[up]).square_().mean(1)
+    error[1, small], error[2, large] = inside, x.new_zeros(len(large)).index_add(0, up, across)
+    density[1, small], density[2, large] = inside / count, error[2, large] / counts
+    return Moments((mean, wide), (small, large), error, density)
 
 
 def affordable(grid: Tensor, keep: Sequence[int]) -> list[int]:
@@ -187,49 +238,31 @@ def refined(member: Tensor, lengths: Tensor, grid: Tensor, priority: Tensor, mor
     Returns:
         the tokens added, bool [F], on the device of ``member``.
     """
-    inside, values = member.tolist(), priority.nan_to_num(0.0).tolist()
-    added: list[int] = []
-    start = 0
-    for (rows, columns), n, k in zip(grid.tolist(), lengths.tolist(), more, strict=True):
-        end, parts = start + n, _blocks(rows, columns)[1]
-        image = [v[start:end] for v in values]
-        added += (start + f for f in _split(inside[start:end], parts, image, k)) if k else ()
-        start = end
-    out = torch.zeros(len(inside), dtype=torch.bool, device="cpu")
-    return out.index_fill(0, torch.tensor(added, dtype=torch.int64, device="cpu"), True).to(member.device)
+    blocks, device = representatives(lengths, grid).to(member.device), member.device
+    values, place = priority.nan_to_num(0.0), blocks[0]
+    (small, of_small), (large, of_large) = numbered(blocks[1]), numbered(blocks[2])
+    image = torch.arange(len(lengths), device="cpu").repeat_interleave(lengths).to(device)
 
+    part = (blocks[1] == place) & ~member  # these belong to 4 x 4 blocks, other locations to 2 x 2 blocks
+    whole = torch.zeros(len(large), dtype=torch.bool, device=device).index_fill(0, of_large[part], True)
+    parent, own = of_large[small], torch.cat([values[2, large], values[1, small]])
+    first = own.argsort(descending=True, stable=True)  # ties in the order that they stand in
+    turn = torch.empty_like(first).index_put_((first,), torch.arange(len(first), device=device))
+    waits = whole[parent] & (~member[small] | (blocks[2, small] == small))
+    waits &= values[1, small] > values[2, large][parent]  # once it is there, it is the next
+    turn = 2 * torch.cat([turn[: len(large)], torch.where(waits, turn[parent], turn[len(large) :])])
+    turn[len(large) :] += waits
+    turn += 2 * len(turn) * image[torch.cat([large, small])]
+    first = first[turn[first].argsort(stable=True)]
+    turn = torch.empty_like(first).index_put_((first,), torch.arange(len(first), device=device))
 
-def _split(
-    inside: list[bool], parts: tuple[dict[int, list[int]], ...], priority: list[list[float]], k: int
-) -> list[int]:
-    """The tokens that one image's cover gets in addition."""
-    heap: list[tuple[float, int, int, list[int]]] = []
-    added: list[int] = []
-
-    def push(level: int, block: int) -> bool:
-        missing = [part for part in parts[level][block] if not inside[part]]
-        if missing:
-            heapq.heappush(heap, (-priority[level][block], -level, block, missing))
-        return bool(missing)
-
-    for large, small in parts[2].items():
-        whole = push(2, large)  # its first part has no token of its own yet
-        for block in small:
-            if inside[block] and not (whole and block == large):
-                push(1, block)
-    while k and heap:
-        _, minus, block, missing = heapq.heappop(heap)
-        level, taken = -minus, missing
-        if k < len(missing):
-            taken = sorted(missing, key=lambda part: (-priority[level - 1][part], part))[:k]
-        for part in taken:
-            inside[part] = True
-        added += taken
-        k -= len(taken)
-        if level == 2:
-            for part in (block, *missing):
-                push(1, part)
-    return added
+    left = (~member).nonzero()[:, 0]
+    left = left[torch.where(part, values[1], values[0])[left].argsort(descending=True, stable=True)]
+    left = left[turn[torch.where(part, of_large, len(large) + of_small)[left]].argsort(stable=True)]
+    missing = torch.zeros(len(lengths), dtype=torch.int64, device=device).index_add(0, image, (~member).long())
+    rank = torch.arange(len(left), device=device) - (missing.cumsum(0) - missing)[image[left]]
+    added = rank < torch.tensor(list(more), dtype=torch.int64, device=device)[image[left]]
+    return torch.zeros_like(member).index_put_((left,), added)
 
 
 define(

@@ -12,6 +12,7 @@ from vlmrewrite.passes.dape import ops as dape
 from vlmrewrite.passes.dape import regions
 from vlmrewrite.passes.dape.kernels import detail, matching, quadtree
 from vlmrewrite.passes.dape.kernels import regions as kernels
+from vlmrewrite.passes.dape.matching import gains
 from vlmrewrite.testing.triton.interpreter import guarded
 
 OPS = torch.ops.vlm_triton
@@ -144,7 +145,7 @@ def expected_gains(b, weights):
     for n in b.lengths.tolist():
         here, row = slice(start, start + n), int(b.flat[start]) // b.prompt.shape[1]
         text = b.stream[row][b.prompt[row]]
-        found.append(dape.gains(b.features[here], blocks[:, here] - start, text, weights))
+        found.append(gains(b.features[here], blocks[:, here] - start, text, weights))
         start += n
     return torch.cat(found, 1)
 

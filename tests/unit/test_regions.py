@@ -107,20 +107,21 @@ def naive(rows, columns, priority, k):
             extra += len(small) - 1
             continue
         own = rep[s, block[0]]
-        others = sorted((b for b in small if own not in b), key=lambda b: -priority[s - 1][rep[s - 1, b[0]]])
+        others = [(-priority[s - 1][rep[s - 1, b[0]]], int(rep[s - 1, b[0]]), b) for b in small if own not in b]
+        others = [b for *_, b in sorted(others)]
         taken = others[: k - extra]
         left = tuple(i for b in small if b not in taken for i in b)
         return {frozenset(b) for _, b in found} | {frozenset(b) for b in taken} | {frozenset(left)}
     return {frozenset(b) for _, b in found}
 
 
-@given(st.integers(1, 9), st.integers(1, 9), st.data())
-def test_a_cover_is_that_of_greedy_splitting(rows, columns, data):
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([1, 3, 10, 2**20]), st.data())
+def test_a_cover_is_that_of_greedy_splitting(rows, columns, values, data):
     n = rows * columns
     grid, lengths = torch.tensor([[rows, columns]]), torch.tensor([n])
     base = regions.coarsest(lengths, grid, [n])
     k = data.draw(st.integers(0, int((~base).sum())))
-    priority = torch.rand(3, n, generator=torch.Generator().manual_seed(k))
+    priority = torch.randint(0, values, (3, n), generator=torch.Generator().manual_seed(k)).float()
     member = base | regions.refined(base, lengths, grid, priority, [k])
     owner, _ = regions.region_owner(member, lengths, grid)
     got = {frozenset((owner == token).nonzero()[:, 0].tolist()) for token in owner.unique()}
@@ -234,6 +235,46 @@ def test_counts_and_sizes_of_what_is_matched_vary_over_tokens():
         scaled = (z[i] - z[i].min()) / (z[i].max() - z[i].min())
         expected = [j for j in scaled.argsort(descending=True)[:8].tolist() if scaled[j] >= 0.9 - 0.3 * rho[i]]
         assert sorted(expected) == row.nonzero()[:, 0].tolist()
+
+
+@given(st.integers(1, 9), st.integers(1, 9), st.sampled_from([0, 1, 4]), st.booleans())
+def test_gains_of_images_together_are_those_of_each(rows, columns, text, learned):
+    torch.manual_seed(rows + 10 * columns)
+    grid, n = torch.tensor([[rows, columns]]), rows * columns
+    blocks, weights = regions.representatives(torch.tensor([n]), grid), weights_of(8) if learned else []
+    x, words = torch.randn(3, n, 8), torch.randn(3, text, 8)
+    each = [matching.gains(one, blocks, own, weights) for one, own in zip(x, words, strict=True)]
+    torch.testing.assert_close(matching.gains(x, blocks, words, weights), torch.stack(each))
+
+
+def test_gains_of_rows_with_more_or_less_text():
+    torch.manual_seed(2)
+    grid, lengths = torch.tensor([[4, 6], [3, 3], [4, 6], [4, 6]]), torch.tensor([24, 9, 24, 24])
+    features, stream, prompt = torch.randn(81, 8), torch.randn(3, 60, 8), torch.zeros(3, 60, dtype=torch.bool)
+    prompt[0, 50:], prompt[1, 55:], prompt[2, 50:] = True, True, True
+    flat = torch.cat([torch.arange(33), 60 + torch.arange(24), 120 + torch.arange(24)])
+    got = matching.all_gains(features, stream, prompt, flat, lengths, grid)
+    start = 0
+    for n, size, row in zip(lengths.tolist(), grid, (0, 0, 1, 2), strict=True):
+        blocks = regions.representatives(torch.tensor([n]), size[None])
+        own = matching.gains(features[start : start + n], blocks, stream[row][prompt[row]])
+        torch.testing.assert_close(got[:, start : start + n], own)
+        start += n
+
+
+@given(images(), st.integers(1, 5), st.sampled_from([torch.float32, torch.float64]))
+def test_moments_of_blocks_are_those_of_their_locations(drawn, channels, dtype):
+    grid, lengths = drawn
+    blocks = regions.representatives(lengths, grid)
+    x = torch.randn(blocks.shape[1], channels, dtype=dtype)
+    found = regions.moments(x, blocks)
+    torch.testing.assert_close(found.error[0], regions.deviation(x, blocks[1]))
+    for s in (1, 2):
+        mean, count = regions.pool(x, blocks[s])
+        assert found.at[s - 1].tolist() == blocks[s].unique().tolist()
+        torch.testing.assert_close(found.mean[s - 1], mean[found.at[s - 1]])
+        torch.testing.assert_close(found.density[s], regions.density(x, blocks[s]))
+        torch.testing.assert_close(found.error[s], regions.density(x, blocks[s]) * count)
 
 
 def test_a_denser_token_has_as_many_regions_or_more():

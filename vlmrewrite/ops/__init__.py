@@ -7,6 +7,14 @@ from vlmrewrite.ops.attention import ATTENTION, KV_APPEND, attend, attention, kv
 from vlmrewrite.ops.choice import Backend, Choice, Kernels, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
 from vlmrewrite.ops.experts import EXPERT_LINEAR, expert_linear
+from vlmrewrite.ops.greedy import (
+    Products,
+    added_in_order,
+    greedy_choice,
+    pairwise,
+    product_rounding,
+    upper_products,
+)
 from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, define, replaced
 from vlmrewrite.ops.mixers import fill
 from vlmrewrite.ops.positional import (
@@ -38,7 +46,9 @@ __all__ = [
     "Choice",
     "Join",
     "Kernels",
+    "Products",
     "Run",
+    "added_in_order",
     "attend",
     "attention",
     "attention_blocks",
@@ -47,6 +57,7 @@ __all__ = [
     "define",
     "expert_linear",
     "fill",
+    "greedy_choice",
     "greedy_flops",
     "interpreted",
     "joined",
@@ -59,7 +70,9 @@ __all__ = [
     "least_of",
     "like_member",
     "mixers_swapped",
+    "pairwise",
     "per_image",
+    "product_rounding",
     "recurrent",
     "replaced",
     "resolve",
@@ -70,5 +83,6 @@ __all__ = [
     "token_index",
     "unfit",
     "unhidden",
+    "upper_products",
     "visible",
 ]

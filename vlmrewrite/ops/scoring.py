@@ -180,7 +180,19 @@ def top_attention(weights: Tensor, member: Tensor, lengths: Tensor, keep: Tensor
     Returns:
         the chosen tokens, bool [F].
     """
-    return per_image(member, lengths, keep, lambda left, k, _: weights[left].argsort(descending=True, stable=True)[:k])
+    there = torch.arange(int(lengths.max()) if len(lengths) else 0, device="cpu") < lengths[:, None]
+    shape, equal = there.shape, bool(there.all())
+    there = there.to(member.device)
+    if equal:
+        weights, left = weights.reshape(shape), member.reshape(shape)
+    else:
+        weights = weights.new_zeros(shape).masked_scatter(there, weights)
+        left = member.new_zeros(shape).masked_scatter(there, member)
+    order = weights.argsort(dim=1, descending=True, stable=True)
+    best = left.gather(1, order)
+    best &= best.cumsum(1, dtype=torch.int32) <= keep.to(member.device)[:, None]
+    chosen = torch.zeros_like(left).scatter(1, order, best)
+    return chosen.flatten() if equal else chosen[there]
 
 
 def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name: str) -> Tensor:

@@ -6,7 +6,9 @@ next picks are. While they are, a pick costs one column of numbers; if one is no
 the same whatever the candidates.
 
 |x|^2 + |y|^2 - 2xy cancels where rows are alike: if a pick has a row nearer than :data:`NEAR` of the sum of their
-squares, its distances are computed from differences instead.
+squares, its distances are computed from differences instead. Equal rows have equal potentials, and the first is picked.
+Of others whose potentials are nearer than products round, it may pick another one than the reference, which computes
+such potentials from differences.
 """
 
 from __future__ import annotations

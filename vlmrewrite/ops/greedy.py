@@ -1,0 +1,216 @@
+"""Greedy choice of tokens by potentials: products say which tokens may be next, the definition says which one is.
+
+By its definition, a pick changes the potential of every token that is left, which takes a pass over all features. Here
+it takes one row of a matrix product, so that the potentials are known within bounds. Where the bounds of several tokens
+overlap, these are rivals: their potentials are computed as the definition says, from fp32 features, pick by pick in
+their order, and decide. So the picks are those of the definition, ties and near duplicates included.
+
+Lazy greedy search, which renews a potential only when its token comes first in a queue, was tried: on random features
+the potentials of nearly all tokens are so near to one another that nearly all are renewed at each pick, and it loses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+ROOM = 2**24
+"""Numbers in a batch's features, and in its matrix of products: 64 MiB of fp32."""
+
+SIDE = 144
+"""Rows whose products or distances are computed at a time."""
+
+WORTH = 16
+"""Rows of the matrix of products that take the time of one product of a matrix and a vector."""
+
+
+class Rule(Protocol):
+    """What greedy search takes the least of: bounds from products, and the definition.
+
+    Attributes:
+        x: what distances are taken of, fp32 [I, m, C].
+    """
+
+    x: Tensor
+
+    def first(self) -> Tensor:
+        """The score that the first pick has least, by its definition, fp32 [I, m]."""
+
+    def bounded(self, bounds: Tensor | None, picks: Tensor) -> Tensor:
+        """Lower and upper bounds of the potentials [2, I, m], None before the first pick, after one more pick [I]."""
+
+    def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
+        """Potentials of some tokens [r, C], fp32 [r], None before the first pick, after more picks, [p, C]."""
+
+
+def search(rule: Rule, k: int) -> list[list[int]]:
+    """The first ``k`` picks of each image, in order.
+
+    Args:
+        rule: of I images of m tokens, all finite.
+        k: 1 <= k < m.
+    """
+    score = rule.first()
+    (images, m), device = score.shape, score.device
+    picks = [[pick] for pick in score.argmin(1).tolist()]
+    every, bounds = torch.arange(images, device=device), None
+    past = rule.x.new_empty(images, k - 1, rule.x.shape[2])  # the picks' features, so that none is gathered again
+    known, seen = torch.zeros_like(score), torch.zeros(images, m, dtype=torch.int64, device=device)
+    for t in range(k - 1):
+        last = torch.tensor([own[-1] for own in picks], device=device)
+        bounds = rule.bounded(bounds, last)
+        bounds[:, every, last] = torch.inf
+        past[:, t] = rule.x[every, last]
+        rivals: list[list[int]] = [[] for _ in range(images)]
+        for image, row in (bounds[0] <= bounds[1].amin(1, keepdim=True)).nonzero().tolist():
+            rivals[image].append(row)
+        for image, own in enumerate(rivals):
+            least = 0
+            if len(own) > 1:
+                rows = torch.tensor(own, device=device)
+                true = _renewed(rule, known[image], seen[image], rule.x[image], rows, past[image, : t + 1])
+                bounds[:, image, rows] = true
+                least = int(true.argmin())
+            picks[image].append(own[least])
+    return picks
+
+
+def _renewed(rule: Rule, known: Tensor, seen: Tensor, x: Tensor, rows: Tensor, picks: Tensor) -> Tensor:
+    """Potentials of some rows by the definition, going on from those that are ``known``, [m], after ``seen`` picks."""
+    before = seen[rows]
+    for n in set(before.tolist()):
+        these = rows[before == n]
+        known[these] = rule.exactly(known[these] if n else None, x[these], picks[n:])
+    seen[rows] = len(picks)
+    return known[rows]
+
+
+def added_in_order(total: Tensor, terms: Tensor) -> Tensor:
+    """``total``, fp32 [r], and each row of ``terms`` [p, r], one after the other, each sum rounded.
+
+    On a CPU, ``index_add`` does that; elsewhere its order is not known.
+    """
+    if total.device.type == "cpu":
+        return total[None].index_add(0, torch.zeros(len(terms), dtype=torch.int64, device="cpu"), terms)[0]
+    for more in terms:
+        total = total + more
+    return total
+
+
+def pairwise(f: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """``f(x, y)``, the same whichever is which, of each row x of a [n, C] and y of b [r, C]: [n, r]."""
+    if len(a) < len(b):
+        return torch.stack([f(b, x) for x in a])
+    parts = a.split(SIDE)  # what is computed on the way stays in the processor's cache
+    return torch.cat([torch.stack([f(part, y) for y in b], 1) for part in parts])
+
+
+def product_rounding(n: int, device: torch.device) -> float:
+    """What a sum of ``n`` products of fp32 numbers is off, in units of the sum of their sizes.
+
+    Each of n steps rounds by at most 2^-24 of the sum. Errors add up like random ones, to a standard deviation of at
+    most sqrt(n) / 3 units of it; 12 times as much is allowed. Where the user lets matrix products be computed
+    from shorter numbers, each product is off by two units of theirs.
+    """
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    short = {"bf16": 2.0**-8, "tf32": 2.0**-11}.get(backend.matmul.fp32_precision, 0.0)
+    return 4 * math.sqrt(n + 16) * 2.0**-24 + short
+
+
+def upper_products(x: Tensor, side: int) -> Iterator[tuple[int, Tensor]]:
+    """The products of rows of x [m, C] with one another, ``side`` rows at a time, each pair once.
+
+    Yields:
+        number of the first row; products of some rows with all from that one on, [r, m - first].
+    """
+    for begin in range(0, len(x), side):
+        with torch.autocast(x.device.type, enabled=False):
+            pairs = x[begin : begin + side] @ x[begin:].T
+        yield begin, pairs
+
+
+class Products:
+    """Products of the rows of each image, x [I, m, C].
+
+    With the matrix of all of them, ``gram`` [I, m, m], where there is room for it and at least ``k`` rows of it are
+    used, so many that a matrix product is faster than one with a vector at each pick.
+    """
+
+    def __init__(self, x: Tensor, k: int, side: int = SIDE) -> None:
+        images, m, _ = x.shape
+        self.x, self.every = x, torch.arange(images, device=x.device)
+        self.gram = self._gram(side) if images * m * m <= ROOM and k * WORTH >= m else None
+
+    def _gram(self, side: int) -> Tensor:
+        images, m, _ = self.x.shape
+        gram = self.x.new_empty(images, m, m)
+        for x, to in zip(self.x, gram, strict=True):
+            for begin, pairs in upper_products(x, side):
+                end = begin + len(pairs)
+                to[begin:end, end:] = pairs[:, len(pairs) :]
+                to[begin:, begin:end] = pairs.triu().T  # each pair is computed once, so ties stay ties
+                to[begin:end, begin:end] += pairs[:, : len(pairs)].triu(1)
+        return gram
+
+    def of(self, picks: Tensor) -> Tensor:
+        """Of each image's row at ``picks``, int64 [I], with all of its rows: [I, m]."""
+        if self.gram is not None:
+            return self.gram[self.every, picks]
+        with torch.autocast(self.x.device.type, enabled=False):
+            return torch.stack([x @ x[pick] for x, pick in zip(self.x, picks, strict=True)])
+
+    def squares(self) -> Tensor:
+        """Of each row with itself, [I, m]."""
+        if self.gram is not None:
+            return self.gram.diagonal(dim1=1, dim2=2).clone()
+        norms: Tensor = torch.linalg.vector_norm(self.x, dim=2)
+        return norms.square()
+
+
+def greedy_choice(
+    features: Tensor,
+    member: Tensor,
+    lengths: Tensor,
+    keep: Tensor,
+    rule: Callable[[Tensor, int], Rule],
+    definition: Callable[[Tensor, int], Tensor],
+) -> Tensor:
+    """Greedy search in each image, those of equal size together.
+
+    Args:
+        features: [F, C], any float dtype.
+        member: tokens that may be chosen, bool [F].
+        lengths: tokens of each image, int64 [I], sum F, on the CPU.
+        keep: how many to choose of each image, int64 [I], on the CPU; of an image that has fewer, all.
+        rule: called with fp32 features of images of m tokens each, [J, m, C], and how many to choose, k < m.
+        definition: the same for one image, [m, C], and how many to choose, k < m; returns the picks, int64 [k]. It is
+            asked where features are not finite, or so large that their squares are not.
+
+    Returns:
+        the chosen tokens, bool [F].
+    """
+    chosen, groups, start = torch.zeros_like(member), dict[tuple[int, int], list[Tensor]](), 0
+    for n, k in zip(lengths.tolist(), keep.tolist(), strict=True):
+        left = start + member[start : start + n].nonzero()[:, 0]
+        if k >= len(left):
+            chosen[left] = True
+        elif k:
+            groups.setdefault((len(left), k), []).append(left)
+        start += n
+    for (m, k), images in groups.items():
+        together = max(1, ROOM // (m * max(m, features.shape[1])))
+        for at in range(0, len(images), together):
+            index = torch.stack(images[at : at + together])
+            x = features[index].float()
+            finite = (8 * torch.linalg.vector_norm(x, dim=(1, 2)).square()).isfinite()
+            some = finite.nonzero()[:, 0]
+            if len(some):
+                picks = search(rule(x if len(some) == len(x) else x[some], k), k)
+                chosen[index[some].gather(1, torch.tensor(picks, device=member.device))] = True
+            for i in (~finite).nonzero()[:, 0].tolist():
+                chosen[index[i, definition(x[i], k)]] = True
+    return chosen
