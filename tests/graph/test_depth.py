@@ -173,6 +173,24 @@ def test_the_model_is_as_it_was(deep: TinyVLM) -> None:
     assert {name: dict(vars(m)) for name, m in decoder.named_modules()} == before
 
 
+@torch.no_grad()
+def test_what_a_forward_leaves_on_the_model_is_left_there() -> None:
+    """Qwen2.5-VL keeps the offset of its positions from one step to the next, a tensor, above its layers."""
+    tiny = ZOO["qwen2_5_vl"](layers=4)
+    model: Any = tiny.model
+    inputs, other = tiny.inputs(ROWS, side="left"), tiny.inputs([Row(3, 1, 2), Row(1, 2, 3)], side="left", seed=1)
+    expected = [model.generate(**x, max_new_tokens=4, do_sample=False) for x in (inputs, other)]
+    kept = model.model.rope_deltas
+    with vr.applied(model, [Stride(keep=1.0)]):
+        for x, tokens in zip((inputs, other), expected, strict=True):
+            assert torch.equal(model.generate(**x, max_new_tokens=4, do_sample=False), tokens)
+        assert copies_of(model) == {1: 0, 2: 0}
+        assert torch.equal(model.model.rope_deltas, kept)
+        model.model.marked = "by its user"
+        model(**inputs)
+        assert model.model.marked == "by its user"
+
+
 def test_calls_of_all_sorts_capture_each_way_once(deep: TinyVLM) -> None:
     """Decoding between them, calls that are the same use the graph that is there."""
     model: Any = deep.model

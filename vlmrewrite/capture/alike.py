@@ -7,11 +7,12 @@ modules that share everything with it but the list of layers.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import operator
 import types
 import weakref
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from operator import attrgetter
 from typing import Any
 
@@ -45,27 +46,39 @@ class Alike:
         self.copies = {i: kind[0] for kind in kinds for i in kind[1:-1]}
         self.again = {kind[-1]: kind[0] for kind in kinds if len(kind) > 2}
         ends = [self.layers[i] for i in {*self.again, *self.again.values()}]
-        self._path = [(weakref.ref(m), _told(m)) for m in [*(m for _, m in path), *ends]]
         copied = [m for i in self.copies for m in self.layers[i].modules()]
-        self._copied = [(vars(m), {k: _copy(x) for k, x in vars(m).items()}) for m in copied]
+        self._seen = [(vars(m), {k: _copy(x) for k, x in vars(m).items()}) for m in ends + copied]
+        self._seen += [(m._modules, dict(m._modules)) for _, m in path]
         self._held = [x for m in copied for own in (m._parameters, m._buffers) for x in own.values() if x is not None]
         self._layouts = list(map(_may_change, self._held))
         same = before is not None and before.copies == self.copies
         self._twins: dict[object, nn.Module] = before._twins if before is not None and same else {}
         self.short = self._shortened(path) if self.copies else None
+        self._path = [(weakref.ref(m), self._twins.get(name if i else None)) for i, (name, m) in enumerate(path)]
         self._places: dict[int, tuple[object, list[tuple[dict[str, Any], str]]]] = {}
 
     def still(self) -> bool:
-        """Whether nothing has changed of what was compared, and of what ``short`` shares."""
-        for ref, told in self._path:
-            module = ref()
-            if module is None or _told(module) != told:
-                return False
+        """Whether nothing has changed of what was compared."""
         try:
-            same = all(now == then for now, then in self._copied)
+            same = all(now == then for now, then in self._seen)
         except (RuntimeError, ValueError):  # two tensors that are not the same object were compared
             return False
         return same and all(map(operator.eq, map(_may_change, self._held), self._layouts))
+
+    @contextlib.contextmanager
+    def lent(self) -> Iterator[None]:
+        """While ``short`` runs: what the modules above the layers hold is theirs, and what they are given they keep."""
+        given = []
+        for i, (ref, twin) in enumerate(self._path):
+            module: Any = ref()
+            own = {k: x for k, x in _own(module, not i).items() if k != "_modules"}
+            _become(twin, module, own, {"_modules"})
+            given.append((module, twin, own))
+        yield
+        for module, twin, own in given:
+            for name, x in dict(vars(twin)).items():
+                if name != "_modules" and own.get(name) is not x and not isinstance(x, types.MethodType):
+                    vars(module)[name] = x
 
     def complete(self, gm: GraphModule, inputs: Sequence[object]) -> list[tuple[int, str]]:
         """Give a graph that was captured of ``short`` the layers that were not traced.
@@ -120,13 +133,23 @@ class Alike:
     def _twin(self, key: object, module: nn.Module, **other: Any) -> nn.Module:
         """A module that shares everything with another one, but for some attributes."""
         twin = self._twins.setdefault(key, type(module).__new__(type(module)))
-        own = vars(module) if key is not None else _own(module)
-        own = own | {k: types.MethodType(x.__func__, twin) for k, x in own.items() if _bound(x, module)}
-        own |= {k: types.MethodType(x, twin) if k == "forward" else x for k, x in other.items()}
-        for name in vars(twin).keys() - own.keys():
-            del vars(twin)[name]
-        vars(twin).update(own)  # at once: another thread may be running it
+        own = _own(module, key is None) | other
+        _become(twin, module, own | {k: types.MethodType(x, twin) for k, x in other.items() if k == "forward"})
         return twin
+
+
+def _become(twin: Any, module: nn.Module, own: dict[str, Any], but: Collection[str] = ()) -> None:
+    """Let a twin hold what its module does, with methods of its own; another thread may be running it."""
+    for name in vars(twin).keys() - own.keys() - {*but}:
+        vars(twin).pop(name, None)
+    new = {}
+    for name, x in own.items():
+        known = vars(twin).get(name)
+        if not _bound(x, module):
+            new[name] = x
+        elif not _bound(known, twin) or known.__func__ is not x.__func__:
+            new[name] = types.MethodType(x.__func__, twin)
+    vars(twin).update(new)
 
 
 def _path(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
@@ -141,19 +164,10 @@ def _bound(x: object, module: nn.Module) -> bool:
     return isinstance(x, types.MethodType) and x.__self__ is module
 
 
-def _own(module: nn.Module) -> dict[str, Any]:
-    """What a module holds, without functions, which its class has too, and which may hold the whole model."""
-    kinds = (types.FunctionType, types.MethodType)
+def _own(module: nn.Module, root: bool) -> dict[str, Any]:
+    """What a module holds; of the whole model without functions, which its class has too, and which may hold it."""
+    kinds = (types.FunctionType, types.MethodType) if root else ()
     return {k: x for k, x in vars(module).items() if k != APPLIED and not isinstance(x, kinds)}
-
-
-def _told(module: nn.Module) -> dict[str, Any]:
-    """The same, with what may change of its tensors, and which functions there are."""
-    own = {k: _copy(x) for k, x in _own(module).items()}
-    own |= {k: id(x) for k, x in vars(module).items() if k not in own and k != APPLIED}
-    for kind in ("_parameters", "_buffers"):
-        own[kind] = {k: (id(x), *_layout(x)) for k, x in own[kind].items()}
-    return own
 
 
 def _copy(x: Any) -> Any:

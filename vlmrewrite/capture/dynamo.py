@@ -9,6 +9,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from contextvars import ContextVar
 from typing import Any, cast
 
@@ -171,7 +172,8 @@ class CapturedForward:
         token = _RUNNER.set(noted)
         try:
             given = (model, "") if alike is None else (alike.short, repr(alike.copies))
-            out = self._compiled(self.forward, *given, cache, self._absent | kwargs, outputs)
+            with nullcontext() if alike is None else alike.lent():
+                out = self._compiled(self.forward, *given, cache, self._absent | kwargs, outputs)
             if not ran:
                 raise NotCapturedError(
                     "another backend of torch.compile ran in place of the rewritten graph: leave"
