@@ -36,9 +36,9 @@ def crossed(*axes):
 
 
 def batches():
-    """Batches of any form if the tests run for long; without, of several rows, whose graph is there."""
+    """Batches of any form if the tests run for long; without, of several rows with padding, whose graph is there."""
     some = strategies.rows()
-    return some if long() else some.map(lambda rows: rows if rows[1:] else [*rows, Row(0, 7, 3)])
+    return some if long() else some.map(lambda rows: [*rows[:2], Row(0, 0, 1)])
 
 
 def family(name, layers=4, dtype=torch.float32):
