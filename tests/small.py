@@ -11,27 +11,37 @@ from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForCon
 
 from vlmrewrite.plan.pipeline import run_passes
 from vlmrewrite.plan.plan import Plan
-from vlmrewrite.testing import models
-from vlmrewrite.testing.models import tiny
+from vlmrewrite.testing import models, strategies
+from vlmrewrite.testing.models import Row, tiny
 
 CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
 """Configurations of VISOR to choose among, from the cheapest to the most demanding."""
 
 
-def pairs(first, second):
-    """Two parametrisations at once: each of both occurs, and under hypothesis' long profile each with each.
-
-    A model is captured for each; which recipe is tried with which model does not matter, as long as all are.
-    """
-    first, second = list(first), list(second)
-    if settings.get_current_profile_name() == "long":
-        return list(itertools.product(first, second))
-    return [(first[i % len(first)], second[i % len(second)]) for i in range(max(len(first), len(second)))]
-
-
 def planned(*passes, depth=8, features=frozenset()):
     """The text of the plan that passes make, none of which refuses."""
     return str(run_passes(Plan(depth, features), passes, strict=True)[0])
+
+
+def long():
+    """Whether the tests run for long. Without, they save captures, which are most of their time."""
+    return settings.get_current_profile_name() == "long"
+
+
+def crossed(*axes):
+    """All combinations if the tests run for long; without, each value of each axis, as each may be captured anew.
+
+    Which of them meet does not matter, as long as all are tried.
+    """
+    axes = [[*axis] for axis in axes]
+    each = [[axis[i % len(axis)] for axis in axes] for i in range(max(map(len, axes)))]
+    return [*itertools.product(*axes)] if long() else each
+
+
+def batches():
+    """Batches of any form if the tests run for long; without, of several rows with padding, whose graph is there."""
+    some = strategies.rows()
+    return some if long() else some.map(lambda rows: [*rows[:2], Row(0, 0, 1)])
 
 
 def family(name, layers=4, dtype=torch.float32):

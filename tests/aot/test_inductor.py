@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import shutil
 import warnings
@@ -11,10 +12,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch._dynamo
-from hypothesis import settings
 from torch._dynamo.utils import counters
 
 import vlmrewrite as vr
+from tests.small import long
 from vlmrewrite.capture import CAPTURES
 from vlmrewrite.passes import STS, Stride
 from vlmrewrite.testing.agreement import generation_agreement
@@ -27,16 +28,28 @@ GREEDY = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": Tr
 
 
 @pytest.fixture
-def tiny():
-    """Two layers, as every one is compiled; what Inductor warns of is its own."""
+def quiet():
+    """Without what Inductor and generate() warn of."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield FAMILIES["llava"](layers=2)
+        yield
+
+
+@pytest.fixture
+def tiny(quiet):
+    """A model of two layers, as every one is compiled."""
+    return FAMILIES["llava"](layers=2)
+
+
+@functools.cache
+def of(name):
+    """A model whose graphs all tests share that run them as they are."""
+    return FAMILIES[name](layers=2)
 
 
 @pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("passes", [[STS(keep=6, refine=3, at=1)], [Stride(keep=5, at=1)]], ids=["sts", "stride"])
+@pytest.mark.parametrize("passes", [[STS(keep=6, refine=3, at=1)], [Stride(keep=5, at=1)]][: 1 + long()], ids=repr)
 def test_generation_agrees_with_eager(tiny, passes):
     prompts = [tiny.inputs([Row(1, 2, 3)]), tiny.inputs([Row(1, 4, 6)], seed=1)]
     with vr.applied(tiny.model, passes, backend="eager"):
@@ -58,15 +71,13 @@ def test_generation_agrees_with_eager(tiny, passes):
 
 @pytest.mark.slow
 @needs_compiler
-def test_a_padded_batch_agrees_with_eager(llava):
-    inputs = llava.inputs([Row(1), Row(2)], side="left")
+def test_a_padded_batch_agrees_with_eager(tiny):
+    inputs = tiny.inputs([Row(1), Row(2)], side="left")
     with torch.no_grad():
-        with vr.applied(llava.model, [STS(keep=4, refine=2)], backend="eager"):
-            expected = llava.model(**inputs).logits
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Inductor's own
-            with vr.applied(llava.model, [STS(keep=4, refine=2)], backend="inductor"):
-                got = llava.model(**inputs).logits
+        with vr.applied(tiny.model, [STS(keep=4, refine=2)], backend="eager"):
+            expected = tiny.model(**inputs).logits
+        with vr.applied(tiny.model, [STS(keep=4, refine=2)], backend="inductor"):
+            got = tiny.model(**inputs).logits
     real = inputs["attention_mask"].bool()
     torch.testing.assert_close(got[real], expected[real], atol=1e-4, rtol=1e-4)
 
@@ -90,28 +101,29 @@ def test_first_calls_of_two_threads_at_once(tiny):
     assert counters["stats"]["unique_graphs"] == 4  # captured and compiled, of images and of text, each as one piece
 
 
-EACH = FAMILIES if settings.get_current_profile_name() == "long" else ("llava", "qwen2_5_vl", "gemma3")
+EACH = FAMILIES if long() else ("llava", "qwen2_5_vl", "gemma3")
 
 
 @pytest.mark.parametrize(("name", "side"), [("llava", "right"), *((name, "left") for name in EACH)])
-def test_graphs_of_decode_steps_agree_with_the_oracle(as_they_are, name, side):
-    tiny = FAMILIES[name](layers=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # generate() warns of right padding
-        for rows in ([Row(1, 2, 3)], [Row(2, 1, 2), Row(0, 4, 2), Row(1, 3, 4)]):
+def test_graphs_of_decode_steps_agree_with_the_oracle(as_they_are, quiet, name, side):
+    tiny = of(name)
+    for rows in ([Row(1, 2, 3)], [Row(2, 1, 2), Row(0, 4, 2), Row(1, 3, 4)]):
+        if len(rows) > 1 or name == "llava" or long():
             inputs = tiny.inputs(rows, side=side)
             generation_agreement(tiny.model, inputs, [STS(keep=3, refine=2, at=1)], backend="inductor").check()
 
 
-def test_graphs_over_empty_slots_without_padding(as_they_are, tiny):
+def test_graphs_over_empty_slots_without_padding(as_they_are, quiet):
     """Rows of one length that keep different numbers of tokens."""
+    tiny = of("llava")
     inputs = tiny.inputs([Row(2, 1, 2), Row(1, 10, 10)])
     assert inputs["attention_mask"].all()
     generation_agreement(tiny.model, inputs, [STS(keep=3, refine=2, at=1)], backend="inductor").check()
 
 
-def test_graphs_of_padded_rows_beams_and_a_further_turn(as_they_are, tiny):
+def test_graphs_of_padded_rows_beams_and_a_further_turn(as_they_are, quiet):
     """Decode steps over caches with empty slots, reordered and cropped."""
+    tiny = of("llava")
     inputs = tiny.inputs([Row(2, 1, 2), Row(0, 4, 2), Row(1, 3, 4)], side="left")
     one, text = tiny.inputs([Row(1)]), tiny.inputs([Row(0, 4, 4), Row(0, 1, 2)], side="left")
     more = torch.tensor([[9, 10, 11]] * 3)
@@ -134,12 +146,10 @@ def test_graphs_of_padded_rows_beams_and_a_further_turn(as_they_are, tiny):
 
 @pytest.mark.slow
 @needs_compiler
-def test_what_was_compiled_dies_with_the_model():
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        tiny = FAMILIES["llava"](layers=1)
-        with vr.applied(tiny.model, [Stride(keep=5)], backend="inductor"):
-            tiny.model.generate(**tiny.inputs([Row(1)]), max_new_tokens=2)
+def test_what_was_compiled_dies_with_the_model(quiet):
+    tiny = FAMILIES["llava"](layers=1)
+    with vr.applied(tiny.model, [Stride(keep=5)], backend="inductor"):
+        tiny.model.generate(**tiny.inputs([Row(1)]), max_new_tokens=2)
     refs = [weakref.ref(x) for x in (tiny.model, next(tiny.model.parameters()), CAPTURES[tiny.model])]
     del tiny
     gc.collect()

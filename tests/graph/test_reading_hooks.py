@@ -9,7 +9,7 @@ import torch
 from transformers import DynamicCache
 
 import vlmrewrite as vr
-from tests.small import pairs
+from tests.small import crossed
 from vlmrewrite.oracle import layer_masks
 from vlmrewrite.oracle.hooks import masked
 from vlmrewrite.passes import DPVR, STS, FastV, ShortV
@@ -64,7 +64,7 @@ def both(model, inputs, put):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("read", "passes"), [*pairs(["derived"], PASSES), ("as it is", "fastv")])
+@pytest.mark.parametrize(("read", "passes"), [*crossed(["derived"], PASSES), ("as it is", "fastv")])
 def test_a_hook_that_reads_a_layer_is_given_the_stream_of_the_rewritten_model(tiny, inputs, passes, read):
     model, real = tiny.model, inputs["attention_mask"].bool()
     plain = model(**inputs).logits
@@ -91,7 +91,7 @@ def test_a_hook_that_reads_a_layer_is_given_the_stream_of_the_rewritten_model(ti
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("where", "read"), pairs(["mlp", "self_attn.q_proj", "self_attn.v_proj", "input_layernorm"], READ)
+    ("where", "read"), crossed(["mlp", "self_attn.q_proj", "self_attn.v_proj", "input_layernorm"], READ)
 )
 def test_a_hook_that_reads_inside_a_rewritten_layer_is_refused(tiny, inputs, where, read):
     model = tiny.model

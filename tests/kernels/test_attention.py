@@ -302,9 +302,9 @@ def test_a_window_that_holds_everything_is_none(device):
 def test_a_full_mask_that_is_causal_changes_nothing(device):
     at = torch.arange(150)
     mask = (at <= at[:, None])[None, None]
-    q, k, v, queries, keys, _ = call(device=device)
+    q, k, v, queries, keys, _ = call(heads=2, key_heads=1, device=device)
     blocks = positional.attention_blocks(mask, queries.cpu(), keys.cpu())[2].to(device)
-    expected = kernels.positional_attention(*call(device=device))
+    expected = kernels.positional_attention(*call(heads=2, key_heads=1, device=device))
     for full in (mask, torch.zeros(1, 1, 150, 150).masked_fill(~mask, float("-inf"))):
         got = kernels.positional_attention(q, k, v, queries, keys, blocks, full.to(device))
         torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-5)

@@ -47,6 +47,7 @@ def test_a_recipe_agrees_with_the_oracle(tiny, recipe):
     generation_agreement(tiny.model, tiny.inputs(ROWS), [recipe]).check()
 
 
+@torch.no_grad()
 def test_a_layer_ends_before_what_is_added(tiny):
     layers = vr.trace(tiny.model, tiny.inputs(ROWS)).anatomy.layers
     assert [a.exit is b.entry for a, b in itertools.pairwise(layers)] == [False, False, True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast
 
 import vlmrewrite as vr
-from tests.small import family
+from tests.small import crossed, family
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.ops import EXPERT_LINEAR, expert_linear
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
@@ -46,15 +47,20 @@ TEXTS: dict[str, Any] = {
 }
 
 
+@functools.cache
+def of(kind: str) -> TinyVLM:
+    return llava_of(kind, TEXTS[kind](), 0)
+
+
 @pytest.mark.parametrize(("kind", "recipe"), [*zip(TEXTS, RECIPES, strict=False), ("by expert", RECIPES[4])])
 def test_experts(kind: str, recipe: Any) -> None:
-    tiny = llava_of(kind, TEXTS[kind](), 0)
+    tiny = of(kind)
     generation_agreement(tiny.model, tiny.inputs(ROWS, seed=1), recipe, 3).check()
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def moe() -> TinyVLM:
-    return llava_of("moe", TEXTS["by expert"](), 0)
+    return of("by expert")
 
 
 @pytest.mark.parametrize("own", ["eager", "batched_mm"])
@@ -76,8 +82,9 @@ def test_experts_of_another_kind_are_refused(moe: TinyVLM) -> None:
         vr.apply(model, [Stride(0.5)])
 
 
+@torch.no_grad()
 def test_active_experts_count(moe: TinyVLM) -> None:
-    layer = vr.trace(moe.model, moe.inputs([Row(1)])).anatomy.layers[1]
+    layer = vr.trace(moe.model, moe.inputs(ROWS)).anatomy.layers[1]
     mapped = {n: flops for n, flops in layer.behind.items() if n.target is EXPERT_LINEAR}
     assert sorted(mapped.values()) == [2 * 2 * 16 * 32, 2 * 2 * 32 * 32]
 
@@ -122,8 +129,7 @@ def paligemma(text: Any) -> TinyVLM:
     return replace(tiny, finish=lambda x: x | {"token_type_ids": torch.zeros_like(x["input_ids"])})
 
 
-@pytest.mark.parametrize("recipe", RECIPES[1::2], ids=str)
-@pytest.mark.parametrize("windows", [False, True])
+@pytest.mark.parametrize(("recipe", "windows"), crossed(RECIPES[1::2], [False, True]), ids=str)
 def test_a_prefix_that_sees_itself(recipe: Any, windows: bool) -> None:
     more = {"sliding_window": 8, "query_pre_attn_scalar": 8} if windows else {}
     tiny = paligemma((Gemma2Config if windows else GemmaConfig)(**decoder_sizes(4, head_dim=8, **more)))
@@ -157,11 +163,16 @@ class Added(LlavaModel):
         return LlavaModelOutputWithPast(last_hidden_state=out.last_hidden_state, past_key_values=out.past_key_values)
 
 
-@pytest.mark.parametrize("recipe", RECIPES[:2], ids=str)
-def test_a_merge_by_boolean_index(recipe: Any) -> None:
-    tiny = family("llava")
-    model = copy.deepcopy(tiny.model)
+@pytest.fixture(scope="module")
+def added() -> Any:
+    model = copy.deepcopy(family("llava").model)
     model.model.__class__ = Added
-    inputs = tiny.inputs(ROWS, seed=1)
+    return model
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recipe", RECIPES[:2], ids=str)
+def test_a_merge_by_boolean_index(added: Any, recipe: Any) -> None:
+    model, inputs = added, family("llava").inputs(ROWS, seed=1)
     assert "GFLOP" in str(vr.rewrite(vr.trace(model, inputs), recipe))
     forward_agreement(model, inputs, recipe).check()

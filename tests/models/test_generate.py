@@ -9,12 +9,13 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import vlmrewrite as vr
+from tests.small import crossed, family, long
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.oracle import LayerMasks, layer_masks
 from vlmrewrite.oracle.hooks import oracle_logits
 from vlmrewrite.passes import DPVR, STS, VISOR, VTW, Random, ShortV, Stride, ViCA
 from vlmrewrite.testing.agreement import extended, forward_agreement, generation_agreement
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import Row
 
 ONE, BATCH = [Row(1, 2, 3)], [Row(2, 1, 2), Row(0, 4, 2), Row(1, 3, 4)]
 SOME = [STS(keep=6, refine=3, at=2)]
@@ -22,23 +23,23 @@ EVERYTHING = [Stride(keep=1_000_000, at=1)]
 GREEDY = {"do_sample": False, "max_new_tokens": 6}
 
 
-@pytest.mark.parametrize("rows", [ONE, BATCH], ids=["one row", "padded batch"])
-@pytest.mark.parametrize(
-    "how",
-    [
-        GREEDY,
-        {"do_sample": True, "max_new_tokens": 6, "temperature": 0.7, "top_k": 8},
-        {"do_sample": False, "num_beams": 3, "max_new_tokens": 6},
-        {"do_sample": True, "num_beams": 2, "max_new_tokens": 4},
-        {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 4},
-        {**GREEDY, "use_cache": False},
-        {**GREEDY, "repetition_penalty": 1.3},
-        {**GREEDY, "prefill_chunk_size": 7},
-    ],
-    ids=["greedy", "sampling", "beams", "beam sampling", "two sequences", "no cache", "penalty", "chunks"],
-)
+ROWS = {"padded batch": BATCH, "one row": ONE}
+some_rows = pytest.mark.parametrize("rows", ROWS if long() else ["padded batch"])
+HOW = {
+    "greedy": GREEDY,
+    "sampling": {"do_sample": True, "max_new_tokens": 6, "temperature": 0.7, "top_k": 8},
+    "beams": {"do_sample": False, "num_beams": 3, "max_new_tokens": 6},
+    "beam sampling": {"do_sample": True, "num_beams": 2, "max_new_tokens": 4},
+    "two sequences": {"do_sample": True, "num_return_sequences": 2, "max_new_tokens": 4},
+    "no cache": {**GREEDY, "use_cache": False},
+    "penalty": {**GREEDY, "repetition_penalty": 1.3},
+    "chunks": {**GREEDY, "prefill_chunk_size": 7},
+}
+
+
+@pytest.mark.parametrize(("rows", "how"), crossed(ROWS, HOW))
 def test_keeping_everything_generates_the_same(llava, rows, how):
-    inputs = llava.inputs(rows, side="left", seed=1)
+    inputs, how = llava.inputs(ROWS[rows], side="left", seed=1), HOW[how]
     torch.manual_seed(0)
     expected = llava.model.generate(**inputs, **how)
     with vr.applied(llava.model, EVERYTHING):
@@ -46,9 +47,9 @@ def test_keeping_everything_generates_the_same(llava, rows, how):
         assert torch.equal(llava.model.generate(**inputs, **how), expected)
 
 
-@pytest.mark.parametrize("rows", [ONE, BATCH], ids=["one row", "padded batch"])
+@some_rows
 def test_without_a_cache_as_with_one(llava, rows):
-    inputs = llava.inputs(rows, side="left", seed=2)
+    inputs = llava.inputs(ROWS[rows], side="left", seed=2)
     with vr.applied(llava.model, [*SOME, Random(keep=2, at=3)]):
         cached = llava.model.generate(**inputs, **GREEDY)
         assert torch.equal(llava.model.generate(**inputs, **GREEDY, use_cache=False), cached)
@@ -112,8 +113,9 @@ def test_a_text_turn_on_the_kept_cache(llava):
     assert torch.equal(expected.argmax(-1), again[:, -6:])
 
 
-@pytest.mark.parametrize("rows", [ONE, BATCH], ids=["one row", "padded batch"])
+@some_rows
 def test_cropping_forgets_logical_tokens(llava, rows):
+    rows = ROWS[rows]
     model, inputs = llava.model, llava.inputs(rows, side="left", seed=6)
     with vr.applied(model, SOME), torch.no_grad():
         out = model(**inputs)
@@ -206,7 +208,7 @@ def test_train_mode_and_dtype_stay_the_users(llava):
 
 
 def test_sixteen_bit_agrees_with_the_oracle(llava):
-    model = copy.deepcopy(llava.model).to(torch.bfloat16)
+    model = family("llava", dtype=torch.bfloat16).model
     inputs = llava.inputs(BATCH, side="left", seed=12)
     inputs["pixel_values"] = inputs["pixel_values"].bfloat16()
     generation_agreement(model, inputs, [Stride(keep=5, at=1)]).check()
@@ -232,7 +234,7 @@ def test_an_empty_cache_is_exchanged_and_others_refused(llava):
 
 def test_attentions_and_hidden_states_are_refused(llava, monkeypatch):
     model, inputs = llava.model, llava.inputs(ONE, seed=13)
-    with vr.applied(model, SOME):
+    with vr.applied(model, SOME), torch.no_grad():
         for name in ("output_attentions", "output_hidden_states"):
             with pytest.raises(NotImplementedError, match=name):
                 model(**inputs, **{name: True})
@@ -259,15 +261,13 @@ def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(llava, rows):
         forward_agreement(llava.model, llava.inputs(rows, side="right"), passes).check()
 
 
-CHUNKED = FAMILIES["llava"]()  # graphs of its own: a model has a limited number
 UNSELECTIVE = [VISOR([0, 2], [1]), ViCA(cross=[0, 2]), VTW(at=2), ShortV(layers=0.5), DPVR(at=2, branch="identity")]
 
 
-@pytest.mark.parametrize("chunk", [7, 16])
-@pytest.mark.parametrize("p", UNSELECTIVE, ids=repr)
-def test_prefill_in_chunks_is_prefill_at_once_where_nothing_is_selected(p, chunk):
-    inputs = CHUNKED.inputs([Row(2, 1, 3), Row(0, 4, 2), Row(3, 2, 1)], seed=1)
+@pytest.mark.parametrize(("p", "chunk"), crossed(UNSELECTIVE, [16, 7]), ids=repr)
+def test_prefill_in_chunks_is_prefill_at_once_where_nothing_is_selected(llava, p, chunk):
+    inputs = llava.inputs([Row(2, 1, 3), Row(0, 4, 2), Row(3, 2, 1)], seed=1)
     options = {"max_new_tokens": 2, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
-    with vr.applied(CHUNKED.model, [p]) as model:
+    with vr.applied(llava.model, [p]) as model:
         whole, parts = (model.generate(**inputs, **options, **c) for c in ({}, {"prefill_chunk_size": chunk}))
     torch.testing.assert_close(torch.stack(parts.logits), torch.stack(whole.logits), atol=1e-4, rtol=0)

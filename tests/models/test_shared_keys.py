@@ -9,6 +9,7 @@ import torch
 from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Llama4TextConfig
 
 import vlmrewrite as vr
+from tests.small import long
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import All, Text
@@ -35,13 +36,13 @@ def pictures(counts, generator):
 
 
 @functools.cache
-def gemma4(shared=3, inputs=8, **more):
-    kinds = ["sliding_attention", "full_attention"] * 3
+def gemma4(depth=6, shared=3, inputs=8, **more):
+    kinds = ["sliding_attention", "full_attention"] * (depth // 2)
     sizes = {"head_dim": 8, "global_head_dim": 16, "sliding_window": 8, "layer_types": kinds}
     own = {"hidden_size_per_layer_input": inputs, "vocab_size_per_layer_input": tiny.VOCABULARY}
     tower = tiny.tower_sizes(position_embedding_size=16, pooling_kernel_size=2, head_dim=16, num_key_value_heads=2)
     config = Gemma4Config(
-        text_config=tiny.decoder_sizes(6, **sizes, **own, num_kv_shared_layers=shared, **more),
+        text_config=tiny.decoder_sizes(depth, **sizes, **own, num_kv_shared_layers=shared, **more),
         vision_config=tower,
         audio_config=None,
         image_token_id=tiny.IMAGE,
@@ -58,7 +59,8 @@ def gemma4(shared=3, inputs=8, **more):
 @pytest.mark.parametrize("recipe", RECIPES, ids=repr)
 def test_a_recipe_agrees_with_the_oracle(recipe):
     model, inputs = gemma4().model, gemma4().inputs(ROWS)
-    forward_agreement(model, inputs, [recipe]).check()
+    if long() or recipe != DPVR():  # a model with a branch is frozen, and captured anew
+        forward_agreement(model, inputs, [recipe]).check()
     found = generation_agreement(model, inputs, [recipe])
     found.check()
     assert len(found.kv_lengths) == 3  # of the layers that have keys
@@ -67,15 +69,15 @@ def test_a_recipe_agrees_with_the_oracle(recipe):
 @pytest.mark.parametrize(
     "variant",
     [
-        {"use_bidirectional_attention": "vision"},
+        {"shared": 1, "use_bidirectional_attention": "vision"},
         {"shared": 0, "inputs": tiny.HIDDEN},  # a layer's input looks like the stream
         {"shared": 0, "inputs": 0, "attention_k_eq_v": True, "num_global_key_value_heads": 1},
     ],
     ids=str,
 )
 def test_variants_agree_with_the_oracle(variant):
-    model, inputs = gemma4(**variant).model, gemma4(**variant).inputs(ROWS)
-    generation_agreement(model, inputs, [Stride(0.5, at=2), FastV(keep=0.5, at=4)]).check()
+    made = gemma4(4, **variant)
+    generation_agreement(made.model, made.inputs(ROWS), [Stride(0.5, at=2), FastV(keep=0.5, at=3)]).check()
 
 
 def test_attention_whose_scale_depends_on_positions_and_attention_in_chunks():
@@ -90,7 +92,8 @@ def test_a_turn_on_a_kept_cache_and_logits_of_some_tokens():
     model, inputs = gemma4().model, gemma4().inputs(ROWS)
     with torch.no_grad(), vr.applied(model, [Stride(0.5, at=2)]):
         every = model(**inputs).logits
-        torch.testing.assert_close(model(**inputs, logits_to_keep=3).logits, every[:, -3:])
+        for n in (1, 3) if long() else (3,):  # generate() asks for one
+            torch.testing.assert_close(model(**inputs, logits_to_keep=n).logits, every[:, -n:])
         first = model.generate(**inputs, max_new_tokens=3, do_sample=False, return_dict_in_generate=True)
         more = torch.cat([first.sequences, torch.full((3, 2), 20)], 1)
         mask = torch.nn.functional.pad(inputs["attention_mask"], (0, 5), value=1)
@@ -99,6 +102,7 @@ def test_a_turn_on_a_kept_cache_and_logits_of_some_tokens():
         assert cache.kv_lengths() == [n + 4 for n in lengths]
 
 
+@torch.no_grad()
 def test_listing_and_costs():
     model, inputs = gemma4().model, gemma4().inputs(ROWS)
     program = vr.rewrite(vr.trace(model, inputs), [Stride(0.5, at=4)])
@@ -109,6 +113,7 @@ def test_listing_and_costs():
     assert costs[5].run < costs[5].keys == costs[1].keys
 
 
+@torch.no_grad()
 def test_keys_that_the_owner_has_not_cannot_be_scored():
     model, inputs = gemma4().model, gemma4().inputs(ROWS)
     with pytest.raises(ValueError, match=r"layer 4 attends to the keys of layer 2, which are those of Text: there are"):

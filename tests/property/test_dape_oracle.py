@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch._subclasses.fake_tensor import FakeTensor
 
 import vlmrewrite as vr
+from tests.small import batches, crossed, long
 from tests.small import with_grid as family
 from vlmrewrite.oracle import hooks, layer_masks
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
@@ -99,7 +100,7 @@ def compositions(draw):
     return draw(st.permutations([draw(dapes()), *others]))
 
 
-@given(dapes(), gates, strategies.rows(), strategies.sides(), st.integers(0, 99), st.booleans())
+@given(dapes(), gates, batches(), strategies.sides(), st.integers(0, 99), st.booleans())
 @example(DAPE(budget=4, detail=(0.25, 0.5), mode="inject"), 0.4, BATCH, "left", 0, True)
 @example(DAPE(budget=4, detail=(0.1, 0.25), mode="inject"), 0.4, BATCH, "left", 0, False)
 def test_forward(p, gate, rows, side, seed, double):
@@ -112,7 +113,7 @@ def test_forward(p, gate, rows, side, seed, double):
 
 
 @HALF
-@given(dapes(), gates, strategies.rows(), strategies.sides(), st.integers(1, 4), st.integers(0, 99))
+@given(dapes(), gates, batches(), strategies.sides(), st.integers(1, 4), st.integers(0, 99))
 def test_generation(p, gate, rows, side, new_tokens, seed):
     tiny = family("llava")
     with learned(gate, seed):
@@ -120,27 +121,31 @@ def test_generation(p, gate, rows, side, new_tokens, seed):
 
 
 @example([DAPE(budget=4, detail=(1.0, 0.25)), STS(keep=1, refine=None)], 0.4, BATCH, "left", 0)
-@given(compositions(), gates, strategies.rows(), strategies.sides(), st.integers(0, 99))
+@given(compositions(), gates, batches(), strategies.sides(), st.integers(0, 99))
 def test_compositions(passes, gate, rows, side, seed):
     tiny = family("llava")
     with learned(gate, seed):
         generation_agreement(tiny.model, tiny.inputs(rows, side=side, seed=seed), passes, 2, strict=False).check()
 
 
-@pytest.mark.parametrize("name", GRIDS[1:])
+@pytest.mark.parametrize("name", GRIDS[1:] if long() else ["qwen2_5_vl", "smolvlm"])
 def test_other_families(name):
     tiny = family(name)
 
     @settings(max_examples=max(3, settings.default.max_examples // 7))
     @given(dapes(least=1, most=12), gates, strategies.sides(), st.integers(0, 99))
     def agrees(p, gate, side, seed):
+        inputs = tiny.inputs(BATCH, side=side, seed=seed)
         with learned(gate, seed):
-            generation_agreement(tiny.model, tiny.inputs(BATCH, side=side, seed=seed), [p], 2).check()
+            if long() or name == "qwen2_5_vl":
+                generation_agreement(tiny.model, inputs, [p], 2).check()
+            else:
+                forward_agreement(tiny.model, inputs, [p]).check()
 
     agrees()
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16] if long() else [torch.bfloat16], ids=str)
 def test_sixteen_bits(dtype):
     tiny = family("llava", dtype)
 
@@ -172,6 +177,7 @@ def test_verify(recipe):
         assert vr.verify(tiny.model, tiny.inputs(BATCH), recipe, strict=True) < 1e-4
 
 
+@torch.no_grad()
 def test_verify_judges_the_blocks_that_are_there():
     tiny = family("llava")
     inputs = tiny.inputs(BATCH)
@@ -250,8 +256,7 @@ class Telling:
         plan.edit(Edit("telling", some, self.op, 2, self.needs))
 
 
-@pytest.mark.parametrize("name", GRIDS)
-@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize(("name", "side"), crossed(GRIDS, ["left", "right"]))
 def test_what_an_edit_is_told_is_what_the_oracle_finds(name, side):
     tiny, seen = family(name), []
     inputs = tiny.inputs(BATCH, side=side)

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
+from tests.small import batches, long
 from tests.small import family as model_of
 from vlmrewrite.testing import strategies
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
@@ -16,10 +17,12 @@ from vlmrewrite.testing.models import FAMILIES, Row, TinyVLM
 
 _LLAVA = [(name, depth) for name in ("llava", "llava_qwen2") for depth in (4, 4, 4, 2, 5)]
 _OTHERS = [(name, 4) for name in FAMILIES if not name.startswith("llava") or name == "llava_next"]
-_ANY = st.sampled_from(_LLAVA + _OTHERS[: len(_LLAVA) // 2])
+_FEW = [("llava", 4), ("llava", 4), ("llava", 2)]
+_ANY = st.sampled_from(_LLAVA + _OTHERS[: len(_LLAVA) // 2] if long() else _FEW)
+_DTYPES = [torch.float32] * 3 + [torch.bfloat16, torch.float64] if long() else [torch.float32, torch.float64]
 
 
-@given(st.data(), _ANY, strategies.rows(), strategies.sides(), st.integers(1, 4), st.integers(0, 99))
+@given(st.data(), _ANY, batches(), strategies.sides(), st.integers(1, 4), st.integers(0, 99))
 def test_generation_agrees_with_the_oracle(data, family, rows, side, new_tokens, seed):
     tiny = model_of(*family)
     passes = data.draw(strategies.pass_lists(family[1]))
@@ -29,7 +32,7 @@ def test_generation_agrees_with_the_oracle(data, family, rows, side, new_tokens,
     assert agreement.tokens.shape == (len(rows), new_tokens)
 
 
-@given(st.data(), _ANY, strategies.rows(), strategies.sides(), st.integers(0, 99))
+@given(st.data(), _ANY, batches(), strategies.sides(), st.integers(0, 99))
 def test_compositions_of_techniques_agree_with_the_oracle(data, family, rows, side, seed):
     tiny = model_of(*family)
     passes = data.draw(strategies.techniques(family[1]))
@@ -41,8 +44,8 @@ def test_compositions_of_techniques_agree_with_the_oracle(data, family, rows, si
 @given(
     st.data(),
     _ANY,
-    st.sampled_from([torch.float32] * 3 + [torch.bfloat16, torch.float64]),
-    strategies.rows(),
+    st.sampled_from(_DTYPES),
+    batches(),
     strategies.sides(),
     st.integers(0, 99),
 )
@@ -55,8 +58,8 @@ def test_forward_agrees_with_the_oracle(data, family, dtype, rows, side, seed):
 
 
 @given(
-    st.sampled_from(["llava", "llava_qwen2"]),
-    strategies.rows(),
+    st.sampled_from(["llava", "llava_qwen2"] if long() else ["llava_qwen2"]),
+    batches(),
     strategies.sides(),
     strategies.pass_lists(4),
     st.integers(0, 99),
