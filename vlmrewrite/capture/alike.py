@@ -47,9 +47,10 @@ class Alike:
         self.again = {kind[-1]: kind[0] for kind in kinds if len(kind) > 2}
         ends = [self.layers[i] for i in {*self.again, *self.again.values()}]
         copied = [m for i in self.copies for m in self.layers[i].modules()]
-        self._seen = [(vars(m), {k: _copy(x) for k, x in vars(m).items()}) for m in ends + copied]
+        seen = [m for layer in ends for m in layer.modules()] + copied
+        self._seen = [(vars(m), {k: _copy(x) for k, x in vars(m).items()}) for m in seen]
         self._seen += [(m._modules, dict(m._modules)) for _, m in path]
-        self._held = [x for m in copied for own in (m._parameters, m._buffers) for x in own.values() if x is not None]
+        self._held = [x for m in copied for own in (m.parameters, m.buffers) for x in own(recurse=False)]
         self._layouts = list(map(_may_change, self._held))
         same = before is not None and before.copies == self.copies
         self._twins: dict[object, nn.Module] = before._twins if before is not None and same else {}
@@ -112,8 +113,8 @@ class Alike:
         if key not in self._places:
             paths = [(layer, *name.rpartition(".")[::2]) for layer, name in wanted]
             homes = [(self.layers[layer].get_submodule(path), name) for layer, path, name in paths]
-            places: list[Any] = [(m._parameters if n in m._parameters else m._buffers, n) for m, n in homes]
-            self._places[key] = wanted, places
+            kinds = ["_parameters" if n in dict(m.named_parameters(recurse=False)) else "_buffers" for m, n in homes]
+            self._places[key] = wanted, [(vars(m)[kind], n) for (m, n), kind in zip(homes, kinds, strict=True)]
         return [home[name] for home, name in self._places[key][1]]
 
     def _shortened(self, path: list[tuple[str, nn.Module]]) -> nn.Module:

@@ -122,7 +122,6 @@ class CapturedForward:
                 return self._run(runner, model, cache, kwargs, images, whole, alike)
             except UnlikeError as e:
                 self.whole = str(e)
-                self.graphs[:] = [graph for graph in self.graphs if _LAYERS in graph.derived]
                 _LOG.info("all layers of %s are traced: %s", type(whole or model).__name__, self.whole)
         return self._run(runner, model, cache, kwargs, images, whole)
 
@@ -159,7 +158,12 @@ class CapturedForward:
                 raise NotCapturedError("another thread called this model where torch.compile does nothing: call again")
             ran.append(graph)
             if alike is not None:
-                inputs = [*inputs, *alike.tensors(graph.once(_LAYERS, lambda: alike.complete(graph.gm, inputs)))]
+                try:
+                    taken = graph.once(_LAYERS, lambda: alike.complete(graph.gm, inputs))
+                except UnlikeError:
+                    self.graphs.remove(graph)
+                    raise
+                inputs = [*inputs, *alike.tensors(taken)]
             if images is not None and graph.features is None:
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
                 graph.features = {name: places_of(name, one, inputs) for name, one in images.items()}
