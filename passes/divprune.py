@@ -22,6 +22,7 @@ from vlmrewrite.ops import (
     define,
     greedy_choice,
     greedy_flops,
+    greedy_scratch,
     least_of,
     like_member,
     pairwise,
@@ -113,6 +114,7 @@ define(
     kernel="vlmrewrite.kernels.greedy.sample:cosine",
     flops=greedy_flops,
     flops_by_value=True,
+    scratch=greedy_scratch,
 )
 
 

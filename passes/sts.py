@@ -24,6 +24,7 @@ from vlmrewrite.ops import (
     define,
     greedy_choice,
     greedy_flops,
+    greedy_scratch,
     least_of,
     like_member,
     pairwise,
@@ -106,6 +107,7 @@ define(
     kernel="vlmrewrite.kernels.greedy.sample:repulsion",
     flops=greedy_flops,
     flops_by_value=True,
+    scratch=greedy_scratch,
 )
 
 

@@ -11,11 +11,12 @@ from vlmrewrite.ops.greedy import (
     Products,
     added_in_order,
     greedy_choice,
+    greedy_scratch,
     pairwise,
     product_rounding,
     upper_products,
 )
-from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, define, replaced
+from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, SCRATCH, define, replaced
 from vlmrewrite.ops.mixers import fill
 from vlmrewrite.ops.positional import (
     attention_blocks,
@@ -40,6 +41,7 @@ __all__ = [
     "RECURRENT",
     "REFERENCES",
     "ROWS",
+    "SCRATCH",
     "TOKENS",
     "Along",
     "Backend",
@@ -59,6 +61,7 @@ __all__ = [
     "fill",
     "greedy_choice",
     "greedy_flops",
+    "greedy_scratch",
     "interpreted",
     "joined",
     "kernel_attention",

@@ -171,6 +171,7 @@ class Products:
         return norms.square()
 
 
+@torch.no_grad()
 def greedy_choice(
     features: Tensor,
     member: Tensor,
@@ -214,3 +215,15 @@ def greedy_choice(
             for i in (~finite).nonzero()[:, 0].tolist():
                 chosen[index[i, definition(x[i], k)]] = True
     return chosen
+
+
+def greedy_scratch(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> int:
+    """About how many bytes greedy search holds, for images of equal size of which all tokens may be chosen.
+
+    For :func:`vlmrewrite.ops.define` as ``scratch``. Features twice, in fp32, the matrix of products, and two blocks.
+    """
+    (n, channels), images = features.shape, max(1, len(lengths))
+    m = max(1, n // images)
+    together = min(images, max(1, ROOM // (m * max(m, channels))))
+    gram = together * m * m if together * m * m <= ROOM else 0
+    return 4 * (together * m * (2 * channels + 16) + gram + 2 * min(SIDE, m) * max(m, channels))

@@ -29,6 +29,9 @@ REFERENCES: dict[object, Callable[..., Any]] = {}
 OPAQUE: set[object] = set()
 """The operators that tracing does not see through."""
 
+SCRATCH: dict[object, Callable[..., int]] = {}
+"""Operator -> the bytes that its reference holds inside, beyond its arguments and results, given its arguments."""
+
 KERNELS: dict[object, Any] = {}
 """Operator -> the operator of the same schema that runs a Triton kernel."""
 
@@ -72,6 +75,7 @@ def define(
     backward: bool = False,
     flops: Callable[..., int] | None = None,
     flops_by_value: bool = False,
+    scratch: Callable[..., int] | None = None,
 ) -> None:
     """Register ``vlm::<schema>`` with its reference, and ``vlm_triton::<schema>`` if it has a kernel.
 
@@ -91,6 +95,8 @@ def define(
         backward: the kernel's operator can be differentiated; its gradient is the reference's, computed again.
         flops: its FLOPs, see ``torch.utils.flop_counter.register_flop_formula``.
         flops_by_value: ``flops`` takes the tensors themselves, not their shapes.
+        scratch: about how many bytes the reference holds inside, given what it takes; for predictions of peak memory,
+            where the numbers in tensors are not known.
 
     Raises:
         ValueError: the schema cannot be used; or the operator is there already, and was defined by another module, or
@@ -111,6 +117,9 @@ def define(
         _DEFINED[name] = new
         packet = getattr(torch.ops.vlm, name)
         REFERENCES[packet.default] = reference
+        SCRATCH.pop(packet.default, None)
+        if scratch is not None:
+            SCRATCH[packet.default] = scratch
         packets = [packet] if kernel is None else [packet, getattr(torch.ops.vlm_triton, name)]
         for one in packets:
             flop_registry.pop(one, None)

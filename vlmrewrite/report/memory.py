@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vlmrewrite.compat import dispatch_mode, fake_mode, tree_leaves
 from vlmrewrite.lower import lower
-from vlmrewrite.ops import Along, cut
+from vlmrewrite.ops import SCRATCH, Along, cut
 from vlmrewrite.runtime import Layout, Session
 
 _CUDA_BLOCK = 512
@@ -37,6 +37,8 @@ class LiveBytes(dispatch_mode()):  # type: ignore[misc]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.give(tree_leaves((args, kwargs)))
+        if func in SCRATCH:
+            self.peak = max(self.peak, self.now + SCRATCH[func](*args, **(kwargs or {})))
         out = func(*args, **(kwargs or {}))
         for x in tree_leaves(out):
             if isinstance(x, Tensor):
@@ -94,8 +96,8 @@ def peak_bytes(
 ) -> int:
     """The largest number of bytes that a graph holds at a time, beyond its arguments and weights, without gradients.
 
-    What an operator that tracing does not see through uses inside is not known and not counted, nor is the workspace of
-    a library. A compiler that fuses operators needs less.
+    What an operator that tracing does not see through uses inside is counted if it was defined with ``scratch``; what a
+    library uses is not. A compiler that fuses operators needs less.
 
     Args:
         head: what runs.
