@@ -71,6 +71,24 @@ def test_a_family_whose_layers_return_more_is_traced_whole(caplog: pytest.LogCap
     assert len(forward_of(tiny.model).graphs) == 1
 
 
+def test_layers_that_are_called_in_another_way_are_traced_whole(deep: TinyVLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a layer returns is like its first tensor; here, that is another one than the hidden state."""
+    decoder: Any = type(deep.model.get_decoder().layers[0])
+    own = decoder.forward
+
+    def swapped(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return own(self, kwargs.pop("hidden"), **kwargs)
+
+    def calling(self: Any, hidden: Any, **kwargs: Any) -> Any:
+        positions = kwargs.pop("position_ids")
+        return nn.Module.__call__(self, position_ids=positions, hidden=hidden, **kwargs)
+
+    monkeypatch.setattr(decoder, "forward", swapped)
+    monkeypatch.setattr(decoder, "__call__", calling)
+    same_graphs(deep, ROWS)
+    assert forward_of(deep.model).whole is not None
+
+
 def test_padding_and_a_further_turn(deep: TinyVLM) -> None:
     with vr.applied(deep.model, [Stride(keep=0.5)]):
         agrees(deep, deep.model, side="left")

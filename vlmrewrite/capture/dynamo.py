@@ -195,8 +195,8 @@ class CapturedForward:
                 " run in its place."
             ) from e
         except untraceable() as e:
-            if alike is not None and (reason := reason_of(e)) is not None:
-                raise UnlikeError(reason) from None
+            if alike is not None:
+                raise UnlikeError(reason_of(e) or untraced(e)) from None
             what = f"the forward of {type(whole or model).__name__} could not be captured as one graph: {untraced(e)}"
             raise CaptureError(f"{what}{_hooked(whole or model)}", str(e)) from None
         finally:
