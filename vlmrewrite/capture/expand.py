@@ -207,8 +207,8 @@ class _Body:
     def copy(self, graph: Graph, stand_in: Node) -> list[tuple[int, str]]:
         """Put a copy in the place of a stand-in, whose part of the cache it keeps."""
         layer, _, tensors, rest = cast(tuple[int, int, tuple[Node, ...], Any], stand_in.args[:4])
-        same = _fits(tensors[0], cast(Node, self.leave.args[1])) and len(tensors) == len(self.tensors)
-        if repr(rest) != repr(self.enter.args[2]) or not same or not all(map(_fits, self.tensors, tensors)):
+        pairs = zip((*self.tensors, cast(Node, self.leave.args[1])), (*tensors, tensors[0]), strict=True)
+        if repr(rest) != repr(self.enter.args[2]) or not all(_fits(a, b) for a, b in pairs):
             raise UnlikeError(f"layers {self.enter.args[0]} and {layer} take different arguments")
         append = next(n for user in stand_in.users for n in user.users if n.target is KV_APPEND)
         result = next(n for n in graph.find_nodes(op="call_function", target=result_of) if n.args[0] == layer)
