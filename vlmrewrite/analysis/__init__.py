@@ -6,7 +6,7 @@ In: a captured graph. Out: an :class:`Anatomy` and numbers.
 from vlmrewrite.analysis.anatomy import Anatomy, Layer, analyse
 from vlmrewrite.analysis.costs import LayerCost, costs
 from vlmrewrite.analysis.functional import functional
-from vlmrewrite.analysis.graph import axis, closure, expression, is_number, needed, reachable, same, value, where
+from vlmrewrite.analysis.graph import axis, closure, is_number, needed, reachable, same, sizes, symbols, value, where
 from vlmrewrite.analysis.merge import Merge
 from vlmrewrite.analysis.operators import hidden_write, writes, written
 from vlmrewrite.analysis.rows import ALONG, Rows
@@ -23,7 +23,6 @@ __all__ = [
     "axis",
     "closure",
     "costs",
-    "expression",
     "functional",
     "hidden_write",
     "is_number",
@@ -31,6 +30,8 @@ __all__ = [
     "not_token_wise",
     "reachable",
     "same",
+    "sizes",
+    "symbols",
     "value",
     "where",
     "writes",

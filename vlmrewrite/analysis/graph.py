@@ -35,6 +35,17 @@ def expression(number: Any) -> Any:
     return number.node.expr if hasattr(number, "node") else number
 
 
+def symbols(number: object) -> Any:
+    """Those in a number of a shape, or in a node that is one."""
+    return getattr(expression(number), "free_symbols", frozenset())
+
+
+def sizes(node: Node) -> list[Any]:
+    """A tensor's shape, or a number, as expressions."""
+    x = value(node)
+    return [expression(n) for n in (x.shape if isinstance(x, Tensor) else [x])]
+
+
 def same(a: Any, b: Any) -> bool:
     """Whether two sizes are the same expression (or, if both are ints, equal), without adding a guard."""
     return bool(expression(a) == expression(b))

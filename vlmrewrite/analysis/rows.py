@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis.anatomy import Anatomy
-from vlmrewrite.analysis.graph import expression, is_number, value, where
+from vlmrewrite.analysis.graph import is_number, sizes, symbols, value, where
 from vlmrewrite.analysis.operators import CONSTANTS, SIZES, called
 from vlmrewrite.compat import tree_leaves
 from vlmrewrite.ops import ATTENTION, KV_APPEND, RECURRENT, ROWS, TOKENS, Along, Join
@@ -32,21 +32,21 @@ class Rows:
     """
 
     def __init__(self, graph: torch.fx.Graph, anatomy: Anatomy) -> None:
-        self._batch, self._tokens = _symbols([expression(anatomy.batch)]), None
+        self._batch, self._tokens = _symbols([anatomy.batch]), None
         for target in (ATTENTION, KV_APPEND, RECURRENT):
             for node in graph.find_nodes(op="call_function", target=target):
                 given = [x for n in node.all_input_nodes if isinstance(x := value(n), Tensor)]
-                self._batch |= _symbols(expression(x.shape[0]) for x in given)
+                self._batch |= _symbols(x.shape[0] for x in given)
         inputs = graph.find_nodes(op="placeholder")
-        shapes = [_sizes(n) for n in inputs if isinstance(value(n), Tensor)]
+        shapes = [sizes(n) for n in inputs if isinstance(value(n), Tensor)]
         of_rows, others = (
-            _symbols(n for sizes in shapes if bool(self._batch & {*sizes}) == rows for n in sizes)
+            _symbols(n for shape in shapes if bool(self._batch & {*shape}) == rows for n in shape)
             for rows in (True, False)
         )
-        numbers = _symbols(n for node in inputs if is_number(node) for n in _sizes(node))
+        numbers = _symbols(n for node in inputs if is_number(node) for n in sizes(node))
         self._lengths = (of_rows | (numbers - others)) - self._batch
         if len(anatomy.merges) == 1:
-            self._tokens = _sizes(anatomy.merges[0].merged)[0]
+            self._tokens = sizes(anatomy.merges[0].merged)[0]
 
     def along(self, node: Node, some: bool = False) -> Along:
         """Where a node's value holds rows.
@@ -65,17 +65,17 @@ class Rows:
         if x is None and node.meta.get(ALONG) is not None:
             return node.meta[ALONG]  # type: ignore[no-any-return]
         if isinstance(x, Tensor) or is_number(node):
-            sizes = _sizes(node)
-            at = [d for d, n in enumerate(sizes) if n in self._batch or (some and d == 0 and n == 1)]
-            others = _symbols(n for d, n in enumerate(sizes) if d not in at)
+            shape = sizes(node)
+            at = [d for d, n in enumerate(shape) if n in self._batch or (some and d == 0 and n == 1)]
+            others = _symbols(n for d, n in enumerate(shape) if d not in at)
             if not at and not some and others <= self._lengths:
                 return None
             if len(at) == 1 and not self._batch & others:
                 return at[0] if isinstance(x, Tensor) else ROWS
-            if isinstance(x, Tensor) and sizes[:1] == [self._tokens]:
+            if isinstance(x, Tensor) and shape[:1] == [self._tokens]:
                 return TOKENS
-        shape = tuple(x.shape) if isinstance(x, Tensor) else x
-        raise ValueError(f"where {where(node)} holds rows is not known, shape {shape}")
+        found = tuple(x.shape) if isinstance(x, Tensor) else x
+        raise ValueError(f"where {where(node)} holds rows is not known, shape {found}")
 
     def check_apart(self, node: Node) -> None:
         """Raise ValueError for a captured node, or its copy for all tokens, that takes rows together."""
@@ -86,7 +86,7 @@ class Rows:
 
     def _has_rows(self, node: Node) -> bool:
         """Whether all tensors that a node stands for, one at least, have an axis of rows."""
-        shapes = [_symbols(map(expression, x.shape)) for x in tree_leaves(value(node)) if isinstance(x, Tensor)]
+        shapes = [_symbols(x.shape) for x in tree_leaves(value(node)) if isinstance(x, Tensor)]
         return (bool(shapes) and all(self._batch & s for s in shapes)) or node.meta.get(ALONG) == 0
 
     def join(self, output: Any) -> Join | str | None:
@@ -103,11 +103,5 @@ class Rows:
         return Join(axis, (-1 if output.args[1] == 2 else 0) if cached else None)
 
 
-def _sizes(node: Node) -> list[Any]:
-    """A tensor's shape, or a number, as expressions."""
-    x = value(node)
-    return [expression(n) for n in (x.shape if isinstance(x, Tensor) else [x])]
-
-
-def _symbols(sizes: Iterable[Any]) -> set[Any]:
-    return set().union(*(getattr(n, "free_symbols", ()) for n in sizes))
+def _symbols(numbers: Iterable[Any]) -> set[Any]:
+    return set().union(*map(symbols, numbers))

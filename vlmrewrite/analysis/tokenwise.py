@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import operators
-from vlmrewrite.analysis.graph import expression, is_number, value
+from vlmrewrite.analysis.graph import expression, is_number, symbols, value
 from vlmrewrite.analysis.operators import called, hidden_write, name_of, set_item
 from vlmrewrite.compat import tree_leaves
 
@@ -43,7 +43,7 @@ def not_token_wise(node: Node, length: object, batch: object = None) -> str | No
     reason = _broken(inputs, length, batch) or rule(node, length) or _broken(out, length, batch)
     if reason is not None:
         return reason
-    if target not in operators.SIZED and any(_symbols(n) & _symbols(length) for n in node.all_input_nodes):
+    if target not in operators.SIZED and any(symbols(n) & symbols(length) for n in node.all_input_nodes):
         return "it computes with the number of tokens"
     if not out:
         return "the shape of its result is not known"
@@ -57,14 +57,10 @@ def _tensors(nodes: object) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-def _symbols(number: object) -> Any:
-    return getattr(expression(number), "free_symbols", frozenset())
-
-
 def _axes(x: Tensor, length: object) -> dict[int, str]:
     """Which dimensions, counted from the right, are "token" and "batch" axes: of any other symbolic size."""
-    symbols = {d - x.dim(): _symbols(n) for d, n in enumerate(x.shape)}
-    return {d: "token" if found & _symbols(length) else "batch" for d, found in symbols.items() if found}
+    axes = {d - x.dim(): symbols(n) for d, n in enumerate(x.shape)}
+    return {d: "token" if found & symbols(length) else "batch" for d, found in axes.items() if found}
 
 
 def _places(nodes: object, length: object) -> list[tuple[Tensor, int, str]]:
@@ -80,11 +76,11 @@ def _broken(tensors: list[Tensor], length: object, batch: object) -> str | None:
         if twice is not None:
             return f"two {twice} axes meet, shape {tuple(x.shape)}"
         times = [expression(x.shape[d]) / expression(length) for d, kind in axes.items() if kind == "token"]
-        if any(_symbols(t) & _symbols(length) or not t.is_integer for t in times):
+        if any(symbols(t) & symbols(length) or not t.is_integer for t in times):
             return f"it takes tokens apart or leaves some out, shape {tuple(x.shape)}"
         rows = [expression(x.shape[d]) for d, kind in axes.items() if kind == "batch"] or times
-        copies = [r / expression(batch) for r in rows if batch is not None and _symbols(r)]
-        if any(_symbols(c) or not c.is_integer for c in copies):
+        copies = [r / expression(batch) for r in rows if batch is not None and symbols(r)]
+        if any(symbols(c) or not c.is_integer for c in copies):
             return f"it takes rows apart or leaves some out, shape {tuple(x.shape)}"
     return None
 
@@ -102,7 +98,7 @@ def _expanded(node: Node, length: object) -> str | None:
     (y,) = _tensors(node)
     for x, d, kind in _places(node.all_input_nodes[:1], length):
         copies = expression(y.shape[d]) / expression(x.shape[d])
-        if copies != 1 and (_symbols(copies) or not d == -x.dim() == -y.dim()):
+        if copies != 1 and (symbols(copies) or not d == -x.dim() == -y.dim()):
             return f"the {kind} axes of its inputs and its result are not the same"
     return None
 
@@ -111,7 +107,7 @@ def _reshaped(node: Node, length: object) -> str | None:
     """Tokens and rows stay whole and in order."""
     for x, y in zip(_tensors(node.all_input_nodes[0]), _tensors(node), strict=False):
         (*before, rows), (*after, now) = _strides(x, length), _strides(y, length)
-        if "token" in _axes(y, length).values() and (before != after or _symbols(rows / now)):
+        if "token" in _axes(y, length).values() and (before != after or symbols(rows / now)):
             return f"it takes tokens apart or reorders them, shape {tuple(x.shape)} to {tuple(y.shape)}"
     return None
 
@@ -123,7 +119,7 @@ def _strides(x: Tensor, length: object) -> tuple[Any, ...]:
     """
     after = {kind: expression(math.prod(x.shape[x.dim() + d + 1 :])) for d, kind in _axes(x, length).items()}
     sizes = {kind: expression(x.shape[d]) for d, kind in _axes(x, length).items()}
-    if "token" in sizes and "batch" not in sizes and _symbols(rows := sizes["token"] / expression(length)):
+    if "token" in sizes and "batch" not in sizes and symbols(rows := sizes["token"] / expression(length)):
         sizes["batch"], after["batch"] = rows, after["token"] * expression(length)
     return expression(x.numel()), after, sizes.get("batch", 1)
 
@@ -194,9 +190,9 @@ def _indexed(node: Node, length: object) -> str | None:
     for d, (i, size) in enumerate(zip(given, x.shape, strict=False)):
         start, stop, step = (i.start, i.stop, i.step) if isinstance(i, slice) else (i, i, i)
         whole = start in (None, 0) and step in (None, 1) and (stop is None or expression(stop) == expression(size))
-        if _symbols(size) and not whole:
+        if symbols(size) and not whole:
             return f"it takes a part of the {_axes(x, length)[d - x.dim()]} axis"
-        if not _symbols(size) and any(_symbols(n) & _symbols(length) for n in (start, stop, step)):
+        if not symbols(size) and any(symbols(n) & symbols(length) for n in (start, stop, step)):
             return "it computes with the number of tokens"
     return None
 

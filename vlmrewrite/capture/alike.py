@@ -32,6 +32,7 @@ class Alike:
     Attributes:
         layers: all of them.
         copies: for each that need not be traced, the one that it is a copy of.
+        told: the same as text, for Dynamo to guard on.
         again: for the last one of each kind, which is traced too, the first.
         short: the model as Dynamo gets it; None where there are no copies.
     """
@@ -44,6 +45,7 @@ class Alike:
         strange = any("forward" in vars(m) and not _bound(vars(m)["forward"], m) for _, m in path[1:])
         kinds = [] if strange else _kinds(model, self.layers)
         self.copies = {i: kind[0] for kind in kinds for i in kind[1:-1]}
+        self.told = repr(self.copies)
         self.again = {kind[-1]: kind[0] for kind in kinds if len(kind) > 2}
         ends = [self.layers[i] for i in {*self.again, *self.again.values()}]
         copied = [m for i in self.copies for m in self.layers[i].modules()]
@@ -134,8 +136,8 @@ class Alike:
     def _twin(self, key: object, module: nn.Module, **other: Any) -> nn.Module:
         """A module that shares everything with another one, but for some attributes."""
         twin = self._twins.setdefault(key, type(module).__new__(type(module)))
-        own = _own(module, key is None) | other
-        _become(twin, module, own | {k: types.MethodType(x, twin) for k, x in other.items() if k == "forward"})
+        made = {k: types.MethodType(x, twin) if k == "forward" else x for k, x in other.items()}
+        _become(twin, module, _own(module, key is None) | made)
         return twin
 
 

@@ -43,9 +43,6 @@ LIMIT = 24
 """Graphs of one model before giving up: with or without gradient, padding, a past, one row or more, one logit or all
 make different graphs, so that Dynamo's default of 8 is soon used up."""
 
-_LAYERS = "layers"
-"""What a graph lacked when it was captured: see :class:`vlmrewrite.capture.alike.Alike`."""
-
 _OURS = ("past_key_values", "use_cache", "mm_encoder_outputs", "return_dict")
 
 _RUNNER: ContextVar[Runner] = ContextVar("vlmrewrite_runner")
@@ -159,7 +156,7 @@ class CapturedForward:
             ran.append(graph)
             if alike is not None:
                 try:
-                    taken = graph.once(_LAYERS, lambda: alike.complete(graph.gm, inputs))
+                    taken = graph.once("layers", lambda: alike.complete(graph.gm, inputs))
                 except UnlikeError:
                     self.graphs.remove(graph)
                     raise
@@ -175,7 +172,7 @@ class CapturedForward:
             outputs = {name: one.output for name, one in images.items()}
         token = _RUNNER.set(noted)
         try:
-            given = (model, "") if alike is None else (alike.short, repr(alike.copies))
+            given = (model, "") if alike is None else (alike.short, alike.told)
             with nullcontext() if alike is None else alike.lent():
                 out = self._compiled(self.forward, *given, cache, self._absent | kwargs, outputs)
             if not ran:

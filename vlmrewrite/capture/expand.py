@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from vlmrewrite.analysis import closure, expression, is_number, same, value, where, written
+from vlmrewrite.analysis import closure, is_number, same, sizes, symbols, value, where, written
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.ops import KV_APPEND
 
@@ -128,11 +128,12 @@ def expand(graph: Graph, named: Mapping[int, Mapping[Node, str]], again: Mapping
     if enters.keys() != named.keys():
         raise UnlikeError(f"layers {sorted(enters)} ran in the trace; expected {sorted(named)}")
     bodies = {i: _Body(node, named[i]) for i, node in enters.items()}
-    for last, first in again.items():
-        bodies[first].compare(bodies[last])
+    for i, like in again.items():
+        bodies[like].compare(bodies[i])
     taken: list[tuple[int, str]] = []
+    first = next(n for n in graph.nodes if n.op != "placeholder")
     for stand_in in graph.find_nodes(op="call_function", target=keys_of):
-        taken += bodies[cast(int, stand_in.args[1])].copy(graph, stand_in)
+        taken += bodies[cast(int, stand_in.args[1])].copy(graph, stand_in, first)
     for body in bodies.values():
         tensors = cast(tuple[tuple[Node, ...], ...], body.enter.args)[1]
         for item in list(body.enter.users):
@@ -169,10 +170,11 @@ class _Body:
 
         every, at = needed([*cast(Any, self.append.args[3:5]), self.leave.args[1]]), inside.index(self.append)
         self.before, self.behind = ([n for n in part if n in every] for part in (inside[:at], inside[at + 1 :]))
-        told, nodes = set().union(*map(_symbols, self.tensors)), {*self.before, *self.behind}
+        told = set().union(*(symbols(n) for x in self.tensors for n in sizes(x)))
+        nodes = {*self.before, *self.behind}
         for n in nodes:
             outside = [m for m in n.all_input_nodes if m not in layer and m is not enter and m not in named]
-            if written(n) or not all(is_number(m) and _symbols(m) <= told for m in outside):
+            if written(n) or not all(is_number(m) and symbols(m) <= told for m in outside):
                 raise UnlikeError(f"layer {enter.args[0]} needs more than its arguments, or writes: {where(n)}")
             if n.users.keys() - {*nodes, self.append, self.leave} and self.append not in n.all_input_nodes:
                 raise UnlikeError(f"what layer {enter.args[0]} computes is used outside: {where(n)}")
@@ -204,22 +206,21 @@ class _Body:
         if text(*ends[0], to=to) != text(*ends[1]) or not all(map(_fits, self.tensors, other.tensors)):
             raise UnlikeError(f"layers {self.enter.args[0]} and {other.enter.args[0]} differ in what they take or give")
 
-    def copy(self, graph: Graph, stand_in: Node) -> list[tuple[int, str]]:
-        """Put a copy in the place of a stand-in, whose part of the cache it keeps."""
+    def copy(self, graph: Graph, stand_in: Node, first: Node) -> list[tuple[int, str]]:
+        """Put a copy in the place of a stand-in, whose part of the cache it keeps; its inputs go before ``first``."""
         layer, _, tensors, rest = cast(tuple[int, int, tuple[Node, ...], Any], stand_in.args[:4])
         pairs = zip((*self.tensors, cast(Node, self.leave.args[1])), (*tensors, tensors[0]), strict=True)
         if repr(rest) != repr(self.enter.args[2]) or not all(_fits(a, b) for a, b in pairs):
             raise UnlikeError(f"layers {self.enter.args[0]} and {layer} take different arguments")
         append = next(n for user in stand_in.users for n in user.users if n.target is KV_APPEND)
-        result = next(n for n in graph.find_nodes(op="call_function", target=result_of) if n.args[0] == layer)
+        result = next(n for item in append.users for n in item.users if n.target is result_of)
         to: dict[Node, Node] = {n: tensors[cast(int, n.args[1])] for n in self.enter.users}
         to |= {n: next(m for m in append.users if m.args[1] == n.args[1]) for n in self.append.users}
         used = dict.fromkeys(m for n in self.before + self.behind for m in n.all_input_nodes if m in self.named)
-        last = graph.find_nodes(op="placeholder")[-1]
-        for node in used:
-            with graph.inserting_after(last):
-                to[node] = last = graph.placeholder(f"{node.name}_of_layer_{layer}")
-            last.meta = dict(node.meta)
+        with graph.inserting_before(first):
+            for node in used:
+                to[node] = made = graph.placeholder(f"{node.name}_of_layer_{layer}")
+                made.meta = dict(node.meta)
         depth = list(stand_in.meta["nn_module_stack"].items())
         for nodes, place in ((self.before, stand_in), (self.behind, result)):
             with graph.inserting_before(place):
@@ -233,13 +234,6 @@ class _Body:
         for node in (result, *stand_in.users, stand_in):
             graph.erase_node(node)
         return [(layer, self.named[node]) for node in used]
-
-
-def _symbols(node: Node) -> set[Any]:
-    """Those in the shape of a tensor, or in a number."""
-    x = value(node)
-    numbers = x.shape if isinstance(x, Tensor) else [x]
-    return {s for n in numbers for s in getattr(expression(n), "free_symbols", ())}
 
 
 def _fits(a: Node, b: Node) -> bool:

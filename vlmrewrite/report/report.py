@@ -83,9 +83,9 @@ class Report:
             for (kernel, why), names in self._by_kernel().items():
                 lines.append(f"kernels: {kernel} for {', '.join(names)} ({why})")
         if self.graphs:
-            copies, known = self.graphs.get("copied_layers", 0), "captured: {captured} of at most {limit}"
+            copies = self.graphs.get("copied_layers", 0)
             alike = f", {copies} layers as copies of others that are like them" if copies else ""
-            lines.append(f"graphs {known.format(**self.graphs)}{alike}")
+            lines.append(f"graphs captured: {self.graphs['captured']} of at most {self.graphs['limit']}{alike}")
         if self.seconds:
             lines.append("seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items()))
         return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
@@ -236,12 +236,8 @@ def make_report(
     }
     seconds = {**seconds, **program.seconds}
     if dispatch is not None:
-        kept = [f"variant {run.variant}" for run in runs if run.kept]
-        kept = (
-            kept
-            if len(kept) == 1
-            else [f"{v}: {n} row{'s' * (n != 1)}" for v, (_, n) in zip(kept, followed, strict=True)]
-        )
+        kept = [f"variant {run.variant}: {n} row{'s' * (n != 1)}" for run in runs if (n := len(run.kept))]
+        kept = [x.partition(":")[0] for x in kept] if len(kept) == 1 else kept
         notes.append(f"layers and totals are those of {', '.join(kept)} of the plan, which the last call kept")
         assert dispatch.dispatch is not None
         if (reason := dispatch.dispatch.together) is not None and len(call.counts.text) > 1:

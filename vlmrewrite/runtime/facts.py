@@ -243,15 +243,18 @@ class LastCall(NamedTuple):
         return replace(whole, plan=plan, variants=tuple(rewritten), dispatch=None)
 
     @property
+    def plans(self) -> list[Plan]:
+        """Those that rows followed."""
+        variants = self.executable.program.plan.variants
+        return [variants[run.variant] for run in self.result.runs if run.kept] or [self.result.plan]
+
+    @property
     def followed(self) -> list[tuple[Plan, Tensor]]:
-        """The plans that rows followed, and which rows, bool [B]; each row followed one."""
-        rows, plans = self.call.with_images, self.executable.program.plan.variants
-        if not plans:
-            return [(self.result.plan, torch.ones_like(rows))]
-        kept = [
-            (plans[run.variant], torch.tensor(run.kept, device=rows.device)) for run in self.result.runs if run.kept
-        ]
-        return [(plan, torch.zeros_like(rows).index_fill(0, at, True)) for plan, at in kept]
+        """The same, and which rows did, bool [B]; each row followed one."""
+        rows = self.call.with_images
+        kept = [torch.tensor(run.kept, device=rows.device) for run in self.result.runs if run.kept]
+        masks = [torch.zeros_like(rows).index_fill(0, at, True) for at in kept] or [torch.ones_like(rows)]
+        return list(zip(self.plans, masks, strict=True))
 
     def members(self, sets: Iterable[TokenSet]) -> Tensor:
         """A set of each plan of ``followed``, in the rows that did, bool [B, T]."""

@@ -124,10 +124,10 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     last = session_of(model).last()
     stages: dict[tuple[TokenSet, ...], list[int]] = {}
     for i in range(last.result.plan.depth):
-        stages.setdefault(tuple(plan.layers[i].run_set for plan, _ in last.followed), []).append(i)
+        stages.setdefault(tuple(plan.layers[i].run_set for plan in last.plans), []).append(i)
     return [
         Stage(
-            " / ".join(dict.fromkeys(plan.render(s) for (plan, _), s in zip(last.followed, sets, strict=True))),
+            " / ".join(dict.fromkeys(plan.render(s) for plan, s in zip(last.plans, sets, strict=True))),
             tuple(at),
             last.members(Vision & s for s in sets),
         )

@@ -228,7 +228,7 @@ class Session:
             out["logits"] = out.logits[:, -keep:]
         ran = told[0]
         self._tell(ran)
-        plans = [plan.layers for plan, _ in ran.followed]
+        plans = [plan.layers for plan in ran.plans]
         for layer, *entries in zip(cache.layers, *plans, strict=False):
             keys = {entry.keys for entry in entries}
             some = len(keys) > 1 or any(s != All and not ran.call.counts.dense(s) for s in keys)

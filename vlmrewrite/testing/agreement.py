@@ -125,7 +125,7 @@ def generation_agreement(
         masks = layer_masks(model, prompt + new_tokens - 1)
         last = session_of(model).last()
         recurrent, own = last.result.plan.recurrent, [e.index for e in last.result.plan.layers if e.owner is None]
-        longest = [max(last.call.counts.size(plan.layers[i].keys) for plan, _ in last.followed) for i in own]
+        longest = [max(last.call.counts.size(plan.layers[i].keys) for plan in last.plans) for i in own]
         planned = [0 if i in recurrent else n + new_tokens - 1 for i, n in zip(own, longest, strict=True)]
         kept_tokens(model)
     longer = extended(model, inputs, out.sequences[:, prompt:-1])
