@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import os
 import types
+import warnings
+import weakref
 
 import pytest
 import torch
@@ -20,7 +23,8 @@ from vlmrewrite.capture.dynamo import places_of
 from vlmrewrite.hf import encoded_images
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.passes import STS, Random, Stride
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.agreement import forward_agreement
+from vlmrewrite.testing.models import FAMILIES, ZOO, Row
 
 SOME = [STS(keep=4, refine=2)]
 
@@ -54,6 +58,46 @@ def test_models_do_not_share_a_limit():
             tiny.model.generate(**tiny.inputs([Row(1)]), max_new_tokens=2)
             counts.append(vr.report(tiny.model).graphs["captured"])
     assert counts == [1, 1, 1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "gemma3"])
+def test_a_model_like_one_that_is_there_captures_nothing(name):
+    first, second, wider = (ZOO[name](layers=5, seed=seed) for seed in (0, 1, 2))
+    rows = [Row(1, 2, 3), Row(2, 1, 1)]
+    wider.model.config.text_config.rope_theta = 1234.0  # what it says may matter to any stage
+    for tiny in (first, second, wider):
+        forward_agreement(tiny.model, tiny.inputs(rows, side="left"), SOME).check()
+    made = [CAPTURES[tiny.model].call for tiny in (first, second, wider)]
+    assert [len(one.graphs) for one in made] == [1, 1, 1]
+    assert [len(one.seconds) for one in made] == [1, 0, 1]
+    assert [one.copied for one in made] == [made[0].copied] * 3
+    alive, (graph,) = weakref.ref(first.model), made[0].graphs
+    assert made[1].graphs == [graph]
+    assert made[2].graphs != [graph]
+    del first, made, tiny
+    gc.collect()
+    assert alive() is None
+    forward_agreement(second.model, second.inputs([Row(1, 4, 4), Row(1)], side="left"), SOME).check()
+    assert CAPTURES[second.model].call.seconds == []
+    second.model.model.language_model.layers[2].register_forward_hook(lambda *_: None)
+    forward_agreement(second.model, second.inputs(rows, side="left"), SOME).check()
+    assert len(CAPTURES[second.model].call.seconds) == 1
+
+
+@torch.no_grad()
+def test_models_alike_have_graphs_each_up_to_the_limit(monkeypatch):
+    first, second = (ZOO["llava"](layers=3, seed=seed) for seed in (0, 1))
+    one, two = [Row(1)], [Row(1), Row(1)]
+    monkeypatch.setattr(dynamo, "LIMIT", 1)
+    with torch._dynamo.config.patch(recompile_limit=1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for tiny, this, that in ((first, one, two), (second, two, one)):
+            with vr.applied(tiny.model, SOME):
+                tiny.model(**tiny.inputs(this))
+                with pytest.raises(RuntimeError, match="1 graphs of this model were compiled and the limit is reached"):
+                    tiny.model(**tiny.inputs(that))
+                tiny.model(**tiny.inputs(this))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import DynamicCache
 
 import vlmrewrite as vr
-from vlmrewrite.capture import CAPTURES, dynamo
+from vlmrewrite.capture import CAPTURES, traces
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.lower import by_kind, lower
 from vlmrewrite.ops import choice
@@ -45,11 +45,11 @@ def used(recipe, restore: bool) -> list[weakref.ref]:
 @pytest.mark.parametrize(("features", "restore"), [("projected", False), ("encoder", True)])
 def test_captures_die_with_their_model(restore, features):
     collect()
-    before = {name for name in vars(dynamo) if "compiled_fn" in name}
+    before = {name for name in vars(traces) if "compiled_fn" in name}
     refs = used([STS(keep=6, refine=3, at=2, features=features)], restore)
     collect()
     assert [type(r()).__name__ for r in refs if r() is not None] == []
-    assert {name for name in vars(dynamo) if "compiled_fn" in name} <= before
+    assert {name for name in vars(traces) if "compiled_fn" in name} <= before
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.fx import GraphModule
 
-from vlmrewrite.capture.expand import expand, stands_in, traced
+from vlmrewrite.capture.expand import UnlikeError, expand, stands_in, traced
 from vlmrewrite.hf import APPLIED, cache_layers, decoder_layers, is_recurrent
 
 _PLAIN = (int, float, str, bool, type(None), set, frozenset, torch.dtype, torch.device)
@@ -83,7 +83,7 @@ class Alike:
                 if name != "_modules" and own.get(name) is not x and not isinstance(x, types.MethodType):
                     vars(module)[name] = x
 
-    def complete(self, gm: GraphModule, inputs: Sequence[object]) -> list[tuple[int, str]]:
+    def complete(self, gm: GraphModule, inputs: Sequence[object]) -> list[tuple[int, str]] | str:
         """Give a graph that was captured of ``short`` the layers that were not traced.
 
         Args:
@@ -91,15 +91,16 @@ class Alike:
             inputs: its own, flat.
 
         Returns:
-            what it takes behind its inputs, for :meth:`tensors`.
-
-        Raises:
-            UnlikeError: see :func:`vlmrewrite.capture.expand.expand`.
+            what it takes behind its inputs, for :meth:`tensors`; or why the graph is of no use, as
+            :func:`vlmrewrite.capture.expand.expand` raises it.
         """
         placed = list(zip(gm.graph.find_nodes(op="placeholder"), inputs, strict=True))
         names = {i: self._names(i) for i in {*self.again, *self.again.values()}}
         own = {i: {n: known[id(x)] for n, x in placed if id(x) in known} for i, known in names.items()}
-        taken = expand(gm.graph, own, self.again)
+        try:
+            taken = expand(gm.graph, own, self.again)
+        except UnlikeError as e:
+            return str(e)
         gm.recompile()
         return taken
 

@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import threading
-import types
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from contextvars import ContextVar
 from typing import Any, cast
 
-import torch
-import torch.fx
 from torch import nn
 
-from vlmrewrite.analysis import functional
 from vlmrewrite.capture.alike import Alike
 from vlmrewrite.capture.expand import UnlikeError, reason_of
 from vlmrewrite.capture.graph import Graph
-from vlmrewrite.compat import (
-    at_graph_limit,
-    captured,
-    forget_code,
-    global_hooks,
-    graph_limit,
-    hooks_of,
-    untraceable,
-    untraced,
-)
+from vlmrewrite.capture.traces import CALLER, Caller, NotCapturedError, traces_of
+from vlmrewrite.compat import at_graph_limit, global_hooks, graph_limit, hooks_of, untraceable, untraced
 from vlmrewrite.errors import CaptureError
-from vlmrewrite.hf import Encoded, keeping_all_tokens, parameter_inputs
+from vlmrewrite.hf import Encoded, parameter_inputs
 from vlmrewrite.kvcache import PositionCache
 
 _LOG = logging.getLogger(__name__)
@@ -45,9 +31,6 @@ make different graphs, so that Dynamo's default of 8 is soon used up."""
 
 _OURS = ("past_key_values", "use_cache", "mm_encoder_outputs", "return_dict")
 
-_RUNNER: ContextVar[Runner] = ContextVar("vlmrewrite_runner")
-"""What does the work of each graph in the call that is running."""
-
 
 def limit() -> int:
     """How many graphs there may be of one model; torch._dynamo.config.recompile_limit raises it."""
@@ -57,40 +40,28 @@ def limit() -> int:
 class CapturedForward:
     """A model's forward behind Dynamo.
 
-    It owns its graphs; what Dynamo keeps refers to them weakly, so that they die with the model: Dynamo never forgets a
-    backend, nor what the backend holds.
-
     Attributes:
         forward: the model's class's.
-        graphs: those captured so far.
-        seconds: what tracing each of them took.
+        seconds: what tracing took, each time that a call of this model led to it.
         whole: why all layers are traced, although some seemed alike; None where that is not so.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.graphs: list[Graph] = []
+    def __init__(self, forward: Callable[..., Any], model: nn.Module, role: str) -> None:
+        self.forward = forward
         self.seconds: list[float] = []
+        self._traces = traces_of(forward, model, role, limit)
+        self._ran: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.whole: str | None = None
         self._alike: Alike | None = None
         self._lock = threading.Lock()
-        me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
-
-        def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            functional(gm.graph)
-            gm.recompile()
-            me().graphs.append(graph := Graph(gm))
-            this: Any = weakref.ref(graph)
-            return lambda *inputs: _RUNNER.get()(this(), inputs)  # None: forgotten by another thread as it was traced
-
-        # A code object of its own: Dynamo counts recompiles per code object, and models must not share the limit.
-        own = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "vlmrewrite_entry")
-        self._compiled = captured(own, backend, limit, self.seconds.append)
-        # What Dynamo made of a code object keeps it alive, by way of the module's globals.
-        weakref.finalize(self, forget_code, own.__code__).atexit = False
-        self.forward, self._code = forward, own.__code__
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
-        parameters = inspect.signature(forward).parameters.values()
+        parameters = inspect.signature(self._traces.forward).parameters.values()
         self._absent = {p.name: None for p in parameters if p.default is None and p.name not in _OURS}
+
+    @property
+    def graphs(self) -> list[Graph]:
+        """Those that ran so far; a model of the same form may have captured them."""
+        return [graph for graph in self._traces.graphs if graph in self._ran]
 
     def __call__(
         self,
@@ -148,19 +119,27 @@ class CapturedForward:
         whole: nn.Module | None,
         alike: Alike | None = None,
     ) -> Any:
-        ran, graphs = list[Graph](), self.graphs  # these live as long as this call, whatever another thread forgets
+        ran, _alive = list[Graph](), self._traces.graphs  # in this call, whatever another thread forgets
+
+        def too_many() -> RuntimeError:
+            return RuntimeError(
+                f"{len(self.graphs)} graphs of this model were compiled and the limit is reached; raise"
+                f" torch._dynamo.config.recompile_limit above it{_hooked(whole or model)}. The unrewritten model is not"
+                " run in its place."
+            )
 
         def noted(graph: Graph | None, inputs: Sequence[Any]) -> Any:
             if graph is None:
                 raise NotCapturedError("another thread called this model where torch.compile does nothing: call again")
-            ran.append(graph)
             if alike is not None:
-                try:
-                    taken = graph.once("layers", lambda: alike.complete(graph.gm, inputs))
-                except UnlikeError:
-                    self.graphs.remove(graph)
-                    raise
+                taken = graph.once("layers", lambda: alike.complete(graph.gm, inputs))
+                if isinstance(taken, str):
+                    raise UnlikeError(taken)
                 inputs = [*inputs, *alike.tensors(taken)]
+            if graph not in self._ran and len(self.graphs) >= limit():
+                raise too_many()
+            ran.append(graph)
+            self._ran.add(graph)
             if images is not None and graph.features is None:
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
                 graph.features = {name: places_of(name, one, inputs) for name, one in images.items()}
@@ -170,11 +149,11 @@ class CapturedForward:
         if images is not None:
             cache.contiguous()
             outputs = {name: one.output for name, one in images.items()}
-        token = _RUNNER.set(noted)
+        token = CALLER.set(Caller(noted, self.seconds.append))
         try:
             given = (model, "") if alike is None else (alike.short, alike.told)
             with nullcontext() if alike is None else alike.lent():
-                out = self._compiled(self.forward, *given, cache, self._absent | kwargs, outputs)
+                out = self._traces.run(self._traces.forward, *given, cache, self._absent | kwargs, outputs)
             if not ran:
                 raise NotCapturedError(
                     "another backend of torch.compile ran in place of the rewritten graph: leave"
@@ -182,46 +161,18 @@ class CapturedForward:
                 )
             return out
         except NotCapturedError:
-            forget_code(self._code)  # or Dynamo would never look at it again
-            self.graphs, self.seconds[:] = [], []
+            self._traces.forget()  # or Dynamo would never look at it again
+            self.seconds.clear()
             raise
         except at_graph_limit() as e:
-            raise RuntimeError(
-                f"{len(graphs)} graphs of this model were compiled and the limit is reached; raise"
-                f" torch._dynamo.config.recompile_limit above it{_hooked(whole or model)}. The unrewritten model is not"
-                " run in its place."
-            ) from e
+            raise too_many() from e
         except untraceable() as e:
             if alike is not None:
                 raise UnlikeError(reason_of(e) or untraced(e)) from None
             what = f"the forward of {type(whole or model).__name__} could not be captured as one graph: {untraced(e)}"
             raise CaptureError(f"{what}{_hooked(whole or model)}", str(e)) from None
         finally:
-            _RUNNER.reset(token)
-
-
-def _entry(
-    own: Callable[..., Any], model: nn.Module, copies: str, cache: PositionCache, kwargs: dict[str, Any], outputs: Any
-) -> Any:
-    """What is traced: the model's own forward, with its images and videos encoded.
-
-    Args:
-        copies: which layers stand-ins take the place of, for Dynamo to guard on.
-        outputs: of the vision tower, by modality; None for a decode step, or a prompt without an image.
-    """
-    global_hooks(), copies == ""  # read, so that Dynamo guards on it
-    if not torch.compiler.is_dynamo_compiling():
-        raise NotCapturedError(
-            "torch.compile does nothing here, and the rewritten graph is behind it: leave the TorchDispatchMode that is"
-            " active (FlopCounterMode is one), torch.compiler.set_stance('force_eager'), or TORCH_COMPILE_DISABLE=1"
-        )
-    if outputs is not None:
-        kwargs = kwargs | {"mm_encoder_outputs": outputs}
-    return own(model, past_key_values=cache, use_cache=True, return_dict=True, **keeping_all_tokens(kwargs))
-
-
-class NotCapturedError(RuntimeError):
-    """Something else ran in place of a captured graph."""
+            CALLER.reset(token)
 
 
 def _hooked(model: nn.Module) -> str:
@@ -245,23 +196,9 @@ class Captures:
         inner: that of a decoder called by itself, with images in its embeddings.
     """
 
-    def __init__(self, forward: Callable[..., Any]) -> None:
-        self.call, self.text = CapturedForward(forward), CapturedForward(forward)
-        self.inner = CapturedForward(_merging(forward))
-
-
-def _merging(forward: Callable[..., Any]) -> Callable[..., Any]:
-    """A decoder's forward that writes the features where they stand already in its embeddings: a merge in the graph."""
-
-    @functools.wraps(forward)
-    def merging(decoder: nn.Module, mm_encoder_outputs: Mapping[str, Any], **kwargs: Any) -> Any:
-        for one in mm_encoder_outputs.values():
-            if one.mask is not None:
-                x = kwargs["inputs_embeds"].masked_scatter(one.mask[..., None], one.merged)
-                kwargs = kwargs | {"inputs_embeds": x}
-        return forward(decoder, **kwargs)
-
-    return merging
+    def __init__(self, model: nn.Module) -> None:
+        forward = type(model).forward
+        self.call, self.text, self.inner = (CapturedForward(forward, model, x) for x in ("call", "text", "inner"))
 
 
 def places_of(modality: str, images: Encoded, inputs: Sequence[Any]) -> dict[str, int]:
@@ -291,7 +228,7 @@ CAPTURES: weakref.WeakKeyDictionary[nn.Module, Captures] = weakref.WeakKeyDictio
 def captures_of(model: nn.Module) -> Captures:
     """The model's captures; new if its class's forward has been exchanged since."""
     forward = type(model).forward
-    found = CAPTURES.get(model) or CAPTURES.setdefault(model, Captures(forward))  # at once for all threads, unlocked
+    found = CAPTURES.get(model) or CAPTURES.setdefault(model, Captures(model))  # at once for all threads, unlocked
     if found.call.forward is not forward:
-        found = CAPTURES[model] = Captures(forward)
+        found = CAPTURES[model] = Captures(model)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
@@ -53,6 +54,7 @@ for _stands in (enter, leave, keys_of, result_of):
     torch.compiler.allow_in_graph(_stands)
 
 
+@functools.cache  # the same for each model: Dynamo guards on it
 def traced(layer: int) -> Callable[..., Tensor]:
     """A layer's forward that says where it begins and ends."""
 
@@ -68,6 +70,7 @@ def traced(layer: int) -> Callable[..., Tensor]:
     return forward
 
 
+@functools.cache
 def stands_in(layer: int, source: int) -> Callable[..., Tensor]:
     """A layer's forward that appends to the cache as layer ``source`` does, and leaves the rest to a copy of it."""
 
