@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from itertools import accumulate, groupby, pairwise
+from typing import TypeVar, cast
 
 from vlmrewrite.plan.budget import tokens_kept
 from vlmrewrite.plan.substitution import selections
@@ -28,6 +29,22 @@ from vlmrewrite.plan.tokens import (
 
 PER = ("frame", "image", "row")
 """What tokens are grouped by, the finest first. An image is one frame; ``"image"`` is an image or a whole video."""
+
+
+T = TypeVar("T")
+
+
+def _known(method: Callable[..., T]) -> Callable[..., T]:
+    """A method of counts, computed once for each token set: a plan asks for the same one at every layer."""
+
+    @wraps(method)
+    def once(self: TokenCounts, s: TokenSet, *per: str) -> T:
+        key = method, s, *per
+        if key not in self._told:
+            self._told[key] = method(self, s, *per)
+        return cast(T, self._told[key])
+
+    return once
 
 
 def describe(counts: TokenCounts) -> str:
@@ -67,6 +84,10 @@ class TokenCounts:
     frames: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
+    def _told(self) -> dict[tuple[object, ...], object]:
+        return {}
+
+    @cached_property
     def each(self) -> tuple[tuple[int, ...], ...]:
         """Tokens of each frame of each image."""
         return self.frames or tuple((n,) for n in self.images)
@@ -103,6 +124,7 @@ class TokenCounts:
         """How many frames each frame, image or row with an image has."""
         return self._members[per]
 
+    @_known
     def per_group(self, s: TokenSet, per: str) -> tuple[tuple[int, ...], bool]:
         """Members among each group's tokens, see :data:`PER`, and whether that is exact or an upper bound."""
         s, sizes = s.vision_part(), self.sizes(per)
@@ -163,6 +185,7 @@ class TokenCounts:
         """Members among each image's tokens, and whether that is exact or an upper bound."""
         return self.per_group(s, "image")
 
+    @_known
     def per_row(self, s: TokenSet) -> tuple[tuple[int, ...], bool]:
         """Members in each row, and whether that is exact or an upper bound."""
         if s in (Last, All):
