@@ -5,6 +5,7 @@ In: a captured graph. Out: an :class:`Anatomy` and numbers.
 
 from vlmrewrite.analysis.anatomy import Anatomy, Layer, analyse
 from vlmrewrite.analysis.costs import LayerCost, costs
+from vlmrewrite.analysis.experiment import try_operators
 from vlmrewrite.analysis.functional import functional
 from vlmrewrite.analysis.graph import axis, closure, is_number, needed, reachable, same, sizes, symbols, value, where
 from vlmrewrite.analysis.merge import Merge
@@ -32,6 +33,7 @@ __all__ = [
     "same",
     "sizes",
     "symbols",
+    "try_operators",
     "value",
     "where",
     "writes",

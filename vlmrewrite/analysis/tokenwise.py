@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import operators
+from vlmrewrite.analysis.experiment import TRIED
 from vlmrewrite.analysis.graph import expression, is_number, symbols, value
 from vlmrewrite.analysis.operators import called, hidden_write, name_of, set_item
 from vlmrewrite.compat import tree_leaves
@@ -32,8 +33,8 @@ def not_token_wise(node: Node, length: object, batch: object = None) -> str | No
     if node.op not in ("call_function", "call_method"):
         return f"a {node.op} node is not recognised"
     target = called(node)
-    rule = next((rule for kind, rule in _RULES if target in kind), None)
-    reason = hidden_write(node)
+    rule = next((rule for kind, rule in _RULES if target in kind), _aligned if TRIED in node.meta else None)
+    reason = hidden_write(node) or node.meta.get(TRIED)
     if reason is not None or rule is None:
         return reason or f"{name_of(target)!r} is not known to treat tokens alike"
     inputs, out = _tensors(node.all_input_nodes), _tensors(node)

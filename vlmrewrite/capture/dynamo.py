@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from torch import nn
 
+from vlmrewrite.analysis import try_operators
 from vlmrewrite.capture.alike import Alike
 from vlmrewrite.capture.expand import UnlikeError, reason_of
 from vlmrewrite.capture.graph import Graph
@@ -141,6 +142,7 @@ class CapturedForward:
             ran.append(graph)
             self._ran.add(graph)
             if images is not None and graph.features is None:
+                try_operators(graph.gm, dict(zip(graph.gm.graph.find_nodes(op="placeholder"), inputs, strict=True)))
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
                 graph.features = {name: places_of(name, one, inputs) for name, one in images.items()}
             return runner(graph, inputs)

@@ -45,6 +45,7 @@ from vlmrewrite.hf.vision import (
     images_of,
     watched,
 )
+from vlmrewrite.hf.weights import dequantise
 
 __all__ = [
     "APPLIED",
@@ -62,6 +63,7 @@ __all__ = [
     "decoder_configs",
     "decoder_layers",
     "decoder_of",
+    "dequantise",
     "encode_images",
     "encoded_images",
     "encoder_features",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from vlmrewrite.compat import initialise
-from vlmrewrite.hf import decoder_layers
+from vlmrewrite.hf import decoder_layers, dequantise
 
 ATTRIBUTE = "vlmrewrite_blocks"
 """Where they stand on a rewritten model, an ``nn.ModuleDict``."""
@@ -37,10 +38,20 @@ class LayerCopy:
     init: Literal["copy", "random"] = "copy"
 
     def build(self, model: nn.Module) -> nn.Module:
-        """A copy of the layer, trainable."""
+        """A copy of the layer, trainable; of quantised weights, what they stand for, in the dtype of the others.
+
+        Raises:
+            TypeError: a module's weights are not numbers that can be trained, and it is no linear map.
+        """
         layer = model.get_submodule(decoder_layers(model)[self.layer])
         shared = {id(m.config): m.config for m in layer.modules() if hasattr(m, "config")}
         block = copy.deepcopy(layer, shared)
+        if stored := dequantise(block):
+            warnings.warn(
+                f"layer {self.layer} is quantised, and numbers of a few bits cannot be trained: its copy holds"
+                f" {stored / 2**20:.3g} MiB of plain weights, which start as what the quantised ones stand for",
+                stacklevel=2,
+            )
         if self.init == "random":
             initialise(block, model)
         return block.requires_grad_(True)

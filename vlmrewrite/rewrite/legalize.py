@@ -24,6 +24,7 @@ from vlmrewrite.compat import assert_scalar
 from vlmrewrite.ops import TOKENS
 from vlmrewrite.plan import NEEDS, All, Branch, Edit, Extra, Last, LayerPlan, Plan, Selection, TokenSet
 from vlmrewrite.rewrite.layer import GraphInputs, LayerNodes
+from vlmrewrite.rewrite.packed import packed_maps, unpacked
 from vlmrewrite.rewrite.sets import BLOCKS, Emitter, Sets, Stream
 
 vlm = torch.ops.vlm
@@ -176,14 +177,12 @@ class _Rewrite:
         x, tokens, layer = self.stream.view(branch.tokens), branch.tokens, self.anatomy.layers[branch.layer]
         if branch.block is not None:
             own = {n: name for n, (of, name) in self._parameters.items() if of == layer.index}
-            if not own:
-                raise ValueError(
-                    f"no parameter of layer {layer.index} was found among the graph's inputs, so that block"
-                    f" {branch.block!r} cannot take their place"
-                )
+            early, late = packed_maps(layer, own, branch.block)
             swapped = {n: self.emit.weight(f"{branch.block}.{name}") for n, name in own.items()}
             with self.nodes.aside(layer, swapped, tokens, x):
+                unpacked(self.nodes, branch, early)
                 self._mix(tokens, tokens, None)
+                unpacked(self.nodes, branch, late)
                 x = self.nodes.value(self.nodes.env[layer.exit], tokens)
         self._away[branch] = x
         if branch.rejoin == branch.leave:

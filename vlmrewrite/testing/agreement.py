@@ -15,6 +15,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlmrewrite.api import applied
 from vlmrewrite.compat import generation_inputs, generation_positions
+from vlmrewrite.hf import dequantise
 from vlmrewrite.oracle import LayerMasks, layer_masks, oracle_logits
 from vlmrewrite.runtime import kept_tokens, session_of
 
@@ -178,8 +179,9 @@ def logits_agreement(
         real: where they are compared, bool [B, n]; None: everywhere.
     """
     single = oracle_logits(model, inputs, masks)[:, -got.shape[1] :]
+    wide = _double(model), _doubled(inputs), [_in_double(m) for m in masks]
     with InFloat64():
-        exact = oracle_logits(_double(model), _doubled(inputs), [_in_double(m) for m in masks])[:, -got.shape[1] :]
+        exact = oracle_logits(*wide)[:, -got.shape[1] :]
     if real is None:
         real = torch.ones(got.shape[:2], dtype=torch.bool, device=got.device)
     scale = torch.finfo(got.dtype).eps * float(exact.abs().max())
@@ -189,7 +191,9 @@ def logits_agreement(
 
 def _double(model: nn.Module) -> nn.Module:
     if model not in _DOUBLES:
-        _DOUBLES[model] = copy.deepcopy(model).double()
+        _DOUBLES[model] = exact = copy.deepcopy(model)
+        dequantise(exact)
+        exact.double()
     return _DOUBLES[model]
 
 

@@ -1,0 +1,127 @@
+"""Operators that nobody declared, tried: does what comes out for a token change where other tokens are others?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from itertools import count
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+from torch.fx.node import map_arg
+
+from vlmrewrite.analysis.graph import expression, is_number, symbols, value
+
+TRIED = "vlmrewrite_tried"
+"""In a node's meta: why it may mix tokens, None if it treated made-up tokens alike."""
+
+_OURS = ("aten", "prim", "prims", "vlm")
+_FEW, _KEPT, _LOUD = 3, slice(0, None, 2), 1000.0
+
+
+class _UntriedError(Exception):
+    """Why an operator cannot be tried."""
+
+
+@torch.no_grad()
+def try_operators(gm: GraphModule, inputs: Mapping[Node, object]) -> None:
+    """Try each operator of another library in a captured graph, and note in its node's meta what came out.
+
+    Its weights are the model's; its tokens are random. Half of them are left out, which are a thousand times larger
+    than the others: what works along tokens, and be it that it scales all of them by the largest, gives the others
+    other results by far more than rounding does.
+
+    Args:
+        gm: of which nothing but the nodes' meta is changed.
+        inputs: what each placeholder was given.
+    """
+    found: dict[str, str | None] = {}
+    for node in gm.graph.nodes:
+        if node.op == "call_function" and getattr(node.target, "namespace", "aten") not in _OURS:
+            key = repr((node.target, map_arg(node.args, _form), map_arg(node.kwargs, _form)))
+            if key not in found:
+                found[key] = _trial(node, gm, inputs)
+            node.meta[TRIED] = found[key]
+
+
+def _trial(node: Node, gm: GraphModule, inputs: Mapping[Node, object]) -> str | None:
+    made: dict[Node, Any] = {}
+    sizes: dict[object, int] = {}
+    generator = torch.Generator().manual_seed(0)
+    try:
+        for arg in node.all_input_nodes:
+            made[arg] = _random(arg, sizes, generator) if _axes(arg) else _constant(arg, gm, inputs)
+        out = value(node)
+        if not isinstance(out, Tensor):
+            raise _UntriedError("its result is not one tensor")
+        for axis in {axis for arg in made for axis in _axes(arg).items()}:
+            if _axes(node).get(axis[0]) != axis[1]:
+                raise _UntriedError("the axes of its inputs and its result are not the same")
+            _compare(node, made, axis)
+    except Exception as e:
+        told = str(e) if isinstance(e, _UntriedError) else f"on made-up tokens it raised {type(e).__name__}: {e}"
+        return f"{node.target} is not known to treat tokens alike: {told}"
+    return None
+
+
+def _compare(node: Node, made: Mapping[Node, Any], axis: tuple[int, object]) -> None:
+    place, those = axis[0], [arg for arg in made if axis in _axes(arg).items()]
+
+    def kept(x: Tensor) -> Tensor:
+        return x.movedim(place, 0)[_KEPT].movedim(0, place)
+
+    few, loud = dict(made), dict(made)
+    for arg in those:
+        few[arg], loud[arg] = kept(made[arg]).contiguous(), made[arg] * _LOUD
+        loud[arg].movedim(place, 0)[_KEPT] = made[arg].movedim(place, 0)[_KEPT]
+    alone, among = _called(node, few), kept(_called(node, loud))
+    if alone.shape != among.shape or not (alone - among).abs().max() <= 0.05 * alone.abs().max():
+        raise _UntriedError("tokens that were left out changed what came out for others")
+
+
+def _called(node: Node, made: Mapping[Node, Any]) -> Tensor:
+    out: Tensor = _run(node, made.__getitem__)
+    return out.double()
+
+
+def _run(node: Node, known: Callable[[Node], Any]) -> Any:
+    args: Any = map_arg(node.args, known)
+    kwargs: Any = map_arg(node.kwargs, known)
+    target: Any = node.target
+    return getattr(args[0], target)(*args[1:], **kwargs) if node.op == "call_method" else target(*args, **kwargs)
+
+
+def _axes(node: Node) -> dict[int, object]:
+    """Dimensions of a tensor that are of no fixed size, counted from the right, and their sizes."""
+    x = value(node)
+    shape = x.shape if isinstance(x, Tensor) else ()
+    return {d - len(shape): expression(n) for d, n in enumerate(shape) if symbols(n)}
+
+
+def _random(node: Node, sizes: dict[object, int], generator: torch.Generator) -> Tensor:
+    x = value(node)
+    if not x.dtype.is_floating_point:
+        raise _UntriedError("it takes whole numbers")
+    for s in sorted({s for n in x.shape for s in symbols(n)} - sizes.keys(), key=str):
+        sizes[s] = next(n for n in count(2 * _FEW) if n not in sizes.values())
+    shape = [int(expression(n).subs(sizes)) if symbols(n) else n for n in x.shape]
+    return torch.randn(shape, generator=generator).to(x.device, x.dtype)
+
+
+def _constant(node: Node, gm: GraphModule, inputs: Mapping[Node, object]) -> Any:
+    """What a node holds that depends on nothing but weights."""
+    if symbols(node) or _axes(node):
+        raise _UntriedError("it computes with the number of tokens")
+    if node in inputs:
+        return inputs[node]
+    if node.op == "get_attr":
+        return gm.get_parameter(node.target) if isinstance(node.target, str) else None
+    return _run(node, lambda n: _constant(n, gm, inputs))
+
+
+def _form(node: Node) -> Any:
+    x = value(node)
+    if isinstance(x, Tensor):
+        return x.dtype, tuple(expression(n) for n in x.shape)
+    return expression(x) if is_number(node) else x
