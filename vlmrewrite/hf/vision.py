@@ -145,7 +145,7 @@ def encoded_images(output: Any) -> Encoded:
     Raises:
         ValueError: no tensor of it has a known form.
     """
-    fields = {name: x for name, x in vars(output).items() if name not in _OF_THE_TOWER}
+    fields = {name: x for name, x in vars(output).items() if x is None or name not in _OF_THE_TOWER}
     likely = dict.fromkeys(n for n in ("pooler_output", "last_hidden_state", *fields) if n in fields)
     candidates: dict[str, Tensor] = {}
     lengths: dict[str, list[int]] = {}
