@@ -34,7 +34,6 @@ REFUSED = {
     "phi4_multimodal": "names no image token",
     "chameleon": "could not be captured as one graph",
     "gemma3n": "could not be captured as one graph",
-    "step3p7": "Python needs a number that depends on a tensor's values",
 }
 """Families of which no prompt can be made up, with what is said."""
 
