@@ -55,6 +55,12 @@ def relu_under_a_view(x: Tensor) -> Tensor:
     return h
 
 
+def under_a_permutation(x: Tensor) -> Tensor:
+    h = (x * 2).permute(2, 0, 1)
+    h += 1
+    return h.permute([1, 2, 0]) * x
+
+
 def copied(x: Tensor) -> Tensor:
     h = torch.zeros_like(x)
     h.copy_(x)
@@ -95,7 +101,7 @@ def keeps_its_dtype(x: Tensor) -> Tensor:
 
 
 FINE = [add_to_part, add_before_a_reader, read_before_and_behind, item, relu_under_a_view, copied, pieces]
-FINE += [one_of_several, mask_of_groups, keeps_its_dtype]
+FINE += [under_a_permutation, one_of_several, mask_of_groups, keeps_its_dtype]
 
 
 @pytest.fixture(autouse=True)
@@ -198,6 +204,7 @@ VIEWS: dict[str, tuple[str, Any, tuple[Any, ...]]] = {
     "tokens": ("call_function", operator.getitem, ((slice(None), slice(1, 4)),)),
     "flat": ("call_method", "reshape", (-1, 2)),
     "turned": ("call_method", "transpose", (0, -1)),
+    "rolled": ("call_method", "permute", ()),
     "thick": ("call_method", "unsqueeze", (1,)),
     "half": ("call_method", "chunk", (2, -1)),
     "rows": ("call_method", "unbind", (0,)),
@@ -231,7 +238,8 @@ def test_programs_of_views_and_writes(steps: list[tuple[int, str, str]]) -> None
         base = held[of % len(held)]
         if base[1].dim() < 2 or min(base[1].shape) < 2 or base[1].numel() % 2:
             continue
-        part = call(*VIEWS[view], base)
+        op, target, args = VIEWS[view]
+        part = call(op, target, (*range(1, base[1].dim()), 0) if view == "rolled" else args, base)
         if isinstance(part[1], tuple):
             part = call("call_function", operator.getitem, (1,), part)
         held.append(part)

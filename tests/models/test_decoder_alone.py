@@ -22,7 +22,7 @@ from vlmrewrite.testing.models import Row
 SEEN = [Row(1, 3, 2), Row(2, 1, 3), Row(1, 4, 1)]
 """Prompts that all have an image."""
 
-ROWS = dict.fromkeys(("blip_2", "instructblip", "kosmos_2"), SEEN) | {
+ROWS = dict.fromkeys(("blip_2", "instructblip", "instructblipvideo", "kosmos_2"), SEEN) | {
     name: [*SEEN, Row(0, 4, 1)] for name in ("ovis2", "kosmos_2_5")
 }
 """Prompts by family: those that branch on tensors around the decoder, that generate inside, that merge inside."""

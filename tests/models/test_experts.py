@@ -28,7 +28,7 @@ from vlmrewrite.errors import CaptureError
 from vlmrewrite.ops import EXPERT_LINEAR, expert_linear
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
-from vlmrewrite.testing.models import IMAGE, Row, TinyVLM
+from vlmrewrite.testing.models import IMAGE, ZOO, Row, TinyVLM
 from vlmrewrite.testing.models.families import llava_of
 from vlmrewrite.testing.models.tiny import decoder_sizes, square, tiny_model, tower_sizes
 
@@ -50,6 +50,38 @@ TEXTS: dict[str, Any] = {
 @functools.cache
 def of(kind: str) -> TinyVLM:
     return llava_of(kind, TEXTS[kind](), 0)
+
+
+def experts_in(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return [m for m in model.modules() if "gate_up_proj" in dict(m.named_parameters(recurse=False))]
+
+
+def test_experts_of_the_interface_s_form_that_do_not_go_through_it() -> None:
+    """A loop over the experts that are hit cannot be captured; the same is computed by the operator."""
+    tiny = ZOO["step3p7"](layers=3)
+    found = experts_in(tiny.model)
+    before = [dict(vars(m)) for m in found]
+    assert len(found) == 2
+    for recipe in RECIPES[2:5:2]:
+        generation_agreement(tiny.model, tiny.inputs(ROWS, seed=1), recipe, 3).check()
+    assert [dict(vars(m)) for m in found] == before
+    program = vr.trace(tiny.model, tiny.inputs(ROWS))
+    assert sum(n.target is EXPERT_LINEAR for n in program.captured.graph.nodes) == 2 * len(found)
+    assert [dict(vars(m)) for m in found] == before
+
+
+@pytest.mark.parametrize("change", ["bias", "forward", "gate"])
+def test_experts_of_another_form_are_left_alone(change: str) -> None:
+    tiny = ZOO["step3p7"](layers=2)
+    for experts in experts_in(tiny.model):
+        if change == "bias":
+            experts.bias = torch.nn.Parameter(torch.zeros(1))
+        elif change == "forward":
+            experts.forward = functools.partial(type(experts).forward, experts)
+        else:
+            experts.__class__ = type("Plain", (torch.nn.Module,), {"forward": type(experts).forward})
+    with pytest.raises((CaptureError, RuntimeError)):
+        vr.trace(tiny.model, tiny.inputs(ROWS))
 
 
 @pytest.mark.parametrize(("kind", "recipe"), [*zip(TEXTS, RECIPES, strict=False), ("by expert", RECIPES[4])])

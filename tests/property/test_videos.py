@@ -16,7 +16,7 @@ from vlmrewrite.passes.vidcom2 import vidcom2_sample
 from vlmrewrite.plan import PER, Frame, Images, Policy, Text, Video, Videos
 from vlmrewrite.plan.pipeline import frozen_pass
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
-from vlmrewrite.testing.models import Row
+from vlmrewrite.testing.models import ZOO, Row
 
 VIDEO = [Row(0, 3, 2, videos=1), Row(0, 1, 3, videos=2)]
 MIXED = [Row(1, 3, 2, videos=1), Row(2, 1, 3), Row(0, 2, 2, videos=1), Row(0, 5, 2)]
@@ -46,6 +46,14 @@ def test_forward_agrees_with_the_oracle(rows, recipe):
 def test_generation_agrees_with_the_oracle(rows, recipe):
     tiny = family("qwen2_5_vl", layers=3)
     generation_agreement(tiny.model, tiny.inputs(ROWS[rows], seed=2), RECIPES[recipe], new_tokens=3).check()
+
+
+def test_videos_that_the_forward_gives_to_the_encoder_of_images():
+    tiny = ZOO["perception_lm"](layers=3)
+    for rows in (MIXED, VIDEO):
+        inputs = tiny.inputs(rows, seed=3)
+        forward_agreement(tiny.model, inputs, FastV(keep=0.5, at=1)).check()
+        generation_agreement(tiny.model, inputs, RECIPES["visor"], new_tokens=3).check()
 
 
 @frozen_pass

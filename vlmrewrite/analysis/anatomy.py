@@ -88,6 +88,7 @@ class Anatomy:
         batch: the size of the batch axis.
         dtype: of the stream.
         logits: which of the graph's outputs holds the logits (or the last hidden state).
+        states: how many hidden states a token has, on an axis in front of the batch; 0: one, and no such axis.
     """
 
     merges: tuple[Merge, ...]
@@ -97,6 +98,7 @@ class Anatomy:
     hidden: int
     dtype: torch.dtype
     logits: int
+    states: int = 0
 
 
 def analyse(gm: GraphModule, features: Mapping[str, Mapping[str, int]]) -> Anatomy:
@@ -119,7 +121,9 @@ def analyse(gm: GraphModule, features: Mapping[str, Mapping[str, int]]) -> Anato
     outputs: Any = gm.graph.output_node().args[0]
     logits = _logits(outputs, attentions[-1])
     layers = _layers(merges[-1].node, outputs[logits], attentions)
-    return Anatomy(merges, layers, length, batch, int(hidden), stream.dtype, logits)
+    entering = value(layers[0].entry)
+    states = int(entering.shape[0]) if entering.dim() == 4 else 0
+    return Anatomy(merges, layers, length, batch, int(hidden), stream.dtype, logits, states)
 
 
 def _logits(outputs: Sequence[Any], attention: Node) -> int:
@@ -172,9 +176,9 @@ def _modules(
 
 
 def _like(node: Node, stream: Node) -> bool:
-    """Whether a node holds a hidden state of each token."""
+    """Whether a node holds a hidden state of each token, or several, on an axis in front of the batch."""
     x = value(node)
-    return isinstance(x, Tensor) and x.dim() == 3 and all(map(same, x.shape, value(stream).shape))
+    return isinstance(x, Tensor) and x.dim() in (3, 4) and all(map(same, x.shape[-3:], value(stream).shape))
 
 
 def _chain(merge: Node, logits: Node, after: set[Node], attentions: list[Node]) -> list[tuple[Node, Node, set[Node]]]:

@@ -142,6 +142,10 @@ class _Functional:
             return self._parts(source, base, {at % len(value(source)): new})
         if name in _PARTS or target in operators.CASTS:
             return new
+        if name == "permute":
+            order: Any = view.args[1:] if len(view.args) > 2 else view.args[1]
+            back = [[d % len(order) for d in order].index(i) for i in range(len(order))]
+            return self._new(source, "call_method", "permute", (new, *back))
         if name in _SWAPS:
             return self._new(source, view.op, view.target, (new, *view.args[1:]), view.kwargs)
         return self._new(source, "call_method", "reshape_as", (new, base))
@@ -174,4 +178,5 @@ def _twin(node: Node) -> Any:
 
 def _known_view(node: Node) -> bool:
     name = name_of(called(node))
-    return name in {*_SWAPS, *_PARTS, "getitem", "squeeze"} or called(node) in operators.CASTS | operators.RESHAPES
+    known = {*_SWAPS, *_PARTS, "getitem", "permute", "squeeze"}
+    return name in known or called(node) in operators.CASTS | operators.RESHAPES

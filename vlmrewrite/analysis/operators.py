@@ -24,12 +24,12 @@ def _named(names: str) -> set[Any]:
 
 # An element of the result depends on the elements at its place in the inputs, with broadcasting.
 _MAPS = (
-    "add sub rsub mul div truediv true_divide floordiv floor_divide mod remainder fmod neg abs sign pow sqrt rsqrt"
-    " square reciprocal exp exp2 expm1 log log1p log2 sin cos tan tanh atan atan2 erf sigmoid relu relu6 silu gelu mish"
-    " elu selu celu leaky_relu softplus logsigmoid hardtanh hardswish hardsigmoid lt le gt ge eq ne and_ or_ xor invert"
-    " logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not minimum maximum clamp clip clamp_min where"
-    " clamp_max masked_fill lerp addcmul addcdiv nan_to_num isnan isinf isfinite round floor ceil trunc frac clone item"
-    " zeros_like ones_like full_like empty_like"
+    "add sub subtract rsub mul multiply div divide truediv true_divide floordiv floor_divide mod remainder fmod neg"
+    " abs sign pow sqrt rsqrt square reciprocal exp exp2 expm1 log log1p log2 sin cos tan tanh atan atan2 erf sigmoid"
+    " relu relu6 silu gelu mish elu selu celu leaky_relu softplus logsigmoid hardtanh hardswish hardsigmoid lt le gt"
+    " ge eq ne and_ or_ xor invert logical_and logical_or logical_not bitwise_and bitwise_or bitwise_not minimum"
+    " maximum clamp clip clamp_min where clamp_max masked_fill lerp addcmul addcdiv nan_to_num isnan isinf isfinite"
+    " round floor ceil trunc frac clone item zeros_like ones_like full_like empty_like"
 )
 
 POINTWISE = _named(_MAPS)

@@ -111,7 +111,7 @@ def experts_forward(own: str, module: Any, hidden_states: Tensor, experts: Tenso
         [N, H], dtype of ``hidden_states``.
     """
     if not torch.compiler.is_dynamo_compiling():
-        eager = type(module).forward.__wrapped__
+        eager = getattr(type(module).forward, "__wrapped__", type(module).forward)
         out: Tensor = ALL_EXPERTS_FUNCTIONS.get_interface(own, eager)(module, hidden_states, experts, weights)
         return out
     if experts_apart(module):

@@ -1,6 +1,6 @@
 """What `vlmrewrite inspect` shows: models and prompts made from configurations alone, and profiles of real ones.
 
-config, written = read_config(file)                  # llava-1.5-7b/config.json
+config, written = read_config(file)                  # a folder's config.json
 model = skeleton(config, torch.bfloat16, file)       # on the meta device: shapes, no memory
 program, inputs = captured_prompt(model, Shape(image_tokens=576, text=64))
 print(program)

@@ -39,9 +39,12 @@ def tokens_of_picture(config: Any, written: dict[str, Any], folder: Path, size: 
     width, height = size
     images = _image_processor(config, folder)
     name, one = type(images).__name__, f"a picture of {width}x{height}"
+    found = None
     if hasattr(images, "get_number_of_image_patches"):
         with blamed_on(folder, f"{name} for {one}"):
             found = images.get_number_of_image_patches(height, width, {})
+    # of a grid, rows and columns, the processor knows what the tower adds to each row
+    if found is not None and not (isinstance(found, tuple) and len(found) == 2):
         patches = found[0] if isinstance(found, tuple) else found
         merge = getattr(images, "merge_size", None)
         if merge is not None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import inspect
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
+from transformers.utils.generic import ModelOutput
 
 from vlmrewrite.cli.config import image_tokens as tokens_of_image
 from vlmrewrite.errors import CaptureError
@@ -93,24 +94,52 @@ def prompt_inputs(model: Any, shape: Shape, *, as_list: bool, seed: int = 0) -> 
     ids = torch.randint(text.vocab_size, vision.shape, generator=generator)
     special = _special_ids(model.config) | _special_ids(text)
     ids[torch.isin(ids, torch.tensor(sorted(special)))] = min(set(range(len(special) + 1)) - special)
-    ids[vision] = model.config.image_token_id
+    ids[vision] = _image_token(model.config)
     size = (shape.rows * shape.images, shape.image_tokens, text.hidden_size)
     if device.type == "meta":
         features = torch.empty(size, dtype=dtype, device=device)
     else:
         features = torch.randn(size, generator=generator).to(device, dtype)
-    image = BaseModelOutputWithPooling(pooler_output=list(features) if as_list else features)  # type: ignore[arg-type]
-    again = getattr(getattr(model.config, "vision_config", None), "deepstack_visual_indexes", None)
-    if again:  # the tower's output holds features for some layers too
-        image.deepstack_features = [features.flatten(0, 1)] * len(again)
+    image = _encoder_output(model)
+    image.last_hidden_state, image.pooler_output = features, list(features) if as_list else features
+    flat, layers = list(features) if as_list else features.flatten(0, 1), _layers_with_features(model.config)
+    if layers:  # the tower's output holds features for some layers too, which may say which
+        image.deepstack_features = [flat if layer is None else (layer, flat) for layer in layers]
     inputs: dict[str, Any] = {"input_ids": ids.to(device), "attention_mask": torch.ones_like(ids).to(device)}
     for name in ("token_type_ids", "mm_token_type_ids"):
         if name in inspect.signature(type(model).forward).parameters:
             inputs[name] = vision.long().to(device)
-    if hasattr(model.base_model, "compute_3d_position_ids"):  # multimodal rope: time, height and width
+    if hasattr(model.base_model, "compute_3d_position_ids"):  # multimodal rope: time, height and width, or more
+        axes = (getattr(text, "rope_parameters", None) or {}).get("mrope_section") or range(3)
         columns = torch.arange(ids.shape[1], device=device)
-        inputs["position_ids"] = columns.expand(3, shape.rows, -1).contiguous()
+        inputs["position_ids"] = columns.expand(len(axes), shape.rows, -1).contiguous()
     return inputs | {"mm_encoder_outputs": {"image": image}}
+
+
+def _encoder_output(model: Any) -> Any:
+    """An empty output of the class that ``get_image_features`` says it gives."""
+    encoder = inspect.unwrap(getattr(model.base_model, "get_image_features", _encoder_output))
+    said = get_type_hints(encoder).get("return")
+    kinds = [kind for kind in get_args(said) or (said,) if inspect.isclass(kind) and issubclass(kind, ModelOutput)]
+    return kinds[0]() if kinds else BaseModelOutputWithPooling()
+
+
+def _layers_with_features(config: Any) -> list[int | None]:
+    """For each layer that features are added to again (DeepStack): its index, or None if the decoder counts them."""
+    unnamed = getattr(getattr(config, "vision_config", None), "deepstack_visual_indexes", None) or []
+    named = [layer for _, layer in getattr(config, "deepstack_layer_map", None) or []]
+    return [None] * len(unnamed) + named + [*(getattr(config, "spatial_target_layers", None) or [])]
+
+
+def _image_token(config: Any) -> int:
+    names = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+    known = [x for name in names if (x := getattr(config, name, None)) is not None]
+    if not known:
+        raise ValueError(
+            f"the configuration of {config.model_type} names no image token ({', '.join(names)}), so that no prompt can"
+            " be made up; with images (vlmrewrite apply, or --profile) none is needed"
+        )
+    return int(known[0])
 
 
 def _special_ids(config: Any) -> set[int]:

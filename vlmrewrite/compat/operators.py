@@ -64,9 +64,14 @@ def assert_scalar() -> Any:
     return attribute(torch.ops, "aten._assert_scalar.default", "torch")
 
 
-def fake_mode() -> Any:
-    """A context in which tensors have no memory; real ones may take part."""
-    return find("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True)
+def fake_mode(symbols: bool = False) -> Any:
+    """A context in which tensors have no memory; real ones may take part.
+
+    Args:
+        symbols: whether a size that depends on numbers is a symbol; else it raises one of :func:`unknowable`.
+    """
+    shapes = find("torch.fx.experimental.symbolic_shapes", "ShapeEnv")() if symbols else None
+    return find("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True, shape_env=shapes)
 
 
 def unknowable() -> tuple[type[Exception], ...]:

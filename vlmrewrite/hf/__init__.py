@@ -22,6 +22,7 @@ from vlmrewrite.hf.inner import (
     merged_outside,
     projected,
     projections,
+    run_around,
 )
 from vlmrewrite.hf.inputs import (
     keeping_all_tokens,
@@ -84,6 +85,7 @@ __all__ = [
     "recurrent_mixers",
     "refuse_checkpointing",
     "refuse_packed",
+    "run_around",
     "swap_attention",
     "tidy",
     "wants_cache",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
+import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 import torch.fx
 from torch import nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 from vlmrewrite.compat import (
     attention_implementation,
@@ -117,6 +120,9 @@ def swap_attention(
     known = _COPIES[model]
     for stale in [key for key in known if key[0] == name and key[1] not in copies]:  # of blocks, of replaced configs
         del known[stale]
+    bare = [m for root in (decoder, *blocks) for m in root.modules() if name == IMPLEMENTATION and _bare_experts(m)]
+    for module in bare:
+        vars(module).update(_AS_DECORATED, forward=types.MethodType(_experts, module))
     before = [(m, m.config) for m in modules if id(m.config) in copies]
     for module, config in before:
         vars(module)["config"] = copies[id(config)]
@@ -124,8 +130,40 @@ def swap_attention(
     def undo() -> None:
         for module, config in before:
             vars(module)["config"] = config
+        for module in bare:
+            for attribute in (*_AS_DECORATED, "forward"):
+                vars(module).pop(attribute, None)
 
     return undo
+
+
+_AS_DECORATED = {
+    "has_gate": True,
+    "has_bias": False,
+    "has_post_expert_norm": False,
+    "is_transposed": False,
+    "_is_expert_parallel": False,
+}
+"""What transformers' interface says of experts that go through it."""
+
+
+def _bare_experts(module: nn.Module) -> bool:
+    """Whether a module holds experts in the form of transformers' interface, and does not go through it."""
+    weights = dict(module.named_parameters())
+    if weights.keys() != {"gate_up_proj", "down_proj"} or any(w.dim() != 3 for w in weights.values()):
+        return False
+    changed = "forward" in vars(module) or hasattr(type(module).forward, "__wrapped__")
+    if changed or not hasattr(module, "_apply_gate"):
+        return False
+    (_, both, size), (_, back, inner) = (weights[name].shape for name in ("gate_up_proj", "down_proj"))
+    names = list(inspect.signature(type(module).forward).parameters)[1:]
+    return (both, size) == (2 * inner, back) and names == ["hidden_states", "top_k_index", "top_k_weights"]
+
+
+def _experts(module: Any, hidden_states: Any, top_k_index: Any, top_k_weights: Any) -> Any:
+    """The forward of such experts, through the interface."""
+    function = ALL_EXPERTS_FUNCTIONS.get_interface(EXPERTS["eager"], type(module).forward)
+    return function(module, hidden_states, top_k_index, top_k_weights)
 
 
 def _refuse_used(model: nn.Module) -> None:

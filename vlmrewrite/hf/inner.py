@@ -80,6 +80,21 @@ def projections(model: Any) -> Iterator[list[Projection]]:
         yield runs
 
 
+def run_around(model: Any, decoder: nn.Module, kwargs: dict[str, Any]) -> None:
+    """Run a model's forward for the sake of what enters its decoder.
+
+    On the meta device, where the rest of the model cannot ask for a value, the decoder is run by itself, on embeddings
+    without features.
+    """
+    if model.device.type != "meta":
+        type(model).forward(model, return_dict=True, **kwargs)
+        return
+    names = inspect.signature(type(decoder).forward).parameters
+    shared = {name: x for name, x in kwargs.items() if name in names and name != "input_ids"}
+    embeddings = model.get_input_embeddings()(kwargs["input_ids"])
+    decoder(**shared | {"inputs_embeds": embeddings})
+
+
 def merged_inside(kwargs: dict[str, Any]) -> Encoded | None:
     """The features among the arguments of a decoder that merges them itself."""
     features = kwargs.get(_FEATURES)

@@ -84,7 +84,7 @@ def encode_images(
             continue
         if before.get(modality) is not None:
             raise ValueError(f"both {names[0]} and mm_encoder_outputs were given; expected one of them")
-        encoder: Any = getattr(model.base_model, f"get_{modality}_features", None)
+        encoder = _encoder(model, modality, names)
         if encoder is None:
             raise ValueError(
                 f"{names[0]} was given, and {type(model).__name__} has no get_{modality}_features: it encodes no"
@@ -100,6 +100,14 @@ def encode_images(
     position_ids = _position_ids(model, kwargs)
     rest = {k: v for k, v in kwargs.items() if k not in taken} | {"mm_encoder_outputs": outputs}
     return rest if position_ids is None else rest | {"position_ids": position_ids}
+
+
+def _encoder(model: nn.Module, modality: str, names: Sequence[str]) -> Callable[..., Any] | None:
+    """What encodes pixels given under some names; the one for images encodes whatever the forward takes besides."""
+    own: Callable[..., Any] | None = getattr(model.base_model, f"get_{modality}_features", None)
+    if own is None and names[0] in inspect.signature(model.forward).parameters:
+        return getattr(model.base_model, "get_image_features", None)
+    return own
 
 
 def _arguments(encoder: Callable[..., Any], pixels: str, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def encoded_images(output: Any) -> Encoded:
     Raises:
         ValueError: no tensor of it has a known form.
     """
-    fields = {name: x for name, x in vars(output).items() if name not in _OF_THE_TOWER}
+    fields = {name: x for name, x in vars(output).items() if x is None or name not in _OF_THE_TOWER}
     likely = dict.fromkeys(n for n in ("pooler_output", "last_hidden_state", *fields) if n in fields)
     candidates: dict[str, Tensor] = {}
     lengths: dict[str, list[int]] = {}

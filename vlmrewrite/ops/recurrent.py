@@ -209,7 +209,8 @@ def _forward_of(mixer: Mixer, own: Callable[..., Any]) -> Callable[..., Any]:
         given = dict(zip(names, args, strict=False)) | kwargs
         hidden, cache = given.pop("hidden_states"), given.pop(cached)
         mask = given.pop("attention_mask", None)
-        if torch.is_autocast_enabled(hidden.device.type):  # the dtypes of states would not be those of the probe
+        kind = hidden.device.type
+        if kind != "meta" and torch.is_autocast_enabled(kind):  # the dtypes of states would not be those of the probe
             raise NotImplementedError("a recurrent layer cannot be captured under torch.autocast: leave it")
         for name, x in given.items():
             if isinstance(x, Tensor):

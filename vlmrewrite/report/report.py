@@ -15,6 +15,7 @@ from vlmrewrite.capture import CAPTURES, limit
 from vlmrewrite.ops import Run
 from vlmrewrite.plan import Call, Pass, describe
 from vlmrewrite.report.memory import peak_memory
+from vlmrewrite.report.picture import KeptTokens, kept_picture
 from vlmrewrite.report.summary import compared, dropping_nothing, recurrent_layers, saving_nothing, verdict, verdicts
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Session
@@ -46,6 +47,17 @@ class Report:
     seconds: dict[str, float] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     memory: dict[str, int] = field(default_factory=dict)
+    kept: KeptTokens | None = field(default=None, repr=False)
+
+    def picture(self) -> str:
+        """Which vision tokens each run of layers worked on in that call, as SVG: of a video a strip of frames.
+
+        Raises:
+            ValueError: there was no call with an image.
+        """
+        if self.kept is None:
+            raise ValueError("no call with an image was made since the recipe was applied: there is nothing to draw")
+        return self.kept.svg()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, numbers and strings."""
@@ -124,7 +136,8 @@ class Report:
         )
         head = "<tr><th>layer</th><th>run on</th><th>tokens</th><th>keys</th></tr>"
         body = f"<table>{head}{rows}</table>" if rows else ""
-        return f"<pre>{html.escape(str(self))}</pre>{body}"
+        drawn = "" if self.kept is None else f"<div>{self.kept.svg()}</div>"
+        return f"<pre>{html.escape(str(self))}</pre>{body}{drawn}"
 
 
 def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
@@ -132,7 +145,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
     inner, latest = _captured_inside(model, session), session.latest
     captures = CAPTURES.get(model if inner is None else hf.decoder_of(model))
     one = None if captures is None else captures.call if inner is None else captures.inner
-    return make_report(
+    made = make_report(
         session.recipe.name,
         session.backend if latest is None else latest.executable.backend,
         session.recipe.passes,
@@ -150,6 +163,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         memory=peak_memory(session) if memory else {},
         inner=inner,
     )
+    return made if latest is None else replace(made, kept=kept_picture(model.config, latest))
 
 
 def _captured_inside(model: nn.Module, session: Session) -> str | None:

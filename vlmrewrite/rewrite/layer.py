@@ -56,7 +56,7 @@ class LayerNodes:
         """While the block runs: a layer, with other parameters, on a stream of its own of some tokens."""
         around, stream, views = self.layer, self.stream, self.stream.views
         self._swapped, self._affected = parameters, reachable(parameters)
-        self.stream = Stream(hidden, self.emit, self.sets)
+        self.stream = Stream(hidden, self.emit, self.sets, stream.states)
         self.stream.changed = True
         self.enter(layer)
         self.stream.views[tokens] = hidden
@@ -190,7 +190,7 @@ class GraphInputs:
 
     def stream(self) -> Node:
         """The whole stream, up to date."""
-        return self.nodes.stream.joined()
+        return self.nodes.stream.one(All)
 
     def prompt(self) -> Node:
         """Text up to the last prompt token."""

@@ -109,7 +109,7 @@ class _Rewrite:
         self.gm, self.anatomy = torch.fx.GraphModule(gm, graph), anatomy
         self.emit = Emitter(graph, env[anatomy.layers[-1].exit].next)
         self.sets = Sets(self.emit, *(env[merge.mask] for merge in anatomy.merges))
-        self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets)
+        self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets, anatomy.states)
         self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream)
         self._parameters = {env[n]: parameters[n.name] for n in env if n.op == "placeholder" and n.name in parameters}
         self._between = {
@@ -144,7 +144,7 @@ class _Rewrite:
         away = (self._away[b] for b in plan.branches if b in self._away and b.rejoin >= self.nodes.layer.index)
         self.frontier = (*self.stream.nodes(), *away)
         if plan.chooser.op is not None:
-            read = self.emit.call(plan.chooser.op, self.stream.view(Last), *self._weights(plan.chooser))
+            read = self.emit.call(plan.chooser.op, self.stream.one(Last), *self._weights(plan.chooser))
             self.frontier = (read, *self.frontier)
 
     def choose(self, s: Selection) -> None:
@@ -159,7 +159,7 @@ class _Rewrite:
     def edit(self, edit: Edit) -> None:
         """Replace the hidden states of an edit's tokens."""
         inputs, s = self._inputs(edit.needs, edit.tokens, "frame"), self.sets[edit.tokens]
-        x = self.stream.view(edit.tokens)
+        x = self.stream.one(edit.tokens)
         new = self.emit.call(edit.op, x, s.index, s.valid, *inputs, *self._weights(edit), *edit.options)
         new.meta["asked_by"] = f"edit {edit.name!r} at layer {edit.at}"
         self.stream.write(edit.tokens, new)

@@ -35,8 +35,8 @@ def packed_maps(layer: Layer, parameters: Mapping[Node, str], block: str) -> tup
     """
     if not parameters:
         raise ValueError(
-            f"no parameter of layer {layer.index} was found among the graph's inputs, so that block {block!r} cannot take"
-            " their place"
+            f"no parameter of layer {layer.index} was found among the graph's inputs, so that block"
+            f" {block!r} cannot take their place"
         )
     names = {*parameters.values()}
     packed = [name.rpartition(".")[0] for n, name in parameters.items() if not value(n).dtype.is_floating_point]

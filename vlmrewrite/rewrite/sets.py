@@ -155,13 +155,13 @@ class Sets:
 
 
 class Stream:
-    """The residual stream: ``full`` [B, T, H], newer in ``part`` for the tokens of its set.
+    """The residual stream: ``full`` [B, T, H], or ``states`` of it, [S, B, T, H]; in ``part``, newer, a set's tokens.
 
     ``views`` holds it for other sets; ``version`` tells apart what was computed before and after a change of it.
     """
 
-    def __init__(self, full: Node, emit: Emitter, sets: Sets) -> None:
-        self.full, self.changed, self.version = full, False, 0
+    def __init__(self, full: Node, emit: Emitter, sets: Sets, states: int) -> None:
+        self.full, self.changed, self.version, self.states = full, False, 0, states
         self.part: tuple[TokenSet, Node] | None = None
         self.views: dict[TokenSet, Node] = {}
         self._emit, self._sets = emit, sets
@@ -177,18 +177,32 @@ class Stream:
             self._emit.typed[node] = s
         return self.views[s]
 
+    def one(self, s: TokenSet) -> Node:
+        """The same, for what takes one hidden state of each token, [B, n, H]."""
+        if self.states:
+            raise ValueError(f"the decoder has {self.states} hidden states of each token; what reads one is refused")
+        return self.view(s)
+
     def _viewed(self, s: TokenSet) -> Node:
         if s == All:
             return self.joined()
         index = self._sets[s].index
         if self.part is None or not contains(self.part[0], s):
-            return self._emit.call(vlm.select.default, self.joined(), index)
+            return self._of_tokens(vlm.select.default, [self.joined()], index)
         held, newer = self.part
         if held == s:
             return newer
-        return self._emit.call(
-            vlm.select.default, newer, self._emit.call(vlm.relative_index.default, self._sets[held].index, index)
-        )
+        at = self._emit.call(vlm.relative_index.default, self._sets[held].index, index)
+        return self._of_tokens(vlm.select.default, [newer], at)
+
+    def _of_tokens(self, op: Any, streams: list[Node], *args: Node) -> Node:
+        """An operator that takes streams [B, T, C]; several states of a token stand behind one another there."""
+        call = self._emit.call
+        if not self.states:
+            return call(op, *streams, *args)
+        rows = [call(torch.flatten, call(torch.movedim, x, 0, 2), 2) for x in streams]
+        made = call(torch.unflatten, call(op, *rows, *args), 2, (self.states, -1))
+        return call(torch.movedim, made, 2, 0, along=1)
 
     def joined(self) -> Node:
         """The whole stream, up to date."""
@@ -202,7 +216,8 @@ class Stream:
     def restored(self, full: Node, part: Node, tokens: TokenSet) -> Node:
         """``full`` with ``part`` in place of some tokens."""
         s = self._sets[tokens]
-        return self._emit.call(vlm.restore.default, full, part, s.index, s.valid, on=All)
+        self._emit.typed[node := self._of_tokens(vlm.restore.default, [full, part], s.index, s.valid)] = All
+        return node
 
     def write(self, s: TokenSet, new: Node) -> None:
         """Replace the hidden states of a set's tokens."""

@@ -60,7 +60,7 @@ def propagate_fakes(
         arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
     known: dict[Node, Tensor] = {}
     while True:
-        with fake_mode() as mode:
+        with fake_mode(symbols=on_meta) as mode:  # there are no numbers to ask
             fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments]
             made = {n: mode.from_tensor(x, static_shapes=True) for n, x in known.items()}
             stuck = _Propagation(anatomy, rewritten, size, made, not on_meta).stuck_at(fakes)

@@ -19,7 +19,7 @@ from vlmrewrite.compiler import program_of
 from vlmrewrite.hf import Encoded, Encoding
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.lower import Executable
-from vlmrewrite.plan import Call, Plan, TokenSet
+from vlmrewrite.plan import Call, Plan, TokenSet, Vision
 from vlmrewrite.rewrite import Program, RunResult
 
 ARGUMENT = "vlmrewrite_prompt"
@@ -255,6 +255,18 @@ class LastCall(NamedTuple):
         kept = [torch.tensor(run.kept, device=rows.device) for run in self.result.runs if run.kept]
         masks = [torch.zeros_like(rows).index_fill(0, at, True) for at in kept] or [torch.ones_like(rows)]
         return list(zip(self.plans, masks, strict=True))
+
+    def stages(self) -> list[Stage]:
+        """Which vision tokens each run of layers worked on; see :func:`vlmrewrite.kept_tokens`."""
+        of_layers = [tuple(plan.layers[i].run_set for plan in self.plans) for i in range(self.result.plan.depth)]
+        return [
+            Stage(
+                " / ".join(dict.fromkeys(plan.render(s) for plan, s in zip(self.plans, sets, strict=True))),
+                tuple(i for i, x in enumerate(of_layers) if x == sets),
+                self.members(Vision & s for s in sets),
+            )
+            for sets in dict.fromkeys(of_layers)
+        ]
 
     def members(self, sets: Iterable[TokenSet]) -> Tensor:
         """A set of each plan of ``followed``, in the rows that did, bool [B, T]."""

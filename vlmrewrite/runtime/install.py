@@ -20,7 +20,7 @@ from vlmrewrite import capture, hf
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, MODALITIES, swap_attention, watched
 from vlmrewrite.ops import swap_mixers
-from vlmrewrite.plan import ATTRIBUTE, Call, Selection, TokenSet, Vision
+from vlmrewrite.plan import ATTRIBUTE, Call, Selection
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
 from vlmrewrite.runtime.session import Session, session_of
@@ -121,18 +121,7 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     Raises:
         ValueError: no recipe is applied, or there was no such call yet.
     """
-    last = session_of(model).last()
-    stages: dict[tuple[TokenSet, ...], list[int]] = {}
-    for i in range(last.result.plan.depth):
-        stages.setdefault(tuple(plan.layers[i].run_set for plan in last.plans), []).append(i)
-    return [
-        Stage(
-            " / ".join(dict.fromkeys(plan.render(s) for plan, s in zip(last.plans, sets, strict=True))),
-            tuple(at),
-            last.members(Vision & s for s in sets),
-        )
-        for sets, at in stages.items()
-    ]
+    return session_of(model).last().stages()
 
 
 def _register(undo: ExitStack, model: nn.Module, blocks: nn.ModuleDict) -> None:

@@ -75,7 +75,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
             watched_for(stack, decoder)
             runs = stack.enter_context(hf.projections(model))
             stack.enter_context(in_place_of(decoder, run))
-            type(model).forward(model, return_dict=True, **kwargs)
+            hf.run_around(model, decoder, kwargs)
     if not found:
         raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
     graph, flat = found[0]
