@@ -5,14 +5,15 @@
 Each file is what ``vlmrewrite bench --json`` or ``python -m benchmarks.run`` wrote. A recipe's prefill and decode are
 compared as shares of the unmodified model's time in the same round, which load on the machine moves little: the median
 over the rounds, and half of what lies between the smallest and the largest as its spread. Slower means: by more than
-both spreads together, and by more than ``--least`` (a share). The exit status is 1 where something got slower, and 2
-where the files cannot be compared.
+both spreads together, and by more than ``--least`` (a share). What was measured in one round is not judged. The exit
+status is 1 where something got slower, and 2 where the files cannot be compared.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 from statistics import median
@@ -24,7 +25,7 @@ SETTING = ("model", "prompt", "dtype", "backend", "clock")
 
 
 class Share(NamedTuple):
-    """Time of a recipe by that of the unmodified model: the median over the rounds, and its spread."""
+    """Time of a recipe by that of the unmodified model: the median over the rounds, and its spread; inf for one."""
 
     middle: float
     spread: float
@@ -77,7 +78,7 @@ def shares(runs: list[dict[str, Any]]) -> dict[tuple[str, ...], Share]:
             for phase in PHASES:
                 each = [1 / x for x in row[f"{phase}_ratios"]]
                 key = (*(str(run[k]) for k in SETTING), row["name"], phase)
-                found[key] = Share(median(each), (max(each) - min(each)) / 2)
+                found[key] = Share(median(each), (max(each) - min(each)) / 2 if len(each) > 1 else math.inf)
     return found
 
 
@@ -112,6 +113,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"{abs(c.by):6.1%} {word}: {c.name}: {c.before} -> {c.after} of the unmodified model's time")
     slower = sum(c.by > 0 for c in told)
     print(f"{len(changes)} compared: {slower} slower, {len(told) - slower} faster, the others within their noise")
+    if alone := sum(math.isinf(c.before.spread + c.after.spread) for c in changes):
+        print(f"{alone} of them were measured in one round, which does not tell the noise: they are not judged")
     return int(slower > 0)
 
 

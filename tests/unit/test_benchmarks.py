@@ -73,6 +73,15 @@ def test_what_got_slower(
     assert said in capsys.readouterr().out
 
 
+def test_one_round_does_not_tell_the_noise(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before, after = run(half=[0.5] * 3), run(half=[0.9] * 3)
+    assert compared(tmp_path, before, after) == 1
+    for phase in ("prefill", "decode"):
+        after["rows"][1][f"{phase}_ratios"] = after["rows"][1][f"{phase}_ratios"][:1]
+    assert compared(tmp_path, before, after) == 0
+    assert "2 of them were measured in one round" in capsys.readouterr().out
+
+
 def test_what_is_told_at_least(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before, after = run(half=[0.5] * 3), run(half=[0.51] * 3)
     assert compared(tmp_path, before, after) == 0
