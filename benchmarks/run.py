@@ -67,7 +67,7 @@ class Setting:
 
 PLANS = {
     "cpu": [
-        Setting(16, 1, 1, 576, 3),
+        Setting(16, 1, 1, 576, 4),
         Setting(8, 4, 1, 576, 1),
         Setting(8, 1, 16, 64, 1),
         Setting(4, 4, 16, 64, 1),
