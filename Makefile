@@ -66,7 +66,7 @@ format: $(READY) ## ruff: rewrite what `make lint` finds
 	$(BIN)/python -m ruff check --fix .
 	$(BIN)/python -m ruff format .
 
-typecheck: $(READY) ## mypy --strict on vlmrewrite, passes, recipes and examples
+typecheck: $(READY) ## mypy --strict on vlmrewrite, passes, recipes, examples, benchmarks and tools
 	$(BIN)/python -m mypy --strict
 
 docs: $(READY) ## the documentation, in strict mode, into site/
@@ -78,7 +78,7 @@ wheel: $(READY) ## build sdist and wheel into dist/
 
 clean: ## remove builds and caches (the environment stays)
 	rm -rf build dist site *.egg-info demo.png .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	find vlmrewrite passes recipes tests examples tools -name __pycache__ -type d -prune -exec rm -rf {} +
+	find vlmrewrite passes recipes tests examples benchmarks tools -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml constraints.txt
 	@set -e; \

@@ -99,9 +99,7 @@ def test_first_calls_of_two_threads_at_once(tiny):
     with vr.applied(tiny.model, [Stride(keep=5, at=1)], backend="inductor"), ThreadPoolExecutor(2) as threads:
         for got, want in zip(threads.map(logits, inputs), expected, strict=True):
             torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
-    assert (
-        counters["stats"]["unique_graphs"] == 3
-    )  # the twin has captured that of images
+    assert counters["stats"]["unique_graphs"] == 3  # the twin has captured that of images
 
 
 EACH = FAMILIES if long() else ("llava", "qwen2_5_vl", "gemma3")

@@ -112,6 +112,11 @@ def test_configurations_that_are_wrong(config: str, message: str, tmp_path: Path
             )
             for prompt in ("", " ", "\t\n")
         ),
+        (
+            ["bench", "{folder}", *"--recipe sts-half --native --backend inductor".split()],
+            "--native measures an eager loop: expected --backend eager, got inductor",
+        ),
+        (["bench", *"--kernels --native".split()], "expected --kernels without --native"),
         (["bench", "{folder}", *"--recipe sts-half --prompt p".split()], "expected both --image and --prompt, or"),
         (["bench", "{folder}", *"--recipe sts-half --json no/out.json".split()], "--json: expected a file in a folder"),
     ],

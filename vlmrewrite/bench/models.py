@@ -4,45 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import platform
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from vlmrewrite.api import applied, report
+from vlmrewrite.bench.clock import Clock, clock_of, memory_peak, memory_reset, now, set_apart, uncollected
+from vlmrewrite.bench.native import NativeLoop
+from vlmrewrite.bench.rows import UNMODIFIED, Row, summary
 from vlmrewrite.capture import LIMIT
 from vlmrewrite.compat import graphs_allowed
 from vlmrewrite.hf import encode_images
 from vlmrewrite.ops import Backend, resolve
 from vlmrewrite.recipe import Recipe
+from vlmrewrite.runtime import SESSIONS, Session, install_session, remove_session, session_of
 
-UNMODIFIED = "unmodified"
-
-
-@dataclass
-class Row:
-    """What was measured for one recipe.
-
-    Attributes:
-        name: the recipe, or ``"unmodified"``.
-        prefill: seconds of each prefill (images encoded before), in order.
-        decode: seconds per token of each decoding run, in order.
-        peak_bytes: largest memory in use during prefill, beyond what was in use before it; None where unknown.
-        kv_bytes: keys and values in the cache after prefill.
-        flops: matmul FLOPs of the decoder layers' prefill; None for the unmodified model without a recipe beside it.
-    """
-
-    name: str
-    prefill: list[float] = field(default_factory=list)
-    decode: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
-    kv_bytes: int = 0
-    flops: int | None = None
+__all__ = ["UNMODIFIED", "Row", "bench", "device_name", "memory_peak", "memory_reset"]
 
 
 def bench(
@@ -53,6 +34,7 @@ def bench(
     backend: Backend = "auto",
     repeat: int = 7,
     new_tokens: int = 16,
+    native: bool = False,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure prefill, decoding, memory and K/V bytes of the model and of each recipe, taking turns.
@@ -65,27 +47,45 @@ def bench(
             compiled, under ``"eager"`` none.
         repeat: counted rounds, after one that is not counted.
         new_tokens: tokens decoded, greedily, in each round.
+        native: also measure, behind each recipe, a hand-written eager loop over the model's own layers on the tokens
+            that the recipe kept: see :class:`vlmrewrite.bench.native.NativeLoop`. Its logits are held against the
+            recipe's, in the round that is not counted.
         progress: called before each measurement with a description.
 
     Returns:
-        device, settings, and for each row medians, all samples, and ratios against the unmodified model (above 1 is
-        faster or smaller than unmodified).
+        device, settings, and for each row medians, all samples, and ratios, each the median over the rounds. Speed-ups
+        are against the unmodified model (above 1 is faster or smaller than unmodified); a row's ``"native"`` holds
+        the loop's samples and ``prefill_efficiency`` and ``decode_efficiency``, its time by that of the recipe, or
+        ``"refused"``, the reason why there is none. ``"clock"`` says by which seconds the ratios go.
 
     Raises:
-        ValueError: fewer than one round or fewer than two tokens.
+        ValueError: fewer than one round or fewer than two tokens; or a native loop beside a compiled model.
     """
     if repeat < 1 or new_tokens < 2:
         raise ValueError(f"expected repeat >= 1 and new_tokens >= 2, got {repeat} and {new_tokens}")
-    with torch.no_grad():
-        encoded = encode_images(model, dict(inputs))
     device = next(model.parameters()).device
     chosen = resolve(backend, device)
-    rows = {UNMODIFIED: Row(UNMODIFIED)} | {r.name: Row(r.name) for r in recipes}
-    for i in range(repeat + 1):
-        for recipe in (None, *recipes):
-            row = rows[UNMODIFIED if recipe is None else recipe.name]
-            progress(f"round {i} of {repeat}: {row.name}")
-            _round(model, encoded, recipe, row, rows[UNMODIFIED], chosen, new_tokens, counted=i > 0)
+    if native and chosen != "eager":
+        raise ValueError(f"native=True measures an eager loop; expected backend='eager', got {chosen!r}")
+    with torch.no_grad():
+        encoded = encode_images(model, dict(inputs))
+    subjects = [_Subject(model, encoded, Row(UNMODIFIED), chosen)]
+    for recipe in recipes:
+        with applied(model, recipe, backend=chosen):
+            session = session_of(model)
+        subjects.append(_Subject(model, encoded, Row(recipe.name), chosen, session, native=native))
+    # Inductor gives up on a model that has had too many graphs, without a word; that would be no comparison.
+    with torch.no_grad(), graphs_allowed(LIMIT):
+        for subject in subjects:
+            progress(f"round 0 of {repeat}: {subject.row.name}")
+            subject.first()
+        with set_apart():
+            for i in range(1, repeat + 1):
+                for subject in subjects:
+                    progress(f"round {i} of {repeat}: {subject.row.name}")
+                    subject.measure(new_tokens)
+    clock, plain = clock_of(device), subjects[0].row
+    plain.flops = next((s.row.flops_before for s in subjects if s.row.flops_before), None)
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -94,7 +94,8 @@ def bench(
         "backend": chosen,
         "repeat": repeat,
         "new_tokens": new_tokens,
-        "rows": [_summary(row, rows[UNMODIFIED]) for row in rows.values()],
+        "clock": clock,
+        "rows": [s.summary(plain, clock) for s in subjects],
     }
 
 
@@ -105,47 +106,129 @@ def device_name(device: torch.device) -> str:
     return platform.processor() or platform.machine()
 
 
-def _round(
-    model: nn.Module,
-    inputs: dict[str, Any],
-    recipe: Recipe | None,
-    row: Row,
-    plain: Row,
-    backend: Backend,
-    new_tokens: int,
-    counted: bool,
-) -> None:
-    chosen = contextlib.nullcontext(model) if recipe is None else applied(model, recipe, backend=backend)
-    # Inductor gives up on a model that has had too many graphs, without a word; that would be no comparison.
-    with chosen, torch.no_grad(), graphs_allowed(LIMIT):
-        forward: Any = torch.compile(model, dynamic=True) if recipe is None and backend == "inductor" else model
-        _steps(forward, inputs, 3)  # applying starts anew: rewrite and compile before timing
-        before = memory_reset()
-        begun = _now()
-        out = forward(**inputs, use_cache=True, logits_to_keep=1)
-        prefill = _now() - begun
-        peak = memory_peak(before)
-        cache = out.past_key_values
-        row.kv_bytes = sum(x.numel() * x.element_size() for layer in cache.layers for x in (layer.keys, layer.values))
-        if recipe is not None:
-            totals = report(model).totals
-            row.flops, plain.flops = totals["after"]["flops"], totals["before"]["flops"]
-        step = _next_inputs(inputs, out)
-        begun = _now()
-        _steps(forward, step, new_tokens, cache)
-        decode = (_now() - begun) / new_tokens
-    if counted:
-        row.prefill.append(prefill)
-        row.decode.append(decode)
-        row.peak_bytes = peak if row.peak_bytes is None or peak is None else max(peak, row.peak_bytes)
+@dataclass
+class _Subject:
+    """What is measured: the model as it is, or under a recipe, with the native loop behind it."""
+
+    model: Any
+    inputs: dict[str, Any]
+    row: Row
+    backend: str
+    session: Session | None = None
+    native: bool = False
+    loop: NativeLoop | None = None
+    loop_row: Row | None = None
+    compiled: Any = None
+
+    @contextlib.contextmanager
+    def at_work(self) -> Iterator[Any]:
+        """While the block runs, the model does it; what it yields is its forward."""
+        if self.session is None:
+            if self.compiled is None and self.backend == "inductor":
+                self.compiled = torch.compile(self.model, dynamic=True)
+            yield self.model if self.compiled is None else self.compiled
+            return
+        install_session(self.model, self.session)
+        SESSIONS[self.model] = self.session
+        try:
+            yield self.model
+        finally:
+            remove_session(self.model)
+            del SESSIONS[self.model]
+
+    def first(self) -> None:
+        """The round that is not counted: all is made that a call needs; the native loop is made and checked."""
+        with self.at_work() as forward:
+            seen = _logits(forward, self.inputs, 3)
+            if self.session is None:
+                return
+            said = report(self.model)
+            self.row.passes_refused = [f"{x['configuration']}: {x['reason']}" for x in said.passes if x["reason"]]
+            totals = said.totals
+            self.row.flops, self.row.flops_before = totals["after"]["flops"], totals["before"]["flops"]
+            if not self.native:
+                return
+            try:
+                self.loop = NativeLoop(self.model)
+            except ValueError as e:
+                self.row.refused = str(e)
+                return
+        with self.loop.in_place() as forward:
+            told = _logits(forward, self.inputs, len(seen), [x.argmax(-1, keepdim=True) for x in seen])
+        error, most = max(map(_apart, seen, told)), max(float(x.abs().max()) for x in seen)
+        self.loop_row, allowed = Row(self.row.name, error=error), torch.finfo(seen[0].dtype).eps ** 0.5 * most
+        if not error <= allowed:
+            self.row.refused = (
+                f"its logits are {error:.3g} away from the recipe's, {allowed:.3g} would be rounding: the loop does not"
+                " do what this model's layers do"
+            )
+            self.loop = None
+
+    def measure(self, new_tokens: int) -> None:
+        """A counted round."""
+        with self.at_work() as forward, uncollected():
+            if self.backend == "inductor":
+                _logits(forward, self.inputs, 3)  # what another one compiled may have come in between
+            _measured(forward, self.inputs, self.row, new_tokens)
+        if self.loop is not None and self.loop_row is not None:
+            with self.loop.in_place() as forward, uncollected():
+                _measured(forward, self.inputs, self.loop_row, new_tokens)
+
+    def summary(self, plain: Row, clock: Clock) -> dict[str, Any]:
+        """What is told of it, see :func:`bench`."""
+        told = summary(self.row, plain, clock)
+        if self.row.refused is not None:
+            return told | {"native": {"refused": self.row.refused}}
+        if self.loop_row is None:
+            return told
+        loop = summary(self.loop_row, self.row, clock)
+        for phase in ("prefill", "decode"):
+            ratios = [1 / x for x in loop.pop(f"{phase}_ratios")]
+            loop[f"{phase}_efficiency_ratios"], loop[f"{phase}_efficiency"] = ratios, median(ratios)
+            del loop[f"{phase}_speedup"]
+        return told | {"native": loop | {"max_logit_error": self.loop_row.error}}
 
 
-def _steps(forward: Any, step: dict[str, Any], n: int, cache: Any = None) -> None:
-    """Run ``n`` forwards, each of the greedy token of the last one, which the host looks at, as generate() does."""
-    for _ in range(n):
+def _measured(forward: Any, inputs: dict[str, Any], row: Row, new_tokens: int) -> None:
+    before, begun = memory_reset(), now()
+    out = forward(**inputs, past_key_values=None, use_cache=True, logits_to_keep=1)
+    prefill, peak = now().since(begun), memory_peak(before)
+    cache, step = out.past_key_values, _next_inputs(inputs, out)
+    row.kv_bytes = _held(cache)
+    begun = now()
+    for _ in range(new_tokens):
         out = forward(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, step = out.past_key_values, _next_inputs(step, out)
-        step["input_ids"].tolist()
+        step["input_ids"].tolist()  # the host looks at each token, as generate() does
+    decode = now().since(begun)
+    row.prefill.append(prefill.wall)
+    row.prefill_process.append(prefill.process)
+    row.decode.append(decode.wall / new_tokens)
+    row.decode_process.append(decode.process / new_tokens)
+    row.peak_bytes = peak if row.peak_bytes is None or peak is None else max(peak, row.peak_bytes)
+
+
+def _logits(forward: Any, inputs: dict[str, Any], n: int, tokens: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Logits of the last token [B, V] of ``n`` forwards, greedily or with these tokens, int64 [B, 1] each."""
+    found, cache, step = list[Tensor](), None, inputs
+    for i in range(n):
+        out = forward(**step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        cache, step = out.past_key_values, _next_inputs(step, out)
+        if tokens is not None:
+            step["input_ids"] = tokens[i]
+        found.append(out.logits[:, -1].clone())
+    return found
+
+
+def _apart(one: Tensor, other: Tensor) -> float:
+    return float((one - other).abs().max())
+
+
+def _held(cache: Any) -> int:
+    """Bytes of the keys and values that a cache shows."""
+    layers = [x for part in getattr(cache, "parts", [cache]) for x in part.layers]
+    held = [x for layer in layers for x in (layer[:2] if isinstance(layer, tuple) else (layer.keys, layer.values))]
+    return sum(x.numel() * x.element_size() for x in held)
 
 
 def _next_inputs(inputs: dict[str, Any], out: Any) -> dict[str, Any]:
@@ -157,50 +240,3 @@ def _next_inputs(inputs: dict[str, Any], out: Any) -> dict[str, Any]:
     if inputs.get("position_ids") is not None:
         step["position_ids"] = inputs["position_ids"][..., -1:] + 1
     return step
-
-
-def _now() -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def memory_reset() -> int | None:
-    """Start to watch for the largest memory in use; returns what is in use now, in bytes."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return None
-
-
-def memory_peak(before: int | None) -> int | None:
-    """Bytes that were in use at most since :func:`memory_reset`, beyond what it returned; None where unknown."""
-    if before is None:
-        return None
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")) - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
-
-
-def _summary(row: Row, plain: Row) -> dict[str, Any]:
-    prefill, decode = statistics.median(row.prefill), statistics.median(row.decode)
-    out: dict[str, Any] = asdict(row) | {
-        "prefill_median": prefill,
-        "decode_tokens_per_second": 1 / decode,
-        "prefill_speedup": statistics.median(plain.prefill) / prefill,
-        "decode_speedup": statistics.median(plain.decode) / decode,
-        "kv_ratio": plain.kv_bytes / row.kv_bytes,
-    }
-    if row.flops and plain.flops:
-        out["flop_ratio"] = plain.flops / row.flops
-        out["prefill_speedup_of_flop_ratio"] = out["prefill_speedup"] / out["flop_ratio"]
-    return out

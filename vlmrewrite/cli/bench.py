@@ -38,6 +38,9 @@ def bench(
     repeat: Annotated[int, typer.Option(help="Counted rounds, after one that is not counted.")] = 7,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded in each round.")] = 16,
     backend: Annotated[Literal["eager", "inductor"], typer.Option(help="What runs all of them.")] = "eager",
+    native: Annotated[
+        bool, typer.Option("--native", help="Also measure a hand-written loop on the tokens that each recipe kept.")
+    ] = False,
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Do without the model's weights.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
@@ -53,6 +56,10 @@ def bench(
 ) -> None:
     """Measure a model without and with recipes, taking turns: prefill, decoding, peak memory and K/V bytes.
 
+    With --native, each recipe also against a hand-written eager loop over the model's own layers, on the tokens that
+    the recipe kept: "of native" is the loop's time by the recipe's. Ratios go by process time where torch runs on one
+    CPU thread (OMP_NUM_THREADS=1), else by the clock on the wall.
+
     Or, with --kernels, each kernel and what it competes with.
     """
     if out is not None and not out.parent.is_dir():
@@ -61,6 +68,7 @@ def bench(
         if model is not None:
             raise ValueError("expected MODEL or --kernels, not both")
         unset({"recipe": recipe, "image": image, "prompt": prompt, "text": text, "images": images}, "--kernels without")
+        unset({"native": native or None}, "--kernels without")
         _bench_kernels(device, dtype, rows, repeat, out, {"families": kernel, "sizes": sizes, "against": against})
         return
     unset({"kernel": kernel, "sizes": sizes, "against": against}, "--kernels with")
@@ -72,6 +80,8 @@ def bench(
         raise ValueError(f"--recipe: expected recipes with names of their own, got {', '.join(names[1:])}")
     at_least("--repeat", repeat, 1)
     at_least("--new-tokens", new_tokens, 2)
+    if native and backend != "eager":
+        raise ValueError(f"--native measures an eager loop: expected --backend eager, got {backend}")
     counts = {"text": text, "images": images, "rows": rows, "image_tokens": image_tokens}
     made_up = {name: n for name, n in counts.items() if n is not None}
     if bool(image) != (prompt is not None) or (image and made_up):
@@ -107,17 +117,27 @@ def bench(
             backend=backend,
             repeat=repeat,
             new_tokens=new_tokens,
+            native=native,
             progress=lambda text: progress.update(task, description=text, completed=next(done)),
         )
         progress.update(task, description="done", completed=(repeat + 1) * len(names))
     result = {"model": str(given), "prompt": str(shape) if shape is not None else prompt} | result
     if out is not None:
         out.write_text(json.dumps(result, indent=2) + "\n")
-    print(", ".join(f"{k} {result[k]}" for k in ("device", "threads", "torch", "dtype", "backend", "prompt", "repeat")))
-    print_table(
-        ["recipe", "prefill ms", "decode tokens/s", "peak\nMiB", "K/V MiB", "FLOPs", "of FLOP\nratio"],
-        [_measured(row) for row in result["rows"]],
-    )
+    told = ("device", "threads", "torch", "dtype", "backend", "prompt", "repeat", "clock")
+    print(", ".join(f"{k} {result[k]}" for k in told))
+    headings = ["recipe", "prefill ms", "decode tokens/s", "peak\nMiB", "K/V MiB", "FLOPs", "of FLOP\nratio"]
+    print_table(headings, [_measured(row) for row in result["rows"]])
+    if native:
+        loops = [
+            [row["name"], *_beside_native(row)] for row in result["rows"] if "prefill_median" in row.get("native", {})
+        ]
+        print_table(["recipe", "prefill:\nnative ms", "of native", "decode:\nnative ms", "of native"], loops)
+    for row in result["rows"]:
+        for reason in row["passes_refused"]:
+            print(f"{row['name']}: does nothing: {reason}")
+        if refused := row.get("native", {}).get("refused"):
+            print(f"{row['name']}: no native loop: {refused}")
 
 
 def _bench_kernels(
@@ -167,6 +187,12 @@ def _measured_kernel(row: dict[str, Any]) -> list[str]:
         "\n".join(f"{name} {ratio:.2f}" for name, ratio in row.get("ratios", {}).items()),
         "" if reached is None else f"{reached:.0%}",
     ]
+
+
+def _beside_native(row: dict[str, Any]) -> list[str]:
+    """For prefill and decoding of a token, the native loop's milliseconds and the efficiency."""
+    loop, phases = row["native"], ("prefill", "decode")
+    return [x for p in phases for x in (f"{loop[f'{p}_median'] * 1e3:.4g}", f"{loop[f'{p}_efficiency']:.0%}")]
 
 
 def _measured(row: dict[str, Any]) -> list[str]:

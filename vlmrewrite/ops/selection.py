@@ -51,8 +51,9 @@ def relative_index(outer: Tensor, index: Tensor) -> Tensor:
 
 def restore(full: Tensor, part: Tensor, index: Tensor, valid: Tensor) -> Tensor:
     """Write the valid rows of ``part`` [B, n, C] over ``full`` [B, T, C] at ``index`` [B, n]; the rest is kept."""
-    at = index[..., None].expand(-1, -1, full.shape[-1])
-    return full.scatter(1, at, torch.where(valid[..., None], part, full.gather(1, at)))
+    rows = torch.arange(len(index), device=full.device)[:, None]
+    new = torch.where(valid[..., None], part, full[rows, index])
+    return full.contiguous().index_put((rows, index), new)  # copies whole tokens, where a scatter goes number by number
 
 
 def positions(index: Tensor, valid: Tensor, past: int) -> Tensor:
