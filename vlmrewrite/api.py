@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from vlmrewrite.errors import noted
-from vlmrewrite.hf import check_support, language_model
+from vlmrewrite.hf import base_model_of, check_support, language_model, on_base_model
 from vlmrewrite.ops import Backend, Kernels, choose
 from vlmrewrite.oracle import verify_applied
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
@@ -19,6 +19,7 @@ from vlmrewrite.report import Report, report_on
 from vlmrewrite.runtime import SESSIONS, Session, install_session, remove_session, session_of
 
 
+@on_base_model
 def apply(
     model: nn.Module,
     recipe: str | Path | Recipe | Pass | Sequence[Pass],
@@ -69,6 +70,7 @@ def apply(
     return model
 
 
+@on_base_model
 def calibrate(model: nn.Module, recipe: str | Path | Recipe | Pass | Sequence[Pass], inputs: Any = None) -> Recipe:
     """A recipe whose passes have measured what they choose by: layers in place of budgets and of ``"auto"``.
 
@@ -95,6 +97,7 @@ def _backend(backend: str) -> Backend:
     return backend  # type: ignore[return-value]
 
 
+@on_base_model
 def restore(model: nn.Module) -> nn.Module:
     """Give back exactly the old model.
 
@@ -107,6 +110,7 @@ def restore(model: nn.Module) -> nn.Module:
     return model
 
 
+@on_base_model
 def applied_recipe(model: nn.Module) -> Recipe:
     """The recipe that is applied, calibrated passes with the layers they chose.
 
@@ -123,10 +127,11 @@ def applied(model: nn.Module, recipe: Any, **options: Any) -> Iterator[nn.Module
     try:
         yield model
     finally:
-        if model in SESSIONS:
+        if base_model_of(model) in SESSIONS:
             restore(model)
 
 
+@on_base_model
 def report(model: nn.Module, *, memory: bool = False) -> Report:
     """What was done to a model: passes matched and refused, costs per layer before and after, times.
 
@@ -143,6 +148,7 @@ def report(model: nn.Module, *, memory: bool = False) -> Report:
     return report_on(model, session_of(model), memory)
 
 
+@on_base_model
 def verify(
     model: nn.Module, inputs: dict[str, Any], recipe: Any = None, *, strict: bool = True, **options: Any
 ) -> float:

@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import nn
 
 from vlmrewrite.api import applied_recipe, apply, restore
+from vlmrewrite.hf import on_base_model
 from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.recipe import Recipe
 
 WEIGHTS, RECIPE = "blocks.safetensors", "recipe.yaml"
 
 
+@on_base_model
 def save_blocks(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save the trained blocks of a rewritten model, and nothing else of it.
 
@@ -39,6 +41,7 @@ def save_blocks(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     save_file(tensors, path / WEIGHTS, metadata={"model": json.dumps(_identity(model))})
 
 
+@on_base_model
 def load_blocks(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
     """Load what :func:`save_blocks` saved; if no recipe is applied, the saved one is applied first.
 

@@ -38,11 +38,18 @@ def try_operators(gm: GraphModule, inputs: Mapping[Node, object]) -> None:
     """
     found: dict[str, str | None] = {}
     for node in gm.graph.nodes:
-        if node.op == "call_function" and getattr(node.target, "namespace", "aten") not in _OURS:
+        if node.op == "call_function" and _library(node.target) not in _OURS:
             key = repr((node.target, map_arg(node.args, _form), map_arg(node.kwargs, _form)))
             if key not in found:
                 found[key] = _trial(node, gm, inputs)
             node.meta[TRIED] = found[key]
+
+
+def _library(target: Any) -> str:
+    """The namespace of an operator; of what is none, PyTorch's."""
+    if isinstance(target, torch._ops.OpOverloadPacket):
+        target = getattr(target, target.overloads()[0])
+    return target.namespace if isinstance(target, torch._ops.OpOverload) else "aten"
 
 
 def _trial(node: Node, gm: GraphModule, inputs: Mapping[Node, object]) -> str | None:

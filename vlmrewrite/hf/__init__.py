@@ -47,6 +47,7 @@ from vlmrewrite.hf.vision import (
     watched,
 )
 from vlmrewrite.hf.weights import dequantise
+from vlmrewrite.hf.wrapped import base_model_of, on_base_model
 
 __all__ = [
     "APPLIED",
@@ -58,6 +59,7 @@ __all__ = [
     "Projection",
     "Sizes",
     "attention_swapped",
+    "base_model_of",
     "cache_argument",
     "cache_layers",
     "check_support",
@@ -78,6 +80,7 @@ __all__ = [
     "merged_outside",
     "mixer_of",
     "named",
+    "on_base_model",
     "parameter_inputs",
     "projected",
     "projections",

@@ -25,7 +25,7 @@ import torch.fx
 from torch import Tensor, nn
 
 from vlmrewrite.compiler import rewrite
-from vlmrewrite.hf import check_support, encode_images
+from vlmrewrite.hf import check_support, encode_images, on_base_model
 from vlmrewrite.plan import All, Call, Plan, Text, TokenSet
 from vlmrewrite.report.observe import observe
 from vlmrewrite.report.plot import check_plot
@@ -152,6 +152,7 @@ class LayerProfile:
         figure.savefig(path, dpi=150)
 
 
+@on_base_model
 @torch.no_grad()
 def profile(
     model: nn.Module,

@@ -29,6 +29,8 @@ from vlmrewrite.rewrite.sets import BLOCKS, Emitter, Sets, Stream
 
 vlm = torch.ops.vlm
 
+Named = Mapping[str, tuple[int, str]]
+
 
 @dataclass
 class Rewritten:
@@ -54,7 +56,7 @@ def legalize(
     anatomy: Anatomy,
     plan: Plan,
     blocks: nn.ModuleDict | None = None,
-    parameters: Mapping[str, tuple[int, str]] | None = None,
+    parameters: Named | None = None,
 ) -> Rewritten:
     """Rewrite a copy of a captured graph so that it does what the plan says; the given graph is not changed.
 
@@ -67,7 +69,7 @@ def legalize(
         ValueError: a node inside a layer cannot be computed on a subset of the tokens; the message names it.
     """
     plan.check()
-    work = _Rewrite(gm, anatomy, parameters or {})
+    work = _Rewrite(gm, anatomy, parameters or {}, blocks or nn.ModuleDict())
     selections = plan.selections()
     for layer, entry in zip(anatomy.layers, plan.layers, strict=True):
         at = layer.index
@@ -87,7 +89,7 @@ def legalize(
         for branch in (b for b in plan.branches if b.rejoin == at + 1 == len(anatomy.layers)):
             work.rejoin(branch)
         work.expose(layer)
-    work.finish(selections, blocks)
+    work.finish(selections)
     return Rewritten(work.gm, tuple(work.emit.extras), tuple(selections), work.emit.typed, work.frontier)
 
 
@@ -103,15 +105,15 @@ def with_blocks(gm: torch.fx.GraphModule, graph: torch.fx.Graph) -> torch.fx.Gra
 class _Rewrite:
     """The copy of a captured graph that is rewritten: one method for each thing that can happen to it."""
 
-    def __init__(self, gm: torch.fx.GraphModule, anatomy: Anatomy, parameters: Mapping[str, tuple[int, str]]) -> None:
+    def __init__(self, gm: torch.fx.GraphModule, anatomy: Anatomy, named: Named, blocks: nn.ModuleDict) -> None:
         graph, env = torch.fx.Graph(), dict[Node, Node]()
         self.output = graph.output(graph.graph_copy(gm.graph, env))
-        self.gm, self.anatomy = torch.fx.GraphModule(gm, graph), anatomy
+        self.gm, self.anatomy, self._blocks = torch.fx.GraphModule(gm, graph), anatomy, blocks
         self.emit = Emitter(graph, env[anatomy.layers[-1].exit].next)
         self.sets = Sets(self.emit, *(env[merge.mask] for merge in anatomy.merges))
         self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets, anatomy.states)
         self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream)
-        self._parameters = {env[n]: parameters[n.name] for n in env if n.op == "placeholder" and n.name in parameters}
+        self._parameters = {env[n]: named[n.name] for n in env if n.op == "placeholder" and n.name in named}
         self._between = {
             b.index: frozenset(reachable([a.exit]) & needed([b.entry], {a.exit}))
             for a, b in pairwise(anatomy.layers)
@@ -177,8 +179,8 @@ class _Rewrite:
         x, tokens, layer = self.stream.view(branch.tokens), branch.tokens, self.anatomy.layers[branch.layer]
         if branch.block is not None:
             own = {n: name for n, (of, name) in self._parameters.items() if of == layer.index}
-            early, late = packed_maps(layer, own, branch.block)
-            swapped = {n: self.emit.weight(f"{branch.block}.{name}") for n, name in own.items()}
+            early, late, left = packed_maps(layer, own, branch.block, self._blocks[branch.block])
+            swapped = {n: self.emit.weight(f"{branch.block}.{name}") for n, name in left.items()}
             with self.nodes.aside(layer, swapped, tokens, x):
                 unpacked(self.nodes, branch, early)
                 self._mix(tokens, tokens, None)
@@ -281,11 +283,11 @@ class _Rewrite:
         for node in early:
             anchor.prepend(node)
 
-    def finish(self, selections: list[Selection], blocks: nn.ModuleDict | None) -> None:
+    def finish(self, selections: list[Selection]) -> None:
         """Return what the selections chose too, and drop what nobody reads."""
         graph = self.emit.graph
-        if blocks:
-            setattr(self.gm, BLOCKS, blocks)
+        if self._blocks:
+            setattr(self.gm, BLOCKS, self._blocks)
         self.output.args = ((self.output.args[0], tuple(self.sets.chosen[s] for s in selections)),)
         for node in graph.find_nodes(op="call_function", target=assert_scalar()):
             graph.erase_node(node)  # the host has compared the number of tokens and features

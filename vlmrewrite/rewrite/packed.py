@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch.nn.functional as F
+from torch import nn
 from torch.fx import Node
 
 from vlmrewrite.analysis import Layer, needed, value, where
@@ -22,13 +23,18 @@ class PackedMap(NamedTuple):
     biased: bool
 
 
-def packed_maps(layer: Layer, parameters: Mapping[Node, str], block: str) -> tuple[list[PackedMap], list[PackedMap]]:
-    """The maps of a layer whose weights are no numbers that can be trained: before its attention, and behind it.
+def packed_maps(
+    layer: Layer, parameters: Mapping[Node, str], name: str, block: nn.Module
+) -> tuple[list[PackedMap], list[PackedMap], dict[Node, str]]:
+    """The maps of a layer whose weights are no numbers that can be trained, and the layer's other parameters.
 
     Args:
         layer: a captured one.
         parameters: the names, in the layer, of those of the graph's inputs that are its parameters.
-        block: in the place of which they are found.
+        name, block: what takes their place.
+
+    Returns:
+        maps before the attention, maps behind it, and the rest of ``parameters``.
 
     Raises:
         ValueError: there is no parameter, or what a module left in the graph is not a map of one tensor to another.
@@ -36,16 +42,19 @@ def packed_maps(layer: Layer, parameters: Mapping[Node, str], block: str) -> tup
     if not parameters:
         raise ValueError(
             f"no parameter of layer {layer.index} was found among the graph's inputs, so that block"
-            f" {block!r} cannot take their place"
+            f" {name!r} cannot take their place"
         )
     names = {*parameters.values()}
-    packed = [name.rpartition(".")[0] for n, name in parameters.items() if not value(n).dtype.is_floating_point]
-    found = [_map(layer, path, f"{path}.bias" in names) for path in dict.fromkeys(packed)]
+    plain = dict(block.named_parameters())
+    other = [known for n, known in parameters.items() if not value(n).dtype.is_floating_point] + [*plain.keys() - names]
+    paths = dict.fromkeys(known.rpartition(".")[0] for known in other)
+    used = [path for path in paths if any(_is_of(n, path) for n in layer.region)]
+    found = [_map(layer, path, f"{path}.bias" in plain) for path in used]
     order = {n: i for i, n in enumerate(layer.attention.graph.nodes)}
     found.sort(key=lambda one: order[one.out])
-    late = [layer.attention in needed([one.out]) for one in found]
-    early = [one for one, behind in zip(found, late, strict=True) if not behind]
-    return early, [one for one, behind in zip(found, late, strict=True) if behind]
+    behind = {one.path for one in found if layer.attention in needed([one.out])}
+    early, late = ([one for one in found if (one.path in behind) is which] for which in (False, True))
+    return early, late, {n: known for n, known in parameters.items() if known.rpartition(".")[0] not in used}
 
 
 def unpacked(nodes: LayerNodes, branch: Branch, maps: Sequence[PackedMap]) -> None:
@@ -64,7 +73,7 @@ def _map(layer: Layer, path: str, biased: bool) -> PackedMap:
     if len(given) != 1 or len(out) != 1:
         raise ValueError(
             f"{path} of layer {layer.index} holds packed weights, and is no map of one tensor to another in the graph,"
-            f" {where(next(iter(inside), layer.attention))}: expected one, for a trained copy of the layer"
+            f" {where(next(iter(inside)))}: expected one, for a trained copy of the layer"
         )
     return PackedMap(path, given.pop(), out[0], biased)
 

@@ -18,7 +18,7 @@ from transformers.utils.generic import can_return_tuple
 
 from vlmrewrite import capture, hf
 from vlmrewrite.compat import inside_torch_compile
-from vlmrewrite.hf import APPLIED, MODALITIES, swap_attention, watched
+from vlmrewrite.hf import APPLIED, MODALITIES, on_base_model, swap_attention, watched
 from vlmrewrite.ops import swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection
 from vlmrewrite.rewrite import Program
@@ -66,6 +66,7 @@ def _put(undo: ExitStack, module: nn.Module, name: str, value: object) -> None:
     own[name] = value
 
 
+@on_base_model
 def routing(model: nn.Module) -> Tensor:
     """What the chooser of a dispatch read in the last call with an image, with its gradient history: a router's scores.
 
@@ -79,6 +80,7 @@ def routing(model: nn.Module) -> Tensor:
     return value
 
 
+@on_base_model
 def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]:
     """What ran in the last call with an image, the call, and what each selection chose in it, bool [F].
 
@@ -91,6 +93,7 @@ def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]
     return ran.program, ran.call, ran.result.chosen
 
 
+@on_base_model
 def prompt_ends(model: nn.Module, column: Tensor) -> AbstractContextManager[None]:
     """While the block runs, the prompts of calls with images end there, as they do in ``generate()``.
 
@@ -111,6 +114,7 @@ def prompt_ends(model: nn.Module, column: Tensor) -> AbstractContextManager[None
     return prompt_of((session_of(model), "forward"), Prompt(column))
 
 
+@on_base_model
 def kept_tokens(model: nn.Module) -> list[Stage]:
     """Which vision tokens each layer ran on in the last call with an image, whichever plan a row followed.
 

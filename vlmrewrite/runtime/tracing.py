@@ -15,7 +15,7 @@ from vlmrewrite import capture, hf
 from vlmrewrite.capture import Graph, captures_of
 from vlmrewrite.compiler import program_of
 from vlmrewrite.errors import CaptureError
-from vlmrewrite.hf import Encoded, refuse_packed, tidy
+from vlmrewrite.hf import Encoded, on_base_model, refuse_packed, tidy
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.ops import mixers_swapped
 from vlmrewrite.plan import FEATURES
@@ -28,6 +28,7 @@ class _Stop(Exception):
     """Raised in place of running a graph that is only to be captured."""
 
 
+@on_base_model
 def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
     """Capture a model's forward for some inputs; nothing is installed, and the decoder is not run.
 

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 
 from vlmrewrite.api import applied
 from vlmrewrite.compat import generation_inputs, generation_positions
-from vlmrewrite.hf import dequantise
+from vlmrewrite.hf import dequantise, on_base_model
 from vlmrewrite.oracle import LayerMasks, layer_masks, oracle_logits
 from vlmrewrite.runtime import kept_tokens, session_of
 
@@ -80,6 +80,7 @@ class Agreement:
         assert self.kv_lengths == self.planned, f"K/V lengths {self.kv_lengths}; {self.planned} were planned"
 
 
+@on_base_model
 def forward_agreement(
     model: nn.Module, inputs: dict[str, Any], recipe: Any, *, strict: bool = True, **options: Any
 ) -> Agreement:
@@ -101,6 +102,7 @@ def forward_agreement(
     return logits_agreement(model, inputs, masks, got, real)
 
 
+@on_base_model
 def generation_agreement(
     model: nn.Module, inputs: dict[str, Any], recipe: Any, new_tokens: int = 4, *, strict: bool = True, **options: Any
 ) -> Agreement:
