@@ -4,6 +4,7 @@ import gc
 import os
 import sys
 from collections.abc import Iterator
+from weakref import WeakValueDictionary
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -20,7 +21,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.small import family
-from vlmrewrite.capture import dynamo
+from vlmrewrite.capture import dynamo, traces
 from vlmrewrite.testing.models import TinyVLM
 
 _SLOW = [HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture]
@@ -52,6 +53,12 @@ def no_looking_at_what_stays() -> Iterator[None]:
     yield
     gc.collect()
     gc.freeze()
+
+
+@pytest.fixture
+def unshared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Models that are made now share no graph with one like them that another test has left."""
+    monkeypatch.setattr(traces, "_KNOWN", WeakValueDictionary())
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from torch._dynamo.utils import counters
 
 import vlmrewrite as vr
 from tests.small import long
-from vlmrewrite.capture import CAPTURES, traces
+from vlmrewrite.capture import CAPTURES
 from vlmrewrite.passes import STS, Stride
 from vlmrewrite.testing.agreement import generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
@@ -36,9 +36,8 @@ def quiet():
 
 
 @pytest.fixture
-def tiny(quiet, monkeypatch):
+def tiny(quiet, unshared):
     """A model of two layers, as every one is compiled; nothing is captured of another one like it."""
-    monkeypatch.setattr(traces, "_KNOWN", weakref.WeakValueDictionary())
     return FAMILIES["llava"](layers=2)
 
 

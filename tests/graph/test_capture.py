@@ -26,6 +26,8 @@ from vlmrewrite.passes import STS, Random, Stride
 from vlmrewrite.testing.agreement import forward_agreement
 from vlmrewrite.testing.models import FAMILIES, ZOO, Row
 
+pytestmark = pytest.mark.usefixtures("unshared")
+
 SOME = [STS(keep=4, refine=2)]
 
 

@@ -17,6 +17,8 @@ from vlmrewrite.capture import CapturedForward, captures_of
 from vlmrewrite.passes import Stride
 from vlmrewrite.testing.models import ZOO, Row, TinyVLM
 
+pytestmark = pytest.mark.usefixtures("unshared")
+
 ROWS = [Row(1, 3, 2), Row(2, 1, 3)]
 
 

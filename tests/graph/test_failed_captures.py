@@ -12,6 +12,8 @@ from vlmrewrite.errors import CaptureError
 from vlmrewrite.passes import Stride
 from vlmrewrite.testing.models import Row
 
+pytestmark = pytest.mark.usefixtures("unshared")
+
 
 def branches(_, __, out):
     return out * 2 if out.sum() > 0 else out

@@ -31,6 +31,20 @@ def _(x, packed, scales, out, largest):
     return x.new_empty((*x.shape[:-1], out))
 
 
+library = torch.library.Library("foreign", "FRAGMENT")
+library.define("without_gradient(Tensor x, Tensor packed, Tensor scales, int out, bool largest) -> Tensor")
+
+
+@torch.library.impl(library, "without_gradient", "CPU")
+def _(x, packed, scales, out, largest):
+    return x @ plain(packed, scales, out).to(x.dtype).T
+
+
+@torch.library.register_fake("foreign::without_gradient")
+def _(x, packed, scales, out, largest):
+    return x.new_empty((*x.shape[:-1], out))
+
+
 def _keep(ctx, inputs, output):
     ctx.save_for_backward(inputs[1], inputs[2])
     ctx.out = inputs[3]
@@ -51,10 +65,10 @@ def plain(packed, scales, out):
 class FourBits(nn.Module):
     """A linear map of a library that nobody knows."""
 
-    def __init__(self, like: nn.Linear, largest: bool = False, buffers: bool = False) -> None:
+    def __init__(self, like: nn.Linear, largest: bool = False, buffers: bool = False, by: str = "of_four_bits") -> None:
         super().__init__()
         self.out_features, self.in_features = like.weight.shape
-        self.largest, self.bias = largest, like.bias
+        self.largest, self.bias, self.by = largest, like.bias, by
         scales = like.weight.detach().abs().amax(1, keepdim=True) / 7
         codes = (like.weight.detach() / scales).round().to(torch.uint8).add(8).bitwise_and(15).view(-1, 2)
         packed = codes[:, :1] | (codes[:, 1:] << 4)
@@ -66,7 +80,7 @@ class FourBits(nn.Module):
             self.scales = nn.Parameter(scales, requires_grad=False)
 
     def forward(self, x):
-        y = torch.ops.foreign.of_four_bits(x, self.packed, self.scales, self.out_features, self.largest)
+        y = getattr(torch.ops.foreign, self.by)(x, self.packed, self.scales, self.out_features, self.largest)
         return y if self.bias is None else y + self.bias
 
 
@@ -114,6 +128,22 @@ def test_a_copy_that_is_trained_has_plain_weights(buffers):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         forward_agreement(tiny.model, inputs, DPVR(at=2)).check()
+
+
+@pytest.mark.filterwarnings("ignore:layer .* is quantised")
+def test_what_has_no_gradient_is_not_trained_through():
+    """PyTorch would leave the gradient out and warn; the branch before it would learn nothing of what it should."""
+    tiny = quantised(by="without_gradient")
+    inputs = tiny.inputs(ROWS, side="left")
+    forward_agreement(tiny.model, inputs, DPVR(at=1)).check()
+    with vr.applied(tiny.model, DPVR(at=1)):
+        tiny.model.requires_grad_(False)
+        expected = tiny.model(**inputs).logits
+        tiny.model.vlmrewrite_blocks.requires_grad_(True)
+        with pytest.raises(NotImplementedError, match="without_gradient.default has no gradient, and something"):
+            tiny.model(**inputs)
+        with torch.no_grad():
+            torch.testing.assert_close(tiny.model(**inputs).logits, expected)
 
 
 def test_weights_that_are_no_linear_map_cannot_be_copied():

@@ -21,6 +21,8 @@ from vlmrewrite.passes import STS, Stride
 from vlmrewrite.runtime import SESSIONS, session
 from vlmrewrite.testing.models import FAMILIES, Row
 
+pytestmark = pytest.mark.usefixtures("unshared")
+
 SOME = [STS(keep=6, refine=3, at=2)]
 
 

@@ -21,6 +21,8 @@ from vlmrewrite.passes import DAPE, STS, FastV, Stride
 from vlmrewrite.runtime import last_call, prompt_ends
 from vlmrewrite.testing.models import FAMILIES, Row
 
+pytestmark = pytest.mark.usefixtures("unshared")
+
 HOW = {"do_sample": False, "max_new_tokens": 4, "return_dict_in_generate": True, "output_logits": True}
 RECIPES = {
     "fastv": [FastV(keep=2, at=1)],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from itertools import count
 from typing import Any
@@ -12,6 +13,7 @@ from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
 from vlmrewrite.analysis.graph import expression, is_number, symbols, value
+from vlmrewrite.compat import has_gradient, operator_of, schema_of
 
 TRIED = "vlmrewrite_tried"
 """In a node's meta: why it may mix tokens, None if it treated made-up tokens alike."""
@@ -33,23 +35,35 @@ def try_operators(gm: GraphModule, inputs: Mapping[Node, object]) -> None:
     other results by far more than rounding does.
 
     Args:
-        gm: of which nothing but the nodes' meta is changed.
+        gm: changed in place, where an operator has no gradient: it raises where one is asked for.
         inputs: what each placeholder was given.
     """
     found: dict[str, str | None] = {}
     for node in gm.graph.nodes:
-        if node.op == "call_function" and _library(node.target) not in _OURS:
+        operator = operator_of(node.target) if node.op == "call_function" else None
+        if operator is not None and operator.namespace not in _OURS:
             key = repr((node.target, map_arg(node.args, _form), map_arg(node.kwargs, _form)))
             if key not in found:
                 found[key] = _trial(node, gm, inputs)
             node.meta[TRIED] = found[key]
+            if found[key] is None and not has_gradient(operator):
+                node.target = _without_gradient(operator)
 
 
-def _library(target: Any) -> str:
-    """The namespace of an operator; of what is none, PyTorch's."""
-    if isinstance(target, torch._ops.OpOverloadPacket):
-        target = getattr(target, target.overloads()[0])
-    return target.namespace if isinstance(target, torch._ops.OpOverload) else "aten"
+@functools.cache
+def _without_gradient(operator: Any) -> Callable[..., Any]:
+    """An operator that autograd does not know: PyTorch would go on as if it were constant."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
+            raise NotImplementedError(
+                f"{operator} has no gradient, and something before it is trained: expected a call under"
+                " torch.no_grad(), or no parameter before it that requires a gradient"
+            )
+        return operator(*args, **kwargs)
+
+    call.__name__ = operator.name().replace("::", "_").replace(".", "_")
+    return call
 
 
 def _trial(node: Node, gm: GraphModule, inputs: Mapping[Node, object]) -> str | None:
@@ -57,6 +71,8 @@ def _trial(node: Node, gm: GraphModule, inputs: Mapping[Node, object]) -> str | 
     sizes: dict[object, int] = {}
     generator = torch.Generator().manual_seed(0)
     try:
+        if schema_of(operator_of(node.target)).is_mutable:
+            raise _UntriedError("it writes to its arguments")
         for arg in node.all_input_nodes:
             made[arg] = _random(arg, sizes, generator) if _axes(arg) else _constant(arg, gm, inputs)
         out = value(node)

@@ -29,6 +29,20 @@ def schema_of(target: object) -> Any:
     )
 
 
+def operator_of(target: Any) -> Any:
+    """An operator of the dispatcher, of a packet that has one; None for anything else that can be called."""
+    if isinstance(target, attribute(torch, "_ops.OpOverloadPacket", "torch")):
+        target = getattr(target, target.overloads()[0])
+    return target if schema_of(target) is not None else None
+
+
+def has_gradient(operator: Any) -> bool:
+    """Whether an operator of the dispatcher is known to autograd; if not, what flows back through it ends there."""
+    known = attribute(torch, "_C._dispatch_has_kernel_for_dispatch_key", "torch")
+    name = operator.name()
+    return any(known(name, key) for key in ("Autograd", "AutogradCPU", "AutogradCUDA", "CompositeImplicitAutograd"))
+
+
 def taking(target: object, who: str, given: Sequence[str], needs: Collection[str]) -> Any:
     """What can be called, as graphs hold it: ``torch.ops.vlm.name`` is its ``.default``, anything else is itself.
 

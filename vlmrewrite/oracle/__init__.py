@@ -3,8 +3,8 @@
 In: an unmodified model, inputs and masks. Out: the logits that a rewritten model must agree with.
 """
 
-from vlmrewrite.oracle.hooks import oracle_logits
+from vlmrewrite.oracle.hooks import oracle_logits, positioned
 from vlmrewrite.oracle.masks import LayerMasks
 from vlmrewrite.oracle.verify import layer_masks, verify_applied
 
-__all__ = ["LayerMasks", "layer_masks", "oracle_logits", "verify_applied"]
+__all__ = ["LayerMasks", "layer_masks", "oracle_logits", "positioned", "verify_applied"]

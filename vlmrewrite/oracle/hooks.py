@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from vlmrewrite.hf import attention_swapped, decoder_layers, recurrent_mixers
+from vlmrewrite.hf import attention_swapped, decoder_layers, decoder_of, recurrent_mixers
 from vlmrewrite.oracle.edits import edited
 from vlmrewrite.oracle.masks import BranchMask, LayerMasks
 
@@ -221,6 +222,24 @@ def _only(tokens: Tensor, _: nn.Module, __: Any, output: Any) -> Any:
     return _changed(output, lambda out: torch.where(tokens.reshape(*out.shape[:-1], 1), out, 0.0))
 
 
+@contextlib.contextmanager
+def positioned(model: nn.Module, inputs: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """What to call a model's forward with, while the block runs, so that its decoder gets the ``position_ids``.
+
+    A forward that does not take them by name may hand them to any of its parts: there, the decoder is given them.
+    """
+    if "position_ids" not in inputs or "position_ids" in inspect.signature(model.forward).parameters:
+        yield inputs
+        return
+    given = {"position_ids": inputs["position_ids"]}
+    decoder = decoder_of(model)
+    handle = decoder.register_forward_pre_hook(lambda _, args, kwargs: (args, kwargs | given), with_kwargs=True)
+    try:
+        yield {name: x for name, x in inputs.items() if name != "position_ids"}
+    finally:
+        handle.remove()
+
+
 @torch.no_grad()
 def oracle_logits(model: nn.Module, inputs: dict[str, Any], layers: Sequence[LayerMasks]) -> Tensor:
     """Logits [B, T, V] of the unrewritten model under masks.
@@ -232,5 +251,5 @@ def oracle_logits(model: nn.Module, inputs: dict[str, Any], layers: Sequence[Lay
     if inputs.get("attention_mask") is None:
         some = inputs["input_ids"] if inputs.get("input_ids") is not None else inputs["inputs_embeds"][..., 0]
         inputs["attention_mask"] = torch.ones(some.shape, dtype=torch.int64, device=some.device)
-    with masked(model, layers):
+    with masked(model, layers), positioned(model, inputs) as inputs:
         return model(**inputs, use_cache=False).logits  # type: ignore[no-any-return]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import inspect
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -143,13 +142,12 @@ def generation_agreement(
 def extended(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> dict[str, Any]:
     """A forward's inputs for prompt and generated tokens [B, n], with the positions that ``generate()`` gives them.
 
-    A forward that does not take positions by name makes them of the mask, and may hand those it is given to any part.
+    See :func:`vlmrewrite.oracle.positioned` for a forward that does not take positions by name.
     """
     n = tokens.shape[1]
     out = dict(inputs)
     mask = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"]))
-    if "position_ids" in inspect.signature(model.forward).parameters:
-        out["position_ids"] = _positions(model, inputs | {"attention_mask": mask}, tokens)
+    out["position_ids"] = _positions(model, inputs | {"attention_mask": mask}, tokens)
     out["input_ids"] = torch.cat([inputs["input_ids"], tokens], 1)
     out["attention_mask"] = F.pad(mask, (0, n), value=1)
     kinds = {k: inputs[k] for k in ("token_type_ids", "mm_token_type_ids") if inputs.get(k) is not None}

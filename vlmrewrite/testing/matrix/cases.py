@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmrewrite.api import applied
 from vlmrewrite.compiler import rewrite
-from vlmrewrite.oracle import layer_masks
+from vlmrewrite.oracle import layer_masks, positioned
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.plan import Pass
 from vlmrewrite.runtime import trace as captured
@@ -80,7 +80,8 @@ class Case:
             if found is None:
                 return None
             whole, got = found
-            expected = tiny.model(**whole).logits[:, -got.shape[1] :]
+            with positioned(tiny.model, whole) as given:
+                expected = tiny.model(**given).logits[:, -got.shape[1] :]
         except Exception as e:
             return Cell("absent", reason=one_line(f"the unmodified model: {type(e).__name__}: {e}"))
         off, scale = float((got - expected).abs().max()), float(expected.abs().max())

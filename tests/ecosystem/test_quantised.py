@@ -1,0 +1,104 @@
+"""Linear maps of bitsandbytes and torchao, and recipes on them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import vlmrewrite as vr
+from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
+from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
+from vlmrewrite.testing.models import FAMILIES, Row
+
+ROWS = [Row(1, 3, 2), Row(2, 1, 3)]
+
+
+def of_bits(bits):
+    bnb = pytest.importorskip("bitsandbytes")
+
+    def exchange(decoder):
+        for module in [*decoder.modules()]:
+            for name, old in [*module.named_children()]:
+                if isinstance(old, nn.Linear):
+                    sizes = old.in_features, old.out_features
+                    if bits == 8:
+                        new = bnb.nn.Linear8bitLt(*sizes, bias=old.bias is not None, has_fp16_weights=False)
+                        new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
+                    else:
+                        how = {"compute_dtype": old.weight.dtype, "quant_type": "nf4"}
+                        new = bnb.nn.Linear4bit(*sizes, bias=old.bias is not None, **how)
+                        new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+                    new.bias = old.bias
+                    setattr(module, name, new.to("cpu"))
+
+    return exchange
+
+
+def by_torchao(config):
+    torchao = pytest.importorskip("torchao.quantization")
+    return lambda decoder: torchao.quantize_(decoder, getattr(torchao, config)())
+
+
+WAYS = {
+    "bitsandbytes, 4 bits": lambda: of_bits(4),
+    "bitsandbytes, 8 bits": lambda: of_bits(8),
+    "torchao, int8 weights": lambda: by_torchao("Int8WeightOnlyConfig"),
+    "torchao, int8 weights and activations": lambda: by_torchao("Int8DynamicActivationInt8WeightConfig"),
+    "torchao, float8 weights": lambda: by_torchao("Float8WeightOnlyConfig"),
+}
+
+
+def quantised(way, name="llava"):
+    tiny = FAMILIES[name](layers=4)
+    WAYS[way]()(tiny.model.get_decoder())
+    return tiny
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.filterwarnings("ignore:layer .* is quantised")
+def test_recipes_agree_with_the_oracle(way):
+    tiny = quantised(way)
+    inputs = tiny.inputs(ROWS, side="left")
+    for p in (Stride(keep=0.5), STS(keep=5, refine=3, at=1), FastV(keep=0.5, at=1), VISOR([0], [2]), DPVR(at=2)):
+        forward_agreement(tiny.model, inputs, p).check()
+    generation_agreement(tiny.model, inputs, STS(keep=5, refine=3, at=1)).check()
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_keeping_all_is_the_quantised_model(way):
+    tiny = quantised(way, "qwen2_5_vl")
+    inputs, greedy = tiny.inputs(ROWS, side="left"), {"do_sample": False, "max_new_tokens": 4}
+    expected = tiny.model.generate(**inputs, **greedy)
+    with vr.applied(tiny.model, Stride(keep=1_000_000)):
+        assert torch.equal(tiny.model.generate(**inputs, **greedy), expected)
+
+
+def test_the_branch_beside_quantised_layers_is_trained():
+    tiny = quantised("torchao, int8 weights")
+    inputs = tiny.inputs(ROWS)
+    with pytest.warns(UserWarning, match="layer 2 is quantised"):
+        vr.apply(tiny.model, DPVR(at=2))
+    learning = [p for p in tiny.model.parameters() if p.requires_grad]
+    assert all(type(p) is nn.Parameter for p in learning)
+    optimizer, losses = torch.optim.SGD(learning, lr=0.03), []
+    for _ in range(3):
+        loss = tiny.model(**inputs, labels=inputs["input_ids"]).loss
+        losses.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < losses[0]
+
+
+@pytest.mark.filterwarnings("ignore:layer .* is quantised")
+def test_through_four_bits_nothing_is_trained():
+    """The operator of bitsandbytes has no gradient; its own forward takes another one where it is asked for one."""
+    tiny = quantised("bitsandbytes, 4 bits")
+    inputs = tiny.inputs(ROWS)
+    with (
+        vr.applied(tiny.model, DPVR(at=2)),
+        pytest.raises(NotImplementedError, match="gemm_4bit.default has no grad"),
+    ):
+        tiny.model(**inputs, labels=inputs["input_ids"])
