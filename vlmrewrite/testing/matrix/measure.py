@@ -94,4 +94,8 @@ def unpadded(tiny: TinyVLM, rows: int, row: Row) -> list[dict[str, Any]]:
 def padded(inputs: dict[str, Any]) -> dict[str, Any]:
     """The same with two tokens of padding on the left."""
     shape = inputs["input_ids"].shape
-    return {k: torch.nn.functional.pad(x, (2, 0)) if x.shape == shape else x for k, x in inputs.items()}
+
+    def of_tokens(x: Any) -> bool:
+        return isinstance(x, torch.Tensor) and x.shape == shape
+
+    return {k: torch.nn.functional.pad(x, (2, 0)) if of_tokens(x) else x for k, x in inputs.items()}
