@@ -23,6 +23,7 @@ override OLDEST := .venv-oldest
 override OLDEST_PINS := torch==2.11.0 transformers==5.23.0 triton==3.6.0
 override OLDEST_TESTS := $(addprefix tests/,graph/test_compat.py graph/test_compat_dynamo.py unit/test_compat_operators.py \
 	graph/test_capture.py graph/test_threads.py models/test_families.py unit/test_ops.py kernels/test_contract.py)
+override ECOSYSTEM := .venv-ecosystem
 override QUICK := tests/unit tests/graph
 SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))
 
@@ -30,7 +31,7 @@ SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-package
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick aot mutants families oldest lint format typecheck docs wheel clean
+.PHONY: help demo test quick aot mutants families oldest ecosystem lint format typecheck docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -55,6 +56,9 @@ families: $(READY) ## which technique works with which family of models (ARGS="-
 
 oldest: $(OLDEST)/.vlmrewrite ## quick tests with the oldest torch, transformers and Triton (an environment of several GB)
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(OLDEST_TESTS) $(ARGS)
+
+ecosystem: $(ECOSYSTEM)/.vlmrewrite ## recipes on models of PEFT, bitsandbytes, torchao (an environment of its own)
+	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem $(ARGS)
 
 lint: $(READY) ## ruff: rules and format; who imports whom; the compiler's lines of code
 	$(BIN)/python -m ruff check .
@@ -119,4 +123,13 @@ $(OLDEST)/.vlmrewrite: pyproject.toml constraints.txt $(READY)
 	printf '%s\n' $(OLDEST_PINS) >> "$(OLDEST)/constraints.txt"
 	$(OLDEST)/bin/python -m pip install -c "$(OLDEST)/constraints.txt" 'setuptools>=77.0.3'
 	$(OLDEST)/bin/python -m pip install -c "$(OLDEST)/constraints.txt" --no-build-isolation -e '.[dev]'
+	touch "$@"
+
+# Borrows what $(VENV) has, and adds the libraries of tests/ecosystem/requirements.txt.
+$(ECOSYSTEM)/.vlmrewrite: tests/ecosystem/requirements.txt $(READY)
+	$(BIN)/python -m venv "$(ECOSYSTEM)"
+	$(BIN)/python -c '$(SITES)' > "$$($(ECOSYSTEM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	cp "$(VENV)/constraints.txt" "$(ECOSYSTEM)/constraints.txt"
+	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^(torch|transformers|triton|numpy)==' | cut -d+ -f1 >> "$(ECOSYSTEM)/constraints.txt"
+	$(ECOSYSTEM)/bin/python -m pip install -c "$(ECOSYSTEM)/constraints.txt" -r tests/ecosystem/requirements.txt
 	touch "$@"

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
+import re
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from tests.depth import same_graphs
@@ -35,6 +36,9 @@ REFUSED = {
 }
 """Families that are refused, with what is said."""
 
+NO_MEANING = "its MLP cannot run on"
+"""What is said of plans that mean nothing in some families."""
+
 NAMES = sorted(ZOO.keys() - REFUSED.keys())
 
 
@@ -46,7 +50,12 @@ def tiny(name: str) -> TinyVLM:
 @given(st.sampled_from(NAMES), rows(), sides(), techniques(DEPTH) | st.tuples(plans(DEPTH)), st.integers(0, 99))
 def test_forward_agrees_with_the_oracle(name, batch, side, passes, seed):
     model = tiny(name)
-    forward_agreement(model.model, model.inputs(batch, side=side, seed=seed), [*passes], strict=False).check()
+    try:
+        found = forward_agreement(model.model, model.inputs(batch, side=side, seed=seed), [*passes], strict=False)
+    except ValueError as e:
+        assume(not re.search(NO_MEANING, str(e)))
+        raise
+    found.check()
 
 
 @settings(max_examples=max(2, settings.default.max_examples // 4))  # each captures twice
