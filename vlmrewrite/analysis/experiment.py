@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from itertools import count
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -139,7 +140,7 @@ def _constant(node: Node, gm: GraphModule, inputs: Mapping[Node, object]) -> Any
     if node in inputs:
         return inputs[node]
     if node.op == "get_attr":
-        return gm.get_parameter(node.target) if isinstance(node.target, str) else None
+        return attrgetter(str(node.target))(gm)
     return _run(node, lambda n: _constant(n, gm, inputs))
 
 
