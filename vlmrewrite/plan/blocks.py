@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from vlmrewrite.compat import initialise
-from vlmrewrite.hf import decoder_layers, dequantise
+from vlmrewrite.hf import decoder_layers, decoder_of, dequantise
 
 ATTRIBUTE = "vlmrewrite_blocks"
 """Where they stand on a rewritten model, an ``nn.ModuleDict``."""
@@ -53,7 +53,7 @@ class LayerCopy:
                 stacklevel=2,
             )
         if self.init == "random":
-            initialise(block, model)
+            initialise(block, decoder_of(model))  # as its own class does, whose config is the text's
         return block.requires_grad_(True)
 
     def __str__(self) -> str:
