@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping
-from itertools import count
 from operator import attrgetter
 from typing import Any
 
@@ -13,14 +12,14 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from vlmrewrite.analysis.graph import expression, is_number, symbols, value
+from vlmrewrite.analysis.graph import expression, is_number, sizes, symbols, value
 from vlmrewrite.compat import has_gradient, operator_of, schema_of
 
 TRIED = "vlmrewrite_tried"
 """In a node's meta: why it may mix tokens, None if it treated made-up tokens alike."""
 
 _OURS = ("aten", "prim", "prims", "vlm")
-_FEW, _KEPT, _LOUD = 3, slice(0, None, 2), 1000.0
+_KEPT, _LOUD = slice(0, None, 2), 1000.0
 
 
 class _UntriedError(Exception):
@@ -45,7 +44,7 @@ def try_operators(gm: GraphModule, inputs: Mapping[Node, object]) -> None:
         if operator is not None and operator.namespace not in _OURS:
             key = repr((node.target, map_arg(node.args, _form), map_arg(node.kwargs, _form)))
             if key not in found:
-                found[key] = _trial(node, gm, inputs)
+                found[key] = _trial(node, operator, gm, inputs)
             node.meta[TRIED] = found[key]
             if found[key] is None and not has_gradient(operator):
                 node.target = _without_gradient(operator)
@@ -67,15 +66,15 @@ def _without_gradient(operator: Any) -> Callable[..., Any]:
     return call
 
 
-def _trial(node: Node, gm: GraphModule, inputs: Mapping[Node, object]) -> str | None:
+def _trial(node: Node, operator: Any, gm: GraphModule, inputs: Mapping[Node, object]) -> str | None:
     made: dict[Node, Any] = {}
-    sizes: dict[object, int] = {}
+    numbers: dict[object, int] = {}
     generator = torch.Generator().manual_seed(0)
     try:
-        if schema_of(operator_of(node.target)).is_mutable:
+        if schema_of(operator).is_mutable:
             raise _UntriedError("it writes to its arguments")
         for arg in node.all_input_nodes:
-            made[arg] = _random(arg, sizes, generator) if _axes(arg) else _constant(arg, gm, inputs)
+            made[arg] = _random(arg, numbers, generator) if _axes(arg) else _constant(arg, gm, inputs)
         out = value(node)
         if not isinstance(out, Tensor):
             raise _UntriedError("its result is not one tensor")
@@ -99,14 +98,9 @@ def _compare(node: Node, made: Mapping[Node, Any], axis: tuple[int, object]) -> 
     for arg in those:
         few[arg], loud[arg] = kept(made[arg]).contiguous(), made[arg] * _LOUD
         loud[arg].movedim(place, 0)[_KEPT] = made[arg].movedim(place, 0)[_KEPT]
-    alone, among = _called(node, few), kept(_called(node, loud))
+    alone, among = _run(node, few.__getitem__).double(), kept(_run(node, loud.__getitem__).double())
     if alone.shape != among.shape or not (alone - among).abs().max() <= 0.05 * alone.abs().max():
         raise _UntriedError("tokens that were left out changed what came out for others")
-
-
-def _called(node: Node, made: Mapping[Node, Any]) -> Tensor:
-    out: Tensor = _run(node, made.__getitem__)
-    return out.double()
 
 
 def _run(node: Node, known: Callable[[Node], Any]) -> Any:
@@ -118,18 +112,17 @@ def _run(node: Node, known: Callable[[Node], Any]) -> Any:
 
 def _axes(node: Node) -> dict[int, object]:
     """Dimensions of a tensor that are of no fixed size, counted from the right, and their sizes."""
-    x = value(node)
-    shape = x.shape if isinstance(x, Tensor) else ()
-    return {d - len(shape): expression(n) for d, n in enumerate(shape) if symbols(n)}
+    shape = sizes(node) if isinstance(value(node), Tensor) else []
+    return {d - len(shape): n for d, n in enumerate(shape) if symbols(n)}
 
 
-def _random(node: Node, sizes: dict[object, int], generator: torch.Generator) -> Tensor:
+def _random(node: Node, numbers: dict[object, int], generator: torch.Generator) -> Tensor:
     x = value(node)
     if not x.dtype.is_floating_point:
         raise _UntriedError("it takes whole numbers")
-    for s in sorted({s for n in x.shape for s in symbols(n)} - sizes.keys(), key=str):
-        sizes[s] = next(n for n in count(2 * _FEW) if n not in sizes.values())
-    shape = [int(expression(n).subs(sizes)) if symbols(n) else n for n in x.shape]
+    for s in sorted({s for n in x.shape for s in symbols(n)} - numbers.keys(), key=str):
+        numbers[s] = 6 + len(numbers)
+    shape = [int(n.subs(numbers)) if symbols(n) else n for n in sizes(node)]
     return torch.randn(shape, generator=generator).to(x.device, x.dtype)
 
 
@@ -147,5 +140,5 @@ def _constant(node: Node, gm: GraphModule, inputs: Mapping[Node, object]) -> Any
 def _form(node: Node) -> Any:
     x = value(node)
     if isinstance(x, Tensor):
-        return x.dtype, tuple(expression(n) for n in x.shape)
+        return x.dtype, sizes(node)
     return expression(x) if is_number(node) else x

@@ -16,7 +16,7 @@ from vlmrewrite.analysis import try_operators
 from vlmrewrite.capture.alike import Alike
 from vlmrewrite.capture.expand import UnlikeError, reason_of
 from vlmrewrite.capture.graph import Graph
-from vlmrewrite.capture.traces import CALLER, Caller, NotCapturedError, traces_of
+from vlmrewrite.capture.traces import CALLER, Caller, NotCapturedError, form_of, traces_of
 from vlmrewrite.compat import at_graph_limit, global_hooks, graph_limit, hooks_of, untraceable, untraced
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, parameter_inputs
@@ -47,16 +47,16 @@ class CapturedForward:
         whole: why all layers are traced, although some seemed alike; None where that is not so.
     """
 
-    def __init__(self, forward: Callable[..., Any], model: nn.Module, role: str) -> None:
+    def __init__(self, forward: Callable[..., Any], form: tuple[Any, ...], role: str) -> None:
         self.forward = forward
         self.seconds: list[float] = []
-        self._traces = traces_of(forward, model, role, limit)
+        self._traces = traces_of(forward, form, role, limit)
         self._ran: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.whole: str | None = None
         self._alike: Alike | None = None
         self._lock = threading.Lock()
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
-        parameters = inspect.signature(self._traces.forward).parameters.values()
+        parameters = inspect.signature(forward).parameters.values()
         self._absent = {p.name: None for p in parameters if p.default is None and p.name not in _OURS}
 
     @property
@@ -199,8 +199,8 @@ class Captures:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        forward = type(model).forward
-        self.call, self.text, self.inner = (CapturedForward(forward, model, x) for x in ("call", "text", "inner"))
+        forward, form = type(model).forward, form_of(model)
+        self.call, self.text, self.inner = (CapturedForward(forward, form, x) for x in ("call", "text", "inner"))
 
 
 def places_of(modality: str, images: Encoded, inputs: Sequence[Any]) -> dict[str, int]:

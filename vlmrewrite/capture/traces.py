@@ -79,18 +79,22 @@ _KNOWN: weakref.WeakValueDictionary[tuple[Any, ...], Traces] = weakref.WeakValue
 _LOCK = threading.Lock()
 
 
-def traces_of(forward: Forward, model: nn.Module, role: str, limit: Callable[[], int]) -> Traces:
-    """What is shared by models of this one's form: of the same modules and configuration.
+def form_of(model: nn.Module) -> tuple[Any, ...]:
+    """What models have in common that may share graphs: modules and configuration; the rest, Dynamo guards on."""
+    modules = tuple((name, type(module)) for name, module in model.named_modules())
+    return repr(getattr(model, "config", None)), modules
 
-    What else makes a graph another one, Dynamo guards on.
+
+def traces_of(forward: Forward, form: tuple[Any, ...], role: str, limit: Callable[[], int]) -> Traces:
+    """What is shared by models of a form.
 
     Args:
-        forward: the model's class's.
+        forward: the models' class's.
+        form: see :func:`form_of`.
         role: what is captured apart from what else is; ``"inner"`` writes features into a decoder's embeddings.
         limit: how many graphs there may be of one model.
     """
-    modules = tuple((name, type(module)) for name, module in model.named_modules())
-    key = (role, forward, repr(getattr(model, "config", None)), modules)
+    key = (role, forward, *form)
     with _LOCK:
         if (found := _KNOWN.get(key)) is None:
             found = _KNOWN[key] = Traces(_merging(forward) if role == "inner" else forward, limit)
