@@ -9,6 +9,7 @@ import torch
 from hypothesis import settings
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.plan.pipeline import run_passes
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.testing import models, strategies
@@ -16,6 +17,16 @@ from vlmrewrite.testing.models import Row, tiny
 
 CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
 """Configurations of VISOR to choose among, from the cheapest to the most demanding."""
+
+
+ONE_EACH = {
+    "stride": [Stride(0.5)],
+    "sts": [STS(keep=5, refine=3, at=1)],
+    "fastv": [FastV(keep=0.5, at=1)],
+    "dpvr": [DPVR()],
+    "visor": [VISOR([0], [2])],
+}
+"""A recipe of each kind of technique."""
 
 
 def planned(*passes, depth=8, features=frozenset()):
@@ -71,6 +82,26 @@ def with_grid(name, dtype=torch.float32):
     made = tiny.tiny_model("llava", LlavaForConditionalGeneration, config, tiny.square(24, 36), 0)
     made.model.to(dtype)
     return made
+
+
+def exchange_linear(decoder, make):
+    """Put what ``make`` makes of each linear map of a decoder in its place."""
+    for module in [*decoder.modules()]:
+        for name, child in [*module.named_children()]:
+            if isinstance(child, torch.nn.Linear):
+                setattr(module, name, make(child))
+
+
+def losses(model, inputs, learning, rate, steps):
+    """The loss of the inputs before each of some steps of gradient descent."""
+    optimizer, seen = torch.optim.SGD(learning, lr=rate), []
+    for _ in range(steps):
+        loss = model(**inputs, labels=inputs["input_ids"]).loss
+        seen.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return seen
 
 
 def token_of(i, tokens, rows, columns):

@@ -7,6 +7,7 @@ import torch
 
 import vlmrewrite as vr
 from tests.ecosystem.test_quantised import quantised
+from tests.small import losses
 from vlmrewrite.passes import STS, Stride
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
@@ -82,14 +83,8 @@ def test_an_adapter_is_trained_under_a_recipe():
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     assert learning
     assert all("lora_" in name for name in learning)
-    optimizer, losses = torch.optim.SGD(learning.values(), lr=0.1), []
-    for _ in range(4):
-        loss = model(**inputs, labels=inputs["input_ids"]).loss
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses[-1] < losses[0]
+    seen = losses(model, inputs, learning.values(), 0.1, 4)
+    assert seen[-1] < seen[0]
 
 
 def test_adapters_on_four_bits_run_and_are_not_trained():

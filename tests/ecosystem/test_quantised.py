@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 import vlmrewrite as vr
+from tests.small import exchange_linear, losses
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import FAMILIES, Row
@@ -17,22 +18,18 @@ ROWS = [Row(1, 3, 2), Row(2, 1, 3)]
 def of_bits(bits):
     bnb = pytest.importorskip("bitsandbytes")
 
-    def exchange(decoder):
-        for module in [*decoder.modules()]:
-            for name, old in [*module.named_children()]:
-                if isinstance(old, nn.Linear):
-                    sizes = old.in_features, old.out_features
-                    if bits == 8:
-                        new = bnb.nn.Linear8bitLt(*sizes, bias=old.bias is not None, has_fp16_weights=False)
-                        new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
-                    else:
-                        how = {"compute_dtype": old.weight.dtype, "quant_type": "nf4"}
-                        new = bnb.nn.Linear4bit(*sizes, bias=old.bias is not None, **how)
-                        new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
-                    new.bias = old.bias
-                    setattr(module, name, new.to("cpu"))
+    def quantised(old):
+        sizes, biased = (old.in_features, old.out_features), old.bias is not None
+        if bits == 8:
+            new = bnb.nn.Linear8bitLt(*sizes, bias=biased, has_fp16_weights=False)
+            new.weight = bnb.nn.Int8Params(old.weight.data, requires_grad=False, has_fp16_weights=False)
+        else:
+            new = bnb.nn.Linear4bit(*sizes, bias=biased, compute_dtype=old.weight.dtype, quant_type="nf4")
+            new.weight = bnb.nn.Params4bit(old.weight.data, requires_grad=False, quant_type="nf4")
+        new.bias = old.bias
+        return new.to("cpu")
 
-    return exchange
+    return lambda decoder: exchange_linear(decoder, quantised)
 
 
 def by_torchao(config):
@@ -81,15 +78,9 @@ def test_the_branch_beside_quantised_layers_is_trained():
         vr.apply(tiny.model, DPVR(at=2))
     learning = [p for p in tiny.model.parameters() if p.requires_grad]
     assert all(type(p) is nn.Parameter for p in learning)
-    optimizer, losses = torch.optim.SGD(learning, lr=0.03), []
-    for _ in range(3):
-        loss = tiny.model(**inputs, labels=inputs["input_ids"]).loss
-        losses.append(float(loss.detach()))
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    assert losses == sorted(losses, reverse=True)
-    assert losses[-1] < losses[0]
+    seen = losses(tiny.model, inputs, learning, 0.03, 3)
+    assert seen == sorted(seen, reverse=True)
+    assert seen[-1] < seen[0]
 
 
 @pytest.mark.filterwarnings("ignore:layer .* is quantised")

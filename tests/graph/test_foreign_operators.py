@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 import vlmrewrite as vr
+from tests.small import exchange_linear
 from vlmrewrite.hf import dequantise
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
@@ -86,10 +87,7 @@ class FourBits(nn.Module):
 
 def quantised(name="llava", **how):
     tiny = ZOO[name](layers=4)
-    for module in [*tiny.model.get_decoder().modules()]:
-        for key, child in [*module.named_children()]:
-            if isinstance(child, nn.Linear):
-                setattr(module, key, FourBits(child, **how))
+    exchange_linear(tiny.model.get_decoder(), lambda linear: FourBits(linear, **how))
     return tiny
 
 

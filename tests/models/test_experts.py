@@ -23,17 +23,17 @@ from transformers import (
 from transformers.models.llava.modeling_llava import LlavaModel, LlavaModelOutputWithPast
 
 import vlmrewrite as vr
-from tests.small import crossed, family
+from tests.small import ONE_EACH, crossed, family
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.ops import EXPERT_LINEAR, expert_linear
-from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
+from vlmrewrite.passes import Stride
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import IMAGE, ZOO, Row, TinyVLM
 from vlmrewrite.testing.models.families import llava_of
 from vlmrewrite.testing.models.tiny import decoder_sizes, square, tiny_model, tower_sizes
 
 ROWS = [Row(2), Row(1, 3, 1), Row(0, 5, 2)]
-RECIPES = [[Stride(0.5)], [STS(keep=5, refine=3, at=1)], [FastV(keep=0.5, at=1)], [DPVR()], [VISOR([0], [2])]]
+RECIPES = [*ONE_EACH.values()]
 ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 16}
 GROUPS = {"n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1}
 

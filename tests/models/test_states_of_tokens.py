@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import vlmrewrite as vr
-from tests.small import CHAIN, crossed
-from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
+from tests.small import CHAIN, ONE_EACH, crossed
+from vlmrewrite.passes import VISOR, FastV, Stride
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.matrix.cases import CASES
 from vlmrewrite.testing.models import ZOO, Row
@@ -16,14 +16,7 @@ ROWS = [Row(1, 3, 2), Row(2, 1, 3), Row(0, 4, 1)]
 PARTED = [{"self_layers": [0]}, {"self_layers": [0, 2]}, {"self_layers": [0, 1, 2, 3]}]
 """Configurations that part behind layer 0."""
 
-RECIPES = {
-    "stride": [Stride(0.5)],
-    "sts": [STS(keep=5, refine=3, at=1)],
-    "fastv": [FastV(keep=0.5, at=1)],
-    "dpvr": [DPVR()],
-    "visor": [VISOR([0], [2])],
-    "dispatch": [Stride(0.5), VISOR(policy="confidence", chain=PARTED, threshold=0.5)],
-}
+RECIPES = ONE_EACH | {"dispatch": [Stride(0.5), VISOR(policy="confidence", chain=PARTED, threshold=0.5)]}
 
 
 @pytest.fixture(scope="module")
