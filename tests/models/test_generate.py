@@ -232,17 +232,16 @@ def test_an_empty_cache_is_exchanged_and_others_refused(llava):
         model(input_ids=torch.tensor([[9]]), past_key_values=mine)
 
 
-def test_attentions_and_hidden_states_are_refused(llava, monkeypatch):
+def test_attentions_are_refused(llava, monkeypatch):
     model, inputs = llava.model, llava.inputs(ONE, seed=13)
     with vr.applied(model, SOME), torch.no_grad():
-        for name in ("output_attentions", "output_hidden_states"):
-            with pytest.raises(NotImplementedError, match=name):
-                model(**inputs, **{name: True})
+        with pytest.raises(NotImplementedError, match="output_attentions=True is not available"):
+            model(**inputs, output_attentions=True)
         for config in (model.config, model.config.text_config):
-            monkeypatch.setattr(config, "output_hidden_states", True)
-            with pytest.raises(NotImplementedError, match=r"output_hidden_states=True \(in the config\)"):
+            monkeypatch.setattr(config, "output_attentions", True)
+            with pytest.raises(NotImplementedError, match=r"output_attentions=True \(in the config\)"):
                 model(**inputs)
-            assert model(**inputs, output_hidden_states=False).logits.shape[:2] == inputs["input_ids"].shape
+            assert model(**inputs, output_attentions=False).logits.shape[:2] == inputs["input_ids"].shape
             monkeypatch.undo()
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vlmrewrite.compat.private import attribute, find, lacking
@@ -22,6 +23,18 @@ def memory_is_shared(x: Tensor, owners: int) -> bool:
 def memory_of(x: Tensor) -> int:
     """Which memory a tensor is in, fake or real: the same number for all views of it, as long as it lives."""
     return int(attribute(x.untyped_storage(), "_cdata", "torch"))
+
+
+def record_outputs(model: nn.Module) -> None:
+    """Let transformers' hooks for ``output_hidden_states`` stand on a model's parts.
+
+    It puts them there at the first request, and cannot while Dynamo traces.
+    """
+    install = find("transformers.utils.output_capturing", "maybe_install_capturing_hooks")
+    known = find("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY")
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel) and known.get(module):
+            install(module)
 
 
 def tokens_of_image(processor: Any, height: int, width: int) -> int | None:
