@@ -18,7 +18,8 @@ from torch import nn
 from vlmrewrite.analysis import analyse
 from vlmrewrite.capture import Graph
 from vlmrewrite.compat import inductor
-from vlmrewrite.lower import Executable, by_kind, lower
+from vlmrewrite.hf import Checkpointing
+from vlmrewrite.lower import Executable, by_kind, lower, recomputed
 from vlmrewrite.ops import Kernels
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
 from vlmrewrite.rewrite import Program, check_sets, dispatch, legalize
@@ -105,6 +106,7 @@ def compile(
     kernels: Kernels,
     backend: Literal["eager", "inductor"],
     device: torch.device,
+    again: Checkpointing | None = None,
 ) -> Executable:
     """Make a captured program ready to run under some passes.
 
@@ -114,6 +116,7 @@ def compile(
         strict: raise when a pass is refused, or its ``change`` says nothing to the plan.
         blocks: modules of the blocks that the passes ask for, by name.
         kernels, backend, device: what runs it, and where.
+        again: which layers the backward pass computes again.
 
     Raises:
         ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
@@ -122,7 +125,8 @@ def compile(
     rewritten = rewrite(program, passes, strict=strict, blocks=blocks)
     lowered = [lower(gm, kernels, device) for gm in rewritten.graphs]
     graphs = tuple(low.graph_module for low in lowered)
-    parts = graphs if backend == "eager" else tuple(map(inductor, graphs))
+    saving = graphs if again is None else tuple(recomputed(gm, again.run, again.which) for gm in graphs)
+    parts = saving if backend == "eager" else tuple(map(inductor, saving))
     return Executable(rewritten, backend, by_kind(sum((low.counts for low in lowered), Counter())), graphs, parts)
 
 

@@ -28,12 +28,14 @@ def memory_of(x: Tensor) -> int:
 def record_outputs(model: nn.Module) -> None:
     """Let transformers' hooks for ``output_hidden_states`` stand on a model's parts.
 
-    It puts them there at the first request, and cannot while Dynamo traces.
+    It puts them there at the first request, and cannot while Dynamo traces. Those of a part that has some are not put
+    on it again with those of the whole.
     """
     install = find("transformers.utils.output_capturing", "maybe_install_capturing_hooks")
     known = find("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY")
     for module in model.modules():
-        if isinstance(module, PreTrainedModel) and known.get(module):
+        there = any(getattr(m, "_output_capturing_hooks_installed", False) for m in module.modules())
+        if isinstance(module, PreTrainedModel) and known.get(module) and not there:
             install(module)
 
 

@@ -4,6 +4,7 @@ In: a Hugging Face model and the arguments of its ``forward``. Out: plain facts 
 for the stages behind. Nothing here knows of plans or graphs.
 """
 
+from vlmrewrite.hf.checkpointing import Checkpointing, is_checkpointing, take_checkpointing
 from vlmrewrite.hf.decoder import (
     EXPERTS,
     IMPLEMENTATION,
@@ -35,7 +36,7 @@ from vlmrewrite.hf.inputs import (
     without_full_mask,
 )
 from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
-from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
+from vlmrewrite.hf.support import APPLIED, check_support
 from vlmrewrite.hf.vision import (
     MODALITIES,
     Encoded,
@@ -54,6 +55,7 @@ __all__ = [
     "EXPERTS",
     "IMPLEMENTATION",
     "MODALITIES",
+    "Checkpointing",
     "Encoded",
     "Encoding",
     "Projection",
@@ -73,6 +75,7 @@ __all__ = [
     "frame_grids",
     "grids",
     "images_of",
+    "is_checkpointing",
     "is_recurrent",
     "keeping_all_tokens",
     "language_model",
@@ -86,10 +89,10 @@ __all__ = [
     "projections",
     "prompt_end",
     "recurrent_mixers",
-    "refuse_checkpointing",
     "refuse_packed",
     "run_around",
     "swap_attention",
+    "take_checkpointing",
     "tidy",
     "wants_cache",
     "watched",

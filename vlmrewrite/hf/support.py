@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
 from transformers import PreTrainedModel
 
 from vlmrewrite.compat import attention_implementation, experts_implementation, is_compiled
@@ -66,19 +65,6 @@ def check_support(model: Any) -> int:
         raise ValueError(f"the text config has num_hidden_layers={depth!r}; expected at least one decoder layer")
     refuse_cache_layers(model)
     return depth
-
-
-def refuse_checkpointing(model: nn.Module) -> None:
-    """Refuse a model that recomputes its layers in the backward pass.
-
-    Raises:
-        NotImplementedError: it is in training, and gradient checkpointing is on.
-    """
-    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        raise NotImplementedError(
-            "gradient checkpointing is on, and the rewritten graph keeps its activations: call"
-            " model.gradient_checkpointing_disable()"
-        )
 
 
 def _check_kind(model: Any) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
 from transformers.utils.generic import can_return_tuple
 
@@ -145,15 +146,23 @@ def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callabl
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if inside_torch_compile():
-        raise RuntimeError(
-            f"a recipe is applied to this {type(self).__name__}, and it was called behind torch.compile, which cannot"
-            " look into it: use apply(..., backend='inductor') in its place, or vlmrewrite.restore(model) first"
-        )
+def _own(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session = session_of(self)
     prompt = kwargs.pop(ARGUMENT, None) or current_prompt((session, "forward")) or Prompt()
     return session.forward(self, prompt, args, kwargs)
+
+
+_REASON = "a rewritten model is compiled by apply(..., backend='inductor')"
+
+
+@torch.compiler.disable(reason=_REASON)  # type: ignore[untyped-decorator]
+def _behind_compile(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    session_of(self).told_compiled(next(self.parameters()).device)
+    return _own(self, *args, **kwargs)
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return (_behind_compile if inside_torch_compile() else _own)(self, *args, **kwargs)
 
 
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
