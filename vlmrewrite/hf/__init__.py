@@ -36,6 +36,7 @@ from vlmrewrite.hf.inputs import (
     without_full_mask,
 )
 from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
+from vlmrewrite.hf.placement import exchanged, scattered
 from vlmrewrite.hf.support import APPLIED, check_support
 from vlmrewrite.hf.vision import (
     MODALITIES,
@@ -72,6 +73,7 @@ __all__ = [
     "encode_images",
     "encoded_images",
     "encoder_features",
+    "exchanged",
     "frame_grids",
     "grids",
     "images_of",
@@ -91,6 +93,7 @@ __all__ = [
     "recurrent_mixers",
     "refuse_packed",
     "run_around",
+    "scattered",
     "swap_attention",
     "take_checkpointing",
     "tidy",

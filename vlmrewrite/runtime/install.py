@@ -15,11 +15,13 @@ from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import StaticCache
 from transformers.utils.generic import can_return_tuple
 
 from vlmrewrite import capture, hf
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, MODALITIES, on_base_model, swap_attention, watched
+from vlmrewrite.kvcache import adopt
 from vlmrewrite.ops import swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection
 from vlmrewrite.rewrite import Program
@@ -197,6 +199,9 @@ def _prepared(session: Session, own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def prepare(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache):  # for which masks of another form would be made
+            adopt(cache, own.__self__)  # type: ignore[attr-defined]
         inputs, prompt = own(*args, **kwargs), current_prompt(session)
         if prompt is None:
             return inputs

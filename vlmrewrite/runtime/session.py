@@ -143,6 +143,8 @@ class Session:
                 try:
                     return self._with_images(captures_of(model).call, model, model, cache, given, rest, keep)
                 except CaptureError as e:
+                    if hf.exchanged(hf.decoder_of(model)):  # by what this one cannot see into
+                        raise
                     untraced = str(e)
             with self.around(model, prompt, given.images):
                 out = type(model).forward(model, **kwargs, past_key_values=cache, use_cache=True, return_dict=True)
