@@ -36,6 +36,7 @@ from vlmrewrite.hf.inputs import (
 )
 from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
+from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
     MODALITIES,
     Encoded,
@@ -46,7 +47,7 @@ from vlmrewrite.hf.vision import (
     images_of,
     watched,
 )
-from vlmrewrite.hf.weights import dequantise
+from vlmrewrite.hf.weights import chosen, dequantise
 from vlmrewrite.hf.wrapped import base_model_of, on_base_model
 
 __all__ = [
@@ -58,15 +59,18 @@ __all__ = [
     "Encoding",
     "Projection",
     "Sizes",
+    "Undo",
     "attention_swapped",
     "base_model_of",
     "cache_argument",
     "cache_layers",
     "check_support",
+    "chosen",
     "decoder_configs",
     "decoder_layers",
     "decoder_of",
     "dequantise",
+    "drop",
     "encode_images",
     "encoded_images",
     "encoder_features",

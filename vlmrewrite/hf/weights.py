@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -50,6 +51,15 @@ def dequantise(block: nn.Module) -> int:
         block.set_submodule(path, made.train(module.training))
         stored += sum(p.numel() * p.element_size() for p in made.parameters())
     return stored
+
+
+def chosen(layers: Iterable[nn.Module]) -> bool:
+    """Whether somebody has chosen already what of a model learns: weights of its layers do not, and they could.
+
+    Of a module that holds weights of a few bits, its bias says nothing: whoever put it there has frozen both.
+    """
+    own = [[*m.parameters(recurse=False)] for layer in layers for m in layer.modules()]
+    return any(not p.requires_grad for found in own if all(map(_trainable, found)) for p in found)
 
 
 def _trainable(p: Tensor) -> bool:
