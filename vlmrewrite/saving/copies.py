@@ -13,20 +13,14 @@ from vlmrewrite.plan import ATTRIBUTE, FEATURES, Plan, run_passes
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime import Session, install_session, session_of
 from vlmrewrite.saving.pretrained import load_state_dict, save_pretrained
-from vlmrewrite.saving.twin import sharing, without_recipe
-
-
-def deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy with a session, blocks and cache of graphs of its own."""
-    session, held = session_of(self), getattr(self, ATTRIBUTE, None)
-    made, frozen = without_recipe(self, memo)
-    how = session.recipe, session.backend, session.kernels, session.strict, session.plan
-    _install(made, Session(*how, None if held is None else memo[id(held)], session.inner), frozen)
-    return made  # type: ignore[no-any-return]
+from vlmrewrite.saving.twin import sharing
 
 
 def reduce(self: nn.Module, _: Any) -> tuple[Any, ...]:
-    """The model without its recipe, which shares its tensors, and what is needed to apply the recipe again."""
+    """The model without its recipe, which shares its tensors, and what is needed to apply the recipe again.
+
+    Deep copies are made by it too: a ``__deepcopy__`` of the model would be taken for that of a wrapper around it.
+    """
     session = session_of(self)
     frozen = {id(p) for p in vars(self)[APPLIED].frozen}
     names = [name for name, p in self.named_parameters(remove_duplicate=False) if id(p) in frozen]
@@ -45,26 +39,20 @@ def revived(
     strict: bool,
     inner: bool,
 ) -> nn.Module:
-    """What :func:`reduce` has taken apart."""
+    """What :func:`reduce` has taken apart, whole again; what asks for a gradient goes on doing so."""
     plan, _ = run_passes(Plan(depth, frozenset(FEATURES)), recipe.passes)
     named = dict(model.named_parameters(remove_duplicate=False))
-    _install(model, Session(recipe, backend, kernels, strict, plan, blocks, inner), [named[n] for n in frozen])
-    return model
-
-
-def _install(model: nn.Module, session: Session, frozen: list[nn.Parameter]) -> None:
-    """Put a session on a copy; whatever asks for a gradient goes on doing so."""
     asked = [(p, p.requires_grad) for p in model.parameters()]
-    install_session(model, session, METHODS)
+    install_session(model, Session(recipe, backend, kernels, strict, plan, blocks, inner), METHODS)
     for p, wanted in asked:
         p.requires_grad_(wanted)
-    vars(model)[APPLIED].frozen = frozen
+    vars(model)[APPLIED].frozen = [named[name] for name in frozen]
+    return model
 
 
 METHODS: dict[str, Callable[..., Any]] = {
     "save_pretrained": save_pretrained,
     "load_state_dict": load_state_dict,
-    "__deepcopy__": deepcopy,
     "__reduce_ex__": reduce,
 }
 """What stands on a rewritten model in place of its class's ways to save, load and copy it, by name."""
