@@ -12,7 +12,7 @@ Everything else is in the README and in docs/.
 
 from vlmrewrite import moved
 from vlmrewrite.api import applied, apply, calibrate, report, restore, verify
-from vlmrewrite.checkpoint import load_blocks, save_blocks
+from vlmrewrite.checkpoint import from_pretrained, load_blocks, push_to_hub, save_blocks
 from vlmrewrite.compiler import rewrite
 from vlmrewrite.plan import Budget, Depth, Pass, Plan
 from vlmrewrite.recipe import Recipe
@@ -34,8 +34,10 @@ __all__ = [
     "applied",
     "apply",
     "calibrate",
+    "from_pretrained",
     "kept_tokens",
     "load_blocks",
+    "push_to_hub",
     "report",
     "restore",
     "rewrite",

@@ -102,7 +102,7 @@ def compile(
     program: Program,
     passes: Sequence[Pass],
     strict: bool,
-    blocks: nn.ModuleDict,
+    blocks: nn.ModuleDict | None,
     kernels: Kernels,
     backend: Literal["eager", "inductor"],
     device: torch.device,

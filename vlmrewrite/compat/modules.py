@@ -162,3 +162,8 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     # PyTorch's own cannot be traced in other dtypes, nor where rows are not aligned
     by_group: Tensor = torch.ops.transformers.grouped_mm_fallback(x.to(weight.dtype), weight, ends)
     return by_group
+
+
+def changes_of(tensor: Tensor) -> int:
+    """How many times a tensor was written to in place."""
+    return int(attribute(tensor, "_version", "torch"))

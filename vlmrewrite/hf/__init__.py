@@ -38,6 +38,7 @@ from vlmrewrite.hf.inputs import (
 from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.placement import exchanged, scattered
 from vlmrewrite.hf.support import APPLIED, check_support
+from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
     MODALITIES,
     Encoded,
@@ -48,7 +49,7 @@ from vlmrewrite.hf.vision import (
     images_of,
     watched,
 )
-from vlmrewrite.hf.weights import dequantise
+from vlmrewrite.hf.weights import chosen, dequantise
 from vlmrewrite.hf.wrapped import base_model_of, on_base_model
 
 __all__ = [
@@ -61,15 +62,18 @@ __all__ = [
     "Encoding",
     "Projection",
     "Sizes",
+    "Undo",
     "attention_swapped",
     "base_model_of",
     "cache_argument",
     "cache_layers",
     "check_support",
+    "chosen",
     "decoder_configs",
     "decoder_layers",
     "decoder_of",
     "dequantise",
+    "drop",
     "encode_images",
     "encoded_images",
     "encoder_features",

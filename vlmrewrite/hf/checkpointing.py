@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import nn
 
 from vlmrewrite.hf.decoder import decoder_layers
+from vlmrewrite.hf.undo import Undo
 
 _FLAG, _RUN = "gradient_checkpointing", "_gradient_checkpointing_func"
 
@@ -25,7 +25,7 @@ class Checkpointing(NamedTuple):
     which: tuple[bool, ...]
 
 
-def take_checkpointing(model: nn.Module, undo: ExitStack) -> Checkpointing | None:
+def take_checkpointing(model: nn.Module, undo: Undo) -> Checkpointing | None:
     """What the layers' flags ask for; then those of the decoder are off, as long as a recipe is applied.
 
     A decoder that recomputes itself ignores the cache, and could not be captured. So that the model still says that
@@ -41,7 +41,7 @@ def take_checkpointing(model: nn.Module, undo: ExitStack) -> Checkpointing | Non
     Raises:
         NotImplementedError: a part of a layer has such a flag, or a layer does not say what recomputes it.
     """
-    decoder, bearer = model.get_decoder(), vars(_bearer(model))  # type: ignore[operator]
+    decoder, bearer = model.get_decoder(), _bearer(model)  # type: ignore[operator]
     layers = [model.get_submodule(name) for name in decoder_layers(model)]
     inside = [m for layer in layers for m in layer.modules() if m is not layer and getattr(m, _FLAG, False)]
     which = tuple(bool(getattr(layer, _FLAG, False)) for layer in layers)
@@ -54,16 +54,16 @@ def take_checkpointing(model: nn.Module, undo: ExitStack) -> Checkpointing | Non
             "activation_checkpointing_enable(): use that, or switch it off"
         )
     flagged = [m for m in decoder.modules() if getattr(m, _FLAG, False)]
-
-    def again() -> None:
-        for m in flagged if bearer.pop(_FLAG, False) else ():
-            setattr(m, _FLAG, True)
-
-    undo.callback(again)
+    undo.callback(_give_back, bearer, flagged)
     for m in flagged:
         setattr(m, _FLAG, False)
-    bearer[_FLAG] = True
+    vars(bearer)[_FLAG] = True
     return Checkpointing(run, which)
+
+
+def _give_back(bearer: nn.Module, flagged: list[nn.Module]) -> None:
+    for m in flagged if vars(bearer).pop(_FLAG, False) else ():
+        setattr(m, _FLAG, True)
 
 
 def is_checkpointing(model: nn.Module) -> bool:

@@ -75,14 +75,9 @@ def _check_kind(model: Any) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
-    if vars(model).get(APPLIED) is not None:
-        raise ValueError(
-            f"a recipe is applied to this {type(model).__name__} already; call vlmrewrite.restore(model) first"
-        )
     if APPLIED in vars(model):
         raise ValueError(
-            f"this {type(model).__name__} is a copy of one that a recipe was applied to; expected an unmodified model:"
-            " restore the other one and copy it again"
+            f"a recipe is applied to this {type(model).__name__} already; call vlmrewrite.restore(model) first"
         )
     if (reason := scattered(model)) is not None:
         raise ValueError(f"{type(model).__name__} cannot be rewritten: {reason}")

@@ -27,7 +27,7 @@ from vlmrewrite.hf import Encoded, Encoding, refuse_packed, tidy, wants_cache, w
 from vlmrewrite.kvcache import PositionCache, adopted
 from vlmrewrite.lower import DecodeStep, Executable
 from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
-from vlmrewrite.plan import All, Plan
+from vlmrewrite.plan import All, Plan, blocks_of
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.around import entering, in_place_of, watched_for
 from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, prompt_of
@@ -40,10 +40,10 @@ class Session:
     Attributes:
         recipe, backend, kernels, strict: what :func:`vlmrewrite.apply` was asked for.
         plan: the recipe's, as far as it is known without a model's graph.
-        blocks: modules of the blocks that it asks for, by name.
+        blocks: the parameters that it adds to the model, as they were put there, if there are any.
         inner: whether a language model inside generates, or merges: see :func:`vlmrewrite.hf.language_model`.
-        executables: each captured graph under this recipe, for the missing facts about the images, the device, and the
-            operators' definitions (see :func:`vlmrewrite.ops.replaced`); they die with the graph.
+        executables: each captured graph under this recipe, for the missing facts about the images, the device, the
+            blocks, and the operators' definitions (see :func:`vlmrewrite.ops.replaced`); they die with the graph.
         text_calls: calls without an image, by thread, so that none waits for another, and whether a cache was there.
         compiled_calls: those of them that a compiler ran.
         checkpointing: which layers the backward pass computes again, as of the last call in training.
@@ -55,7 +55,7 @@ class Session:
     kernels: Kernels
     strict: bool
     plan: Plan
-    blocks: nn.ModuleDict
+    blocks: nn.Module | None
     inner: bool
     executables: WeakKeyDictionary[Graph, dict[Any, Executable]] = field(default_factory=WeakKeyDictionary)
     text_calls: Counter[tuple[int, bool]] = field(default_factory=Counter)
@@ -254,15 +254,15 @@ class Session:
         return out if keep_cache else _without_cache(out)
 
     def _run(self, model: nn.Module, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
-        config = model.config
+        blocks, config = blocks_of(model), model.config
+        again = self.checkpointing if model.training and torch.is_grad_enabled() else None
         call, missing = given.call(graph, inputs, *self._asked, config)
         assert call is not None, "a call on the meta device runs nothing"
-        again = self.checkpointing if model.training and torch.is_grad_enabled() else None
-        executable = self._executable(graph, missing, call.vision.device, again)
+        executable = self._executable(graph, missing, call.vision.device, blocks, again)
         if more := executable.program.plan.needs() - self._asked[0]:  # of a pass that makes do with something else
             call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], config)
             assert call is not None
-            executable = self._executable(graph, missing, call.vision.device, again)
+            executable = self._executable(graph, missing, call.vision.device, blocks, again)
         result = executable.run(inputs, call)
         kind = call.vision.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -271,10 +271,15 @@ class Session:
         return result.out
 
     def _executable(
-        self, graph: Graph, missing: dict[str, str], device: torch.device, again: hf.Checkpointing | None
+        self,
+        graph: Graph,
+        missing: dict[str, str],
+        device: torch.device,
+        blocks: nn.ModuleDict | None,
+        again: hf.Checkpointing | None,
     ) -> Executable:
         """The graph under this recipe."""
-        made, key = self.executables.setdefault(graph, {}), (frozenset(missing), device, replaced(), again)
+        made, key = self.executables.setdefault(graph, {}), (frozenset(missing), device, replaced(), blocks, again)
         with contextlib.nullcontext() if key in made else self._lock:
             if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self.backend, device)
@@ -284,7 +289,7 @@ class Session:
                         " wrong: expected backend='eager' (or 'auto', which runs such a call without the compiler)"
                     )
                 backend = "eager" if again is not None else backend
-                how = self.recipe.passes, self.strict, self.blocks, self.kernels, backend, device, again
+                how = self.recipe.passes, self.strict, blocks, self.kernels, backend, device, again
                 new = compile(program, *how)
                 made[key] = new
                 told = {f"{o.configuration} does nothing: {o.reason}" for o in new.program.outcomes if o.reason}
@@ -312,7 +317,6 @@ def session_of(model: nn.Module) -> Session:
     except KeyError:
         raise ValueError(
             f"this {type(model).__name__} is not rewritten; expected a model that a recipe was applied to"
-            " (a copy of a rewritten model is not: apply to the copy of a restored one)"
         ) from None
 
 
