@@ -26,6 +26,7 @@ from vlmrewrite.hf.inner import (
     run_around,
 )
 from vlmrewrite.hf.inputs import (
+    argument_names,
     keeping_all_tokens,
     named,
     prompt_end,
@@ -63,6 +64,7 @@ __all__ = [
     "Projection",
     "Sizes",
     "Undo",
+    "argument_names",
     "attention_swapped",
     "base_model_of",
     "cache_argument",

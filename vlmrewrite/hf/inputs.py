@@ -19,13 +19,14 @@ _KEEP = "logits_to_keep"
 
 
 @functools.lru_cache(maxsize=64)
-def _argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+def argument_names(forward: Callable[..., Any]) -> tuple[str, ...]:
+    """The names of what a class's forward takes."""
     return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def named(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """What a module's forward was given, by name."""
-    return dict(zip(_argument_names(type(module).forward), args, strict=False)) | kwargs
+    return dict(zip(argument_names(type(module).forward), args, strict=False)) | kwargs
 
 
 def tidy(
@@ -47,7 +48,7 @@ def tidy(
         ValueError: there is no token.
     """
     kwargs = named(model, args, kwargs)
-    if _KEEP in _argument_names(type(model).forward):
+    if _KEEP in argument_names(type(model).forward):
         kwargs.setdefault(_KEEP, 0)
     for name in ("input_ids", "inputs_embeds"):
         if isinstance(x := kwargs.get(name), Tensor) and 0 in x.shape[:2]:

@@ -88,6 +88,12 @@ def current_prompt(owner: object) -> Prompt | None:
     return next((prompt for who, prompt in reversed(_PROMPTS.get()) if who == owner), None)
 
 
+def encoded_in(kwargs: dict[str, Any]) -> dict[str, Encoded]:
+    """The images and videos, by modality, in a forward's arguments that :func:`vlmrewrite.hf.tidy` made."""
+    outputs = kwargs.get("mm_encoder_outputs") or {}
+    return {m: hf.encoded_images(outputs[m]) for m in hf.MODALITIES if outputs.get(m) is not None}
+
+
 class Given(NamedTuple):
     """What a call with an image was given, as far as the captured graph's inputs do not say.
 
@@ -116,8 +122,7 @@ class Given(NamedTuple):
         Args:
             kwargs: a forward's arguments, images encoded; see :func:`vlmrewrite.hf.tidy`.
         """
-        outputs = kwargs.get("mm_encoder_outputs") or {}
-        images = {m: hf.encoded_images(outputs[m]) for m in hf.MODALITIES if outputs.get(m) is not None}
+        images = encoded_in(kwargs)
         rest = {name: x for name, x in kwargs.items() if name != "mm_encoder_outputs"}
         if not images:
             return None, rest

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import MappingProxyType
@@ -51,6 +52,9 @@ def install_session(
         if generating is not model:
             generate = _in_place_of(type(generating).generate, _generate_inside(session))
             undo.put(generating, "generate", types.MethodType(generate, generating))
+        base: Any = model.base_model
+        if base is not model and base is not hf.decoder_of(model):
+            undo.put(base, "forward", types.MethodType(_in_place_of(type(base).forward, _below(session, model)), base))
         for name, method in {**_METHODS, **methods}.items():
             undo.put(model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
         undo.callback(drop, model, APPLIED)
@@ -165,6 +169,18 @@ def _behind_compile(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return (_behind_compile if inside_torch_compile() else _own)(self, *args, **kwargs)
+
+
+def _below(session: Session, model: nn.Module) -> Callable[..., Any]:
+    """What is below the model's head, when somebody else than the model calls it (a trainer with a head of its own)."""
+    this: Any = weakref.ref(model)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_dynamo_compiling() or current_prompt((session, "call")) is not None:
+            return type(self).forward(self, *args, **kwargs)
+        return session.below(this(), self, args, kwargs)
+
+    return forward
 
 
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

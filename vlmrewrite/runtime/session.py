@@ -30,7 +30,7 @@ from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
 from vlmrewrite.plan import All, Plan, blocks_of
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.around import entering, in_place_of, watched_for
-from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, prompt_of
+from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, encoded_in, prompt_of
 
 
 @dataclass(eq=False)
@@ -119,15 +119,32 @@ class Session:
             before = self.checkpointing if hf.is_checkpointing(model) else None
             self.checkpointing = hf.take_checkpointing(model, vars(model)[hf.APPLIED]) or before
 
+    def below(self, model: nn.Module, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """The forward of what is below the model's head, under this recipe; its decoder is captured alone."""
+        prompt = current_prompt((self, "forward")) or Prompt()
+        with prompt_of((self, "call"), prompt):
+            prompt, kwargs = self._enter(model, prompt, hf.named(base, args, kwargs))
+            if "logits_to_keep" not in hf.argument_names(type(base).forward):
+                kwargs.pop("logits_to_keep", None)
+            with self.around(model, prompt, encoded_in(kwargs)):
+                return type(base).forward(base, **kwargs)
+
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward under this recipe; its arguments and its outputs, which are not made a tuple here."""
+        with prompt_of((self, "call"), prompt):
+            return self._forward(model, *self._enter(model, prompt, hf.named(model, args, kwargs)))
+
+    def _enter(self, model: nn.Module, prompt: Prompt, kwargs: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
+        """What a call knows and was given, its images encoded."""
         if model.training:
             self._checkpoint(model)
         own = Prompt()
         with prompt_of(self, own):
-            kwargs, sizes = tidy(model, args, kwargs, encode=not self.inner)
+            kwargs, sizes = tidy(model, (), kwargs, encode=not self.inner)
         known = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
-        prompt = replace(prompt, encodings=known, sizes=sizes or prompt.sizes)
+        return replace(prompt, encodings=known, sizes=sizes or prompt.sizes), kwargs
+
+    def _forward(self, model: nn.Module, prompt: Prompt, kwargs: dict[str, Any]) -> Any:
         if self.inner:
             with self.around(model, prompt):
                 return type(model).forward(model, return_dict=True, **kwargs)
