@@ -14,7 +14,8 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
-from vlmrewrite.errors import explain, one_of, shown
+from vlmrewrite import moved
+from vlmrewrite.errors import explain, one_of, plain_name, shown
 from vlmrewrite.plan import Depth, Layers
 from vlmrewrite.registry import as_passes, find_pass, is_pass_class
 from vlmrewrite.registry import known_passes as known_passes
@@ -96,7 +97,8 @@ class Recipe(BaseModel):
     def load(cls, name_or_path: str | os.PathLike[str]) -> Self:
         """Loads a shipped recipe by its name, or a file.
 
-        A path object is a file, and so is a string that ends in .yaml or .yml or contains a path separator.
+        A path object is a file, and so is a string that ends in .yaml or .yml or contains a path separator. Of a name,
+        case does not matter, and _ may stand for -.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -106,6 +108,7 @@ class Recipe(BaseModel):
         separators = {os.sep, os.altsep or os.sep}
         if not isinstance(name_or_path, str) or name.endswith((".yaml", ".yml")) or separators & set(name):
             return cls.from_yaml(name_or_path)
+        name = next((known for known in _shipped_names() if known == plain_name(name)), name)
         if name not in _shipped_names():
             raise ValueError(f"unknown recipe {name!r}, {one_of(name, _shipped_names())}, or a path ending in .yaml")
         return cls._parse(files("vlmrewrite.recipes").joinpath(f"{name}.yaml").read_bytes(), f"recipes/{name}.yaml")
@@ -259,3 +262,5 @@ _StrictLoader.yaml_constructors = {
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
     if tag not in {f"tag:yaml.org,2002:{kind}" for kind in ("binary", "omap", "pairs", "set")}
 }
+
+moved.register(__name__)

@@ -1,10 +1,12 @@
 """The command line, in process: what it prints."""
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from saved_llava import WORDS
 from transformers import (
@@ -18,6 +20,7 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
+import vlmrewrite
 from vlmrewrite.cli import prompt
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.config import image_tokens
@@ -51,10 +54,24 @@ def test_without_a_command_the_help_is_shown() -> None:
     assert all(f"  {name}  " in text for name in ("recipes", "passes", "inspect", "apply", "bench"))
 
 
+def test_the_version() -> None:
+    text = output("--version")
+    assert text.startswith(f"vlmrewrite {vlmrewrite.__version__} (Python 3.")
+    assert f"torch {torch.__version__}" in text and "transformers 5." in text
+
+
+def test_json_is_printed_in_place_of_text_or_written_beside_it(tmp_path: Path) -> None:
+    text = output("recipes")
+    assert output("recipes", "--json", tmp_path / "out.json") == text
+    printed = output("recipes", "--json", "-")
+    assert printed == (tmp_path / "out.json").read_text()
+    assert len(json.loads(printed)) == len(shipped_recipes())
+
+
 def test_recipes() -> None:
     text = output("recipes")
     assert all(name in text for name in shipped_recipes())
-    found = {r["name"]: r for r in json.loads(output("recipes", "--json"))}
+    found = {r["name"]: r for r in json.loads(output("recipes", "--json", "-"))}
     assert list(found) == list(shipped_recipes())
     assert found["stride-half"] == {
         "name": "stride-half",
@@ -83,7 +100,7 @@ def test_inspect_of_a_configuration(family: str, tokens: int, source: str | None
     tiny = FAMILIES[family]()
     tiny.model.config.save_pretrained(tmp_path)
     given = () if source else ("--image-tokens", tokens)
-    found = json.loads(output("inspect", tmp_path, "--text", 7, "--images", 2, "--rows", 2, "--json", *given))
+    found = json.loads(output("inspect", tmp_path, "--text", 7, "--images", 2, "--rows", 2, "--json", "-", *given))
     length, kv = 7 + 2 * tokens, 2 * 2 * 8 * 2  # keys and values, 2 heads of 8, 2 bytes
     assert found["class"] == type(tiny.model).__name__
     assert found["parameters"] == sum(p.numel() for p in tiny.model.parameters())
@@ -109,7 +126,7 @@ def test_inspect_with_a_recipe_that_dispatches(folder: Path) -> None:
     (kv,) = (line for line in lines if line.startswith("K/V MiB"))
     ratios = [float(part.split()[0]) for part in kv.split("÷")[1:]]
     assert ratios[0] > ratios[1] > ratios[2] == 1.0
-    found = json.loads(output(*arguments, "--json"))
+    found = json.loads(output(*arguments, "--json", "-"))
     assert found["chooser"] == "Confidence(at=0, threshold=0.8)"
     assert [v["totals"]["after"]["kv_bytes"] for v in found["variants"]] == sorted(
         v["totals"]["after"]["kv_bytes"] for v in found["variants"]
@@ -179,12 +196,13 @@ def test_inspect_tells_what_apply_tells(folder: Path, tmp_path: Path, passes: st
     mine = write(tmp_path / "mine.yaml", f"name: mine\npasses:\n{passes}\n")
     text = output("inspect", folder / "config.json", "--recipe", mine, "--images", 2)
     told = [line.removeprefix("note: ") for line in text.splitlines() if line.startswith("note: ")]
-    found = json.loads(output("inspect", folder / "config.json", "--recipe", mine, "--images", 2, "--json"))["notes"]
+    written = output("inspect", folder / "config.json", "--recipe", mine, "--images", 2, "--json", "-")
+    found = json.loads(written)["notes"]
     assert told == found
     assert len(found) == len(notes)
     assert all(note.startswith(start) for note, start in zip(found, notes, strict=True))
     assert text.count("REFUSED") == ("encoder" in passes)
-    assert json.loads(output("inspect", folder / "config.json", "--json"))["notes"] == []
+    assert json.loads(output("inspect", folder / "config.json", "--json", "-"))["notes"] == []
 
 
 @pytest.mark.parametrize(
@@ -221,6 +239,31 @@ def test_apply_answers_without_and_with_a_recipe(folder: Path, tmp_path: Path) -
     assert lines[3] == "recipe all-of-them, backend eager"
     assert "  Stride(keep=1.0, at=0, per='image'): matched, CHANGES NOTHING" in lines
     assert any(line.endswith("(1 row of 18 tokens, 1 image, 16 vision tokens):") for line in lines)
+
+
+def test_apply_with_timing_as_json(folder: Path, tmp_path: Path) -> None:
+    asked = ("--image", folder / "picture.png", "--max-new-tokens", 3, "--prompt", "w10 w20", "--recipe", "STS_half")
+    text = output("apply", folder, *asked, "--timing", "--json", tmp_path / "out.json")
+    found = json.loads((tmp_path / "out.json").read_text())
+    assert [one["name"] for one in found["answers"]] == ["unmodified", "sts-half"]
+    for one, line in zip(found["answers"], text.splitlines(), strict=False):
+        assert line.split() == [one["name"], *one["answer"].split()]
+        assert one["new_tokens"] == 3 and one["seconds_first"] > 0 and one["seconds"] > 0
+    assert text.count(" s the second (3 tokens, ") == 2
+    assert found["prompt"] == "w10 w20" and found["class"] == "LlavaForConditionalGeneration"
+    assert found["report"]["recipe"] == "sts-half" and len(found["report"]["layers"]) == 4
+    printed = json.loads(output("apply", folder, *asked, "--json", "-"))
+    assert [one["answer"] for one in printed["answers"]] == [one["answer"] for one in found["answers"]]
+    assert "seconds" not in printed["answers"][0]
+
+
+def test_what_a_recipe_cannot_do_is_a_line_on_stderr(folder: Path, tmp_path: Path) -> None:
+    mine = write(tmp_path / "mine.yaml", "name: mine\npasses:\n- vtw: {at: 1}\n- stride: {keep: 2, at: 2}\n")
+    with warnings.catch_warnings():
+        warnings.simplefilter("default")
+        done = run("apply", folder, "--image", folder / "picture.png", "--prompt", "w10", "--recipe", mine)
+    [line] = [line for line in done.stderr.splitlines() if "Stride" in line]
+    assert line.startswith("warning: recipe 'mine': Stride(keep=2, at=2, per='image') does nothing: an earlier pass")
 
 
 def test_image_tokens_and_chat_templates_in_prompts(folder: Path) -> None:

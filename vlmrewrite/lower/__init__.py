@@ -3,7 +3,10 @@
 In: a rewritten program. Out: an :class:`Executable`.
 """
 
+from vlmrewrite import moved
 from vlmrewrite.lower.decode_step import DecodeStep
 from vlmrewrite.lower.lowering import Executable, by_kind, lower
 
 __all__ = ["DecodeStep", "Executable", "by_kind", "lower"]
+
+moved.register(__name__)
