@@ -67,7 +67,7 @@ def quietly() -> Iterator[None]:
 def _show(what: str, begun: float, ended: threading.Event) -> None:
     if ended.wait(PATIENCE):
         return
-    bar: Any = _Bar(desc=what, bar_format="{desc} [{elapsed}]", leave=False, name=_GROUP)
+    bar: Any = _Bar(desc=what, bar_format="{desc} [{elapsed}]", leave=False, delay=1e-9, name=_GROUP)
     bar.start_t = begun
     with bar:
         while not ended.wait(_BETWEEN):

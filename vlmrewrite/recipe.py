@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 
 from vlmrewrite import moved
 from vlmrewrite.errors import explain, one_of, plain_name, shown
+from vlmrewrite.markup import heading, items
 from vlmrewrite.plan import Depth, Layers
 from vlmrewrite.registry import as_passes, find_pass, is_pass_class
 from vlmrewrite.registry import known_passes as known_passes
@@ -52,6 +53,11 @@ class Recipe(BaseModel):
     def source(self) -> str:
         """The file it was read from; empty if it was made otherwise."""
         return self._source
+
+    def _repr_html_(self) -> str:
+        about = f"backend {self.backend}, kernels {self.kernels}" + (f", from {self.source}" if self.source else "")
+        parts = [heading(f"Recipe {self.name}", 3), items(filter(None, [self.description, about]))]
+        return "".join(["<div>", *parts, heading("Passes, in order"), items(map(repr, self.passes)), "</div>"])
 
     def check_layers(self, depth: int) -> None:
         """Whether a decoder of `depth` layers has the layers that the options of the passes name.

@@ -25,6 +25,8 @@ def apply(
     timing: Annotated[
         bool, typer.Option("--timing", help="Answer twice, and tell the seconds of the first time and the second.")
     ] = False,
+    detail: Annotated[bool, typer.Option("--detail", help="Report each kernel that was chosen, and why.")] = False,
+    page: Annotated[Path | None, typer.Option("--html", help="Write the report to this file, as HTML.")] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = None,
@@ -35,6 +37,8 @@ def apply(
     compiled then. To compare a model's speed with and without a recipe, use bench.
     """
     check_json(json)
+    if page is not None and not page.parent.is_dir():
+        raise ValueError(f"--html: expected a file in a folder that exists, got {str(page)!r}")
     chosen = recipe_named(recipe)
     a_question("--prompt", prompt)
     at_least("--max-new-tokens", max_new_tokens, 1)
@@ -64,6 +68,8 @@ def apply(
     with applied(loaded, chosen, backend=backend, kernels=kernels):
         answers.append(answer(chosen.name))
         what = report(loaded)
+    if page is not None:
+        page.write_text(what.to_html(), encoding="utf-8")
     about: dict[str, Any] = {"model": str(given), "class": type(loaded).__name__, "device": str(where)}
     about |= {"dtype": str(kind).removeprefix("torch."), "images": list(map(str, image)), "prompt": prompt}
     if as_json(json, about | {"answers": answers, "report": what.to_dict()}):
@@ -75,4 +81,4 @@ def apply(
         rate = one["new_tokens"] / one["seconds"]
         took = f"{one['seconds_first']:.3g} s the first time, {one['seconds']:.3g} s the second"
         print(f"{one['name']:{width}}  {took} ({one['new_tokens']} tokens, {rate:.3g} a second)")
-    print(f"\n{what}")
+    print(f"\n{what.detail() if detail else what}")
