@@ -77,6 +77,7 @@ MOVED = {
 LEFT = {
     "bench.kernels": "bench.kernels.harness",
     "capture": "capture.hooks hf.decoder compat.dynamo",
+    "bench.models": "bench.clock",
     "cli": "cli.app cli.options cli.listing",
     "kernels": "ops.device",
     "kernels.decode": "kernels.launch",
@@ -123,6 +124,8 @@ RENAMED = {
 GONE = {
     "cli.AsJson": "vlmrewrite.cli.options.Json is the option that says where JSON goes",
     "capture.TracedCall": "vlmrewrite.trace(model, inputs) captures a forward",
+    "bench.models.memory_peak": "vlmrewrite.bench.clock.peak_of says what a function needs at most",
+    "bench.models.memory_reset": "vlmrewrite.bench.clock.peak_of says what a function needs at most",
     "capture.with_images": "vlmrewrite.trace(model, inputs) captures a forward",
     "capture.without_images": "a call of text is captured when it is made",
     "dispatch.Parted": "vlmrewrite.Program.dispatch holds the graphs of a plan's variants, cut",

@@ -20,8 +20,8 @@ PATIENCE = 2.0
 
 _QUIET = ContextVar("vlmrewrite_quiet", default=False)
 
-_BETWEEN = 0.25
-"""Seconds between two looks at the clock."""
+_BETWEEN = 1.0
+"""Seconds between two looks at the clock, of which whole seconds are shown."""
 
 
 def disable_progress_bars() -> None:

@@ -221,7 +221,7 @@ def test_image_tokens_of_configurations(
     assert image_tokens(config, written) == (tokens, source or "the tower's patch grid and scale_factor")
 
 
-# ---- apply
+# ---- questions
 
 
 def test_image_tokens_and_chat_templates_in_prompts(folder: Path) -> None:

@@ -201,7 +201,7 @@ def _measured(row: dict[str, Any]) -> list[str]:
         row["name"],
         f"{row['prefill_median'] * 1e3:.4g} (×{row['prefill_speedup']:.2f})",
         f"{row['decode_tokens_per_second']:.4g} (×{row['decode_speedup']:.2f})",
-        "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.4g}",
+        f"{row['peak_bytes'] / 2**20:.4g}",
         f"{row['kv_bytes'] / 2**20:.4g} (÷{row['kv_ratio']:.2f})",
         "" if ratio is None else f"÷{ratio:.2f}",
         "" if reached is None else f"{reached:.0%}",
