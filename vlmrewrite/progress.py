@@ -70,6 +70,7 @@ def _show(what: str, begun: float, ended: threading.Event) -> None:
     bar: Any = _Bar(desc=what, bar_format="{desc} [{elapsed}]", leave=False, delay=1e-9, name=_GROUP)
     bar.start_t = begun
     with bar:
+        bar.refresh()
         while not ended.wait(_BETWEEN):
             bar.refresh()
 
