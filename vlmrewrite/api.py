@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
+from vlmrewrite.compat import Apart
 from vlmrewrite.errors import noted
 from vlmrewrite.hf import base_model_of, check_support, language_model, on_base_model
 from vlmrewrite.ops import Backend, Kernels, choose
@@ -17,12 +19,13 @@ from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report, report_on
 from vlmrewrite.runtime import SESSIONS, Session, install_session, remove_session, session_of
+from vlmrewrite.saving import METHODS, Stored, named_folder, put_blocks, read, refuse_other
 
 
 @on_base_model
 def apply(
     model: nn.Module,
-    recipe: str | Path | Recipe | Pass | Sequence[Pass],
+    recipe: str | os.PathLike[str] | Recipe | Pass | Sequence[Pass],
     *,
     backend: Backend = "auto",
     kernels: Kernels = "auto",
@@ -35,7 +38,9 @@ def apply(
 
     Args:
         model: an unmodified model with ``get_image_features`` and a causal text decoder.
-        recipe: name of a shipped recipe, path of a YAML file, :class:`Recipe`, or passes in order.
+        recipe: name of a shipped recipe, path of a YAML file, :class:`Recipe`, or passes in order; or a folder that
+            ``save_pretrained`` or :func:`vlmrewrite.save_blocks` of a rewritten model has written to, or a repository
+            of the Hub that holds the same files (``"owner/name"``): its blocks are put in place too.
         backend: ``"eager"`` runs the rewritten graph as it is, ``"inductor"`` compiles it, ``"auto"`` compiles on a
             GPU, unless the recipe says which; it looks at where the model is when it is called.
         kernels: ``"reference"``, ``"triton"``, or ``"auto"``: what the recipe says, else the best there is.
@@ -45,7 +50,9 @@ def apply(
         the same model.
 
     Raises:
-        ValueError: the recipe or the model cannot be used, or a recipe is applied already. The model is unchanged.
+        ValueError: the recipe, the blocks or the model cannot be used, or a recipe is applied already. The model is
+            unchanged.
+        FileNotFoundError: there is no such file, folder or repository.
         TypeError: ``model`` is not a Hugging Face model.
         RuntimeError: kernels asked for by name cannot run here.
     """
@@ -54,6 +61,8 @@ def apply(
             f"recipe {SESSIONS[model].recipe.name!r} is applied to this {type(model).__name__} already; call"
             " vlmrewrite.restore(model) first"
         )
+    if named_folder(recipe):
+        return apply_stored(model, read(recipe), backend=backend, kernels=kernels, strict=strict)  # type: ignore[arg-type]
     chosen = Recipe.of(recipe)
     depth = check_support(model)
     selected = _backend(chosen.backend if backend == "auto" else backend)
@@ -64,9 +73,24 @@ def apply(
     with noted(lambda _: [f"for a decoder of {depth} layers" + (f", from {chosen.source}" if chosen.source else "")]):
         plan, _ = run_passes(Plan(depth, frozenset(FEATURES)), chosen.passes)
     inner = language_model(model) is not None
-    session = Session(chosen, selected, picked, strict, plan, build(model, plan.blocks), inner)
-    install_session(model, session)
-    SESSIONS[model] = session
+    blocks = Apart(build(model, plan.blocks)) if plan.blocks else None
+    install_session(model, Session(chosen, selected, picked, strict, plan, blocks, inner), METHODS)
+    return model
+
+
+def apply_stored(model: nn.Module, stored: Stored, **options: Any) -> nn.Module:
+    """Apply a recipe that was saved, with its blocks.
+
+    Raises:
+        ValueError: it belongs to another model, or as for :func:`apply`; the model is unchanged.
+    """
+    refuse_other(model, stored)
+    apply(model, stored.recipe, **options)
+    try:
+        put_blocks(model, stored)
+    except BaseException:
+        restore(model)
+        raise
     return model
 
 
@@ -106,7 +130,6 @@ def restore(model: nn.Module) -> nn.Module:
     """
     session_of(model)
     remove_session(model)
-    del SESSIONS[model]
     return model
 
 

@@ -20,7 +20,8 @@ from torch import nn
 from vlmrewrite.analysis import analyse
 from vlmrewrite.capture import Graph
 from vlmrewrite.compat import inductor
-from vlmrewrite.lower import Executable, by_kind, lower
+from vlmrewrite.hf import Checkpointing
+from vlmrewrite.lower import Executable, by_kind, lower, recomputed
 from vlmrewrite.ops import Kernels
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
 from vlmrewrite.progress import waiting
@@ -125,10 +126,11 @@ def compile(
     program: Program,
     passes: Sequence[Pass],
     strict: bool,
-    blocks: nn.ModuleDict,
+    blocks: nn.ModuleDict | None,
     kernels: Kernels,
     backend: Literal["eager", "inductor"],
     device: torch.device,
+    again: Checkpointing | None = None,
 ) -> Executable:
     """Make a captured program ready to run under some passes.
 
@@ -138,6 +140,7 @@ def compile(
         strict: raise when a pass is refused, or its ``change`` says nothing to the plan.
         blocks: modules of the blocks that the passes ask for, by name.
         kernels, backend, device: what runs it, and where.
+        again: which layers the backward pass computes again.
 
     Raises:
         ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
@@ -148,7 +151,8 @@ def compile(
         made = rewritten(program, passes, strict=strict, blocks=blocks)
         lowered = [lower(gm, kernels, device) for gm in made.graphs]
         graphs = tuple(low.graph_module for low in lowered)
-    parts = graphs if backend == "eager" else tuple(map(inductor, graphs))
+    saving = graphs if again is None else tuple(recomputed(gm, again.run, again.which) for gm in graphs)
+    parts = saving if backend == "eager" else tuple(map(inductor, saving))
     said = ", ".join(o.configuration + f" (refused: {o.reason})" * (o.reason is not None) for o in made.outcomes)
     what = "%d graph(s) for %s under %s in %.2f s: %d decoder layers, %d selections"
     selections = len({s for plan in made.plan.variants or (made.plan,) for s in plan.selections()})

@@ -1,7 +1,7 @@
 """The names that ``vlmrewrite`` itself has: it imports this module, and torch with it, when the first is asked for."""
 
 from vlmrewrite.api import applied, apply, calibrate, report, restore, verify
-from vlmrewrite.checkpoint import load_blocks, save_blocks
+from vlmrewrite.checkpoint import from_pretrained, load_blocks, push_to_hub, save_blocks
 from vlmrewrite.compiler import rewrite
 from vlmrewrite.plan import Budget, Depth, Pass, Plan
 from vlmrewrite.progress import disable_progress_bars, enable_progress_bars
@@ -24,8 +24,10 @@ __all__ = [
     "calibrate",
     "disable_progress_bars",
     "enable_progress_bars",
+    "from_pretrained",
     "kept_tokens",
     "load_blocks",
+    "push_to_hub",
     "report",
     "restore",
     "rewrite",

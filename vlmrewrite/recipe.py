@@ -136,11 +136,11 @@ class Recipe(BaseModel):
             raise ValueError(f"{os.fspath(path)}: expected a recipe file of at most {LARGEST:,} bytes, got {size:,}")
         return cls._parse(file.read_bytes(), os.fspath(path))
 
-    def to_yaml(self, path: str | os.PathLike[str]) -> None:
-        """Writes a file from which `from_yaml` makes an equal recipe; an existing file is overwritten.
+    def to_data(self) -> dict[str, Any]:
+        """What YAML and JSON can hold, from which `of_data` makes an equal recipe.
 
         Raises:
-            ValueError: a pass is not registered, so that the file could not be read.
+            ValueError: a pass is not registered, so that it could not be found again.
         """
         passes: list[object] = []
         for item in self.passes:
@@ -149,7 +149,15 @@ class Recipe(BaseModel):
             options = TypeAdapter(type(item)).dump_python(item, mode="json")
             passes.append({item.name: options} if options else item.name)
         data = {**self.model_dump(exclude={"passes", "backend", "kernels"}), "passes": passes}
-        data |= {"backend": self.backend, "kernels": self.kernels}
+        return data | {"backend": self.backend, "kernels": self.kernels}
+
+    def to_yaml(self, path: str | os.PathLike[str]) -> None:
+        """Writes a file from which `from_yaml` makes an equal recipe; an existing file is overwritten.
+
+        Raises:
+            ValueError: as `to_data`.
+        """
+        data = self.to_data()
         how: dict[str, Any] = {"sort_keys": False, "default_flow_style": None, "width": 120}
         text = yaml.dump(data, Dumper=_PlainDumper, allow_unicode=True, **how)
         if yaml.load(text, Loader=_StrictLoader) != data:  # line separators of Unicode, which PyYAML does not escape
@@ -166,10 +174,23 @@ class Recipe(BaseModel):
             raise ValueError(f"{source}{at}: expected valid YAML: {error.problem}") from None
         except (yaml.YAMLError, RecursionError) as error:
             raise ValueError(f"{source}: expected valid YAML: {' '.join(str(error).split())}") from None
+        return cls.of_data(data, source)
+
+    @classmethod
+    def of_data(cls, data: object, source: str) -> Self:
+        """The recipe that a mapping describes.
+
+        Args:
+            data: as `to_data` gives it.
+            source: the file that it is from, for messages.
+
+        Raises:
+            ValueError: it is no recipe. One line for each thing that is wrong.
+        """
         if not isinstance(data, dict):
             got = "nothing" if data is None else shown(data)
             raise ValueError(f"{source}: expected a mapping with the keys {', '.join(cls.model_fields)}, got {got}")
-        problems: list[str] = []
+        data, problems = dict(data), list[str]()
         if isinstance(data.get("passes"), list):
             data["passes"] = [_read_pass(item, f"passes[{i}]", problems) for i, item in enumerate(data["passes"])]
             if problems:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-import pickle
+import warnings
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from vlmrewrite.passes import STS, Stride
 from vlmrewrite.testing.models import FAMILIES, Row
 
 ALL = [Stride(keep=1000, at=1)]
+GREEDY = {"max_new_tokens": 3, "do_sample": False}
 
 
 def agree(got, expected, inputs):
@@ -129,32 +129,51 @@ def test_a_hook_that_cannot_be_captured_is_named_in_the_error(tiny, inputs):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("fullgraph", [False, True])
-def test_torch_compile_of_a_rewritten_model_says_what_to_do(tiny, inputs, fullgraph):
-    with vr.applied(tiny.model, ALL):
-        expected = tiny.model(**inputs).logits
-        compiled = torch.compile(tiny.model, backend="eager", fullgraph=fullgraph)
-        with pytest.raises(RuntimeError, match=r"apply\(\.\.\., backend='inductor'\).*vlmrewrite\.restore\(model\)"):
-            compiled(**inputs)
-        torch.testing.assert_close(tiny.model(**inputs).logits, expected)
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.parametrize("how", [{}, {"mode": "reduce-overhead"}, {"backend": "eager"}, None], ids=str)
+def test_torch_compile_of_a_rewritten_model_leaves_it_to_its_own_backend(tiny, inputs, how):
+    model = tiny.model
+    with vr.applied(model, ALL):
+        expected, tokens = model(**inputs).logits, model.generate(**inputs, **GREEDY)
+        if how is None:
+            model.compile()
+        compiled = model if how is None else torch.compile(model, **how)
+        with pytest.warns(UserWarning, match=r"compiles nothing: apply\(\.\.\., backend='inductor'\) does") as told:
+            got = compiled(**inputs).logits, compiled(**inputs).logits
+        assert torch.equal(got[0], expected) and torch.equal(got[1], expected)
+        assert len([w for w in told if "compiles nothing" in str(w.message)]) == 1
+        assert torch.equal(compiled.generate(**inputs, **GREEDY), tokens)
+        model._compiled_call_impl = None
+        assert torch.equal(model(**inputs).logits, expected)
     torch._dynamo.reset_code_caches()
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(
-    ("what", "message"),
-    [
-        (lambda model: model.set_attn_implementation("eager"), r"its implementation cannot be set.*restore\(model\)"),
-        (pickle.dumps, r"cannot be pickled.*restore\(model\)"),
-        (lambda model: torch.save(model, io.BytesIO()), r"cannot be pickled.*restore\(model\)"),
-    ],
-    ids=["set_attn_implementation", "pickle", "torch.save"],
-)
-def test_what_cannot_be_done_while_a_recipe_is_applied(tiny, inputs, what, message):
+def test_torch_compile_as_one_graph_says_what_to_do(tiny, inputs):
     with vr.applied(tiny.model, ALL):
         expected = tiny.model(**inputs).logits
-        with pytest.raises(ValueError, match=message):
-            what(tiny.model)
+        with pytest.raises(RuntimeError, match=r"compiled by apply\(\.\.\., backend='inductor'\)"):
+            torch.compile(tiny.model, backend="eager", fullgraph=True)(**inputs)
+        assert torch.equal(tiny.model(**inputs).logits, expected)
+    torch._dynamo.reset_code_caches()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+def test_torch_compile_around_one_that_is_compiled_says_nothing(tiny, inputs):
+    with vr.applied(tiny.model, ALL, backend="inductor"), warnings.catch_warnings():
+        expected = tiny.model(**inputs).logits
+        warnings.filterwarnings("error", ".*compiles nothing")
+        torch.testing.assert_close(torch.compile(tiny.model)(**inputs).logits, expected)
+    torch._dynamo.reset_code_caches()
+
+
+@torch.no_grad()
+def test_the_attention_cannot_be_set_while_a_recipe_is_applied(tiny, inputs):
+    with vr.applied(tiny.model, ALL):
+        expected = tiny.model(**inputs).logits
+        with pytest.raises(ValueError, match=r"its implementation cannot be set.*restore\(model\)"):
+            tiny.model.set_attn_implementation("eager")
         torch.testing.assert_close(tiny.model(**inputs).logits, expected)
     tiny.model.set_attn_implementation("eager")
     agree(tiny.model(**inputs).logits, expected, inputs)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 
 import pytest
@@ -245,21 +244,3 @@ def test_a_generated_text_turn_on_the_kept_cache():
     }
     whole["position_ids"] = (whole["attention_mask"].cumsum(1) - 1).clamp(min=0)
     logits_agreement(model, whole, masks, torch.stack(again.logits, 1)).check()
-
-
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable` is deprecated:FutureWarning")
-def test_gradient_checkpointing_changes_no_gradient():
-    model, inputs = copy.deepcopy(family("llava").model).train(), family("llava").inputs(BATCH, side="left", seed=8)
-    found = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            model.gradient_checkpointing_enable()
-        with vr.applied(model, [STS(keep=6, refine=3, at=2)]):
-            try:
-                model(**inputs, labels=inputs["input_ids"]).loss.backward()
-            except NotImplementedError as e:
-                assert "gradient checkpointing" in str(e)  # noqa: PT017
-                return
-        found.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-        model.zero_grad(set_to_none=True)
-    torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)

@@ -43,6 +43,12 @@ def every_pass() -> list[vr.Pass]:
     return given
 
 
+def share(model: nn.Module, repository: str) -> Any:
+    """Put a recipe and its blocks on the Hub, and get the model that they are for, with them."""
+    assert_type(vr.push_to_hub(model, repository, private=True), str)
+    return vr.from_pretrained(repository, backend="eager", strict=True)
+
+
 def use(model: nn.Module, inputs: dict[str, Any], folder: Path) -> list[str]:
     """Do with a model all that can be done; returns what was told on the way."""
     vr.disable_progress_bars()

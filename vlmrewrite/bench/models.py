@@ -21,7 +21,7 @@ from vlmrewrite.compat import graphs_allowed
 from vlmrewrite.hf import encode_images
 from vlmrewrite.ops import Backend, resolve
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.runtime import SESSIONS, Session, install_session, remove_session, session_of
+from vlmrewrite.runtime import Session, install_session, remove_session, session_of
 
 __all__ = ["UNMODIFIED", "Row", "bench", "device_name"]
 
@@ -129,12 +129,10 @@ class _Subject:
             yield self.model if self.compiled is None else self.compiled
             return
         install_session(self.model, self.session)
-        SESSIONS[self.model] = self.session
         try:
             yield self.model
         finally:
             remove_session(self.model)
-            del SESSIONS[self.model]
 
     def first(self) -> None:
         """The round that is not counted: all is made that a call needs; the native loop is made and checked."""

@@ -19,7 +19,7 @@ from vlmrewrite.capture.graph import Graph
 from vlmrewrite.capture.traces import CALLER, Caller, NotCapturedError, form_of, traces_of
 from vlmrewrite.compat import at_graph_limit, global_hooks, graph_limit, hooks_of, untraceable, untraced
 from vlmrewrite.errors import CaptureError
-from vlmrewrite.hf import Encoded, parameter_inputs
+from vlmrewrite.hf import Encoded, exchanged, parameter_inputs, scattered
 from vlmrewrite.kvcache import PositionCache
 
 _LOG = logging.getLogger(__name__)
@@ -178,14 +178,19 @@ class CapturedForward:
         except untraceable() as e:
             if alike is not None:
                 raise UnlikeError(reason_of(e) or untraced(e)) from None
-            what = f"the forward of {type(whole or model).__name__} could not be captured as one graph: {untraced(e)}"
-            raise CaptureError(f"{what}{_hooked(whole or model)}", str(e)) from None
+            of = whole or model
+            why = scattered(of) or untraced(e) + _hooked(of)
+            what = f"the forward of {type(of).__name__} could not be captured as one graph: {why}"
+            raise CaptureError(what, str(e)) from None
         finally:
             CALLER.reset(token)
 
 
 def _hooked(model: nn.Module) -> str:
-    """Where hooks stand, which are captured with the forward, for an error message."""
+    """What may have kept a forward from being captured: another one in its place, or hooks, captured with it."""
+    if (name := next((name for name, module in model.named_modules() if exchanged(module)), None)) is not None:
+        who = name or "the model"
+        return f"; the forward of {who} was exchanged on the instance: expected its own, or one that Dynamo can trace"
     found = []
     for name, module in model.named_modules():
         hooks = hooks_of(module)

@@ -4,6 +4,7 @@ They may change with any release. Where one is missing, the error names it and t
 functions do is checked in ``tests/*/test_compat*.py``, which `make oldest` runs with the oldest versions too.
 """
 
+from vlmrewrite.compat.apart import Apart, tree_in
 from vlmrewrite.compat.dynamo import (
     at_graph_limit,
     captured,
@@ -19,6 +20,7 @@ from vlmrewrite.compat.failures import untraced
 from vlmrewrite.compat.modules import (
     apply_gate,
     attention_implementation,
+    changes_of,
     experts_apart,
     experts_implementation,
     generation_inputs,
@@ -32,6 +34,7 @@ from vlmrewrite.compat.modules import (
     is_compiled,
     memory_is_shared,
     memory_of,
+    record_outputs,
     set_attention_implementation,
     set_experts_implementation,
     tokens_of_image,
@@ -54,12 +57,14 @@ from vlmrewrite.compat.private import TESTED, VersionError
 
 __all__ = [
     "TESTED",
+    "Apart",
     "VersionError",
     "apply_gate",
     "assert_scalar",
     "at_graph_limit",
     "attention_implementation",
     "captured",
+    "changes_of",
     "dispatch_mode",
     "experts_apart",
     "experts_implementation",
@@ -83,6 +88,7 @@ __all__ = [
     "memory_of",
     "nn_functions",
     "operator_of",
+    "record_outputs",
     "schema_of",
     "set_attention_implementation",
     "set_experts_implementation",
@@ -90,6 +96,7 @@ __all__ = [
     "tokens_of_image",
     "tracing_options",
     "tree_flatten",
+    "tree_in",
     "tree_leaves",
     "tree_unflatten",
     "unknowable",

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _module
+from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vlmrewrite.compat.private import attribute, find, lacking
@@ -22,6 +23,20 @@ def memory_is_shared(x: Tensor, owners: int) -> bool:
 def memory_of(x: Tensor) -> int:
     """Which memory a tensor is in, fake or real: the same number for all views of it, as long as it lives."""
     return int(attribute(x.untyped_storage(), "_cdata", "torch"))
+
+
+def record_outputs(model: nn.Module) -> None:
+    """Let transformers' hooks for ``output_hidden_states`` stand on a model's parts.
+
+    It puts them there at the first request, and cannot while Dynamo traces. Those of a part that has some are not put
+    on it again with those of the whole.
+    """
+    install = find("transformers.utils.output_capturing", "maybe_install_capturing_hooks")
+    known = find("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY")
+    for module in model.modules():
+        there = any(getattr(m, "_output_capturing_hooks_installed", False) for m in module.modules())
+        if isinstance(module, PreTrainedModel) and known.get(module) and not there:
+            install(module)
 
 
 def tokens_of_image(processor: Any, height: int, width: int) -> int | None:
@@ -147,3 +162,8 @@ def grouped_mm(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     # PyTorch's own cannot be traced in other dtypes, nor where rows are not aligned
     by_group: Tensor = torch.ops.transformers.grouped_mm_fallback(x.to(weight.dtype), weight, ends)
     return by_group
+
+
+def changes_of(tensor: Tensor) -> int:
+    """How many times a tensor was written to in place."""
+    return int(attribute(tensor, "_version", "torch"))

@@ -4,6 +4,7 @@ In: a Hugging Face model and the arguments of its ``forward``. Out: plain facts 
 for the stages behind. Nothing here knows of plans or graphs.
 """
 
+from vlmrewrite.hf.checkpointing import Checkpointing, is_checkpointing, take_checkpointing
 from vlmrewrite.hf.decoder import (
     EXPERTS,
     IMPLEMENTATION,
@@ -35,7 +36,9 @@ from vlmrewrite.hf.inputs import (
     without_full_mask,
 )
 from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
-from vlmrewrite.hf.support import APPLIED, check_support, refuse_checkpointing
+from vlmrewrite.hf.placement import exchanged, scattered
+from vlmrewrite.hf.support import APPLIED, check_support
+from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
     MODALITIES,
     Encoded,
@@ -46,7 +49,7 @@ from vlmrewrite.hf.vision import (
     images_of,
     watched,
 )
-from vlmrewrite.hf.weights import dequantise
+from vlmrewrite.hf.weights import chosen, dequantise
 from vlmrewrite.hf.wrapped import base_model_of, on_base_model
 
 __all__ = [
@@ -54,25 +57,31 @@ __all__ = [
     "EXPERTS",
     "IMPLEMENTATION",
     "MODALITIES",
+    "Checkpointing",
     "Encoded",
     "Encoding",
     "Projection",
     "Sizes",
+    "Undo",
     "attention_swapped",
     "base_model_of",
     "cache_argument",
     "cache_layers",
     "check_support",
+    "chosen",
     "decoder_configs",
     "decoder_layers",
     "decoder_of",
     "dequantise",
+    "drop",
     "encode_images",
     "encoded_images",
     "encoder_features",
+    "exchanged",
     "frame_grids",
     "grids",
     "images_of",
+    "is_checkpointing",
     "is_recurrent",
     "keeping_all_tokens",
     "language_model",
@@ -86,10 +95,11 @@ __all__ = [
     "projections",
     "prompt_end",
     "recurrent_mixers",
-    "refuse_checkpointing",
     "refuse_packed",
     "run_around",
+    "scattered",
     "swap_attention",
+    "take_checkpointing",
     "tidy",
     "wants_cache",
     "watched",

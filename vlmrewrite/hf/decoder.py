@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import types
 import weakref
@@ -92,7 +93,7 @@ def swap_attention(
         blocks: modules beside the model's that shall use it too.
 
     Returns:
-        what undoes it; it holds no reference to the model.
+        what undoes it: a call that can be copied with the model, see :class:`vlmrewrite.hf.Undo`.
 
     Raises:
         ValueError: vlmrewrite's is used there already, on behalf of another model, or in a module that was copied or
@@ -127,14 +128,15 @@ def swap_attention(
     for module, config in before:
         vars(module)["config"] = copies[id(config)]
 
-    def undo() -> None:
-        for module, config in before:
-            vars(module)["config"] = config
-        for module in bare:
-            for attribute in (*_AS_DECORATED, "forward"):
-                vars(module).pop(attribute, None)
+    return functools.partial(_give_back, before, bare)
 
-    return undo
+
+def _give_back(before: list[tuple[nn.Module, Any]], bare: list[nn.Module]) -> None:
+    for module, config in before:
+        vars(module)["config"] = config
+    for module in bare:
+        for attribute in (*_AS_DECORATED, "forward"):
+            vars(module).pop(attribute, None)
 
 
 _AS_DECORATED = {

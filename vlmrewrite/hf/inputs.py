@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache
 
+from vlmrewrite.compat import record_outputs
 from vlmrewrite.hf.grid import Sizes
 from vlmrewrite.hf.vision import Encoding, encode_images
 
@@ -42,7 +43,7 @@ def tidy(
         encode: False leaves images as they are.
 
     Raises:
-        NotImplementedError: attentions or hidden states are asked for.
+        NotImplementedError: attentions are asked for.
         ValueError: there is no token.
     """
     kwargs = named(model, args, kwargs)
@@ -53,15 +54,20 @@ def tidy(
             raise ValueError(f"{name} has the shape {tuple(x.shape)}; expected a row, and a token in each row")
     config: Any = model.config
     configs = config, config.get_text_config()
-    for name in ("output_attentions", "output_hidden_states"):
-        asked = kwargs.pop(name, None)
-        set_in_config = asked is None and any(getattr(c, name, False) for c in configs)
-        if asked or set_in_config:
-            raise NotImplementedError(
-                f"{name}=True{' (in the config)' * set_in_config} is not available while a recipe is applied; restore"
-                " the model first"
-            )
-    return encode_images(model, kwargs, remember) if encode else kwargs, Sizes.of(kwargs)
+    attentions = kwargs.pop("output_attentions", None)
+    if attentions or (attentions is None and any(getattr(c, "output_attentions", False) for c in configs)):
+        raise NotImplementedError(
+            f"output_attentions=True{' (in the config)' * (attentions is None)} is not available while a recipe is"
+            " applied: its attention keeps no weights; restore the model first"
+        )
+    if (states := kwargs.pop("output_hidden_states", None)) is None:
+        states = getattr(configs[-1], "output_hidden_states", None)
+    sizes = Sizes.of(kwargs)
+    kwargs = encode_images(model, kwargs, remember) if encode else kwargs
+    if states:
+        record_outputs(model)
+        kwargs = kwargs | {"output_hidden_states": states}
+    return kwargs, sizes
 
 
 def keeping_all_tokens(kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import nn
 from transformers import PreTrainedModel
 
-from vlmrewrite.compat import attention_implementation, experts_implementation, is_compiled
+from vlmrewrite.compat import experts_implementation, is_compiled
 from vlmrewrite.hf.decoder import EXPERTS
 from vlmrewrite.hf.inner import language_model
 from vlmrewrite.hf.mixers import refuse_cache_layers
-
-_ATTENTION = ("eager", "sdpa")
+from vlmrewrite.hf.placement import scattered
 
 APPLIED = "vlmrewrite_undo"
 """Attribute of a model that a recipe is applied to: what takes it off again; None in a copy of such a model."""
@@ -28,9 +26,9 @@ def check_support(model: Any) -> int:
 
     Raises:
         TypeError: it is not a Hugging Face model.
-        ValueError: it is compiled or exported, has no image tokens, no causal text decoder, an attention implementation
-            other than eager or sdpa, an experts implementation other than eager, grouped_mm or batched_mm, or layers
-            whose cache is of another kind.
+        ValueError: it is compiled or exported, its parameters are not whole in one place, it has no image tokens, no
+            causal text decoder, an experts implementation other than eager, grouped_mm or batched_mm, or layers whose
+            cache is of another kind.
     """
     _check_kind(model)
     config = model.config
@@ -55,9 +53,6 @@ def check_support(model: Any) -> int:
             f"{type(model).__name__} is an encoder-decoder: there are no vision tokens in its decoder's stream"
         )
     text = config.get_text_config(decoder=True)
-    used = attention_implementation(text)
-    if used not in _ATTENTION:
-        raise ValueError(f"attention implementation {used!r} is not supported; expected one of {', '.join(_ATTENTION)}")
     experts = experts_implementation(text)
     if experts not in (None, *EXPERTS):
         raise ValueError(f"experts implementation {experts!r} is not supported; expected one of {', '.join(EXPERTS)}")
@@ -66,19 +61,6 @@ def check_support(model: Any) -> int:
         raise ValueError(f"the text config has num_hidden_layers={depth!r}; expected at least one decoder layer")
     refuse_cache_layers(model)
     return depth
-
-
-def refuse_checkpointing(model: nn.Module) -> None:
-    """Refuse a model that recomputes its layers in the backward pass.
-
-    Raises:
-        NotImplementedError: it is in training, and gradient checkpointing is on.
-    """
-    if model.training and any(getattr(m, "gradient_checkpointing", False) for m in model.modules()):
-        raise NotImplementedError(
-            "gradient checkpointing is on, and the rewritten graph keeps its activations: call"
-            " model.gradient_checkpointing_disable()"
-        )
 
 
 def _check_kind(model: Any) -> None:
@@ -93,15 +75,12 @@ def _check_kind(model: Any) -> None:
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"expected a transformers PreTrainedModel, got {type(model).__name__}")
-    if vars(model).get(APPLIED) is not None:
+    if APPLIED in vars(model):
         raise ValueError(
             f"a recipe is applied to this {type(model).__name__} already; call vlmrewrite.restore(model) first"
         )
-    if APPLIED in vars(model):
-        raise ValueError(
-            f"this {type(model).__name__} is a copy of one that a recipe was applied to; expected an unmodified model:"
-            " restore the other one and copy it again"
-        )
+    if (reason := scattered(model)) is not None:
+        raise ValueError(f"{type(model).__name__} cannot be rewritten: {reason}")
     for name in ("forward", "generate"):
         if name in model.__dict__:
             raise ValueError(

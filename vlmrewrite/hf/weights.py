@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -12,44 +13,76 @@ from torch import Tensor, nn
 def dequantise(block: nn.Module) -> int:
     """Put ``nn.Linear`` in the place of each linear map whose weights cannot be trained, with what they stand for.
 
-    What a map does to the unit vectors says which weights these are, whatever library it is of.
+    And of each that is made of several, as one with an adapter is. What a map does to the unit vectors says which
+    weights these are, whatever library it is of.
 
     Args:
         block: changed in place; the dtype is that of its other parameters.
 
     Returns:
-        bytes of the new weights.
+        bytes of the new weights that stand for some that cannot be trained.
 
     Raises:
         TypeError: a module with such weights is no linear map.
     """
-    plain = next((p for p in block.parameters() if _trainable(p)), torch.empty(()))
+    several = [path for path, m in block.named_modules() if any(m.children()) and _is_linear(m)]
+    inside_these = tuple(f"{path}." for path in several)
+    plain = [p for name, p in block.named_parameters() if _trainable(p) and not name.startswith(inside_these)]
+    some: list[torch.Tensor] = [*plain, *(p for p in block.parameters() if _trainable(p)), torch.empty(())]
+    like = some[0]
     stored = 0
     for path, module in [*block.named_modules()]:
+        if path.startswith(inside_these):
+            continue
         own = dict(module.named_parameters(recurse=False))
+        if path in several:
+            own = dict(module.named_parameters())
         odd = {name: p for name, p in own.items() if not _trainable(p)}
         inside: Any = getattr(module, "in_features", None)
         outside: Any = getattr(module, "out_features", None)
         linear = isinstance(inside, int) and isinstance(outside, int)
         if not own and linear and not any(module.children()):
             odd = dict(module.named_buffers(recurse=False))
-        if not odd:
+        if not odd and path not in several:
             continue
-        (name, like), *_ = odd.items()
+        (name, first), *_ = (odd or own).items()
         if not linear:
             raise TypeError(
                 f"{path}: expected weights that can be trained, or a linear map with in_features and out_features, got"
-                f" a {type(module).__name__} whose {name} is a {type(like).__name__} of {like.dtype}"
+                f" a {type(module).__name__} whose {name} is a {type(first).__name__} of {first.dtype}"
             )
-        how: Any = {"device": like.device, "dtype": plain.dtype}
+        how: Any = {"device": first.device, "dtype": like.dtype}
         made = nn.Linear(inside, outside, getattr(module, "bias", None) is not None, **how)
-        nothing = module(torch.zeros(1, inside, **how))
+        training = module.training
+        nothing = module.eval()(torch.zeros(1, inside, **how))
         made.weight.copy_((module(torch.eye(inside, **how)) - nothing).T)
         if made.bias is not None:
             made.bias.copy_(nothing[0])
-        block.set_submodule(path, made.train(module.training))
-        stored += sum(p.numel() * p.element_size() for p in made.parameters())
+        block.set_submodule(path, made.train(training))
+        stored += bool(odd) * sum(p.numel() * p.element_size() for p in made.parameters())
     return stored
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module has the sizes of a linear map, and does what one does, but for the rounding of a few bits."""
+    inside, first = getattr(module, "in_features", None), next(module.parameters(), None)
+    if not isinstance(inside, int) or not isinstance(getattr(module, "out_features", None), int) or first is None:
+        return False
+    plain = next((p for p in module.parameters() if _trainable(p)), torch.empty(()))
+    x = torch.randn(2, inside, generator=torch.Generator().manual_seed(0)).to(first.device, plain.dtype)
+    training = module.training
+    nothing, one, other, both = module.eval()(torch.stack([0 * x[0], x[0], x[1], x[0] + x[1]]))
+    module.train(training)
+    return bool((both + nothing - one - other).abs().max() < (one - nothing).abs().max() / 8)
+
+
+def chosen(layers: Iterable[nn.Module]) -> bool:
+    """Whether somebody has chosen already what of a model learns: weights of its layers do not, and they could.
+
+    Of a module that holds weights of a few bits, its bias says nothing: whoever put it there has frozen both.
+    """
+    own = [[*m.parameters(recurse=False)] for layer in layers for m in layer.modules()]
+    return any(not p.requires_grad for found in own if all(map(_trainable, found)) for p in found)
 
 
 def _trainable(p: Tensor) -> bool:

@@ -3,6 +3,6 @@
 In: keys and values as a model's attention makes them. Out: all keys, values and positions of a layer.
 """
 
-from vlmrewrite.kvcache.cache import PositionCache, adopted
+from vlmrewrite.kvcache.cache import PositionCache, adopt, adopted
 
-__all__ = ["PositionCache", "adopted"]
+__all__ = ["PositionCache", "adopt", "adopted"]

@@ -8,7 +8,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
 from vlmrewrite.hf import cache_layers, is_recurrent
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
@@ -17,6 +17,8 @@ from vlmrewrite.kvcache.state import FINAL, StateLayer
 
 class PositionCache(Cache):
     """A transformers cache of :class:`PositionLayer`; grows as the model updates it.
+
+    ``length`` is that of the whole sequence, if somebody has said it; else 0.
 
     Args:
         model: for which; where it has recurrent layers, the cache has a :class:`StateLayer` for each from the start.
@@ -34,6 +36,7 @@ class PositionCache(Cache):
         self._shared: Shared = {}
         self._by_keys: dict[int, PositionLayer] = {}
         self._in_use = False
+        self.length = 0
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
@@ -51,6 +54,7 @@ class PositionCache(Cache):
                 " now is not rewritten: start with an empty cache"
             )
         keys, values = super().update(key_states, value_states, layer_idx, shared=self._shared)
+        self.layers[layer_idx].length = self.length
         self._by_keys[id(keys)] = self.layers[layer_idx]
         return keys, values
 
@@ -134,6 +138,7 @@ class PositionCache(Cache):
         if torch.is_grad_enabled() or not self.layers or any(layer.keys is None for layer in self.attended):
             return False
         for layer in self.attended:
+            layer.length = self.length
             layer.reserve(more)
         return True
 
@@ -157,24 +162,37 @@ def adopted(given: Any, model: nn.Module) -> Iterator[PositionCache]:
     if given is None or isinstance(given, PositionCache):
         yield PositionCache(model) if given is None else given
         return
-    if not isinstance(given, Cache):
-        raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
-    if type(given) is not DynamicCache or given.offloading:
-        raise NotImplementedError(
-            f"{type(given).__name__} cannot hold another number of tokens in each layer; expected a DynamicCache"
-            " without offloading (is cache_implementation set in the generation config?)"
-        )
-    if given.get_seq_length() > 0:
-        raise ValueError(
-            f"past_key_values holds {given.get_seq_length()} tokens that went through the unmodified model;"
-            " start again with an empty cache"
-        )
-    if any(getattr(layer, "record_past", False) for layer in given.layers):
-        raise NotImplementedError(f"{FINAL}: generate without an assistant")
-    before = given.__class__, given.__dict__
-    given.__class__, given.__dict__ = PositionCache, PositionCache(model).__dict__  # type: ignore[assignment]
+    before = adopt(given, model)
     try:
         yield cast(PositionCache, given)
     except BaseException:
         given.__class__, given.__dict__ = before
         raise
+
+
+def adopt(given: Any, model: nn.Module) -> tuple[Any, Any]:
+    """Turn a cache that somebody gave into a :class:`PositionCache`, in place; what it was is returned.
+
+    One with a static length keeps it: see :class:`PositionLayer`.
+
+    Raises:
+        TypeError, NotImplementedError, ValueError: as for :func:`adopted`.
+    """
+    if not isinstance(given, Cache):
+        raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
+    if type(given) not in (DynamicCache, StaticCache) or given.offloading:
+        raise NotImplementedError(
+            f"{type(given).__name__} cannot hold another number of tokens in each layer; expected a DynamicCache or a"
+            " StaticCache, without offloading (is cache_implementation set in the generation config?)"
+        )
+    if int(given.get_seq_length()) > 0:
+        raise ValueError(
+            f"past_key_values holds {int(given.get_seq_length())} tokens that went through the unmodified model;"
+            " start again with an empty cache"
+        )
+    if any(getattr(layer, "record_past", False) for layer in given.layers):
+        raise NotImplementedError(f"{FINAL}: generate without an assistant")
+    before, made = (given.__class__, given.__dict__), PositionCache(model)
+    made.length = max((getattr(layer, "max_cache_len", 0) for layer in given.layers), default=0)
+    given.__class__, given.__dict__ = PositionCache, made.__dict__
+    return before

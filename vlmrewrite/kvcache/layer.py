@@ -48,10 +48,10 @@ class Buffer:
         written: how many tokens somebody may have been shown; after a crop more than are shown now.
     """
 
-    def __init__(self, keys: Tensor, values: Tensor, more: int, rows: Tensor | None = None) -> None:
-        """Copy keys and values (of some rows) to where ``more`` tokens, and some to spare, can follow."""
+    def __init__(self, keys: Tensor, values: Tensor, more: int, room: int = 0, rows: Tensor | None = None) -> None:
+        """Copy keys and values (of some rows) to where ``more`` tokens, and ``room`` or some to spare, can follow."""
         batch, n = keys.shape[0] if rows is None else len(rows), keys.shape[2]
-        capacity = n + more + max(LEAST, (n + more) // SHARE)
+        capacity = n + room + 1 if room >= more else n + more + max(LEAST, (n + more) // SHARE)
         with torch.inference_mode(False):
             self.keys, self.values = (x.new_empty(batch, x.shape[1], capacity, x.shape[3]) for x in (keys, values))
         self.written = 0
@@ -94,7 +94,8 @@ class PositionLayer(DynamicLayer):
     ``seen`` is the *logical* length, the tokens that went by, whatever the layer kept of them. A position of -1 is an
     empty slot; ``holes`` says that there may be some. ``shared``, where a method takes it, is filled by the first layer
     of several that hold the same tensor of positions, so that they go on to hold the same one.
-    An empty layer holds None for all three.
+    An empty layer holds None for all three. Where it is known how long the sequence gets, it is ``length``, and memory
+    for what is left of it is taken at once.
     """
 
     keys: Any
@@ -105,7 +106,7 @@ class PositionLayer(DynamicLayer):
         super().__init__()  # type: ignore[no-untyped-call]
         self.positions: Any = None
         self.buffer: Buffer | None = None
-        self.seen, self.holes = 0, False
+        self.seen, self.holes, self.length = 0, False, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: the first update brings the tensors."""
@@ -158,7 +159,7 @@ class PositionLayer(DynamicLayer):
         """
         buffer = self.own()
         if buffer is None or not buffer.takes(more):
-            self.buffer = buffer = Buffer(self.keys, self.values, more)
+            self.buffer = buffer = Buffer(self.keys, self.values, more, self.length - self.seen)
             self.keys, self.values = buffer.shown
         return buffer
 
@@ -226,5 +227,5 @@ class PositionLayer(DynamicLayer):
             self.buffer = None
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         else:
-            self.buffer = Buffer(self.keys, self.values, 1, rows)
+            self.buffer = Buffer(self.keys, self.values, 1, self.length - self.seen, rows)
             self.keys, self.values = self.buffer.shown

@@ -168,7 +168,7 @@ def swap_mixers(model: nn.Module) -> Callable[[], None]:
     Where nothing is traced, they run as they are.
 
     Returns:
-        what undoes it.
+        what undoes it: a call that can be copied with the model.
     """
     layers, found = cache_layers(model), recurrent_mixers(model)
     text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
@@ -179,13 +179,14 @@ def swap_mixers(model: nn.Module) -> Callable[[], None]:
     for module, mixer in zip(modules, mixers, strict=True):
         vars(module)["forward"] = types.MethodType(_forward_of(mixer, type(module).forward), module)
 
-    def undo() -> None:
-        for module, own in zip(modules, before, strict=True):
-            del vars(module)["forward"]
-            if own is not None:
-                vars(module)["forward"] = own
+    return functools.partial(_give_back, modules, before)
 
-    return undo
+
+def _give_back(modules: list[nn.Module], before: list[Any]) -> None:
+    for module, own in zip(modules, before, strict=True):
+        del vars(module)["forward"]
+        if own is not None:
+            vars(module)["forward"] = own
 
 
 @contextlib.contextmanager

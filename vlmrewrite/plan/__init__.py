@@ -4,7 +4,7 @@ In: the depth of a decoder, passes, and for each call its vision mask. Out: a :c
 Nothing here knows of graphs.
 """
 
-from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy, Weights, build
+from vlmrewrite.plan.blocks import ATTRIBUTE, LayerCopy, Weights, blocks_of, build
 from vlmrewrite.plan.budget import Budget, Depth, Layers, Per, check_depth, chosen_layers, layer_index, tokens_kept
 from vlmrewrite.plan.call import GROUPED, Call, Extra
 from vlmrewrite.plan.counts import PER, TokenCounts, describe
@@ -66,6 +66,7 @@ __all__ = [
     "Videos",
     "Vision",
     "Weights",
+    "blocks_of",
     "build",
     "check_depth",
     "chosen_layers",

@@ -11,11 +11,11 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import nn
 
-from vlmrewrite.compat import initialise
+from vlmrewrite.compat import initialise, tree_in
 from vlmrewrite.hf import decoder_layers, decoder_of, dequantise
 
 ATTRIBUTE = "vlmrewrite_blocks"
-"""Where they stand on a rewritten model, an ``nn.ModuleDict``."""
+"""Where they stand on a rewritten model, an :class:`vlmrewrite.compat.Apart`."""
 
 
 class Block(Protocol):
@@ -81,6 +81,11 @@ class Weights:
 
     def __str__(self) -> str:
         return getattr(self.make, "__name__", "weights")
+
+
+def blocks_of(model: nn.Module) -> nn.ModuleDict | None:
+    """The blocks of a rewritten model, by name: those that are in use, if another library has made a copy of them."""
+    return tree_in(getattr(model, ATTRIBUTE)) if hasattr(model, ATTRIBUTE) else None
 
 
 def build(model: nn.Module, blocks: dict[str, Block]) -> nn.ModuleDict:

@@ -1,4 +1,4 @@
-"""Linear maps whose weights are packed: in a trained copy of the layer, plain ones stand in their place."""
+"""Linear maps whose weights are packed, or that are made of several: plain ones take their place in a trained copy."""
 
 from __future__ import annotations
 
@@ -48,13 +48,15 @@ def packed_maps(
     plain = dict(block.named_parameters())
     other = [known for n, known in parameters.items() if not value(n).dtype.is_floating_point] + [*plain.keys() - names]
     paths = dict.fromkeys(known.rpartition(".")[0] for known in other)
-    used = [path for path in paths if any(_is_of(n, path) for n in layer.region)]
+    outer = [path for path in paths if not any(path.startswith(f"{other}.") for other in paths)]
+    used = [path for path in outer if any(_is_of(n, path) for n in layer.region)]
     found = [_map(layer, path, f"{path}.bias" in plain) for path in used]
     order = {n: i for i, n in enumerate(layer.attention.graph.nodes)}
     found.sort(key=lambda one: order[one.out])
     behind = {one.path for one in found if layer.attention in needed([one.out])}
     early, late = ([one for one in found if (one.path in behind) is which] for which in (False, True))
-    return early, late, {n: known for n, known in parameters.items() if known.rpartition(".")[0] not in used}
+    inside = tuple(f"{path}." for path in used)
+    return early, late, {n: known for n, known in parameters.items() if not known.startswith(inside)}
 
 
 def unpacked(nodes: LayerNodes, branch: Branch, maps: Sequence[PackedMap]) -> None:
@@ -79,5 +81,5 @@ def _map(layer: Layer, path: str, biased: bool) -> PackedMap:
 
 
 def _is_of(node: Node, path: str) -> bool:
-    stack = list((node.meta.get("nn_module_stack") or {}).values())
-    return bool(stack) and str(stack[-1][0]).endswith(f".{path}")
+    stack = (node.meta.get("nn_module_stack") or {}).values()
+    return any(str(entry[0]).endswith(f".{path}") for entry in stack)

@@ -33,10 +33,10 @@ def in_place_of(decoder: nn.Module, run: Run) -> Iterator[None]:
         _RUN.reset(token)
 
 
-def watched_for(undo: ExitStack, decoder: nn.Module) -> None:
+def watched_for(undo: ExitStack | hf.Undo, decoder: nn.Module) -> None:
     """Let calls of a decoder's forward go where :func:`in_place_of` says; elsewhere they are what they were."""
     if "forward" not in vars(decoder):
-        undo.callback(vars(decoder).pop, "forward", None)
+        undo.callback(hf.drop, decoder, "forward")
         own = functools.wraps(type(decoder).forward)  # generate() looks at the names of a forward's arguments
         vars(decoder)["forward"] = types.MethodType(own(lambda *args, **kwargs: _forward(*args, **kwargs)), decoder)
 

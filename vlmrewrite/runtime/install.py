@@ -5,47 +5,57 @@ Which call is the last one in a process with several threads, :func:`kept_tokens
 
 from __future__ import annotations
 
-import copy
 import functools
 import inspect
 import types
-from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from types import MappingProxyType
 from typing import Any, NoReturn
 
+import torch
 from torch import Tensor, nn
+from transformers.cache_utils import StaticCache
 from transformers.utils.generic import can_return_tuple
 
 from vlmrewrite import capture, hf
 from vlmrewrite.compat import inside_torch_compile
-from vlmrewrite.hf import APPLIED, MODALITIES, on_base_model, swap_attention, watched
+from vlmrewrite.hf import APPLIED, MODALITIES, Undo, drop, on_base_model, swap_attention, watched
+from vlmrewrite.kvcache import adopt
 from vlmrewrite.ops import swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
-from vlmrewrite.runtime.session import Session, session_of
+from vlmrewrite.runtime.session import SESSIONS, Session, session_of
 
 
-def install_session(model: nn.Module, session: Session) -> None:
-    """Put a session on a model; :func:`remove_session` takes it off. A failure half way leaves the model as it was."""
+def install_session(
+    model: nn.Module, session: Session, methods: Mapping[str, Callable[..., Any]] = MappingProxyType({})
+) -> None:
+    """Put a session on a model; :func:`remove_session` takes it off. A failure half way leaves the model as it was.
+
+    Args:
+        methods: more to stand in place of the class's own, by name.
+    """
     capture.register()
-    with ExitStack() as undo:
+    with Undo(model) as undo:
         undo.callback(swap_attention(model))
         undo.callback(swap_mixers(model))
         if "encoder_features" in session.plan.needs():
             for name, encoder in _encoders(model):
-                _put(undo, model.base_model, name, watched(model, encoder, session.encoded))  # type: ignore[arg-type]
-        if session.blocks:
+                undo.put(model.base_model, name, watched(model, encoder, session.encoded))  # type: ignore[arg-type]
+        if session.blocks is not None:
             _register(undo, model, session.blocks)
         generating: Any = hf.language_model(model) or model
-        _put(undo, generating, _PREPARE, _prepared(session, getattr(generating, _PREPARE)))
+        undo.put(generating, _PREPARE, _prepared(session, getattr(generating, _PREPARE)))
         if generating is not model:
             generate = _in_place_of(type(generating).generate, _generate_inside(session))
-            _put(undo, generating, "generate", types.MethodType(generate, generating))
-        for name, method in _METHODS.items():
-            _put(undo, model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
-        undo.callback(vars(model).pop, APPLIED)
-        vars(model)[APPLIED] = undo.pop_all()
+            undo.put(generating, "generate", types.MethodType(generate, generating))
+        for name, method in {**_METHODS, **methods}.items():
+            undo.put(model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
+        undo.callback(drop, model, APPLIED)
+        vars(model)[APPLIED] = undo
+        SESSIONS[model] = session
 
 
 def _encoders(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
@@ -57,13 +67,7 @@ def _encoders(model: nn.Module) -> list[tuple[str, Callable[..., Any]]]:
 def remove_session(model: nn.Module) -> None:
     """Give back the model as it was."""
     vars(model)[APPLIED].close()
-
-
-def _put(undo: ExitStack, module: nn.Module, name: str, value: object) -> None:
-    """Let a module have an attribute of its own, until what was there before is put back."""
-    own = vars(module)
-    undo.callback(own.__setitem__, name, own[name]) if name in own else undo.callback(own.pop, name, None)
-    own[name] = value
+    del SESSIONS[model]
 
 
 @on_base_model
@@ -128,14 +132,13 @@ def kept_tokens(model: nn.Module) -> list[Stage]:
     return session_of(model).last().stages()
 
 
-def _register(undo: ExitStack, model: nn.Module, blocks: nn.ModuleDict) -> None:
-    """Make the recipe's blocks part of the model, and the only part that learns."""
+def _register(undo: Undo, model: nn.Module, blocks: nn.Module) -> None:
+    """Make the recipe's blocks part of the model, and the only part that learns, if nobody has chosen others."""
     if hasattr(model, ATTRIBUTE):
         raise ValueError(f"{type(model).__name__} has an attribute {ATTRIBUTE!r} already; expected an unmodified model")
-    for p in model.parameters():
-        if p.requires_grad:
-            undo.callback(p.requires_grad_, True)
-    model.requires_grad_(False)
+    if not hf.chosen(map(model.get_submodule, hf.decoder_layers(model))):
+        undo.frozen = [p for p in model.parameters() if p.requires_grad]
+        model.requires_grad_(False)
     model.add_module(ATTRIBUTE, blocks)
     undo.callback(delattr, model, ATTRIBUTE)
 
@@ -145,15 +148,23 @@ def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callabl
 
 
 @can_return_tuple  # type: ignore[untyped-decorator]
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    if inside_torch_compile():
-        raise RuntimeError(
-            f"a recipe is applied to this {type(self).__name__}, and it was called behind torch.compile, which cannot"
-            " look into it: use apply(..., backend='inductor') in its place, or vlmrewrite.restore(model) first"
-        )
+def _own(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session = session_of(self)
     prompt = kwargs.pop(ARGUMENT, None) or current_prompt((session, "forward")) or Prompt()
     return session.forward(self, prompt, args, kwargs)
+
+
+_REASON = "a rewritten model is compiled by apply(..., backend='inductor')"
+
+
+@torch.compiler.disable(reason=_REASON)  # type: ignore[untyped-decorator]
+def _behind_compile(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    session_of(self).told_compiled(next(self.parameters()).device)
+    return _own(self, *args, **kwargs)
+
+
+def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return (_behind_compile if inside_torch_compile() else _own)(self, *args, **kwargs)
 
 
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -188,6 +199,9 @@ def _prepared(session: Session, own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def prepare(*args: Any, **kwargs: Any) -> Any:
+        cache = kwargs.get("past_key_values")
+        if isinstance(cache, StaticCache):  # for which masks of another form would be made
+            adopt(cache, own.__self__)  # type: ignore[attr-defined]
         inputs, prompt = own(*args, **kwargs), current_prompt(session)
         if prompt is None:
             return inputs
@@ -195,21 +209,6 @@ def _prepared(session: Session, own: Callable[..., Any]) -> Callable[..., Any]:
         return inputs | {ARGUMENT: prompt}
 
     return prepare
-
-
-def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
-    """A copy that says, when it is called, that it is not rewritten."""
-    made = type(self).__new__(type(self))
-    memo[id(self)] = made
-    own = vars(self).keys() - {_PREPARE, *_METHODS} | {"forward", "generate"}
-    vars(made).update(copy.deepcopy({name: x for name, x in vars(self).items() if name in own}, memo))
-    for name in {"forward", "generate", _PREPARE} & vars(hf.decoder_of(self)).keys():
-        del vars(hf.decoder_of(made))[name]
-    if "encoder_features" in session_of(self).plan.needs():
-        for name, _ in _encoders(self):
-            del vars(made.base_model)[name]  # it runs this model's
-    vars(made)[APPLIED] = None
-    return made
 
 
 def _refusing(what: str) -> Callable[..., Any]:
@@ -229,7 +228,5 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "generate": _generate,
     "set_attn_implementation": _refusing("runs vlmrewrite's attention while it is: its implementation cannot be set"),
     "set_experts_implementation": _refusing("runs vlmrewrite's experts while it is: no other can be set"),
-    "__deepcopy__": _deepcopy,
-    "__reduce_ex__": _refusing("cannot be pickled or copied while it is (save_pretrained and state_dict can be used)"),
 }
 """What stands on a rewritten model in place of its class's own."""

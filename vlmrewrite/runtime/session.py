@@ -27,7 +27,7 @@ from vlmrewrite.hf import Encoded, Encoding, refuse_packed, tidy, wants_cache, w
 from vlmrewrite.kvcache import PositionCache, adopted
 from vlmrewrite.lower import DecodeStep, Executable
 from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
-from vlmrewrite.plan import All, Plan
+from vlmrewrite.plan import All, Plan, blocks_of
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.around import entering, in_place_of, watched_for
 from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, prompt_of
@@ -40,12 +40,13 @@ class Session:
     Attributes:
         recipe, backend, kernels, strict: what :func:`vlmrewrite.apply` was asked for.
         plan: the recipe's, as far as it is known without a model's graph.
-        blocks: modules of the blocks that it asks for, by name.
+        blocks: the parameters that it adds to the model, as they were put there, if there are any.
         inner: whether a language model inside generates, or merges: see :func:`vlmrewrite.hf.language_model`.
-        executables: each captured graph under this recipe, for the missing facts about the images, the device, and the
-            operators' definitions (see :func:`vlmrewrite.ops.replaced`); they die with the graph.
+        executables: each captured graph under this recipe, for the missing facts about the images, the device, the
+            blocks, and the operators' definitions (see :func:`vlmrewrite.ops.replaced`); they die with the graph.
         text_calls: calls without an image, by thread, so that none waits for another, and whether a cache was there.
         compiled_calls: those of them that a compiler ran.
+        checkpointing: which layers the backward pass computes again, as of the last call in training.
         untraced: why the decoder alone is captured, and not the model's forward; None where that is not so.
     """
 
@@ -54,12 +55,13 @@ class Session:
     kernels: Kernels
     strict: bool
     plan: Plan
-    blocks: nn.ModuleDict
+    blocks: nn.Module | None
     inner: bool
     executables: WeakKeyDictionary[Graph, dict[Any, Executable]] = field(default_factory=WeakKeyDictionary)
     text_calls: Counter[tuple[int, bool]] = field(default_factory=Counter)
     compiled_calls: Counter[int] = field(default_factory=Counter)
     untraced: str | None = None
+    checkpointing: hf.Checkpointing | None = None
     _thread: threading.local = field(default_factory=threading.local)
     _latest: Any = field(default_factory=WeakKeyDictionary)
     _any: LastCall | None = None
@@ -81,6 +83,13 @@ class Session:
             for told in (x for x in self._latest.values() if me not in x[1]):
                 told[0] = ran
             self._latest[me], self._any = [ran, WeakSet(threading.enumerate())], ran
+
+    def told_compiled(self, device: torch.device) -> None:
+        """Say, once, that ``torch.compile`` around the model compiles nothing of what the recipe runs."""
+        message = "torch.compile around a rewritten model compiles nothing: apply(..., backend='inductor') does"
+        if resolve(self.backend, device) == "eager" and message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, stacklevel=3)
 
     @functools.cached_property
     def _asked(self) -> tuple[set[str], bool]:
@@ -104,9 +113,16 @@ class Session:
         else:
             prompt.encodings.append(encoding)
 
+    def _checkpoint(self, model: nn.Module) -> None:
+        """See which layers' activations are not to be kept."""
+        with self._lock:
+            before = self.checkpointing if hf.is_checkpointing(model) else None
+            self.checkpointing = hf.take_checkpointing(model, vars(model)[hf.APPLIED]) or before
+
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward under this recipe; its arguments and its outputs, which are not made a tuple here."""
-        hf.refuse_checkpointing(model)
+        if model.training:
+            self._checkpoint(model)
         own = Prompt()
         with prompt_of(self, own):
             kwargs, sizes = tidy(model, args, kwargs, encode=not self.inner)
@@ -127,6 +143,8 @@ class Session:
                 try:
                     return self._with_images(captures_of(model).call, model, model, cache, given, rest, keep)
                 except CaptureError as e:
+                    if hf.exchanged(hf.decoder_of(model)):  # by what this one cannot see into
+                        raise
                     untraced = str(e)
             with self.around(model, prompt, given.images):
                 out = type(model).forward(model, **kwargs, past_key_values=cache, use_cache=True, return_dict=True)
@@ -216,7 +234,7 @@ class Session:
             kwargs = kwargs | {"logits_to_keep": 0}
         told = list[LastCall]()
         before = len(one.graphs)
-        out = one(functools.partial(self._run, model.config, given, told), target, cache, kwargs, given.images, model)
+        out = one(functools.partial(self._run, model, given, told), target, cache, kwargs, given.images, model)
         graphs, limit = len(one.graphs), capture.limit()
         if graphs > before and graphs >= limit - 2:
             warnings.warn(
@@ -235,14 +253,16 @@ class Session:
             layer.holes = layer.holes or some
         return out if keep_cache else _without_cache(out)
 
-    def _run(self, config: Any, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
+    def _run(self, model: nn.Module, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
+        blocks, config = blocks_of(model), model.config
+        again = self.checkpointing if model.training and torch.is_grad_enabled() else None
         call, missing = given.call(graph, inputs, *self._asked, config)
         assert call is not None, "a call on the meta device runs nothing"
-        executable = self._executable(graph, missing, call.vision.device)
+        executable = self._executable(graph, missing, call.vision.device, blocks, again)
         if more := executable.program.plan.needs() - self._asked[0]:  # of a pass that makes do with something else
             call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], config)
             assert call is not None
-            executable = self._executable(graph, missing, call.vision.device)
+            executable = self._executable(graph, missing, call.vision.device, blocks, again)
         result = executable.run(inputs, call)
         kind = call.vision.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
@@ -250,13 +270,27 @@ class Session:
         told.append(LastCall(executable, kept, call, given, layouts, autocast))
         return result.out
 
-    def _executable(self, graph: Graph, missing: dict[str, str], device: torch.device) -> Executable:
+    def _executable(
+        self,
+        graph: Graph,
+        missing: dict[str, str],
+        device: torch.device,
+        blocks: nn.ModuleDict | None,
+        again: hf.Checkpointing | None,
+    ) -> Executable:
         """The graph under this recipe."""
-        made, key = self.executables.setdefault(graph, {}), (frozenset(missing), device, replaced())
+        made, key = self.executables.setdefault(graph, {}), (frozenset(missing), device, replaced(), blocks, again)
         with contextlib.nullcontext() if key in made else self._lock:
             if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self.backend, device)
-                new = compile(program, self.recipe.passes, self.strict, self.blocks, self.kernels, backend, device)
+                if again is not None and self.backend == "inductor":
+                    raise NotImplementedError(
+                        "gradient checkpointing is on, and with backend='inductor' gradients of some layers came out"
+                        " wrong: expected backend='eager' (or 'auto', which runs such a call without the compiler)"
+                    )
+                backend = "eager" if again is not None else backend
+                how = self.recipe.passes, self.strict, blocks, self.kernels, backend, device, again
+                new = compile(program, *how)
                 made[key] = new
                 told = {f"{o.configuration} does nothing: {o.reason}" for o in new.program.outcomes if o.reason}
                 for message in sorted(told - self._warned):
@@ -283,7 +317,6 @@ def session_of(model: nn.Module) -> Session:
     except KeyError:
         raise ValueError(
             f"this {type(model).__name__} is not rewritten; expected a model that a recipe was applied to"
-            " (a copy of a rewritten model is not: apply to the copy of a restored one)"
         ) from None
 
 
