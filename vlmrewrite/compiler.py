@@ -5,7 +5,9 @@ A model's forward is captured in :mod:`vlmrewrite.capture`, when it is called; e
 
 from __future__ import annotations
 
+import logging
 import time
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -22,7 +24,10 @@ from vlmrewrite.hf import Checkpointing
 from vlmrewrite.lower import Executable, by_kind, lower, recomputed
 from vlmrewrite.ops import Kernels
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
+from vlmrewrite.progress import waiting
 from vlmrewrite.rewrite import Program, check_sets, dispatch, legalize
+
+_LOG = logging.getLogger(__name__)
 
 
 def program_of(graph: Graph) -> Program:
@@ -63,10 +68,29 @@ def rewrite(
         propagate: if the program holds the call that it was captured from, run the new graph on fake tensors and check
             that every node holds as many tokens as its set.
 
+    Warns:
+        UserWarning: a pass is refused, which is left out, with the reason.
+
     Raises:
         ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
         TypeError: something in ``passes`` is not a pass.
     """
+    made = rewritten(program, passes, strict=strict, blocks=blocks, propagate=propagate)
+    for outcome in made.outcomes[len(program.outcomes) :]:
+        if outcome.reason is not None:
+            warnings.warn(f"rewrite: {outcome.configuration} does nothing: {outcome.reason}", stacklevel=2)
+    return made
+
+
+def rewritten(
+    program: Program,
+    passes: Sequence[Pass] | Pass,
+    *,
+    strict: bool = False,
+    blocks: nn.ModuleDict | None = None,
+    propagate: bool = True,
+) -> Program:
+    """:func:`rewrite`, for who tells the user by other means what was refused: without its warnings."""
     times = [time.perf_counter()]
     plan, outcomes = run_passes(program.plan, [passes] if isinstance(passes, Pass) else list(passes), strict=strict)
     times.append(time.perf_counter())
@@ -122,12 +146,19 @@ def compile(
         ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
         RuntimeError: kernels asked for by name cannot run there.
     """
-    rewritten = rewrite(program, passes, strict=strict, blocks=blocks)
-    lowered = [lower(gm, kernels, device) for gm in rewritten.graphs]
-    graphs = tuple(low.graph_module for low in lowered)
+    begun = time.perf_counter()
+    with waiting("rewriting the graph"):
+        made = rewritten(program, passes, strict=strict, blocks=blocks)
+        lowered = [lower(gm, kernels, device) for gm in made.graphs]
+        graphs = tuple(low.graph_module for low in lowered)
     saving = graphs if again is None else tuple(recomputed(gm, again.run, again.which) for gm in graphs)
     parts = saving if backend == "eager" else tuple(map(inductor, saving))
-    return Executable(rewritten, backend, by_kind(sum((low.counts for low in lowered), Counter())), graphs, parts)
+    said = ", ".join(o.configuration + f" (refused: {o.reason})" * (o.reason is not None) for o in made.outcomes)
+    what = "%d graph(s) for %s under %s in %.2f s: %d decoder layers, %d selections"
+    selections = len({s for plan in made.plan.variants or (made.plan,) for s in plan.selections()})
+    seconds = time.perf_counter() - begun
+    _LOG.info(what, len(graphs), device, said or "no pass", seconds, made.plan.depth, selections)
+    return Executable(made, backend, by_kind(sum((low.counts for low in lowered), Counter())), graphs, parts)
 
 
 def _modules(program: Program, plan: Plan, given: nn.ModuleDict | None) -> nn.ModuleDict:

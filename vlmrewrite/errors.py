@@ -37,8 +37,15 @@ def explain(error: ValidationError, where: str, fields: Sequence[str]) -> list[s
 def one_of(value: str, expected: Iterable[str]) -> str:
     """`expected one of a, b (did you mean 'a'?)`, for a value that is not among the expected ones."""
     names = list(expected)
-    close = difflib.get_close_matches(value, names, n=1)
-    return f"expected one of {', '.join(names) or '(nothing)'}" + (f" (did you mean {close[0]!r}?)" if close else "")
+    alike = {plain_name(name): name for name in names}
+    close = difflib.get_close_matches(plain_name(value), alike, n=1)
+    meant = f" (did you mean {alike[close[0]]!r}?)" if close else ""
+    return f"expected one of {', '.join(names) or '(nothing)'}{meant}"
+
+
+def plain_name(name: str) -> str:
+    """A name without what one easily gets wrong of it: case, and ``_`` for ``-``."""
+    return name.casefold().replace("_", "-")
 
 
 def shown(value: object) -> str:

@@ -77,6 +77,7 @@ MOVED = {
 LEFT = {
     "bench.kernels": "bench.kernels.harness",
     "capture": "capture.hooks hf.decoder compat.dynamo",
+    "bench.models": "bench.clock",
     "cli": "cli.app cli.options cli.listing",
     "kernels": "ops.device",
     "kernels.decode": "kernels.launch",
@@ -121,7 +122,10 @@ RENAMED = {
 """Names that are others now."""
 
 GONE = {
+    "cli.AsJson": "vlmrewrite.cli.options.Json is the option that says where JSON goes",
     "capture.TracedCall": "vlmrewrite.trace(model, inputs) captures a forward",
+    "bench.models.memory_peak": "vlmrewrite.bench.clock.peak_of says what a function needs at most",
+    "bench.models.memory_reset": "vlmrewrite.bench.clock.peak_of says what a function needs at most",
     "capture.with_images": "vlmrewrite.trace(model, inputs) captures a forward",
     "capture.without_images": "a call of text is captured when it is made",
     "dispatch.Parted": "vlmrewrite.Program.dispatch holds the graphs of a plan's variants, cut",
@@ -134,6 +138,7 @@ GONE = {
     "installed.Installed": "vlmrewrite.lower.Executable is a graph that is ready to run",
     "installed.Ran": "vlmrewrite.Program.execute returns what came out of a run",
     "lower.positioned": "vlmrewrite.lower.DecodeStep.of makes a graph of text ready to run on a cache",
+    "terminal.print_json": "vlmrewrite.cli.terminal.as_json does what --json asks for",
     "tokens.check_needs": "vlmrewrite.plan.Policy and Edit check what they need when they are made",
     "memory.fake": "vlmrewrite.report(model, memory=True) predicts the peak memory",
     "room.Room": "vlmrewrite.kvcache.PositionCache grows in place by itself",

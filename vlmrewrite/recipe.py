@@ -14,7 +14,9 @@ from typing import Annotated, Any, Literal, Self
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr, TypeAdapter, ValidationError
 
-from vlmrewrite.errors import explain, one_of, shown
+from vlmrewrite import moved
+from vlmrewrite.errors import explain, one_of, plain_name, shown
+from vlmrewrite.markup import heading, items
 from vlmrewrite.plan import Depth, Layers
 from vlmrewrite.registry import as_passes, find_pass, is_pass_class
 from vlmrewrite.registry import known_passes as known_passes
@@ -51,6 +53,11 @@ class Recipe(BaseModel):
     def source(self) -> str:
         """The file it was read from; empty if it was made otherwise."""
         return self._source
+
+    def _repr_html_(self) -> str:
+        about = f"backend {self.backend}, kernels {self.kernels}" + (f", from {self.source}" if self.source else "")
+        parts = [heading(f"Recipe {self.name}", 3), items(filter(None, [self.description, about]))]
+        return "".join(["<div>", *parts, heading("Passes, in order"), items(map(repr, self.passes)), "</div>"])
 
     def check_layers(self, depth: int) -> None:
         """Whether a decoder of `depth` layers has the layers that the options of the passes name.
@@ -96,7 +103,8 @@ class Recipe(BaseModel):
     def load(cls, name_or_path: str | os.PathLike[str]) -> Self:
         """Loads a shipped recipe by its name, or a file.
 
-        A path object is a file, and so is a string that ends in .yaml or .yml or contains a path separator.
+        A path object is a file, and so is a string that ends in .yaml or .yml or contains a path separator. Of a name,
+        case does not matter, and _ may stand for -.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -106,6 +114,7 @@ class Recipe(BaseModel):
         separators = {os.sep, os.altsep or os.sep}
         if not isinstance(name_or_path, str) or name.endswith((".yaml", ".yml")) or separators & set(name):
             return cls.from_yaml(name_or_path)
+        name = next((known for known in _shipped_names() if known == plain_name(name)), name)
         if name not in _shipped_names():
             raise ValueError(f"unknown recipe {name!r}, {one_of(name, _shipped_names())}, or a path ending in .yaml")
         return cls._parse(files("vlmrewrite.recipes").joinpath(f"{name}.yaml").read_bytes(), f"recipes/{name}.yaml")
@@ -280,3 +289,5 @@ _StrictLoader.yaml_constructors = {
     for tag, constructor in yaml.SafeLoader.yaml_constructors.items()
     if tag not in {f"tag:yaml.org,2002:{kind}" for kind in ("binary", "omap", "pairs", "set")}
 }
+
+moved.register(__name__)

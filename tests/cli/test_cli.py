@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
-from saved_llava import WORDS
 from transformers import (
     CLIPVisionConfig,
     Gemma3Config,
@@ -18,6 +18,7 @@ from transformers import (
 )
 from typer.testing import CliRunner, Result
 
+import vlmrewrite
 from vlmrewrite.cli import prompt
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.config import image_tokens
@@ -51,10 +52,24 @@ def test_without_a_command_the_help_is_shown() -> None:
     assert all(f"  {name}  " in text for name in ("recipes", "passes", "inspect", "apply", "bench"))
 
 
+def test_the_version() -> None:
+    text = output("--version")
+    assert text.startswith(f"vlmrewrite {vlmrewrite.__version__} (Python 3.")
+    assert f"torch {torch.__version__}" in text and "transformers 5." in text
+
+
+def test_json_is_printed_in_place_of_text_or_written_beside_it(tmp_path: Path) -> None:
+    text = output("recipes")
+    assert output("recipes", "--json", tmp_path / "out.json") == text
+    printed = output("recipes", "--json", "-")
+    assert printed == (tmp_path / "out.json").read_text()
+    assert len(json.loads(printed)) == len(shipped_recipes())
+
+
 def test_recipes() -> None:
     text = output("recipes")
     assert all(name in text for name in shipped_recipes())
-    found = {r["name"]: r for r in json.loads(output("recipes", "--json"))}
+    found = {r["name"]: r for r in json.loads(output("recipes", "--json", "-"))}
     assert list(found) == list(shipped_recipes())
     assert found["stride-half"] == {
         "name": "stride-half",
@@ -83,7 +98,7 @@ def test_inspect_of_a_configuration(family: str, tokens: int, source: str | None
     tiny = FAMILIES[family]()
     tiny.model.config.save_pretrained(tmp_path)
     given = () if source else ("--image-tokens", tokens)
-    found = json.loads(output("inspect", tmp_path, "--text", 7, "--images", 2, "--rows", 2, "--json", *given))
+    found = json.loads(output("inspect", tmp_path, "--text", 7, "--images", 2, "--rows", 2, "--json", "-", *given))
     length, kv = 7 + 2 * tokens, 2 * 2 * 8 * 2  # keys and values, 2 heads of 8, 2 bytes
     assert found["class"] == type(tiny.model).__name__
     assert found["parameters"] == sum(p.numel() for p in tiny.model.parameters())
@@ -109,7 +124,7 @@ def test_inspect_with_a_recipe_that_dispatches(folder: Path) -> None:
     (kv,) = (line for line in lines if line.startswith("K/V MiB"))
     ratios = [float(part.split()[0]) for part in kv.split("÷")[1:]]
     assert ratios[0] > ratios[1] > ratios[2] == 1.0
-    found = json.loads(output(*arguments, "--json"))
+    found = json.loads(output(*arguments, "--json", "-"))
     assert found["chooser"] == "Confidence(at=0, threshold=0.8)"
     assert [v["totals"]["after"]["kv_bytes"] for v in found["variants"]] == sorted(
         v["totals"]["after"]["kv_bytes"] for v in found["variants"]
@@ -179,12 +194,13 @@ def test_inspect_tells_what_apply_tells(folder: Path, tmp_path: Path, passes: st
     mine = write(tmp_path / "mine.yaml", f"name: mine\npasses:\n{passes}\n")
     text = output("inspect", folder / "config.json", "--recipe", mine, "--images", 2)
     told = [line.removeprefix("note: ") for line in text.splitlines() if line.startswith("note: ")]
-    found = json.loads(output("inspect", folder / "config.json", "--recipe", mine, "--images", 2, "--json"))["notes"]
+    written = output("inspect", folder / "config.json", "--recipe", mine, "--images", 2, "--json", "-")
+    found = json.loads(written)["notes"]
     assert told == found
     assert len(found) == len(notes)
     assert all(note.startswith(start) for note, start in zip(found, notes, strict=True))
     assert text.count("REFUSED") == ("encoder" in passes)
-    assert json.loads(output("inspect", folder / "config.json", "--json"))["notes"] == []
+    assert json.loads(output("inspect", folder / "config.json", "--json", "-"))["notes"] == []
 
 
 @pytest.mark.parametrize(
@@ -205,22 +221,7 @@ def test_image_tokens_of_configurations(
     assert image_tokens(config, written) == (tokens, source or "the tower's patch grid and scale_factor")
 
 
-# ---- apply
-
-
-def test_apply_answers_without_and_with_a_recipe(folder: Path, tmp_path: Path) -> None:
-    mine = write(tmp_path / "mine.yaml", "name: all-of-them\npasses:\n- stride: {keep: 1.0}\n")
-    arguments = ("apply", folder, "--image", folder / "picture.png", "--max-new-tokens", 3, "--prompt", "w10 w20")
-    lines = output(*arguments, "--recipe", mine).splitlines()
-    before, after = lines[0].split(), lines[1].split()
-    assert before[0] == "unmodified"
-    assert after[0] == "all-of-them"
-    assert before[1:] == after[1:]
-    assert len(before) == 4
-    assert set(before[1:]) <= set(WORDS)
-    assert lines[3] == "recipe all-of-them, backend eager"
-    assert "  Stride(keep=1.0, at=0, per='image'): matched, CHANGES NOTHING" in lines
-    assert any(line.endswith("(1 row of 18 tokens, 1 image, 16 vision tokens):") for line in lines)
+# ---- questions
 
 
 def test_image_tokens_and_chat_templates_in_prompts(folder: Path) -> None:

@@ -118,7 +118,23 @@ def test_configurations_that_are_wrong(config: str, message: str, tmp_path: Path
         ),
         (["bench", *"--kernels --native".split()], "expected --kernels without --native"),
         (["bench", "{folder}", *"--recipe sts-half --prompt p".split()], "expected both --image and --prompt, or"),
-        (["bench", "{folder}", *"--recipe sts-half --json no/out.json".split()], "--json: expected a file in a folder"),
+        (["apply", "{folder}", *"--recipe STS_hlaf --prompt p --image x".split()], "(did you mean 'sts-half'?)"),
+        (
+            ["apply", "{folder}", *"--recipe sts-half --prompt p --image x --html no/out.html".split()],
+            "--html: expected a file in a folder that exists, got 'no/out.html'",
+        ),
+        (["bench", *"--kernels --json {empty}".split()], "--json: expected - or a file, got the folder"),
+        *(
+            ([*arguments.split(), "--json", "no/out.json"], "--json: expected - or a file in a folder that exists, got")
+            for arguments in (
+                "recipes",
+                "passes",
+                "families",
+                "inspect {folder}",
+                "apply {folder} --recipe sts-half --prompt p --image x",
+                "bench {folder} --recipe sts-half",
+            )
+        ),
     ],
     ids=lambda x: " ".join(x) if isinstance(x, list) else "",
 )

@@ -2,17 +2,24 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import pytest
 from pydantic import Field
 from typer.testing import CliRunner
 
+from vlmrewrite import plan
 from vlmrewrite.cli import catalogue
 from vlmrewrite.cli.app import app
 from vlmrewrite.plan import Depth
+from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.registry import known_passes
+
+ROOT = Path(__file__).parents[2]
 
 
 def output(*arguments: str) -> str:
@@ -30,7 +37,7 @@ def test_passes() -> None:
     assert "policy: 'confidence' | 'router' | function | None = None" in text
     assert "cross: Layers | None = None" in text and "cross: Layers = ()" in text
     assert not re.search(r"typing|collections|Annotated|``", text)
-    found = {p["name"]: p for p in json.loads(output("passes", "--json"))}
+    found = {p["name"]: p for p in json.loads(output("passes", "--json", "-"))}
     assert list(found) == list(known_passes())
     assert found["stride"] == {
         "name": "stride",
@@ -78,4 +85,28 @@ def test_passes_fit_the_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_types_in_words(hint: Any, name: str) -> None:
-    assert catalogue._type_name(hint) == name
+    assert catalogue.type_name(hint, vars(plan)) == name
+
+
+def test_the_sources_say_of_passes_and_recipes_what_the_classes_say() -> None:
+    assert catalogue.passes() == catalogue.passes_by_class()
+    assert catalogue.recipes() == [catalogue.recipe_data(recipe) for recipe in shipped_recipes().values()]
+
+
+LIGHT = """
+import sys
+from vlmrewrite.cli import app
+try:
+    app(sys.argv[1:])
+except SystemExit as done:
+    assert done.code == 0, done
+assert not {"torch", "transformers", "numpy"} & set(sys.modules), "it takes seconds to import them"
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", ["recipes", "recipes --json -", "passes", "passes --json -", "--version", "--help", "apply --help"]
+)
+def test_what_there_is_is_told_without_torch(arguments: str) -> None:
+    done = subprocess.run([sys.executable, "-c", LIGHT, *arguments.split()], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout, done.stderr

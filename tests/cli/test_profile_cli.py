@@ -38,7 +38,9 @@ def test_inspect_as_data(folder: Path) -> None:
     picture = folder / "picture.png"
     Image.open(picture).rotate(90).save(folder / "other.png")
     images = ("--image", picture, "--image", folder / "other.png")
-    done = run(folder, "--profile", *images, "--prompt", "w10 w20", "--prompt", "w9", "--json", "--dtype", "float32")
+    done = run(
+        folder, "--profile", *images, "--prompt", "w10 w20", "--prompt", "w9", "--json", "-", "--dtype", "float32"
+    )
     assert done.exit_code == 0, done.output
     found = json.loads(done.stdout)
     assert found["prompts"] == ["w10 w20", "w9"]
@@ -46,7 +48,7 @@ def test_inspect_as_data(folder: Path) -> None:
     assert found["dtype"] == "float32"
     assert found["rows"] == 2
     assert len(found["freeze_kl"]) == 4
-    done = run(folder, "--profile", *images, "--prompt", "w10", "--json")
+    done = run(folder, "--profile", *images, "--prompt", "w10", "--json", "-")
     assert json.loads(done.stdout)["rows"] == 1
 
 

@@ -152,7 +152,7 @@ def test_a_model_without_a_grid_refuses():
         with vr.applied(tiny.model, [DAPE()]):
             with pytest.warns(UserWarning, match="does nothing: an image has .* not a square grid"):
                 torch.testing.assert_close(tiny.model(**inputs).logits, expected)
-            assert "which is not a square grid" in str(vr.report(tiny.model))
+            assert "which is not a square grid" in vr.report(tiny.model).passes[0]["reason"]
         refused = pytest.raises(ValueError, match="was refused: an image has")
         with vr.applied(tiny.model, [DAPE()], strict=True), refused:
             tiny.model(**inputs)

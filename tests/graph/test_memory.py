@@ -6,10 +6,10 @@ import functools
 
 import pytest
 import torch
-from torch.profiler import ProfilerActivity, profile
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
 import vlmrewrite as vr
+from vlmrewrite.bench.clock import peak_of
 from vlmrewrite.cli.prompt import Shape, prompt_inputs
 from vlmrewrite.lower.lowering import Executable, lower
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
@@ -44,13 +44,7 @@ def llava(dtype=torch.float32):
 
 def allocated(run):
     """Result of a run, and the largest number of bytes that it held at a time, as the allocator reports them."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
-        out = run()
-    now = most = 0
-    for event in profiled.profiler.kineto_results.events():
-        now += event.nbytes() if event.name() == "[memory]" else 0
-        most = max(most, now)
-    return out, most
+    return peak_of(run, torch.device("cpu"))
 
 
 @pytest.mark.slow

@@ -128,6 +128,10 @@ def test_load_by_name_or_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         ValueError, match=r"^unknown recipe 'bare', expected one of dape-half, .* path ending in .yaml$"
     ):
         Recipe.load("bare")
+    for meant in ("STS-128", "sts_128", "Sts_128"):
+        assert Recipe.load(meant) == Recipe.load("sts-128")
+    with pytest.raises(ValueError, match=r"^unknown recipe 'STS_12', .*\(did you mean 'sts-128'\?\)"):
+        Recipe.load("STS_12")
     with pytest.raises(ValueError, match=r"^unknown recipe 'sts-12', .*\(did you mean 'sts-128'\?\)"):
         Recipe.load("sts-12")
     with pytest.raises(ValueError, match="^unknown recipe '', "):

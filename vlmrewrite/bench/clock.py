@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
+import os
 import time
-from collections.abc import Iterator
-from pathlib import Path
-from typing import Literal, NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
+
+T = TypeVar("T")
 
 Clock = Literal["process", "wall"]
 
@@ -61,27 +65,29 @@ def set_apart() -> Iterator[None]:
         gc.unfreeze()
 
 
-def memory_reset() -> int | None:
-    """Start to watch for the largest memory in use; returns what is in use now, in bytes."""
-    if torch.cuda.is_available():
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
+def peak_of(run: Callable[[], T], device: torch.device) -> tuple[T, int]:
+    """What a function returns, and how many bytes its tensors on a device needed at a time, beyond those of before.
+
+    Both are the allocator's own counts. On a CPU they come from PyTorch's profiler, which slows the function down.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        before, out = torch.cuda.memory_allocated(device), run()
+        torch.cuda.synchronize(device)
+        return out, torch.cuda.max_memory_allocated(device) - before
+    with _quiet_profiler(), profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as found:
+        out = run()
+    sizes: Any = [e.nbytes() for e in found.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return out, max(itertools.accumulate(sizes, initial=0))
+
+
+@contextlib.contextmanager
+def _quiet_profiler() -> Iterator[None]:
+    """Without its lines on stderr that it begins and ends; it reads this when it is first used."""
+    before = os.environ.setdefault("KINETO_LOG_LEVEL", "99")
     try:
-        Path("/proc/self/clear_refs").write_text("5")
-        return _status("VmRSS")
-    except OSError:
-        return None
-
-
-def memory_peak(before: int | None) -> int | None:
-    """Bytes that were in use at most since :func:`memory_reset`, beyond what it returned; None where unknown."""
-    if before is None:
-        return None
-    return (torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _status("VmHWM")) - before
-
-
-def _status(key: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(key):
-            return int(line.split()[1]) * 1024
-    raise OSError(f"/proc/self/status has no {key}")
+        yield
+    finally:
+        if before == "99":
+            os.environ.pop("KINETO_LOG_LEVEL", None)

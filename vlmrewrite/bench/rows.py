@@ -21,7 +21,7 @@ class Row:
         prefill: seconds of each prefill (images encoded before), in order.
         decode: seconds per token of each decoding run, in order.
         prefill_process, decode_process: the same in process time: seconds of all its threads on processors.
-        peak_bytes: largest memory in use during prefill, beyond what was in use before it; None where unknown.
+        peak_bytes: that tensors need at a time during a prefill, beyond those of before, as the allocator counts them.
         kv_bytes: keys and values in the cache after prefill.
         flops: matmul FLOPs of the decoder layers' prefill; None for the unmodified model without a recipe beside it.
         flops_before: those of the unmodified model.
@@ -35,7 +35,7 @@ class Row:
     decode: list[float] = field(default_factory=list)
     prefill_process: list[float] = field(default_factory=list)
     decode_process: list[float] = field(default_factory=list)
-    peak_bytes: int | None = None
+    peak_bytes: int = 0
     kv_bytes: int = 0
     flops: int | None = None
     flops_before: int | None = None

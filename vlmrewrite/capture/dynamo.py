@@ -30,6 +30,9 @@ LIMIT = 24
 """Graphs of one model before giving up: with or without gradient, padding, a past, one row or more, one logit or all
 make different graphs, so that Dynamo's default of 8 is soon used up."""
 
+_CAPTURED = "%s captured (called with %s) in %.2f s: %d nodes, %d layers as copies"
+"""In no time if a model like it was captured before."""
+
 _OURS = ("past_key_values", "use_cache", "mm_encoder_outputs", "return_dict")
 
 
@@ -121,6 +124,7 @@ class CapturedForward:
         alike: Alike | None = None,
     ) -> Any:
         ran, _alive = list[Graph](), self._traces.graphs  # in this call, whatever another thread forgets
+        before, told = len(self.seconds), [*(images or ["no image"]), *sorted(kwargs)]
 
         def too_many() -> RuntimeError:
             return RuntimeError(
@@ -139,6 +143,9 @@ class CapturedForward:
                 inputs = [*inputs, *alike.tensors(taken)]
             if graph not in self._ran and len(self.graphs) >= limit():
                 raise too_many()
+            if graph not in self._ran and _LOG.isEnabledFor(logging.INFO):
+                nodes, seconds = len(graph.gm.graph.nodes), sum(self.seconds[before:])
+                _LOG.info(_CAPTURED, type(whole or model).__name__, ", ".join(told), seconds, nodes, self.copied)
             ran.append(graph)
             self._ran.add(graph)
             if images is not None and graph.features is None:

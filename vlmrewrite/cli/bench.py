@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,6 +12,7 @@ from vlmrewrite.cli.options import (
     Device,
     Dtype,
     ImageTokens,
+    Json,
     a_question,
     at_least,
     progress_bar,
@@ -20,7 +20,7 @@ from vlmrewrite.cli.options import (
     steps,
     unset,
 )
-from vlmrewrite.cli.terminal import print_table
+from vlmrewrite.cli.terminal import as_json, check_json, print_table
 
 
 @app.command()
@@ -44,7 +44,7 @@ def bench(
     random_weights: Annotated[bool, typer.Option("--random-weights", help="Do without the model's weights.")] = False,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    out: Annotated[Path | None, typer.Option("--json", help="Write everything that was measured to this file.")] = None,
+    json: Json = None,
     kernels: Annotated[
         bool, typer.Option("--kernels", help="In place of a model, measure the kernels and what they compete with.")
     ] = False,
@@ -62,14 +62,13 @@ def bench(
 
     Or, with --kernels, each kernel and what it competes with.
     """
-    if out is not None and not out.parent.is_dir():
-        raise ValueError(f"--json: expected a file in a folder that exists, got {str(out)!r}")
+    check_json(json)
     if kernels:
         if model is not None:
             raise ValueError("expected MODEL or --kernels, not both")
         unset({"recipe": recipe, "image": image, "prompt": prompt, "text": text, "images": images}, "--kernels without")
         unset({"native": native or None}, "--kernels without")
-        _bench_kernels(device, dtype, rows, repeat, out, {"families": kernel, "sizes": sizes, "against": against})
+        _bench_kernels(device, dtype, rows, repeat, json, {"families": kernel, "sizes": sizes, "against": against})
         return
     unset({"kernel": kernel, "sizes": sizes, "against": against}, "--kernels with")
     if model is None or not recipe:
@@ -122,8 +121,8 @@ def bench(
         )
         progress.update(task, description="done", completed=(repeat + 1) * len(names))
     result = {"model": str(given), "prompt": str(shape) if shape is not None else prompt} | result
-    if out is not None:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+    if as_json(json, result):
+        return
     told = ("device", "threads", "torch", "dtype", "backend", "prompt", "repeat", "clock")
     print(", ".join(f"{k} {result[k]}" for k in told))
     headings = ["recipe", "prefill ms", "decode tokens/s", "peak\nMiB", "K/V MiB", "FLOPs", "of FLOP\nratio"]
@@ -141,7 +140,7 @@ def bench(
 
 
 def _bench_kernels(
-    device: str, dtype: str, rows: int | None, repeat: int, out: Path | None, chosen: dict[str, Any]
+    device: str, dtype: str, rows: int | None, repeat: int, json: Path | None, chosen: dict[str, Any]
 ) -> None:
     from vlmrewrite.bench import bench_kernels
     from vlmrewrite.cli import loading
@@ -153,8 +152,8 @@ def _bench_kernels(
     given = {name: value for name, value in chosen.items() if value is not None}
     with steps() as progress:
         result = bench_kernels(where, kind, repeat=repeat, progress=progress, **given)
-    if out is not None:
-        out.write_text(json.dumps(result, indent=2) + "\n")
+    if as_json(json, result):
+        return
     print(", ".join(f"{k} {result[k]}" for k in ("device", "threads", "torch", "triton", "dtype", "repeat")))
     if result["no_triton"] is not None:
         print(f"no Triton kernels: {result['no_triton']}")
@@ -202,7 +201,7 @@ def _measured(row: dict[str, Any]) -> list[str]:
         row["name"],
         f"{row['prefill_median'] * 1e3:.4g} (×{row['prefill_speedup']:.2f})",
         f"{row['decode_tokens_per_second']:.4g} (×{row['decode_speedup']:.2f})",
-        "unknown" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**20:.4g}",
+        f"{row['peak_bytes'] / 2**20:.4g}",
         f"{row['kv_bytes'] / 2**20:.4g} (÷{row['kv_ratio']:.2f})",
         "" if ratio is None else f"÷{ratio:.2f}",
         "" if reached is None else f"{reached:.0%}",

@@ -7,16 +7,25 @@ import dataclasses
 import inspect
 import types
 import typing
-from typing import Any
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
 
-from vlmrewrite.plan import Budget, Depth, Layers
-from vlmrewrite.recipe import Recipe, shipped_recipes
-from vlmrewrite.registry import usable_passes
+from vlmrewrite.cli.sources import Option, shipped_passes, shipped_recipes, source
+
+if TYPE_CHECKING:
+    from vlmrewrite.recipe import Recipe
+
+_GROUP = "vlmrewrite.passes"
+"""That of :mod:`vlmrewrite.registry`, which is not imported here if nobody registers anything."""
+
+Kinds = Mapping[str, Any]
+"""The types of options that have names of their own."""
 
 
 def recipes() -> list[dict[str, Any]]:
     """The shipped recipes, by name."""
-    return [recipe_data(recipe) for recipe in shipped_recipes().values()]
+    return shipped_recipes()
 
 
 def recipe_data(recipe: Recipe) -> dict[str, Any]:
@@ -28,53 +37,62 @@ def recipe_data(recipe: Recipe) -> dict[str, Any]:
 def passes() -> tuple[list[dict[str, Any]], dict[str, str]]:
     """Every pass that a recipe can hold, and for those that other packages register in vain what is wrong with them.
 
-    Of each: name, description, package and options.
+    Of each: name, description, package and options. Other packages' passes are imported, and torch with them.
     """
+    if entry_points(group=_GROUP):
+        return passes_by_class()
+    kinds = source("plan", "budget")
+    return [_data(name, one.doc, "vlmrewrite", one.options, kinds) for name, one in shipped_passes().items()], {}
+
+
+def passes_by_class() -> tuple[list[dict[str, Any]], dict[str, str]]:
+    """:func:`passes`, as the classes themselves tell."""
+    from vlmrewrite import plan
+    from vlmrewrite.registry import usable_passes
+
     usable, wrong = usable_passes()
-    found = [
-        {
-            "name": name,
-            "description": (inspect.getdoc(kind) or "").partition("\n")[0].replace("``", "`"),
-            "package": kind.__module__.partition(".")[0],
-            "options": _options(kind),
-        }
-        for name, kind in usable.items()
-    ]
+    found = []
+    for name, kind in usable.items():
+        hints = typing.get_type_hints(kind, include_extras=True)
+        options = {f.name: Option(hints[f.name], _default(f)) for f in dataclasses.fields(kind)}
+        package = kind.__module__.partition(".")[0]
+        found.append(_data(name, inspect.getdoc(kind) or "", package, options, vars(plan)))
     return found, wrong
 
 
-def _options(kind: type[Any]) -> list[dict[str, Any]]:
-    hints = typing.get_type_hints(kind, include_extras=True)
+def _default(field: dataclasses.Field[Any]) -> Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def _data(name: str, doc: str, package: str, options: Mapping[str, Option], kinds: Kinds) -> dict[str, Any]:
+    told = {"name": name, "description": doc.partition("\n")[0].replace("``", "`"), "package": package}
     out = []
-    for f in dataclasses.fields(kind):
-        made = f.default if f.default_factory is dataclasses.MISSING else f.default_factory()
-        option = {"name": f.name, "type": _type_name(hints[f.name]), "required": made is dataclasses.MISSING}
-        out.append(option | ({} if option["required"] else {"default": made}))
-    return out
+    for key, (hint, default) in options.items():
+        option = {"name": key, "type": type_name(hint, kinds), "required": default is dataclasses.MISSING}
+        out.append(option | ({} if option["required"] else {"default": default}))
+    return told | {"options": out}
 
-
-_NAMED = (("Budget", Budget), ("Depth", Depth), ("Layers", Layers))
 
 _WORDS = {type(None): "None", Any: "anything", collections.abc.Callable: "function", collections.abc.Sequence: "list"}
 _WORDS |= {tuple: "list", dict: "mapping"}
 """What is not written as Python names it."""
 
 
-def _type_name(hint: Any) -> str:
+def type_name(hint: Any, kinds: Kinds) -> str:
     """The type as one would say it: Budget, Depth and Layers by their names, numbers with their bounds."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    for name, kind in _NAMED:
-        if typing.get_args(kind)[1] in arguments:  # what checks it; there may be more annotations
+    for name in ("Budget", "Depth", "Layers"):
+        if typing.get_args(kinds[name])[1] in arguments:  # what checks it; there may be more annotations
             return name
     if origin is typing.Annotated:
         told = [x for one in arguments[1:] for x in getattr(one, "metadata", [one])]
-        return _type_name(arguments[0]) + _bounds({key: value for x in told for key, value in _bound(x)})
+        return type_name(arguments[0], kinds) + _bounds({key: value for x in told for key, value in _bound(x)})
     if origin in (typing.Union, types.UnionType):
-        return " | ".join(dict.fromkeys(map(_type_name, arguments)))
+        return " | ".join(dict.fromkeys(type_name(x, kinds) for x in arguments))
     if origin is typing.Literal:
         return " | ".join(map(repr, arguments))
     word = _WORDS.get(origin or hint) or (origin or hint).__name__
-    items = [_type_name(x) for x in arguments[:1]] if word == "list" else []
+    items = [type_name(x, kinds) for x in arguments[:1]] if word == "list" else []
     return f"{word} of {items[0]}" if items else word
 
 

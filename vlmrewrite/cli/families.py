@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import AsJson, at_least, unset
-from vlmrewrite.cli.terminal import print_json
+from vlmrewrite.cli.options import Json, at_least, unset
+from vlmrewrite.cli.terminal import as_json, check_json
 
 if TYPE_CHECKING:
     from vlmrewrite.testing.matrix.cells import Record
@@ -26,7 +26,7 @@ def families(
     fifth: Annotated[int | None, typer.Option(help="Measure every fifth family, from this one (0 to 4) on.")] = None,
     jobs: Annotated[int | None, typer.Option(help="Families measured at a time [1].")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds for each family [300].")] = None,
-    as_json: AsJson = False,
+    json: Json = None,
 ) -> None:
     """Show which technique works with which family of models, in which kind of call: a table that a run made.
 
@@ -34,6 +34,7 @@ def families(
     """
     from vlmrewrite.testing.matrix import table
 
+    check_json(json)
     measured = {"fifth": fifth, "jobs": jobs, "timeout": timeout}
     if run and check:
         raise ValueError("expected --run or --check, got both")
@@ -42,15 +43,13 @@ def families(
         kept = table.read(table.KEPT)
         some = table.chosen(family or list(kept), kept, "the table has no family")
         shown = {name: kept[name] for name in some}
-        if as_json:
-            print_json({name: table.record_data(record) for name, record in shown.items()})
-        elif family:
+        if as_json(json, {name: table.record_data(record) for name, record in shown.items()}):
+            return
+        if family:
             print(*(line for name, record in shown.items() for line in table.details(name, record)), sep="\n")
         else:
             print(*table.marks(shown), sep="\n")
         return
-    if as_json:
-        raise ValueError("--json: expected a table that is kept; leave out --run and --check")
     if fifth is not None and family:
         raise ValueError("expected --family or --fifth, got both")
     if fifth is not None and not 0 <= fifth < 5:
@@ -64,7 +63,8 @@ def families(
     if fifth is not None:
         names = table.fifth(names, fifth)
     found = _measured(names, jobs, timeout, keep=run)
-    print(*table.marks(found), sep="\n")
+    if not as_json(json, {name: table.record_data(record) for name, record in found.items()}):
+        print(*table.marks(found), sep="\n")
     worse = [] if run else [f"{name}: {line}" for name in found for line in table.worse(name, found[name], table.KEPT)]
     for line in worse:
         print("worse:", line, file=sys.stderr)

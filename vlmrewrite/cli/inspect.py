@@ -10,9 +10,9 @@ import typer
 
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.options import (
-    AsJson,
     ImageSize,
     ImageTokens,
+    Json,
     Model,
     a_question,
     pixels,
@@ -20,7 +20,7 @@ from vlmrewrite.cli.options import (
     recipe_named,
     unset,
 )
-from vlmrewrite.cli.terminal import print_json, print_table
+from vlmrewrite.cli.terminal import as_json, check_json, print_table
 
 
 @app.command()
@@ -49,17 +49,18 @@ def inspect(
     device: Annotated[
         Literal["auto", "cpu", "cuda"] | None, typer.Option(help="Where to profile [auto: the GPU if there is one].")
     ] = None,
-    as_json: AsJson = False,
+    json: Json = None,
 ) -> None:
     """Show a model's layers and what a recipe would do to them, without weights: tokens, FLOPs and K/V bytes.
 
     With --profile: measure on images, layer by layer, the attention that text pays to them, cosines between hidden
     states before and after, and the change of the next token's distribution (KL) when vision is frozen or hidden there.
     """
+    check_json(json)
     made_up = {"text": text, "images": images, "rows": rows, "image_tokens": image_tokens}
     if profile:
         unset({"recipe": recipe, "image_size": image_size} | made_up, "--profile without")
-        _profile(model, image or [], prompt or [], plot, device or "auto", dtype or "auto", as_json)
+        _profile(model, image or [], prompt or [], plot, device or "auto", dtype or "auto", json)
         return
     unset({"prompt": prompt, "plot": plot, "device": device}, "--profile with")
     if sum(x is not None for x in (image or None, image_tokens, image_size)) > 1:
@@ -74,7 +75,7 @@ def inspect(
     from vlmrewrite.cli import catalogue
     from vlmrewrite.cli.config import config_file, local, read_config, skeleton
     from vlmrewrite.cli.prompt import captured_prompt, made_up_shape
-    from vlmrewrite.compiler import rewrite
+    from vlmrewrite.compiler import rewritten
     from vlmrewrite.report import summary, verdict
 
     if image:
@@ -89,12 +90,12 @@ def inspect(
     program, _ = captured_prompt(built, shape)
     if chosen is not None:
         chosen.check_layers(program.plan.depth)
-    planned = program if chosen is None else rewrite(program, chosen.passes)
+    planned = program if chosen is None else rewritten(program, chosen.passes)
     count, found = sum(p.numel() for p in built.parameters()), summary(planned)
-    if as_json:
-        about = {"model": str(given), "class": type(built).__name__, "parameters": count, "dtype": dtype}
-        about |= {"prompt": dataclasses.asdict(shape), "image_tokens_from": source}
-        print_json(about | {"recipe": None if chosen is None else catalogue.recipe_data(chosen)} | found)
+    about = {"model": str(given), "class": type(built).__name__, "parameters": count, "dtype": dtype}
+    about |= {"prompt": dataclasses.asdict(shape), "image_tokens_from": source}
+    about |= {"recipe": None if chosen is None else catalogue.recipe_data(chosen)}
+    if as_json(json, about | found):
         return
     print(f"{type(built).__name__}, {count:,} parameters; {shape.image_tokens} tokens an image ({source})\n\n{program}")
     if chosen is None:
@@ -118,7 +119,7 @@ def inspect(
 
 
 def _profile(
-    model: Path, images: list[Path], prompts: list[str], plot: Path | None, device: str, dtype: str, as_json: bool
+    model: Path, images: list[Path], prompts: list[str], plot: Path | None, device: str, dtype: str, json: Path | None
 ) -> None:
     """Measure and print a model's profile."""
     if not images or not prompts:
@@ -139,8 +140,7 @@ def _profile(
         found, about = profile_folder(model, images, prompts, device, dtype, show)
     if plot is not None:
         found.plot(plot)
-    if as_json:
-        print_json(about | found.to_dict())
+    if as_json(json, about | found.to_dict()):
         return
     print(f"{about['class']}, {about['dtype']} on {about['device']}\n\n{found}")
     if plot is not None:

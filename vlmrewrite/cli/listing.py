@@ -5,18 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import AsJson
-from vlmrewrite.cli.terminal import print_json, print_table, print_warning, print_wrapped
+from vlmrewrite.cli.options import Json
+from vlmrewrite.cli.terminal import as_json, check_json, print_table, print_warning, print_wrapped
 
 
 @app.command()
-def recipes(as_json: AsJson = False) -> None:
+def recipes(json: Json = None) -> None:
     """List the recipes that come with vlmrewrite."""
     from vlmrewrite.cli import catalogue
 
+    check_json(json)
     found = catalogue.recipes()
-    if as_json:
-        print_json(found)
+    if as_json(json, found):
         return
     rows = []
     for r in found:
@@ -26,15 +26,15 @@ def recipes(as_json: AsJson = False) -> None:
 
 
 @app.command()
-def passes(as_json: AsJson = False) -> None:
+def passes(json: Json = None) -> None:
     """List the passes that a recipe can hold, with their options; other packages can bring passes too."""
     from vlmrewrite.cli import catalogue
 
+    check_json(json)
     found, wrong = catalogue.passes()
     for reason in wrong.values():
         print_warning(reason)
-    if as_json:
-        print_json(found)
+    if as_json(json, found):
         return
     for p in found:
         package = "" if p["package"] == "vlmrewrite" else f" (of the package {p['package']})"

@@ -33,7 +33,10 @@ ImageSize = Annotated[
     str | None, typer.Option(metavar="WxH", help="Pixels of each made-up image, whose tokens and tiles are counted.")
 ]
 
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[
+    Path | None,
+    typer.Option("--json", metavar="PATH", help="Write it as JSON to this file too; - prints JSON in place of text."),
+]
 
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="auto is the GPU if there is one.")]
 
@@ -42,10 +45,14 @@ Dtype = Annotated[
 ]
 
 
-def progress_bar() -> Progress:
-    """A bar on stderr."""
+@contextlib.contextmanager
+def progress_bar() -> Iterator[Progress]:
+    """A bar on stderr, and no other one meanwhile."""
+    from vlmrewrite.progress import quietly
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, console=Console(stderr=True))
+    with quietly(), Progress(*columns, console=Console(stderr=True)) as progress:
+        yield progress
 
 
 @contextlib.contextmanager

@@ -6,7 +6,9 @@ import json
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
@@ -28,10 +30,18 @@ class Errors(ValueError):
 
 
 class Commands(TyperGroup):
-    """Commands that end a refusal with the exit code 2 and, on stderr, the reason without a traceback."""
+    """Commands that end a refusal with the exit code 2 and, on stderr, the reason without a traceback.
+
+    Warnings are lines of their own there.
+    """
 
     def main(self, *args: Any, **extra: Any) -> Any:
         """Run a command and, unless ``standalone_mode=False`` is given, end the process."""
+        with warnings.catch_warnings():
+            warnings.showwarning = lambda message, *_, **__: print_warning(str(message))
+            return self._main(*args, **extra)
+
+    def _main(self, *args: Any, **extra: Any) -> Any:
         ends, extra["standalone_mode"] = extra.get("standalone_mode", True), False
         if not ends:
             return super().main(*args, **extra)
@@ -56,9 +66,28 @@ def print_warning(text: str) -> None:
     print("warning:", _one_line(text), file=sys.stderr)
 
 
-def print_json(data: object) -> None:
-    """Plain values, indented."""
-    print(json.dumps(data, indent=2))
+def check_json(path: Path | None) -> None:
+    """Raise ValueError, before anything is measured, if ``--json`` names a file that cannot be written."""
+    if path is not None and not path.parent.is_dir():
+        raise ValueError(f"--json: expected - or a file in a folder that exists, got {str(path)!r}")
+    if path is not None and path.is_dir():
+        raise ValueError(f"--json: expected - or a file, got the folder {str(path)!r}")
+
+
+def as_json(path: Path | None, data: object) -> bool:
+    """What ``--json`` asks for: plain values, indented, to a file, or for ``-`` to stdout.
+
+    Returns:
+        whether they were printed, and text is not to be.
+    """
+    if path is None:
+        return False
+    text = json.dumps(data, indent=2)
+    if str(path) == "-":
+        print(text)
+        return True
+    path.write_text(text + "\n", encoding="utf-8")
+    return False
 
 
 def print_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

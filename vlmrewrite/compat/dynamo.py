@@ -14,6 +14,7 @@ import torch._dynamo
 import torch.fx
 
 from vlmrewrite.compat.private import attribute, find, patched
+from vlmrewrite.progress import waiting
 
 
 def inside_torch_compile() -> bool:
@@ -65,7 +66,14 @@ def captured(
     """
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):  # global_hooks cannot check while it is traced
         find("torch.nn.modules.module", name)
-    return _behind_dynamo(function, backend, lambda: tracing_options(recompile_limit=recompile_limit()), traced)
+
+    @contextlib.contextmanager
+    def options() -> Iterator[None]:
+        what = "capturing the model, once for each way of calling it"
+        with waiting(what), tracing_options(recompile_limit=recompile_limit()):
+            yield
+
+    return _behind_dynamo(function, backend, options, traced)
 
 
 def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
@@ -74,6 +82,7 @@ def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
     @contextlib.contextmanager
     def options() -> Iterator[None]:
         with (
+            waiting("compiling the rewritten graph with Inductor"),
             find("torch._dynamo.convert_frame", "compile_lock"),
             patched("torch._dynamo.config", assume_static_by_default=False),
             _compiling_here_alone(),

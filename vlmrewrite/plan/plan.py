@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial, reduce
 
+from vlmrewrite.markup import Shown
 from vlmrewrite.plan.blocks import Block, LayerCopy
 from vlmrewrite.plan.budget import Budget, Depth, Per, layer_index
 from vlmrewrite.plan.listing import labels, listing
@@ -23,7 +24,7 @@ from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
 
 
 @dataclass
-class Plan:
+class Plan(Shown):
     """What every decoder layer does; made from the anatomy of a captured model, changed by passes.
 
     It is made before the images are counted: it does not know how many there are, nor how large.

@@ -4,6 +4,7 @@ In: a rewritten program or a model. Out: records that print as tables and turn i
 """
 
 from vlmrewrite.report.layer_profile import LayerProfile, calibration, profile
+from vlmrewrite.report.page import program_html, report_html
 from vlmrewrite.report.plot import check_plot
 from vlmrewrite.report.report import Report, make_report, report_on
 from vlmrewrite.report.summary import summary, verdict
@@ -15,6 +16,8 @@ __all__ = [
     "check_plot",
     "make_report",
     "profile",
+    "program_html",
+    "report_html",
     "report_on",
     "summary",
     "verdict",

@@ -24,7 +24,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from vlmrewrite.compiler import rewrite
+from vlmrewrite.compiler import rewritten
 from vlmrewrite.hf import check_support, encode_images, on_base_model
 from vlmrewrite.plan import All, Call, Plan, Text, TokenSet
 from vlmrewrite.report.observe import observe
@@ -254,7 +254,7 @@ def _measure(programs: list[Program], progress: Callable[[str, int, int], None])
     for name, keys in (("freeze_kl", All), ("hide_kl", Text)):
         kl = [0.0] * depth
         for graph, layer in itertools.product(graphs, range(depth)):
-            changed = rewrite(programs[graphs[graph][0]], [_Bypass(layer, keys)], propagate=False)
+            changed = rewritten(programs[graphs[graph][0]], [_Bypass(layer, keys)], propagate=False)
             for i in graphs[graph]:
                 progress(f"{_COLUMNS[name]} in layer {layer}", done, total)
                 outputs, _ = changed.run(*programs[i].inputs, call=programs[i].call)

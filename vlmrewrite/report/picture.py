@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,6 +9,7 @@ from itertools import groupby, islice
 from typing import Any
 
 from vlmrewrite import hf
+from vlmrewrite.markup import FAINT, MARK, escape, svg
 from vlmrewrite.runtime import LastCall
 from vlmrewrite.text import span
 
@@ -18,8 +18,6 @@ _ROWS = 8
 
 _SIDE, _WIDTH, _GAP, _LINE = 96, 960, 6, 16
 """Pixels: of a frame's longer side, of the picture, between frames, of a line of text."""
-
-_KEPT, _DROPPED, _TEXT = "#1f6f5c", "#d9d9d9", "#555555"
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class KeptTokens:
     def svg(self) -> str:
         """The picture; the first rows of a large batch."""
         drawing, shown = _Drawing(), sum(int(name.split()[1].rstrip(",")) < _ROWS for name in self.names)
-        drawing.say("dark: the layers work on it, light: they do not")
+        drawing.say("coloured: the layers work on it, faint: they do not")
         for title, kept in self.stages:
             drawing.say(f"{title}: {sum(kept)} of {len(kept)} vision tokens", bold=True)
             tokens = iter(kept)
@@ -93,7 +91,7 @@ class _Drawing:
     def say(self, text: str, bold: bool = False) -> None:
         self.at += _LINE + bold * _GAP
         weight = ' font-weight="bold"' if bold else ""
-        self.parts.append(f'<text x="0" y="{self.at - 4}" fill="{_TEXT}"{weight}>{html.escape(text)}</text>')
+        self.parts.append(f'<text x="0" y="{self.at - 4}" fill="currentColor"{weight}>{escape(text)}</text>')
 
     def strip(self, frames: Sequence[tuple[tuple[int, int], list[int]]]) -> None:
         """Frames from left to right, in as many lines as they need."""
@@ -107,15 +105,13 @@ class _Drawing:
             dark, light = (_runs(kept, columns, cell, which) for which in (1, 0))
             self.parts.append(
                 f'<g transform="translate({x} {self.at})"><title>{told}</title>'
-                f'<path d="{light}" fill="{_DROPPED}"/><path d="{dark}" fill="{_KEPT}"/></g>'
+                f'<path d="{light}" {FAINT}/><path d="{dark}" fill="{MARK}"/></g>'
             )
             x, tallest = x + width + _GAP, max(tallest, height)
         self.at += tallest + _GAP
 
     def svg(self) -> str:
-        start = f'<svg xmlns="http://www.w3.org/2000/svg" width="{_WIDTH}" height="{self.at + 4}"'
-        paper = '<rect width="100%" height="100%" fill="white"/>'
-        return f'{start} font-family="sans-serif" font-size="12">{paper}{"".join(self.parts)}</svg>'
+        return svg(_WIDTH, self.at + 4, "".join(self.parts))
 
 
 def _runs(kept: Sequence[int], columns: int, cell: int, which: int) -> str:

@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from itertools import groupby
 from typing import Any
 
 from torch import nn
 
 from vlmrewrite import hf
 from vlmrewrite.capture import CAPTURES, limit
+from vlmrewrite.markup import Shown, document, html_of
 from vlmrewrite.ops import Run
 from vlmrewrite.plan import Call, Pass, describe
 from vlmrewrite.report.memory import peak_memory
 from vlmrewrite.report.picture import KeptTokens, kept_picture
-from vlmrewrite.report.summary import compared, dropping_nothing, recurrent_layers, saving_nothing, verdict, verdicts
+from vlmrewrite.report.summary import compared, dropping_nothing, recurrent_layers, saving_nothing, verdicts
+from vlmrewrite.report.words import lines_of
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Session
-from vlmrewrite.text import byte_size, span, table
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a recipe did to a model. ``str`` for a terminal, ``to_dict`` for JSON, HTML in a notebook.
+class Report(Shown):
+    """What a recipe did to a model: ``str`` for a terminal, ``to_dict`` for JSON, HTML in a notebook or a browser.
 
     Costs are those of the last call with an image: matmul FLOPs of the decoder layers' prefill and bytes of K/V added
     to the cache, all rows together. Before the first such call they are missing. On a kept cache, those before are with
@@ -77,67 +76,15 @@ class Report:
         }
 
     def __str__(self) -> str:
-        lines = [f"recipe {self.recipe}, backend {self.backend}"]
-        for p in self.passes:
-            lines.append(f"  {p['configuration']}: {verdict(p)}")
-        if self.plan:
-            lines += ["plan:", *(f"  {line}" for line in self.plan.splitlines())]
-        if self.layers:
-            lines += [
-                "costs of the last call with an image" + (f" ({self.call['summary']})" if self.call else "") + ":"
-            ]
-            lines += [f"  {line}" for line in self._layer_table()]
-            lines.append(f"  totals: {self._totals()}")
-        if self.memory:
-            before, after = self.memory["before"], self.memory["after"]
-            lines.append(f"  peak memory: {byte_size(after)} of {byte_size(before)}, ÷ {before / max(1, after):.2f}")
-        if self.kernels:
-            for (kernel, why), names in self._by_kernel().items():
-                lines.append(f"kernels: {kernel} for {', '.join(names)} ({why})")
-        if self.graphs:
-            copies = self.graphs.get("copied_layers", 0)
-            alike = f", {copies} layers as copies of others that are like them" if copies else ""
-            lines.append(f"graphs captured: {self.graphs['captured']} of at most {self.graphs['limit']}{alike}")
-        if self.seconds:
-            lines.append("seconds: " + ", ".join(f"{k} {v:.3f}" for k, v in self.seconds.items()))
-        return "\n".join([*lines, *(f"note: {n}" for n in self.notes)])
+        return "\n".join(lines_of(self, detailed=False))
 
-    def _layer_table(self) -> list[str]:
-        rows = [["layers", "run on", "tokens", "keys", "GFLOP", "of", "K/V", "of"]]
-        keys = ("run_on", "mlp_on", "tokens", "keys", "flops", "flops_before", "kv_bytes", "kv_bytes_before")
-        for _, group in groupby(self.layers, key=lambda x: tuple(x[k] for k in keys)):
-            same = list(group)
-            x = same[0]
-            where = x["run_on"] + f", MLP {x['mlp_on']}" * (x["mlp_on"] != x["run_on"])
-            rows.append([span([s["layer"] for s in same]), where, str(x["tokens"]), str(x["keys"]),
-                         f"{x['flops'] / 1e9:.4g}", f"{x['flops_before'] / 1e9:.4g}", byte_size(x["kv_bytes"]),
-                         byte_size(x["kv_bytes_before"])])  # fmt: skip
-        return table(rows)
+    def detail(self) -> str:
+        """The same text with each choice of a kernel: for which operators it was made, and why."""
+        return "\n".join(lines_of(self, detailed=True))
 
-    def _by_kernel(self) -> dict[tuple[str, str], list[str]]:
-        out: dict[tuple[str, str], list[str]] = {}
-        for name, made in self.kernels.items():
-            for choice in made:
-                out.setdefault((choice["kernel"], choice["why"]), []).append(f"{name} x{choice['nodes']}")
-        return out
-
-    def _totals(self) -> str:
-        before, after = self.totals["before"], self.totals["after"]
-        flops = before["flops"] / max(1, after["flops"])
-        kv = before["kv_bytes"] / max(1, after["kv_bytes"])
-        return f"FLOPs ÷ {flops:.2f}, K/V bytes ÷ {kv:.2f}"
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            "<tr>"
-            + "".join(f"<td>{html.escape(str(x[k]))}</td>" for k in ("layer", "run_on", "tokens", "keys"))
-            + "</tr>"
-            for x in self.layers
-        )
-        head = "<tr><th>layer</th><th>run on</th><th>tokens</th><th>keys</th></tr>"
-        body = f"<table>{head}{rows}</table>" if rows else ""
-        drawn = "" if self.kept is None else f"<div>{self.kept.svg()}</div>"
-        return f"<pre>{html.escape(str(self))}</pre>{body}{drawn}"
+    def to_html(self) -> str:
+        """A page for a browser, dark or light as the reader likes: what a notebook shows, in a document of its own."""
+        return document(f"Report on recipe {self.recipe}", html_of(self))
 
 
 def report_on(model: nn.Module, session: Session, memory: bool) -> Report:

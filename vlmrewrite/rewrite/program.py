@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vlmrewrite.analysis import Anatomy, LayerCost, costs
 from vlmrewrite.errors import noted
+from vlmrewrite.markup import Shown
 from vlmrewrite.ops import Run, cut
 from vlmrewrite.plan import FEATURES, Call, Outcome, Plan, Selection, TokenCounts, describe, dispatched, events
 from vlmrewrite.rewrite.dispatch import Dispatch, chosen_by
@@ -43,7 +44,7 @@ class RunResult:
 
 
 @dataclass(frozen=True)
-class Program:
+class Program(Shown):
     """A captured, possibly rewritten forward of a model with its images encoded.
 
     Attributes:
