@@ -9,7 +9,9 @@ import torch
 from hypothesis import settings
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
+import vlmrewrite as vr
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
+from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.plan.pipeline import run_passes
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.testing import models, strategies
@@ -102,6 +104,16 @@ def losses(model, inputs, learning, rate, steps):
         optimizer.step()
         optimizer.zero_grad()
     return seen
+
+
+def with_trained_blocks(recipe, **how):
+    """A rewritten LLaVA whose blocks are not as they were made."""
+    made = models.FAMILIES["llava"](**how)
+    vr.apply(made.model, recipe)
+    with torch.no_grad():
+        for p in getattr(made.model, ATTRIBUTE).parameters():
+            p.add_(torch.randn_like(p) / 10)
+    return made
 
 
 def token_of(i, tokens, rows, columns):

@@ -95,7 +95,8 @@ def test_blocks_are_trained_saved_and_loaded(llava, tmp_path, monkeypatch):
     other = FAMILIES["llava"]().model
     space = {"vr": vr, "torch": torch, "model": FAMILIES["llava"]().model, "other_model": other, "inputs": inputs}
     exec(compile(code, "training.md", "exec"), space | {"labels": inputs["input_ids"]})
-    assert sorted(p.name for p in (tmp_path / "my-dpvr").iterdir()) == ["blocks.safetensors", "recipe.yaml"]
+    found = sorted(p.name for p in (tmp_path / "my-dpvr").iterdir())
+    assert found == ["vlmrewrite.json", "vlmrewrite_blocks.safetensors"]
     assert "dpvr" in vr.report(other).recipe
 
 

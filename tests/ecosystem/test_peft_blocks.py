@@ -72,7 +72,7 @@ def test_blocks_learn_beside_adapters_that_were_there_first():
 def test_both_are_saved_and_loaded_apart(tmp_path):
     tiny = FAMILIES["llava"](layers=4)
     tiny.model.save_pretrained(tmp_path / "base")
-    model, inputs = peft.AutoPeftModel, tiny.inputs(ROWS)
+    inputs = tiny.inputs(ROWS)
     base = type(tiny.model).from_pretrained(tmp_path / "base")
     model = peft.get_peft_model(base, config())
     vr.apply(model, RECIPE)
@@ -126,7 +126,7 @@ def test_peft_saves_and_loads_both(together, tmp_path):
 
 
 def test_what_vlmrewrite_saves_are_the_blocks_that_run(together, tmp_path):
-    model, _ = together
+    model = together[0]
     vr.save_blocks(model, tmp_path)
     kept = model.get_base_model().vlmrewrite_blocks.modules_to_save["default"].state_dict()
     other = FAMILIES["llava"](layers=4).model

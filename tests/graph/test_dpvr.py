@@ -189,7 +189,10 @@ def test_blocks_are_saved_and_loaded(tmp_path):
             p.add_(torch.randn_like(p) / 10)
     expected = model(**inputs).logits
     vr.save_blocks(model, tmp_path / "blocks")
-    assert sorted(p.name for p in (tmp_path / "blocks").iterdir()) == ["blocks.safetensors", "recipe.yaml"]
+    assert sorted(p.name for p in (tmp_path / "blocks").iterdir()) == [
+        "vlmrewrite.json",
+        "vlmrewrite_blocks.safetensors",
+    ]
     saved = {n: p.clone() for n, p in getattr(model, ATTRIBUTE).state_dict().items()}
     vr.restore(model)
 
@@ -210,14 +213,14 @@ def test_blocks_that_do_not_fit_are_refused(tmp_path):
         vr.save_blocks(model, tmp_path)
     with vr.applied(model, [Stride(keep=3)]), pytest.raises(ValueError, match="has no trained blocks"):
         vr.save_blocks(model, tmp_path)
-    with pytest.raises(FileNotFoundError, match=r"found no blocks\.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"expected vlmrewrite\.json in .*, found none"):
         vr.load_blocks(model, tmp_path)
     with vr.applied(model, [DPVR(at=1)]):
         vr.save_blocks(model, tmp_path)
     cut = tmp_path / "cut"
     cut.mkdir()
     for file in tmp_path.glob("*.*"):
-        (cut / file.name).write_bytes(file.read_bytes()[: None if file.suffix == ".yaml" else 60])
+        (cut / file.name).write_bytes(file.read_bytes()[: None if file.suffix == ".json" else 60])
     with pytest.raises(ValueError, match="expected a whole safetensors file"):
         vr.load_blocks(model, cut)
     deeper = FAMILIES["llava"](layers=5).model

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,8 +29,7 @@ def dequantise(block: nn.Module) -> int:
     several = [path for path, m in block.named_modules() if any(m.children()) and _is_linear(m)]
     inside_these = tuple(f"{path}." for path in several)
     plain = [p for name, p in block.named_parameters() if _trainable(p) and not name.startswith(inside_these)]
-    some: list[torch.Tensor] = [*plain, *(p for p in block.parameters() if _trainable(p)), torch.empty(())]
-    like = some[0]
+    like = next(iter(plain or filter(_trainable, block.parameters())), torch.empty(()))
     stored = 0
     for path, module in [*block.named_modules()]:
         if path.startswith(inside_these):
@@ -53,12 +53,12 @@ def dequantise(block: nn.Module) -> int:
             )
         how: Any = {"device": first.device, "dtype": like.dtype}
         made = nn.Linear(inside, outside, getattr(module, "bias", None) is not None, **how)
-        training = module.training
-        nothing = module.eval()(torch.zeros(1, inside, **how))
-        made.weight.copy_((module(torch.eye(inside, **how)) - nothing).T)
+        with _without_dropout(module):
+            nothing = module(torch.zeros(1, inside, **how))
+            made.weight.copy_((module(torch.eye(inside, **how)) - nothing).T)
         if made.bias is not None:
             made.bias.copy_(nothing[0])
-        block.set_submodule(path, made.train(training))
+        block.set_submodule(path, made.train(module.training))
         stored += bool(odd) * sum(p.numel() * p.element_size() for p in made.parameters())
     return stored
 
@@ -70,10 +70,22 @@ def _is_linear(module: nn.Module) -> bool:
         return False
     plain = next((p for p in module.parameters() if _trainable(p)), torch.empty(()))
     x = torch.randn(2, inside, generator=torch.Generator().manual_seed(0)).to(first.device, plain.dtype)
-    training = module.training
-    nothing, one, other, both = module.eval()(torch.stack([0 * x[0], x[0], x[1], x[0] + x[1]]))
-    module.train(training)
+    with _without_dropout(module):
+        nothing, one, other, both = module(torch.stack([0 * x[0], x[0], x[1], x[0] + x[1]]))
     return bool((both + nothing - one - other).abs().max() < (one - nothing).abs().max() / 8)
+
+
+@contextlib.contextmanager
+def _without_dropout(module: nn.Module) -> Iterator[None]:
+    """While the block runs, what has no parameters is not in training; the others may do other things in eval mode."""
+    asked = [m for m in module.modules() if m.training and not any(True for _ in m.parameters())]
+    for m in asked:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in asked:
+            m.training = True
 
 
 def chosen(layers: Iterable[nn.Module]) -> bool:
