@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import inspect
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +24,7 @@ from vlmrewrite import capture, hf
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, MODALITIES, Undo, drop, on_base_model, swap_attention, watched
 from vlmrewrite.kvcache import adopt
-from vlmrewrite.ops import swap_mixers
+from vlmrewrite.ops import resolve, swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
@@ -163,7 +164,11 @@ _REASON = "a rewritten model is compiled by apply(..., backend='inductor')"
 
 @torch.compiler.disable(reason=_REASON)  # type: ignore[untyped-decorator]
 def _behind_compile(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    session_of(self).told_compiled(next(self.parameters()).device)
+    session = session_of(self)
+    if resolve(session.backend, next(self.parameters()).device) == "eager" and not session.compile_told:
+        session.compile_told = True
+        message = "torch.compile around a rewritten model compiles nothing: apply(..., backend='inductor') does"
+        warnings.warn(message, stacklevel=3)
     return _own(self, *args, **kwargs)
 
 

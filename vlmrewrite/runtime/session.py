@@ -14,23 +14,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from vlmrewrite import capture, hf
 from vlmrewrite.capture import CapturedForward, Graph, captures_of
-from vlmrewrite.compiler import compile, program_of
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, Encoding, refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.kvcache import PositionCache, adopted
-from vlmrewrite.lower import DecodeStep, Executable
+from vlmrewrite.lower import DecodeStep
 from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
 from vlmrewrite.plan import All, Plan, blocks_of
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.around import entering, in_place_of, watched_for
+from vlmrewrite.runtime.executables import Executables
 from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, encoded_in, prompt_of
+from vlmrewrite.runtime.latest import Latest
 
 
 @dataclass(eq=False)
@@ -42,11 +43,10 @@ class Session:
         plan: the recipe's, as far as it is known without a model's graph.
         blocks: the parameters that it adds to the model, as they were put there, if there are any.
         inner: whether a language model inside generates, or merges: see :func:`vlmrewrite.hf.language_model`.
-        executables: each captured graph under this recipe, for the missing facts about the images, the device, the
-            blocks, and the operators' definitions (see :func:`vlmrewrite.ops.replaced`); they die with the graph.
         text_calls: calls without an image, by thread, so that none waits for another, and whether a cache was there.
         compiled_calls: those of them that a compiler ran.
         checkpointing: which layers the backward pass computes again, as of the last call in training.
+        compile_told: whether it was said that ``torch.compile`` around the model compiles nothing.
         untraced: why the decoder alone is captured, and not the model's forward; None where that is not so.
     """
 
@@ -57,39 +57,24 @@ class Session:
     plan: Plan
     blocks: nn.Module | None
     inner: bool
-    executables: WeakKeyDictionary[Graph, dict[Any, Executable]] = field(default_factory=WeakKeyDictionary)
     text_calls: Counter[tuple[int, bool]] = field(default_factory=Counter)
     compiled_calls: Counter[int] = field(default_factory=Counter)
     untraced: str | None = None
     checkpointing: hf.Checkpointing | None = None
     _thread: threading.local = field(default_factory=threading.local)
-    _latest: Any = field(default_factory=WeakKeyDictionary)
-    _any: LastCall | None = None
+    _calls: Latest = field(default_factory=Latest)
     _lock: Any = field(default_factory=threading.RLock)
-    _telling: Any = field(default_factory=threading.Lock)
-    _warned: set[str] = field(default_factory=set)
+    compile_told: bool = False
+
+    @functools.cached_property
+    def executables(self) -> Executables:
+        """Each captured graph under it."""
+        return Executables(self.recipe, self.backend, self.kernels, self.strict)
 
     @property
     def latest(self) -> LastCall | None:
         """The last call with an image, for the thread that asks: see :func:`vlmrewrite.kept_tokens`."""
-        return self._latest.get(threading.current_thread(), (self._any,))[0]  # type: ignore[no-any-return]
-
-    def _tell(self, ran: LastCall) -> None:
-        """Let the call be the latest, but for threads that made theirs when this one ran beside them already."""
-        me, generation = threading.current_thread(), current_prompt(self)
-        if generation is not None:
-            generation.ran = True
-        with self._telling:
-            for told in (x for x in self._latest.values() if me not in x[1]):
-                told[0] = ran
-            self._latest[me], self._any = [ran, WeakSet(threading.enumerate())], ran
-
-    def told_compiled(self, device: torch.device) -> None:
-        """Say, once, that ``torch.compile`` around the model compiles nothing of what the recipe runs."""
-        message = "torch.compile around a rewritten model compiles nothing: apply(..., backend='inductor') does"
-        if resolve(self.backend, device) == "eager" and message not in self._warned:
-            self._warned.add(message)
-            warnings.warn(message, stacklevel=3)
+        return self._calls.of_this_thread()
 
     @functools.cached_property
     def _asked(self) -> tuple[set[str], bool]:
@@ -113,12 +98,6 @@ class Session:
         else:
             prompt.encodings.append(encoding)
 
-    def _checkpoint(self, model: nn.Module) -> None:
-        """See which layers' activations are not to be kept."""
-        with self._lock:
-            before = self.checkpointing if hf.is_checkpointing(model) else None
-            self.checkpointing = hf.take_checkpointing(model, vars(model)[hf.APPLIED]) or before
-
     def below(self, model: nn.Module, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The forward of what is below the model's head, under this recipe; its decoder is captured alone."""
         prompt = current_prompt((self, "forward")) or Prompt()
@@ -137,7 +116,9 @@ class Session:
     def _enter(self, model: nn.Module, prompt: Prompt, kwargs: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
         """What a call knows and was given, its images encoded."""
         if model.training:
-            self._checkpoint(model)
+            with self._lock:
+                before = self.checkpointing if hf.is_checkpointing(model) else None
+                self.checkpointing = hf.take_checkpointing(model, vars(model)[hf.APPLIED]) or before
         own = Prompt()
         with prompt_of(self, own):
             kwargs, sizes = tidy(model, (), kwargs, encode=not self.inner)
@@ -262,7 +243,9 @@ class Session:
         if isinstance(keep, int) and keep != kwargs["logits_to_keep"]:
             out["logits"] = out.logits[:, -keep:]
         ran = told[0]
-        self._tell(ran)
+        if (generation := current_prompt(self)) is not None:
+            generation.ran = True
+        self._calls.add(ran)
         plans = [plan.layers for plan in ran.plans]
         for layer, *entries in zip(cache.layers, *plans, strict=False):
             keys = {entry.keys for entry in entries}
@@ -275,45 +258,17 @@ class Session:
         again = self.checkpointing if model.training and torch.is_grad_enabled() else None
         call, missing = given.call(graph, inputs, *self._asked, config)
         assert call is not None, "a call on the meta device runs nothing"
-        executable = self._executable(graph, missing, call.vision.device, blocks, again)
+        executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
         if more := executable.program.plan.needs() - self._asked[0]:  # of a pass that makes do with something else
             call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], config)
             assert call is not None
-            executable = self._executable(graph, missing, call.vision.device, blocks, again)
+            executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
         result = executable.run(inputs, call)
         kind = call.vision.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         kept, layouts = replace(result, out=None), tuple(map(Layout.of, inputs))
         told.append(LastCall(executable, kept, call, given, layouts, autocast))
         return result.out
-
-    def _executable(
-        self,
-        graph: Graph,
-        missing: dict[str, str],
-        device: torch.device,
-        blocks: nn.ModuleDict | None,
-        again: hf.Checkpointing | None,
-    ) -> Executable:
-        """The graph under this recipe."""
-        made, key = self.executables.setdefault(graph, {}), (frozenset(missing), device, replaced(), blocks, again)
-        with contextlib.nullcontext() if key in made else self._lock:
-            if key not in made:
-                program, backend = program_of(graph).lacking(missing), resolve(self.backend, device)
-                if again is not None and self.backend == "inductor":
-                    raise NotImplementedError(
-                        "gradient checkpointing is on, and with backend='inductor' gradients of some layers came out"
-                        " wrong: expected backend='eager' (or 'auto', which runs such a call without the compiler)"
-                    )
-                backend = "eager" if again is not None else backend
-                how = self.recipe.passes, self.strict, blocks, self.kernels, backend, device, again
-                new = compile(program, *how)
-                made[key] = new
-                told = {f"{o.configuration} does nothing: {o.reason}" for o in new.program.outcomes if o.reason}
-                for message in sorted(told - self._warned):
-                    warnings.warn(f"recipe {self.recipe.name!r}: {message}", stacklevel=2)
-                self._warned |= told
-        return made[key]
 
 
 def _without_cache(out: Any) -> Any:
