@@ -27,7 +27,7 @@ def test_a_static_cache_is_one_whose_length_is_known(llava, beams):
     columns = inputs["input_ids"].shape[1]
     for layer in got.past_key_values.layers:
         assert layer.seen == columns + 5
-        assert layer.length >= columns + 6
+        assert layer.length >= layer.seen
 
 
 @torch.no_grad()
