@@ -53,8 +53,9 @@ class PositionCache(Cache):
                 "this cache was filled by a rewritten model and holds other tokens in each layer; the model that runs"
                 " now is not rewritten: start with an empty cache"
             )
+        for layer in self.layers[layer_idx : layer_idx + 1]:
+            layer.length = self.length
         keys, values = super().update(key_states, value_states, layer_idx, shared=self._shared)
-        self.layers[layer_idx].length = self.length
         self._by_keys[id(keys)] = self.layers[layer_idx]
         return keys, values
 
