@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
+from vlmrewrite.analysis.functions import Function, as_calls
 from vlmrewrite.analysis.graph import expression, is_number, sizes, symbols, value
 from vlmrewrite.compat import has_gradient, operator_of, schema_of
 
@@ -28,7 +29,7 @@ class _UntriedError(Exception):
 
 @torch.no_grad()
 def try_operators(gm: GraphModule, inputs: Mapping[Node, object]) -> None:
-    """Try each operator of another library in a captured graph, and note in its node's meta what came out.
+    """Try each operator, and autograd function, of another library in a captured graph; note what came out.
 
     Its weights are the model's; its tokens are random. Half of them are left out, which are a thousand times larger
     than the others: what works along tokens, and be it that it scales all of them by the largest, gives the others
@@ -39,14 +40,15 @@ def try_operators(gm: GraphModule, inputs: Mapping[Node, object]) -> None:
         inputs: what each placeholder was given.
     """
     found: dict[str, str | None] = {}
+    as_calls(gm)
     for node in gm.graph.nodes:
         operator = operator_of(node.target) if node.op == "call_function" else None
-        if operator is not None and operator.namespace not in _OURS:
+        if isinstance(node.target, Function) or (operator is not None and operator.namespace not in _OURS):
             key = repr((node.target, map_arg(node.args, _form), map_arg(node.kwargs, _form)))
             if key not in found:
                 found[key] = _trial(node, operator, gm, inputs)
             node.meta[TRIED] = found[key]
-            if found[key] is None and not has_gradient(operator):
+            if found[key] is None and operator is not None and not has_gradient(operator):
                 node.target = _without_gradient(operator)
 
 
@@ -71,7 +73,7 @@ def _trial(node: Node, operator: Any, gm: GraphModule, inputs: Mapping[Node, obj
     numbers: dict[object, int] = {}
     generator = torch.Generator().manual_seed(0)
     try:
-        if schema_of(operator).is_mutable:
+        if operator is not None and schema_of(operator).is_mutable:
             raise _UntriedError("it writes to its arguments")
         for arg in node.all_input_nodes:
             made[arg] = _random(arg, numbers, generator) if _axes(arg) else _constant(arg, gm, inputs)

@@ -44,6 +44,7 @@ from vlmrewrite.compat.modules import (
 )
 from vlmrewrite.compat.operators import (
     assert_scalar,
+    autograd_function,
     dispatch_mode,
     fake_mode,
     has_gradient,
@@ -63,6 +64,7 @@ __all__ = [
     "assert_scalar",
     "at_graph_limit",
     "attention_implementation",
+    "autograd_function",
     "captured",
     "changes_of",
     "dispatch_mode",

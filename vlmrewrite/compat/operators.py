@@ -36,6 +36,11 @@ def operator_of(target: Any) -> Any:
     return target if schema_of(target) is not None else None
 
 
+def autograd_function() -> Any:
+    """Dynamo's operator in the place of an autograd function: it takes its forward and backward, and the arguments."""
+    return find("torch._functorch.autograd_function", "autograd_function_apply")
+
+
 def has_gradient(operator: Any) -> bool:
     """Whether an operator of the dispatcher is known to autograd; if not, what flows back through it ends there."""
     known = attribute(torch, "_C._dispatch_has_kernel_for_dispatch_key", "torch")
