@@ -181,7 +181,8 @@ def _below(session: Session, model: nn.Module) -> Callable[..., Any]:
     this: Any = weakref.ref(model)
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_dynamo_compiling() or current_prompt((session, "call")) is not None:
+        inside = torch.compiler.is_dynamo_compiling() or current_prompt((session, "call")) is not None
+        if inside or "forward" not in vars(this()):  # the oracle takes it off
             return type(self).forward(self, *args, **kwargs)
         return session.below(this(), self, args, kwargs)
 
