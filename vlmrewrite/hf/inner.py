@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import inspect
 import threading
+import warnings
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import GenerationMixin
+from transformers import Cache, GenerationMixin
 
 from vlmrewrite.hf.vision import (
     MODALITIES,
@@ -139,6 +141,29 @@ def merged_outside(encoded: Encoded, embeddings: Tensor) -> Encoded | None:
         if rows is not None:
             return _standing(mask, embeddings[mask], [n for row in rows for _ in range(copies) for n in row])
     return None
+
+
+def marked(kwargs: dict[str, Any], past: Cache | None) -> dict[str, Encoded]:
+    """Images and videos, by modality, that stand in a forward's ``inputs_embeds`` where ``mm_token_type_ids`` say so.
+
+    These are 1 for tokens of images and 2 for those of videos, [B, T], as processors give them. Tokens that follow one
+    another are taken for one image. A prompt of embeddings alone, on a cache that holds nothing, is warned of.
+    """
+    embeddings, types, found = kwargs.get("inputs_embeds"), kwargs.get("mm_token_type_ids"), dict[str, Encoded]()
+    if embeddings is not None and types is None and (past is None or past.get_seq_length() == 0):
+        warnings.warn(
+            "inputs_embeds were given without images, and nothing of them is pruned: where they hold images, pass"
+            " mm_token_type_ids too (1 for tokens of images, 2 for those of videos, 0 for text)",
+            stacklevel=2,
+        )
+    if not isinstance(embeddings, Tensor) or not isinstance(types, Tensor) or types.shape != embeddings.shape[:2]:
+        return found
+    for kind, modality in enumerate(MODALITIES, 1):
+        mask = (types == kind).to(embeddings.device)
+        lengths = [len(run) for row in mask.tolist() for here, group in groupby(row) if here and (run := [*group])]
+        if lengths:
+            found[modality] = Encoded(EncoderOutput({}), {"marked": embeddings[mask]}, {"marked": lengths})
+    return found
 
 
 def _standing(mask: Tensor, features: Tensor, lengths: list[int]) -> Encoded:

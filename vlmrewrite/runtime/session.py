@@ -105,7 +105,8 @@ class Session:
             prompt, kwargs = self._enter(model, prompt, hf.named(base, args, kwargs))
             if "logits_to_keep" not in hf.argument_names(type(base).forward):
                 kwargs.pop("logits_to_keep", None)
-            with self.around(model, prompt, encoded_in(kwargs)):
+            past = kwargs.get("past_key_values")
+            with self.around(model, prompt, encoded_in(kwargs) or hf.marked(kwargs, past)):
                 return type(base).forward(base, **kwargs)
 
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -133,18 +134,19 @@ class Session:
         with adopted(past, model) as cache:
             keep = past is not None or wants_cache(model, use_cache)
             given, rest = Given.of(kwargs, cache, prompt)
-            if given is None:
+            images, untraced = hf.marked(rest, cache) if given is None else given.images, None
+            if not images:
                 return self._text(model, cache if keep else None, rest)
             if not keep:
                 refuse_packed(kwargs)
-            if self.untraced is None:
+            if given is not None and self.untraced is None:
                 try:
                     return self._with_images(captures_of(model).call, model, model, cache, given, rest, keep)
                 except CaptureError as e:
                     if hf.exchanged(hf.decoder_of(model)):  # by what this one cannot see into
                         raise
                     untraced = str(e)
-            with self.around(model, prompt, given.images):
+            with self.around(model, prompt, images):
                 out = type(model).forward(model, **kwargs, past_key_values=cache, use_cache=True, return_dict=True)
             self.untraced = self.untraced or untraced
             return out if keep else _without_cache(out)
@@ -191,8 +193,7 @@ class Session:
                 return self._compiled(model, cache, kwargs, device)
         kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
         with capture.running(cache, kernels):
-            forward = type(model).forward
-            kwargs = hf.keeping_all_tokens(kwargs)
+            forward, kwargs = type(model).forward, hf.keeping_all_tokens(kwargs)
             return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
 
     def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], device: torch.device) -> Any:
@@ -230,8 +231,7 @@ class Session:
         keep = kwargs.get("logits_to_keep")
         if self.plan.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
             kwargs = kwargs | {"logits_to_keep": 0}
-        told = list[LastCall]()
-        before = len(one.graphs)
+        told, before = list[LastCall](), len(one.graphs)
         out = one(functools.partial(self._run, model, given, told), target, cache, kwargs, given.images, model)
         graphs, limit = len(one.graphs), capture.limit()
         if graphs > before and graphs >= limit - 2:

@@ -1,4 +1,4 @@
-"""What a rewritten model takes that was made for another: static caches, and any attention implementation."""
+"""What a rewritten model is given in other forms: static caches, embeddings, any attention implementation."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import torch
 from transformers import DynamicCache, StaticCache
 
 import vlmrewrite as vr
+from tests.small import family
 from vlmrewrite import compat
 from vlmrewrite.passes import STS
 from vlmrewrite.testing.models import Row
@@ -46,6 +47,32 @@ def test_a_static_cache_that_is_given(llava):
     assert len(where) == len(cache.layers)
     assert max(layer.buffer.keys.shape[2] for layer in cache.layers) <= columns + 21
     assert cache.layers[-1].buffer.keys.shape[2] < columns + 18
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
+def test_embeddings_that_hold_images_already(name):
+    tiny = family(name)
+    model, inputs, given = tiny.model, tiny.inputs(BATCH, side="left"), {}
+    hook = model.get_decoder().register_forward_pre_hook(lambda _, __, kwargs: given.update(kwargs), with_kwargs=True)
+    model(**inputs)
+    hook.remove()
+    same = {name: given[name] for name in ("inputs_embeds", "position_ids")} | {
+        "attention_mask": inputs["attention_mask"]
+    }
+    types, real = (inputs["input_ids"] == tiny.image_token_id).long(), inputs["attention_mask"].bool()
+    with vr.applied(model, SOME):
+        expected, kept = model(**inputs).logits, vr.kept_tokens(model)[-1].vision
+        cache = DynamicCache()
+        got = model(**same, mm_token_type_ids=types, past_key_values=cache).logits
+        torch.testing.assert_close(got[real], expected[real], atol=1e-5, rtol=1e-5)
+        assert torch.equal(vr.kept_tokens(model)[-1].vision, kept)
+        assert cache.layers[-1].keys.shape[2] < cache.layers[0].keys.shape[2]
+        torch.testing.assert_close(model.base_model(**same, mm_token_type_ids=types, use_cache=False).last_hidden_state
+                                   @ model.lm_head.weight.T, got)  # fmt: skip
+        with pytest.warns(UserWarning, match=r"nothing of them is pruned: .* pass mm_token_type_ids too"):
+            whole = model(**same).logits
+    torch.testing.assert_close(whole[real], model(**inputs).logits[real], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["eager", "flex_attention", "flash_attention_2", "paged|sdpa"])
