@@ -8,7 +8,7 @@ import torch
 import vlmrewrite as vr
 from tests.small import ONE_EACH, crossed, family, real
 from vlmrewrite.passes import Stride
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import FAMILIES, ZOO, Row
 
 ROWS = [Row(1, 3, 4), Row(2, 5, 6)]
 
@@ -68,3 +68,15 @@ def test_a_recipe_that_chooses_by_logits_is_refused():
         pytest.raises(NotImplementedError, match="chooses by logits, and LlamaModel"),
     ):
         tiny.model.base_model(**tiny.inputs(ROWS))
+
+
+@torch.no_grad()
+def test_a_decoder_that_encodes_images_itself_is_refused():
+    tiny = ZOO["chameleon"](layers=3)
+    inputs = tiny.inputs(ROWS)
+    plain = tiny.model.base_model(input_ids=inputs["input_ids"]).last_hidden_state
+    with vr.applied(tiny.model, [Stride(0.5)]):
+        with pytest.raises(NotImplementedError, match="its ChameleonModel, which encodes images and is its"):
+            tiny.model.base_model(**inputs)
+        assert torch.equal(tiny.model.base_model(input_ids=inputs["input_ids"]).last_hidden_state, plain)
+        tiny.model(**inputs)

@@ -38,10 +38,11 @@ def watched_for(undo: ExitStack | hf.Undo, decoder: nn.Module) -> None:
     if "forward" not in vars(decoder):
         undo.callback(hf.drop, decoder, "forward")
         own = functools.wraps(type(decoder).forward)  # generate() looks at the names of a forward's arguments
-        vars(decoder)["forward"] = types.MethodType(own(lambda *args, **kwargs: _forward(*args, **kwargs)), decoder)
+        vars(decoder)["forward"] = types.MethodType(own(lambda *args, **kwargs: handed_on(*args, **kwargs)), decoder)
 
 
-def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+def handed_on(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """A decoder's forward, or where its call goes."""
     current = None if torch.compiler.is_dynamo_compiling() else _RUN.get()
     if current is None or current[0] is not self:
         return type(self).forward(self, *args, **kwargs)

@@ -27,6 +27,7 @@ from vlmrewrite.kvcache import adopt
 from vlmrewrite.ops import resolve, swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection
 from vlmrewrite.rewrite import Program
+from vlmrewrite.runtime.around import handed_on
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
 from vlmrewrite.runtime.session import SESSIONS, Session, session_of
 
@@ -54,7 +55,7 @@ def install_session(
             generate = _in_place_of(type(generating).generate, _generate_inside(session))
             undo.put(generating, "generate", types.MethodType(generate, generating))
         base: Any = model.base_model
-        if base is not model and base is not hf.decoder_of(model):
+        if base is not model:
             undo.put(base, "forward", types.MethodType(_in_place_of(type(base).forward, _below(session, model)), base))
         for name, method in {**_METHODS, **methods}.items():
             undo.put(model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
@@ -183,8 +184,15 @@ def _below(session: Session, model: nn.Module) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         inside = torch.compiler.is_dynamo_compiling() or current_prompt((session, "call")) is not None
         if inside or "forward" not in vars(this()):  # the oracle takes it off
-            return type(self).forward(self, *args, **kwargs)
-        return session.below(this(), self, args, kwargs)
+            return handed_on(self, *args, **kwargs)
+        if self is not hf.decoder_of(this()):
+            return session.below(this(), self, args, kwargs)
+        if hf.images_of(hf.named(self, args, kwargs)):
+            raise NotImplementedError(
+                f"a recipe is applied to this {type(this()).__name__}, and its {type(self).__name__}, which encodes"
+                " images and is its decoder too, was called with images: expected a call of the whole model"
+            )
+        return handed_on(self, *args, **kwargs)
 
     return forward
 
