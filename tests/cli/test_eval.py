@@ -17,10 +17,8 @@ import vlmrewrite as vr
 from examples.digits.model import CHECKPOINT, load
 from examples.digits.scenes import held_out_questions
 from vlmrewrite.cli import app
-from vlmrewrite.evaluate import Evaluation, Sample
-from vlmrewrite.hf import base_model_of
+from vlmrewrite.evaluate import Evaluation
 from vlmrewrite.passes import Stride
-from vlmrewrite.runtime import SESSIONS
 
 ROOT = Path(__file__).parents[2]
 OPTIONS = {"batch": 4, "max_new_tokens": 4}
@@ -30,33 +28,11 @@ pytestmark = pytest.mark.filterwarnings("ignore:.* samples. intervals are wide")
 
 
 @pytest.fixture(scope="module")
-def digits() -> Any:
-    return load()
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("data")
-    rows = []
-    for i, asked in enumerate(held_out_questions(12)):
-        asked.image.save(folder / f"{i}.png")
-        row = {"id": f"q{i}", "image": f"{i}.png", "prompt": asked.question, "answer": asked.answer, "kind": asked.kind}
-        rows.append(json.dumps(row | {"kind": "<i>&"} if i < 6 else row))
-    (folder / "my.jsonl").write_text("\n".join(rows) + "\n")
-    return folder / "my.jsonl"
-
-
-def rows_of(data: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in data.read_text().splitlines()]
-    return [row | {"image": str(data.parent / row["image"])} for row in rows]
-
-
-@pytest.fixture(scope="module")
-def whole(digits: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
+def whole(digits: Any, questions: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Evaluation, Path]:
     """A run that nothing came in between of."""
     folder = tmp_path_factory.mktemp("run") / "out"
     with pytest.warns(UserWarning, match="^12 samples: intervals are wide below 30$"):
-        return vr.evaluate(*digits, data, RECIPES, output=folder, **OPTIONS), folder
+        return vr.evaluate(*digits, questions, RECIPES, output=folder, **OPTIONS), folder
 
 
 def lines(path: Path) -> list[dict[str, Any]]:
@@ -76,7 +52,7 @@ def refused(*arguments: object) -> list[str]:
     return [line.removeprefix("error: ") for line in found]
 
 
-def test_the_rows(digits: Any, data: Path, whole: tuple[Evaluation, Path]) -> None:
+def test_the_rows(digits: Any, asked: list[dict[str, Any]], whole: tuple[Evaluation, Path]) -> None:
     model, processor = digits
     done, folder = whole
     found = json.loads((folder / "results.json").read_text())
@@ -86,7 +62,6 @@ def test_the_rows(digits: Any, data: Path, whole: tuple[Evaluation, Path]) -> No
     assert [row["n"] for row in rows] == [12] * 3
     plain = [rows[0][key] for key in ("flops", "kv", "prefill", "decode", "difference", "changed")]
     assert plain == [1, 1, 1, 1, 0, 0]
-    asked = rows_of(data)
     assert [(line["id"], line["recipe"]) for line in samples[:4]] == [
         ("q0", "unmodified"), ("q0", "stride-half"), ("q0", "eighth"), ("q1", "unmodified")
     ]  # fmt: skip
@@ -149,9 +124,11 @@ vr.evaluate(*digits.load(), {data!r}, recipes, output={output!r}, batch=4, max_n
 """
 
 
-def test_a_run_that_was_killed_goes_on(digits: Any, data: Path, whole: tuple[Evaluation, Path], tmp_path: Path) -> None:
+def test_a_run_that_was_killed_goes_on(
+    digits: Any, questions: Path, whole: tuple[Evaluation, Path], tmp_path: Path
+) -> None:
     folder, (done, _) = tmp_path / "out", whole
-    code = KILLED.replace("{data!r}", repr(str(data))).replace("{output!r}", repr(str(folder)))
+    code = KILLED.replace("{data!r}", repr(str(questions))).replace("{output!r}", repr(str(folder)))
     ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == -9, ended.stderr
     assert {path.name for path in folder.iterdir()} == {"run.json", "samples.jsonl", "progress.jsonl"}
@@ -161,7 +138,7 @@ def test_a_run_that_was_killed_goes_on(digits: Any, data: Path, whole: tuple[Eva
         file.write('{"costs": {"st')
     seen = []
     again = vr.evaluate(
-        *digits, data, RECIPES, output=folder, progress=lambda n, total: seen.append((n, total)), **OPTIONS
+        *digits, questions, RECIPES, output=folder, progress=lambda n, total: seen.append((n, total)), **OPTIONS
     )
     assert seen == [(0, 12), (4, 12), (8, 12), (12, 12)]
     assert (folder / "progress.jsonl").read_text().startswith(first)
@@ -172,15 +149,16 @@ def test_a_run_that_was_killed_goes_on(digits: Any, data: Path, whole: tuple[Eva
     assert (folder / "report.html").exists()
 
 
-def test_another_run_is_not_mixed_in(digits: Any, data: Path, whole: tuple[Evaluation, Path], tmp_path: Path) -> None:
+def test_another_run_is_not_mixed_in(
+    digits: Any, questions: Path, asked: list[dict[str, Any]], whole: tuple[Evaluation, Path], tmp_path: Path
+) -> None:
     _, folder = whole
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    rows = rows_of(data)
     for arguments, options, key in (
-        ((rows[:8], RECIPES), {}, "data, samples"),
-        ((data, RECIPES[:1]), {}, "recipes"),
-        ((data, RECIPES), {"batch": 3}, "batch"),
-        ((data, RECIPES), {"metric": "contains"}, "metric"),
+        ((asked[:8], RECIPES), {}, "data, samples"),
+        ((questions, RECIPES[:1]), {}, "recipes"),
+        ((questions, RECIPES), {"batch": 3}, "batch"),
+        ((questions, RECIPES), {"metric": "contains"}, "metric"),
     ):
         with pytest.raises(ValueError, match=rf"holds a run that differs in {key}: give another"):
             vr.evaluate(*digits, *arguments, output=folder, **OPTIONS | options)
@@ -188,111 +166,18 @@ def test_another_run_is_not_mixed_in(digits: Any, data: Path, whole: tuple[Evalu
     with torch.no_grad():
         next(other[0].parameters()).add_(1)
     with pytest.raises(ValueError, match="holds a run that differs in model"):
-        vr.evaluate(*other, data, RECIPES, output=folder, **OPTIONS)
+        vr.evaluate(*other, questions, RECIPES, output=folder, **OPTIONS)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     (tmp_path / "samples.jsonl").write_text("mine")
     with pytest.raises(ValueError, match=r"expected an empty folder or one with run.json, got one with samples.jsonl"):
-        vr.evaluate(*digits, data, RECIPES, output=tmp_path, **OPTIONS)
+        vr.evaluate(*digits, questions, RECIPES, output=tmp_path, **OPTIONS)
     assert [path.name for path in tmp_path.iterdir()] == ["samples.jsonl"]
 
 
-def test_samples_that_fail_do_not_stop_the_run(digits: Any, data: Path, tmp_path: Path) -> None:
-    rows = rows_of(data)[:5]
-    held_out_questions(1)[0].image.save(tmp_path / "cut.jpg")
-    whole = (tmp_path / "cut.jpg").read_bytes()
-    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
-    rows[1]["image"] = str(tmp_path / "cut.jpg")
-    rows[3]["prompt"] = "<image> <image> how many digits ?"
-    done = vr.evaluate(*digits, rows, "stride-half", **OPTIONS)
-    assert [row.n for row in done.rows] == [3, 3]
-    assert {(f["id"], f["error"].partition(":")[0]) for f in done.failures} == {("q1", "OSError"), ("q3", "ValueError")}
-    assert done.notes[1] == "2 of 5 samples failed, and are in no row"
-    assert [s["score"] is None for s in done.samples] == [
-        False,
-        False,
-        True,
-        True,
-        False,
-        False,
-        True,
-        True,
-        False,
-        False,
-    ]
-
-
-def test_a_recipe_that_fails_for_one_sample(digits: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, processor = digits
-    rows, generate = rows_of(data)[:4], type(model).generate
-    bad = processor.tokenizer(rows[2]["prompt"])["input_ids"][-1]
-
-    def failing(self: Any, *args: Any, **kwargs: Any) -> Any:
-        if base_model_of(self) in SESSIONS and bool((kwargs["input_ids"][:, -1] == bad).any()):
-            raise RuntimeError("no room")
-        return generate(self, *args, **kwargs)
-
-    monkeypatch.setattr(type(model), "generate", failing)
-    done = vr.evaluate(model, processor, rows, "stride-half", **OPTIONS)
-    gone = {row["id"] for row in rows if processor.tokenizer(row["prompt"])["input_ids"][-1] == bad}
-    assert {(f["id"], f["recipe"], f["error"]) for f in done.failures} == {
-        (i, "stride-half", "RuntimeError: no room") for i in gone
-    }
-    assert [row.n for row in done.rows] == [4 - len(gone)] * 2
-
-
-def test_without_references_it_is_agreement(digits: Any, data: Path) -> None:
-    rows = [{k: v for k, v in row.items() if k != "answer"} for row in rows_of(data)[:4]]
-    every = vr.Recipe(name="every", passes=(Stride(keep=1.0),))
-    done = vr.evaluate(*digits, rows, [every, RECIPES[1]], **OPTIONS)
-    assert done.about["metric"] == "agreement"
-    plain, same, eighth = done.rows
-    assert (plain.accuracy, same.accuracy, same.changed) == (1, 1, 0)
-    assert same.agreement["kl"] < 1e-6 < eighth.agreement["kl"]
-    assert eighth.accuracy == pytest.approx(eighth.agreement["tokens"]) and eighth.accuracy < 1
-    assert eighth.agreement["rouge_l"] < 1 and "ROUGE-L" in str(done)
-    with pytest.raises(ValueError, match="metric 'exact' needs references, and the data has none"):
-        vr.evaluate(*digits, rows, [every], metric="exact", **OPTIONS)
-
-
-def test_a_metric_of_the_users(digits: Any, data: Path) -> None:
-    def first_letter(output: str, sample: Sample) -> float:
-        return 0.5 * (output[:1] == sample.answers[0][:1])
-
-    done = vr.evaluate(*digits, rows_of(data)[:4], "stride-half", metric=first_letter, **OPTIONS)
-    assert done.rows[0].accuracy == 0.5 and done.about["metric"].endswith("first_letter")
-    with pytest.raises(ValueError, match="expected a score from 0 to 1, got 7") as caught:
-        vr.evaluate(*digits, rows_of(data)[:4], "stride-half", metric=lambda output, sample: 7, **OPTIONS)
-    assert caught.value.__notes__ == ["in the metric, for sample 'q0'"]
-
-
-def test_chats_go_through_the_template(digits: Any, data: Path, whole: tuple[Evaluation, Path]) -> None:
-    model, processor = load()
-    rows = [
-        {
-            "id": r["id"],
-            "image": r["image"],
-            "messages": [{"role": "user", "content": r["prompt"]}],
-            "answer": r["answer"],
-        }
-        for r in rows_of(data)[:4]
-    ]
-    with pytest.raises(
-        ValueError, match="LlavaProcessor has no chat template: expected 'prompt' in place of 'messages'"
-    ):
-        vr.evaluate(model, processor, rows, "stride-half", **OPTIONS)
-    processor.chat_template = (
-        "{% for m in messages %}{% for p in m.content %}{% if p.type == 'image' %}<image> {% else %}{{ p.text }}"
-        "{% endif %}{% endfor %}{% endfor %}"
-    )
-    told = vr.evaluate(model, processor, rows, "stride-half", **OPTIONS).samples
-    expected = [s["output"] for s in whole[0].samples if s["recipe"] != "eighth"][:8]
-    assert [s["output"] for s in told] == expected
-
-
-def test_the_command(data: Path, whole: tuple[Evaluation, Path], tmp_path: Path) -> None:
+def test_the_command(questions: Path, whole: tuple[Evaluation, Path], tmp_path: Path) -> None:
     options = [
         "--data",
-        data,
+        questions,
         "--recipe",
         "stride-half",
         "--batch",
@@ -310,9 +195,9 @@ def test_the_command(data: Path, whole: tuple[Evaluation, Path], tmp_path: Path)
     assert without_times(rows) == without_times(whole[0].to_dict()["rows"][:2])
 
 
-def test_bad_input_of_the_command(data: Path, tmp_path: Path) -> None:
+def test_bad_input_of_the_command(questions: Path, tmp_path: Path) -> None:
     bad = tmp_path / "bad.jsonl"
-    image = str(data.parent / "0.png")
+    image = str(questions.parent / "0.png")
     bad.write_text(
         "\n".join(
             json.dumps(row)
@@ -326,7 +211,7 @@ def test_bad_input_of_the_command(data: Path, tmp_path: Path) -> None:
     )
     found = refused(CHECKPOINT, "--data", bad, "--recipe", "stride-half", "--output", tmp_path / "o")
     assert [line.partition(": ")[0] for line in found] == [f"{bad} line {i}" for i in (1, 2, 3, 4)]
-    some = ["--data", data, "--output", tmp_path / "o"]
+    some = ["--data", questions, "--output", tmp_path / "o"]
     for arguments, message in (
         ([CHECKPOINT, *some, "--recipe", "stride-haf"], "unknown recipe 'stride-haf'"),
         ([CHECKPOINT, *some, "--recipe", "stride-half", "--metric", "exat"], "unknown metric 'exat', expected one of"),
@@ -336,7 +221,10 @@ def test_bad_input_of_the_command(data: Path, tmp_path: Path) -> None:
             "recipes with names of their own, got stride-half, str",
         ),
         (["nowhere", *some, "--recipe", "stride-half"], "expected a model folder or a config JSON file, got 'nowhere'"),
-        ([CHECKPOINT, "--data", "no.jsonl", "--recipe", "stride-half"], "expected a file with data, got 'no.jsonl'"),
+        (
+            [CHECKPOINT, "--data", "no.jsonl", "--recipe", "stride-half"],
+            "expected a file with data, got 'no.jsonl'",
+        ),
     ):
         [line] = refused(*arguments)
         assert message in line

@@ -86,12 +86,19 @@ def evaluate(
         return
     head, *rows = done.cells()
     print(f"{done.rows[0].n} samples, {done.about['metric']}")
-    print_table(head, rows)
+    print_table([_folded(heading) for heading in head], [[_folded(cell) for cell in row] for row in rows])
     for row in done.rows:
         for reason in row.refused:
             print(f"{row.recipe}: does nothing: {reason}")
     if output is not None:
         print(f"page: {output / 'report.html'}")
+
+
+def _folded(cell: str) -> str:
+    """A cell in several lines, so that the table is no wider than a terminal."""
+    for wide, narrow in ((" (", "\n"), (")", ""), (" to ", "..\n"), ("prefill", "pre-\nfill"), ("decode", "de-\ncode")):
+        cell = cell.replace(wide, narrow)
+    return cell
 
 
 @contextlib.contextmanager

@@ -11,6 +11,7 @@ from typing import Any
 from vlmrewrite.evaluate.sample import Sample
 from vlmrewrite.evaluate.statistics import interval, mean, paired
 from vlmrewrite.evaluate.subject import UNMODIFIED
+from vlmrewrite.markup import Shown
 from vlmrewrite.text import byte_size, table
 
 
@@ -69,7 +70,7 @@ class Row(Scored):
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class Evaluation(Shown):
     """What :func:`vlmrewrite.evaluate` found. ``str`` is a table, ``to_dict`` for JSON.
 
     Attributes:
@@ -105,7 +106,7 @@ class Evaluation:
         if row.recipe != UNMODIFIED:
             bounds = " to ".join(f"{100 * x:+.1f}" for x in row.difference_interval)
             moved = [f"{100 * row.difference:+.1f} ({bounds})", f"{row.changed} (+{row.better} -{row.worse})"]
-        shares = ["" if x is None else f"{x:.3f}" for x in (row.flops, row.kv)]
+        shares = ["" if x is None else f"{x:.2f}" for x in (row.flops, row.kv)]
         speeds = ["" if x is None else f"×{x:.2f}" for x in (row.prefill, row.decode)]
         peak = "" if row.peak_bytes is None else byte_size(row.peak_bytes)
         alike = [f"{row.agreement['kl']:.3g}", f"{row.agreement['rouge_l']:.3f}"] if agreement else []
