@@ -138,7 +138,7 @@ class _Asking:
             for some, inputs in groups:
                 self._answer(subject, some, inputs, record, found[subject.name], errors[subject.name])
             self._hopeless(subject.name, errors[subject.name], bool(found[subject.name]))
-            if turn == 0 and found[subject.name]:
+            if turn == 0 and record["seconds"].get(subject.name):
                 record["peak"][subject.name] = subject.peak()
         lines = []
         for sample in samples:

@@ -65,7 +65,7 @@ class Subject:
             ValueError: the recipe, the blocks or the model cannot be used.
         """
         self.base, self.processor = base_model_of(model), processor
-        self.model = model if isinstance(model, nn.Module) else self.base  # a pipeline does not generate
+        self.model: Any = model if isinstance(model, nn.Module) else self.base  # a pipeline does not generate
         self.name, self.recipe = UNMODIFIED, ""
         self.session: Session | None = None
         self._warm, self._graphs = False, 0
@@ -94,11 +94,11 @@ class Subject:
                 self._warm, made = True, self._generate(given, longest)
             return made
         with resumed(self.base, self.session):
-            made = self._generate(given, longest)
-            graphs = report(self.base).graphs.get("captured", 0)
+            made, said = self._generate(given, longest), report(self.base)
+            graphs = said.graphs.get("captured", 0)
             if not self._warm or graphs != self._graphs:
-                self._warm, self._graphs, made = True, graphs, self._generate(given, longest)
-            said = report(self.base)
+                self._warm, self._graphs = True, graphs
+                made, said = self._generate(given, longest), report(self.base)
         made.refused = [f"{x['configuration']}: {x['reason']}" for x in said.passes if x["reason"]]
         made.costs = {key: [said.totals[when][key] for when in ("after", "before")] for key in ("flops", "kv_bytes")}
         made.pictures = _pictures(said.kept, len(made.outputs))
@@ -114,7 +114,7 @@ class Subject:
     def _generate(self, given: dict[str, Any], longest: int) -> Answered:
         clock = clock_of(self.base.device)
         watch = _Watch()
-        ids = self.model.generate(
+        self.model.generate(
             **given,
             max_new_tokens=longest,
             do_sample=False,
@@ -122,11 +122,11 @@ class Subject:
             logits_processor=LogitsProcessorList([watch]),
             streamer=watch,
         )
-        new, ends = ids[:, given["input_ids"].shape[1] :], _ends(self.model)
+        tokens = [_until(row, _ends(self.base)) for row in torch.stack(watch.tokens, 1).tolist()]
         decode = getattr(watch.last.since(watch.told), clock) / (watch.steps - 1) if watch.steps > 1 else None
         return Answered(
-            [text.strip() for text in self.processor.batch_decode(new, skip_special_tokens=True)],
-            [_until(row, ends) for row in new.tolist()],
+            [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)],
+            tokens,
             watch.first,
             getattr(watch.reached.since(watch.begun), clock),
             decode,
@@ -134,10 +134,13 @@ class Subject:
 
 
 class _Watch(LogitsProcessor, BaseStreamer):
-    """Sees the prompt, and the logits of each new token, changes none, and looks at the clock."""
+    """Sees when the prompt is ready, and logits and tokens of each step, changes none, and looks at the clock.
+
+    Tokens are taken from here, for what ``generate()`` returns begins with the prompt in some models and not in others.
+    """
 
     def __init__(self) -> None:
-        self.steps = 0
+        self.steps, self.tokens = 0, list[Tensor]()
         self.first: Tensor = torch.empty(0)
         self.begun = self.reached = self.told = self.last = Seconds(0, 0)
 
@@ -151,8 +154,10 @@ class _Watch(LogitsProcessor, BaseStreamer):
         return scores
 
     def put(self, value: Tensor) -> None:
-        """The prompt, once images are encoded, before the first forward; then the tokens of each step."""
-        if not self.begun.wall:
+        """The prompt, once images are encoded, before the first forward; then the tokens of each step, [B]."""
+        if self.begun.wall:
+            self.tokens.append(value)
+        else:
             self.begun = now()
 
     def end(self) -> None:
