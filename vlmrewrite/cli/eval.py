@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,7 +99,7 @@ def _folded(cell: str) -> str:
     """A cell in several lines, so that the table is no wider than a terminal."""
     for wide, narrow in ((" (", "\n"), (")", ""), (" to ", "..\n"), ("prefill", "pre-\nfill"), ("decode", "de-\ncode")):
         cell = cell.replace(wide, narrow)
-    return cell
+    return re.sub(r" (?=.?i?B$)", "\n", cell)  # before a unit
 
 
 @contextlib.contextmanager

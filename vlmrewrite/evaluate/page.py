@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import io
 from collections.abc import Sequence
-from html import escape
 from typing import Any
 
 from vlmrewrite.evaluate.plot import pareto
 from vlmrewrite.evaluate.results import Evaluation, Row
 from vlmrewrite.evaluate.sample import Sample
+from vlmrewrite.markup import document, escape, table
 
 _SHOWN = 12
 """Changed samples of a recipe that are shown."""
@@ -23,10 +23,6 @@ _STYLE = """
 @media (prefers-color-scheme: dark) { :root { --good: #5cc7a0; --bad: #f08a72; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; white-space: nowrap; } th, td { padding: .25rem .7rem; text-align: right; }
-th { border-bottom: 2px solid var(--line); } td { border-bottom: 1px solid var(--line); }
-th:first-child, td:first-child { text-align: left; }
 svg.plot { width: 100%; max-width: 760px; font-size: 12px; } svg.plot text { fill: currentColor; }
 .grid, .front, .bar, .lead { fill: none; stroke: currentColor; } .grid { opacity: .12; } .lead { opacity: .35; }
 .front { stroke: var(--good); stroke-dasharray: 5 4; } .bar { opacity: .6; }
@@ -49,7 +45,6 @@ def page(done: Evaluation, samples: Sequence[Sample], batches: Sequence[dict[str
         samples: all of the data.
         batches: with the pictures of what changed.
     """
-    about = "".join(f"<tr><td>{escape(k)}</td><td>{escape(_plain(v))}</td></tr>" for k, v in done.about.items())
     told = (
         f"{done.rows[0].n} samples, score: {done.about['metric']}. Intervals are 95 %; differences are paired with the"
         " unmodified model on the same samples. FLOPs and K/V are shares of its prefill's, speeds are multiples of its."
@@ -70,18 +65,12 @@ def page(done: Evaluation, samples: Sequence[Sample], batches: Sequence[dict[str
     if done.failures:
         failed = [[str(failure[key]) for key in ("id", "recipe", "error")] for failure in done.failures]
         parts += ["<h2>Failed</h2>", _table([["sample", "recipe", "error"], *failed])]
-    parts += ["<h2>Settings</h2>", f'<div class="wide"><table>{about}</table></div>']
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width"><style>{_STYLE}</style>'
-    head = f"<head><title>vlmrewrite eval</title>{head}</head>"
-    return f'<!doctype html><html lang="en">{head}<body>{"".join(parts)}</body></html>\n'
+    parts += ["<h2>Settings</h2>", table(["", ""], [[key, _plain(value)] for key, value in done.about.items()])]
+    return document("vlmrewrite eval", f"<style>{_STYLE}</style>{''.join(parts)}")
 
 
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    lines = []
-    for i, row in enumerate(rows):
-        tag = "td" if i else "th"
-        lines.append("<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in row) + "</tr>")
-    return f'<div class="wide"><table>{"".join(lines)}</table></div>'
+def _table(cells: Sequence[Sequence[str]]) -> str:
+    return table(cells[0], cells[1:])
 
 
 def _plain(value: Any) -> str:
