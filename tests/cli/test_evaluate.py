@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vlmrewrite as vr
 from examples.digits.model import load
@@ -131,3 +132,37 @@ def test_the_page_of_the_documentation(
         r"^\| `(\w+)`(?:, `(\w+)`)? \|", page.partition("## Scores")[2].partition("##")[0], re.MULTILINE
     )
     assert {name for pair in scores for name in pair if name} == {"auto", *METRICS}
+
+
+def test_a_folder_of_trained_blocks_is_a_recipe(digits: Any, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    model, _ = digits
+    with vr.applied(model, "dpvr"):
+        with torch.no_grad():
+            for p in model.parameters():
+                if p.requires_grad:
+                    p.mul_(-1)
+        vr.save_blocks(model, tmp_path / "upside-down")
+    out = tmp_path / "out"
+    done = vr.evaluate(*digits, asked[:4], ["dpvr", tmp_path / "upside-down"], output=out, **OPTIONS)
+    assert [row.recipe for row in done.rows] == ["unmodified", "dpvr", "upside-down"]
+    untrained, turned = done.rows[1:]
+    assert untrained.flops == turned.flops and untrained.agreement["kl"] < turned.agreement["kl"]
+    again = vr.evaluate(*digits, asked[:4], ["dpvr", tmp_path / "upside-down"], output=out, **OPTIONS)
+    assert again.rows == done.rows
+
+
+def test_what_cannot_be_run_at_all(digits: Any, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    model, processor = load()
+    with pytest.raises(ValueError, match="expected a LlavaForConditionalGeneration in eval mode, got one in training"):
+        vr.evaluate(model.train(), processor, asked, "stride-half", output=tmp_path / "o", **OPTIONS)
+    with pytest.raises(ValueError, match="expected recipes with names of their own, got none"):
+        vr.evaluate(*digits, asked, [], output=tmp_path / "o", **OPTIONS)
+    with vr.applied(digits[0], "stride-half"), pytest.raises(ValueError, match="is applied to this .* already"):
+        vr.evaluate(*digits, asked, "stride-half", output=tmp_path / "o", **OPTIONS)
+    assert not (tmp_path / "o").exists()
+    wrong = [row | {"prompt": f"<image> <image> {row['prompt']}"} for row in asked]
+    with pytest.raises(RuntimeError, match=": all of the first 8 samples failed: ValueError: prompt: expected 1 times"):
+        vr.evaluate(*digits, wrong, "stride-half", output=tmp_path / "o", **OPTIONS)
+    assert not (tmp_path / "o" / "results.json").exists()
+    with pytest.raises(RuntimeError, match="no sample was answered under all recipes; 'q0' under unmodified: ValueErr"):
+        vr.evaluate(*digits, wrong[:2], "stride-half", **OPTIONS)

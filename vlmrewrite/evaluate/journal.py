@@ -57,6 +57,12 @@ class Journal:
             )
         self.batches = whole_lines(folder / PROGRESS)
         size = self.batches[-1]["bytes"] if self.batches else 0
+        there = (folder / SAMPLES).stat().st_size if (folder / SAMPLES).exists() else 0
+        if there < size:
+            raise ValueError(
+                f"{folder / SAMPLES}: expected at least {size} bytes, as {PROGRESS} says, got {there}: the folder was"
+                " changed; give another one"
+            )
         for name, length in ((SAMPLES, size), (PROGRESS, sum(len(_line(x)) for x in self.batches))):
             if (folder / name).exists():
                 os.truncate(folder / name, length)
