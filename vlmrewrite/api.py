@@ -154,6 +154,21 @@ def applied(model: nn.Module, recipe: Any, **options: Any) -> Iterator[nn.Module
             restore(model)
 
 
+@contextlib.contextmanager
+def resumed(model: nn.Module, session: Session) -> Iterator[nn.Module]:
+    """While the block runs, a session that an earlier ``apply`` made is at work again, with all that it has compiled.
+
+    Args:
+        model: the unmodified model that it was made for, without a wrapper.
+        session: as ``session_of`` gave it while it was applied.
+    """
+    install_session(model, session, METHODS)
+    try:
+        yield model
+    finally:
+        remove_session(model)
+
+
 @on_base_model
 def report(model: nn.Module, *, memory: bool = False) -> Report:
     """What was done to a model: passes matched and refused, costs per layer before and after, times.

@@ -3,6 +3,7 @@
 from vlmrewrite.api import applied, apply, calibrate, report, restore, verify
 from vlmrewrite.checkpoint import from_pretrained, load_blocks, push_to_hub, save_blocks
 from vlmrewrite.compiler import rewrite
+from vlmrewrite.evaluate import evaluate
 from vlmrewrite.plan import Budget, Depth, Pass, Plan
 from vlmrewrite.progress import disable_progress_bars, enable_progress_bars
 from vlmrewrite.recipe import Recipe
@@ -24,6 +25,7 @@ __all__ = [
     "calibrate",
     "disable_progress_bars",
     "enable_progress_bars",
+    "evaluate",
     "from_pretrained",
     "kept_tokens",
     "load_blocks",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 import vlmrewrite as vr
 from vlmrewrite import passes
+from vlmrewrite.evaluate import Sample
 from vlmrewrite.plan import Text, frozen_pass
 
 
@@ -47,6 +48,20 @@ def share(model: nn.Module, repository: str) -> Any:
     """Put a recipe and its blocks on the Hub, and get the model that they are for, with them."""
     assert_type(vr.push_to_hub(model, repository, private=True), str)
     return vr.from_pretrained(repository, backend="eager", strict=True)
+
+
+def length(output: str, sample: Sample) -> float:
+    """A metric of one's own."""
+    return min(1.0, len(output) / max(map(len, sample.answers), default=1))
+
+
+def compare(model: nn.Module, processor: Any, data: Path) -> float:
+    """What a recipe changes on samples of one's own."""
+    done = vr.evaluate(
+        model, processor, data, ["stride-half", passes.Stride(keep=4)], metric=length, output=data.parent
+    )
+    assert_type(done.rows[0].difference, float)
+    return done.rows[1].difference
 
 
 def use(model: nn.Module, inputs: dict[str, Any], folder: Path) -> list[str]:

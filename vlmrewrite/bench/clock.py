@@ -1,4 +1,4 @@
-"""Time and memory of a piece of work."""
+"""Time and memory of a piece of work, undisturbed."""
 
 from __future__ import annotations
 
@@ -6,39 +6,13 @@ import contextlib
 import gc
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
 T = TypeVar("T")
-
-Clock = Literal["process", "wall"]
-
-
-class Seconds(NamedTuple):
-    """Of the clock on the wall, and of all threads of this process on processors."""
-
-    wall: float
-    process: float
-
-    def since(self, before: Seconds) -> Seconds:
-        """What has passed."""
-        return Seconds(self.wall - before.wall, self.process - before.process)
-
-
-def now() -> Seconds:
-    """The time, once a GPU has done what it was told."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return Seconds(time.perf_counter(), time.process_time())
-
-
-def clock_of(device: torch.device) -> Clock:
-    """The clock that ratios go by: process time for one thread on a CPU, which other load on the machine moves less."""
-    return "process" if device.type == "cpu" and torch.get_num_threads() == 1 else "wall"
 
 
 @contextlib.contextmanager

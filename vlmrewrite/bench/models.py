@@ -12,16 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmrewrite.api import applied, report
-from vlmrewrite.bench.clock import Clock, clock_of, now, peak_of, set_apart, uncollected
+from vlmrewrite.api import applied, report, resumed
+from vlmrewrite.bench.clock import peak_of, set_apart, uncollected
 from vlmrewrite.bench.native import NativeLoop
 from vlmrewrite.bench.rows import UNMODIFIED, Row, summary
 from vlmrewrite.capture import LIMIT
+from vlmrewrite.clock import Clock, clock_of, now
 from vlmrewrite.compat import graphs_allowed
 from vlmrewrite.hf import encode_images
 from vlmrewrite.ops import Backend, resolve
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.runtime import Session, install_session, remove_session, session_of
+from vlmrewrite.runtime import Session, session_of
 
 __all__ = ["UNMODIFIED", "Row", "bench", "device_name"]
 
@@ -128,11 +129,8 @@ class _Subject:
                 self.compiled = torch.compile(self.model, dynamic=True)
             yield self.model if self.compiled is None else self.compiled
             return
-        install_session(self.model, self.session)
-        try:
+        with resumed(self.model, self.session):
             yield self.model
-        finally:
-            remove_session(self.model)
 
     def first(self) -> None:
         """The round that is not counted: all is made that a call needs; the native loop is made and checked."""

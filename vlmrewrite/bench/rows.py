@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from vlmrewrite.bench.clock import Clock
+from vlmrewrite.clock import Clock
 
 UNMODIFIED = "unmodified"
 

@@ -3,6 +3,7 @@
 from vlmrewrite import moved
 from vlmrewrite.cli import apply as apply
 from vlmrewrite.cli import bench as bench
+from vlmrewrite.cli import eval as eval
 from vlmrewrite.cli import families as families
 from vlmrewrite.cli import inspect as inspect
 from vlmrewrite.cli import listing as listing

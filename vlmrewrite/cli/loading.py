@@ -12,6 +12,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from vlmrewrite.errors import blamed_on
+from vlmrewrite.evaluate import with_image_tokens
 
 
 def device_of(name: str) -> torch.device:
@@ -122,11 +123,5 @@ def question(processor: Any, prompt: str, images: Sequence[Any]) -> Any:
             return_dict=True,
             return_tensors="pt",
         )
-    token = getattr(processor, "image_token", None)
-    if not isinstance(token, str):
-        raise ValueError(f"{type(processor).__name__} has neither a chat template nor an image_token")
-    found = prompt.count(token)
-    if found not in (0, len(images)):
-        raise ValueError(f"--prompt: expected {len(images)} times {token!r}, or none, got {found}")
-    text = prompt if found else " ".join([*[token] * len(images), prompt])
+    text = with_image_tokens(processor, prompt, len(images), "--prompt: ")
     return processor(images=list(images), text=text, return_tensors="pt")

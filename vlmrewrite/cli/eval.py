@@ -1,0 +1,113 @@
+"""`vlmrewrite eval`: recipes on a user's own samples, beside the unmodified model."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from vlmrewrite.cli.app import app
+from vlmrewrite.cli.options import Device, Dtype, Json, ModelFolder, at_least, progress_bar, recipe_named
+from vlmrewrite.cli.terminal import Errors, as_json, check_json, print_table, print_warning
+
+
+@app.command("eval")
+def evaluate(
+    model: ModelFolder,
+    data: Annotated[Path, typer.Option(help="JSONL or Parquet: image, prompt, answer in each row; see docs.")],
+    recipe: Annotated[
+        list[str], typer.Option(help="Recipe, YAML file or folder of trained blocks; may be given several times.")
+    ],
+    output: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for results; a run that was cut off goes on in it.")
+    ] = None,
+    metric: Annotated[
+        str,
+        typer.Option(help="exact, contains, choice, vqa, anls, number, f1, rouge, iou, iou50; auto: exact or choice."),
+    ] = "auto",
+    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
+    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
+    limit: Annotated[int | None, typer.Option(help="Only so many of the first samples.")] = None,
+    seed: Annotated[int, typer.Option(help="Of bootstrap intervals.")] = 0,
+    backend: Annotated[Literal["auto", "eager", "inductor"], typer.Option(help="What runs the graph.")] = "auto",
+    kernels: Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")] = "auto",
+    device: Device = "auto",
+    dtype: Dtype = "auto",
+    json: Json = None,
+) -> None:
+    """Ask a model your own questions without and with recipes: accuracy with intervals, and what each recipe saves.
+
+    Differences are paired on the same samples. Without answers in the data, agreement with the unmodified model.
+    DIR gets results.json, samples.jsonl and report.html.
+    """
+    check_json(json)
+    at_least("--batch", batch, 1)
+    at_least("--max-new-tokens", max_new_tokens, 1)
+    at_least("--limit", 1 if limit is None else limit, 1)
+    chosen: list[Any] = [name if Path(name).is_dir() else recipe_named(name) for name in recipe]
+    from vlmrewrite.evaluate import evaluate as measure
+    from vlmrewrite.evaluate import read_data
+
+    with _a_line_each():
+        samples = read_data(data)[:limit]
+    from vlmrewrite.cli import loading
+    from vlmrewrite.cli.config import local, read_config
+
+    model = local(model, weights=True)
+    where, (config, _) = loading.device_of(device), read_config(model)
+    processor = loading.read_processor(model)
+    loaded = loading.with_weights(model, loading.dtype_of(dtype, config, where), where)
+    with _a_line_each(), progress_bar() as progress, warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        task = progress.add_task("samples", total=len(samples))
+        done = measure(
+            loaded,
+            processor,
+            samples,
+            chosen,
+            metric=metric,
+            output=output,
+            batch=batch,
+            max_new_tokens=max_new_tokens,
+            backend=backend,
+            kernels=kernels,
+            seed=seed,
+            progress=lambda n, total: progress.update(task, completed=n),
+        )
+    for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
+        print_warning(message)
+    for failure in done.failures:
+        print_warning(f"sample {failure['id']!r} failed under {failure['recipe']}: {failure['error']}")
+    if as_json(json, done.to_dict()):
+        return
+    head, *rows = done.cells()
+    print(f"{done.rows[0].n} samples, {done.about['metric']}")
+    print_table([_folded(heading) for heading in head], [[_folded(cell) for cell in row] for row in rows])
+    for row in done.rows:
+        for reason in row.refused:
+            print(f"{row.recipe}: does nothing: {reason}")
+    if output is not None:
+        print(f"page: {output / 'report.html'}")
+
+
+def _folded(cell: str) -> str:
+    """A cell in several lines, so that the table is no wider than a terminal."""
+    for wide, narrow in ((" (", "\n"), (")", ""), (" to ", "..\n"), ("prefill", "pre-\nfill"), ("decode", "de-\ncode")):
+        cell = cell.replace(wide, narrow)
+    return re.sub(r" (?=.?i?B$)", "\n", cell)  # before a unit
+
+
+@contextlib.contextmanager
+def _a_line_each() -> Iterator[None]:
+    """Errors of several lines are as many errors."""
+    try:
+        yield
+    except ValueError as e:
+        if "\n" in str(e):
+            raise Errors(str(e)) from e
+        raise

@@ -1,0 +1,74 @@
+"""Questions as a model takes them: a batch of prompts or chats about images, padded on the left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from vlmrewrite.evaluate.sample import Sample
+
+
+def encode(processor: Any, samples: Sequence[Sample]) -> Any:
+    """Samples as one batch of model inputs, through the chat template if the processor has one.
+
+    Without a template, image tokens that a prompt lacks are put in front of it.
+
+    Raises:
+        ValueError: a prompt holds image tokens for another number of images, or it cannot be known what they are.
+        OSError: an image cannot be read.
+    """
+    pictures = [sample.pictures() for sample in samples]
+    if getattr(processor, "chat_template", None):
+        return processor.apply_chat_template(
+            [_chat(sample, iter(images)) for sample, images in zip(samples, pictures, strict=True)],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left"},
+        )
+    texts = [_text(processor, sample) for sample in samples]
+    return processor(images=pictures, text=texts, return_tensors="pt", padding=True, padding_side="left")
+
+
+def refuse_chats(processor: Any, samples: Sequence[Sample]) -> None:
+    """Raise ValueError if samples are chats and the processor has no template for them."""
+    if any(sample.messages for sample in samples) and not getattr(processor, "chat_template", None):
+        raise ValueError(f"{type(processor).__name__} has no chat template: expected 'prompt' in place of 'messages'")
+
+
+def with_image_tokens(processor: Any, prompt: str, images: int, where: str = "") -> str:
+    """A prompt with an image token for each image; if it has none, they are put in front.
+
+    Raises:
+        ValueError: it has some, but of another number, or the processor does not say what they are; ``where`` is put
+            in front of the message.
+    """
+    token = getattr(processor, "image_token", None)
+    if not isinstance(token, str):
+        raise ValueError(f"{type(processor).__name__} has neither a chat template nor an image_token")
+    found = prompt.count(token)
+    if found not in (0, images):
+        raise ValueError(f"{where}expected {images} times {token!r}, or none, got {found}")
+    return prompt if found else " ".join([*[token] * images, prompt])
+
+
+def _text(processor: Any, sample: Sample) -> str:
+    assert sample.prompt is not None, "chats were refused before"
+    return with_image_tokens(processor, sample.prompt, len(sample.images), "prompt: ")
+
+
+def _chat(sample: Sample, images: Iterator[Any]) -> list[dict[str, Any]]:
+    """The messages of a sample with its images in their places."""
+    if sample.messages is None:
+        parts = [*({"type": "image", "image": image} for image in images), {"type": "text", "text": sample.prompt}]
+        return [{"role": "user", "content": parts}]
+    return [
+        message
+        | {
+            "content": [
+                part | ({"image": next(images)} if part["type"] == "image" else {}) for part in message["content"]
+            ]
+        }
+        for message in sample.messages
+    ]

@@ -1,0 +1,80 @@
+"""Accuracy against FLOPs as SVG: each recipe with its interval, and the line of those that none beats in both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import ceil, floor
+
+from vlmrewrite.evaluate.results import Row
+from vlmrewrite.markup import escape
+
+_WIDTH, _HEIGHT = 760, 420
+_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 16, 48
+
+
+def front(rows: Sequence[Row]) -> list[Row]:
+    """Rows by FLOPs than which no other is as cheap and better, or as good and cheaper."""
+    known = [row for row in rows if row.flops is not None]
+    best, found = -1.0, []
+    for row in sorted(known, key=lambda row: (row.flops or 0.0, -row.accuracy)):
+        if row.accuracy > best:
+            best = row.accuracy
+            found.append(row)
+    return found
+
+
+def pareto(rows: Sequence[Row]) -> str:
+    """The plot; in colours of the page it stands in."""
+    shown = [row for row in rows if row.flops is not None]
+    if not shown:
+        return ""
+    low = floor(10 * min(row.interval[0] for row in shown)) / 10
+    high = ceil(10 * max(row.interval[1] for row in shown)) / 10
+    most = ceil(10 * max(row.flops or 0.0 for row in shown)) / 10
+    low, high = (low, high) if high > low else (low - 0.1, high)
+
+    def x(flops: float) -> float:
+        return _LEFT + flops / most * (_WIDTH - _LEFT - _RIGHT)
+
+    def y(accuracy: float) -> float:
+        return _HEIGHT - _BOTTOM - (accuracy - low) / (high - low) * (_HEIGHT - _TOP - _BOTTOM)
+
+    parts = []
+    for i in range(6):
+        a, f = low + (high - low) * i / 5, most * i / 5
+        parts.append(
+            f'<path class="grid" d="M{_LEFT} {y(a):.1f}H{_WIDTH - _RIGHT}M{x(f):.1f} {_TOP}V{_HEIGHT - _BOTTOM}"/>'
+        )
+        parts.append(f'<text x="{_LEFT - 8}" y="{y(a) + 4:.1f}" text-anchor="end">{100 * a:.0f}</text>')
+        parts.append(f'<text x="{x(f):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{f:.2f}</text>')
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">FLOPs of the prefill, share</text>')
+    parts.append(f'<text transform="translate(16 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">score, %</text>')
+    best = front(rows)
+    steps = [f"M{x(best[0].flops or 0):.1f} {y(best[0].accuracy):.1f}"]
+    steps += [f"H{x(row.flops or 0):.1f}V{y(row.accuracy):.1f}" for row in best[1:]]
+    parts.append(f'<path class="front" d="{"".join(steps)}"/>')
+    lines = _apart([y(row.accuracy) for row in shown])
+    for row, line in zip(shown, lines, strict=True):
+        at, (bottom, top) = x(row.flops or 0), (y(v) for v in row.interval)
+        told = f"{row.recipe}: {100 * row.accuracy:.1f} % at {row.flops:.3f} of the FLOPs"
+        parts.append(
+            f'<g class="{"best" if row in best else "other"}"><title>{escape(told)}</title>'
+            f'<path class="bar" d="M{at:.1f} {bottom:.1f}V{top:.1f}m-4 0h8M{at - 4:.1f} {bottom:.1f}h8"/>'
+            f'<circle cx="{at:.1f}" cy="{y(row.accuracy):.1f}" r="5"/>'
+            f'<path class="lead" d="M{at + 6:.1f} {y(row.accuracy):.1f}L{at + 16:.1f} {line:.1f}"/>'
+            f'<text x="{at + 18:.1f}" y="{line + 4:.1f}">{escape(row.recipe)}</text></g>'
+        )
+    return (
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="score against FLOPs">'
+        f"{''.join(parts)}</svg>"
+    )
+
+
+def _apart(places: Sequence[float], gap: float = 15) -> list[float]:
+    """Heights of labels near those of their points, none on another."""
+    out, below = dict[int, float](), 0.0
+    for i in sorted(range(len(places)), key=places.__getitem__):
+        out[i] = below = max(places[i], below + gap)
+    over = max(0.0, below - (_HEIGHT - _BOTTOM))
+    return [out[i] - over for i in range(len(places))]

@@ -1,0 +1,163 @@
+"""A row of data, as a file or a data set has it, made a sample; or why it is none."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
+
+from vlmrewrite.errors import shown
+from vlmrewrite.evaluate.sample import Picture, Sample, opened
+
+
+class Json(str):
+    """A line of JSON, not read yet."""
+
+
+def sample_of(row: Any, i: int, folder: Path) -> Sample:
+    """The sample of a row.
+
+    Raises:
+        ValueError: it is none.
+    """
+    if isinstance(row, Json):
+        try:
+            row = json.loads(row)
+        except ValueError as e:
+            raise ValueError(f"expected JSON: {e}") from None
+    if not isinstance(row, Mapping):
+        raise ValueError(f"expected a mapping with image, prompt and answer, got {shown(row)}")
+    row = {key: value for key, value in row.items() if value is not None}
+    _one(row, "image", "images")
+    _one(row, "prompt", "messages")
+    if "prompt" not in row and "messages" not in row:
+        raise ValueError("expected 'prompt' or 'messages', got neither")
+    images = row.get("images", [row["image"]] if "image" in row else [])
+    if not isinstance(images, Sequence) or isinstance(images, str | bytes):
+        raise ValueError(f"images: expected a list, got {shown(images)}")
+    prompt, messages = row.get("prompt"), None
+    if "messages" in row:
+        messages, images = _messages(row["messages"], list(images))
+    elif not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"prompt: expected a question, got {shown(prompt)}")
+    if not images:
+        raise ValueError("expected an 'image' or 'images', got none: vision tokens are what this is about")
+    name = row.get("id", i)
+    if not isinstance(name, str | int) or isinstance(name, bool):
+        raise ValueError(f"id: expected text or an integer, got {shown(name)}")
+    kind = row.get("kind")
+    answers, choices = _references(row)
+    pictures = tuple(_picture(image, folder) for image in images)
+    return Sample(name, prompt, messages, pictures, answers, choices, None if kind is None else str(kind))
+
+
+def _one(row: dict[str, Any], *names: str) -> None:
+    if all(name in row for name in names):
+        raise ValueError(f"expected {names[0]!r} or {names[1]!r}, got both")
+
+
+def _references(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What is right, and the options."""
+    _one(row, "answer", "answers")
+    given = row.get("answers", [row["answer"]] if "answer" in row else [])
+    if not isinstance(given, Sequence) or isinstance(given, str) or ("answers" in row and not given):
+        raise ValueError(f"answers: expected a list of at least one reference, got {shown(given)}")
+    if "choices" not in row:
+        return tuple(_reference(x) for x in given), ()
+    choices = row["choices"]
+    if not isinstance(choices, Sequence) or isinstance(choices, str) or len(choices) < 2:
+        raise ValueError(f"choices: expected a list of at least two options, got {shown(choices)}")
+    if not given:
+        raise ValueError("expected an 'answer' beside 'choices', got none")
+    options = tuple(_reference(x) for x in choices)
+    return tuple(_option(x, options) for x in given), options
+
+
+def _reference(value: Any) -> str:
+    if isinstance(value, list | tuple) and len(value) == 4 and all(isinstance(x, int | float) for x in value):
+        return json.dumps(list(value))  # a box
+    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+        raise ValueError(f"answer: expected a reference (text, a number, or a box of four), got {shown(value)}")
+    return str(value)
+
+
+def _option(value: Any, options: tuple[str, ...]) -> str:
+    """The option that an answer means: itself, its letter, or its place from 0."""
+    if str(value) in options:
+        return str(value)
+    at = value if type(value) is int else -1
+    if isinstance(value, str) and len(value.strip()) == 1:
+        at = ord(value.strip().upper()) - ord("A")
+    if 0 <= at < len(options):
+        return options[at]
+    raise ValueError(f"answer: expected one of the choices {', '.join(map(repr, options))}, got {shown(value)}")
+
+
+def _messages(given: Any, images: list[Any]) -> tuple[tuple[dict[str, Any], ...], list[Any]]:
+    """A chat whose contents are lists of parts, an image part for each image, and the images."""
+    if not isinstance(given, Sequence) or isinstance(given, str) or not given:
+        raise ValueError(f"messages: expected a list of messages, got {shown(given)}")
+    found, told = list[dict[str, Any]](), list[Any]()
+    for message in given:
+        if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
+            raise ValueError(f"messages: expected mappings with 'role' and 'content', got {shown(message)}")
+        content = message["content"]
+        content = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        parts = list[dict[str, Any]]()
+        for part in content if isinstance(content, Sequence) else [content]:
+            kind = part.get("type") if isinstance(part, Mapping) else None
+            if kind == "text" and isinstance(part.get("text"), str):
+                parts.append({"type": "text", "text": part["text"]})
+            elif kind in ("image", "image_url"):
+                source = next((part[k] for k in ("image", "path", "url", "image_url") if part.get(k) is not None), None)
+                told += [] if source is None else [source.get("url", source) if isinstance(source, Mapping) else source]
+                parts.append({"type": "image"})
+            else:
+                raise ValueError(f"messages: expected parts of the type 'text' or 'image', got {shown(part)}")
+        found.append({"role": str(message["role"]), "content": parts})
+    places = sum(part["type"] == "image" for m in found for part in m["content"])
+    if told and (images or len(told) != places):
+        raise ValueError("messages: expected images in all image parts, or in 'image' or 'images' alone")
+    images = told or images
+    if not places:
+        asked = next((m for m in found if m["role"] == "user"), found[0])
+        asked["content"] = [{"type": "image"}] * len(images) + asked["content"]
+    elif places != len(images):
+        raise ValueError(f"messages: expected an image part for each of {len(images)} images, or none, got {places}")
+    if not any(part["type"] == "text" and part["text"].strip() for m in found for part in m["content"]):
+        raise ValueError("messages: expected a question, got no text")
+    return tuple(found), images
+
+
+def _picture(image: Any, folder: Path) -> Picture:
+    """An image that can be opened: where it is, or what it is.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    if isinstance(image, Mapping):
+        image = image.get("bytes") or image.get("path")
+    if isinstance(image, str) and image.startswith("data:"):
+        image = base64.b64decode(image.partition(",")[2])
+    elif isinstance(image, str) and image.startswith("file:"):
+        image = Path(url2pathname(urlsplit(image).path))
+    elif isinstance(image, str) and image.startswith(("http:", "https:")):
+        raise ValueError(f"image: expected one on disk, got {image!r}: download it, and name the file")
+    elif isinstance(image, str | os.PathLike):
+        image = folder / image
+    elif not isinstance(image, bytes):
+        if callable(getattr(image, "convert", None)):
+            return image
+        raise ValueError(f"image: expected a path, bytes or a PIL image, got {shown(image)}")
+    try:
+        with opened(image) as file:
+            file.verify()
+    except (OSError, SyntaxError) as e:
+        name = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
+        raise ValueError(f"image: expected an image file, got {name}: {getattr(e, 'strerror', None) or e}") from None
+    return image

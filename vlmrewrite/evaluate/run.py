@@ -1,0 +1,269 @@
+"""Recipes on a user's samples, beside the unmodified model: how right they are, and what they cost."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vlmrewrite.errors import noted, one_of, shown
+from vlmrewrite.evaluate.asking import encode, refuse_chats
+from vlmrewrite.evaluate.data import fingerprint, read_data
+from vlmrewrite.evaluate.journal import PAGE, RESULTS, Journal, write_whole
+from vlmrewrite.evaluate.metrics import METRICS, Metric, lacking, rouge_l, token_match, usual
+from vlmrewrite.evaluate.page import page
+from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, rows_of
+from vlmrewrite.evaluate.sample import Sample
+from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence, numbers_of
+from vlmrewrite.hf import base_model_of
+from vlmrewrite.ops import Backend, Kernels
+from vlmrewrite.recipe import Recipe
+
+FEW = 30
+"""Samples, below which intervals are too wide to decide by."""
+
+_HOPELESS = 8
+"""Samples that fail under a recipe before any comes through, and then the run stops."""
+
+
+def evaluate(
+    model: Any,
+    processor: Any,
+    data: Any,
+    recipes: Any,
+    *,
+    metric: str | Metric = "auto",
+    output: str | os.PathLike[str] | None = None,
+    batch: int = 8,
+    max_new_tokens: int = 32,
+    backend: Backend = "auto",
+    kernels: Kernels = "auto",
+    seed: int = 0,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Evaluation:
+    """Ask a model questions about images, unmodified and under each recipe, and compare answers and costs.
+
+    Answers are greedy. Batches are the same for all, in the order of the data, and recipes take turns batch by batch.
+    FLOPs and K/V bytes are those of :func:`vlmrewrite.report` for each batch. A sample that fails is left out of all
+    rows and reported; the run goes on.
+
+    Args:
+        model: an unmodified model in eval mode, on any device.
+        processor: its, with a tokenizer and an image processor.
+        data: path of a ``.jsonl`` or ``.parquet`` file, or rows as a ``datasets.Dataset`` has them. A row has ``image``
+            or ``images`` (paths relative to the file, bytes, PIL images), ``prompt`` or ``messages``, and ``answer``,
+            ``answers``, ``choices`` with ``answer``, or none of these in all rows; optionally ``kind`` and ``id``.
+        recipes: what to compare, each as :func:`vlmrewrite.apply` takes it.
+        metric: ``"exact"``, ``"contains"``, ``"choice"``, ``"vqa"``, ``"anls"``, ``"number"``, ``"f1"``, ``"rouge"``,
+            ``"iou"``, ``"iou50"``; ``"auto"``: choice where there are options, else exact; or a function of the output
+            and the sample that returns a score from 0 to 1. Without references, and without a function, the score is
+            the share of tokens that are the unmodified model's.
+        output: folder that gets ``results.json``, ``samples.jsonl`` and ``report.html``. If it holds a run of the same
+            data, recipes and settings that was cut off, that one goes on.
+        batch: prompts at a time.
+        max_new_tokens: of the longest answer.
+        backend, kernels: for :func:`vlmrewrite.apply`.
+        seed: of bootstrap intervals.
+        progress: called with the number of samples that are done, and of all.
+
+    Raises:
+        ValueError: data, metric, recipe, model or folder cannot be used; of data one line for each faulty row. Nothing
+            is written.
+        RuntimeError: all of the first samples failed under a recipe, or no sample came through under all of them.
+    """
+    if batch < 1 or max_new_tokens < 1:
+        raise ValueError(f"expected batch >= 1 and max_new_tokens >= 1, got {batch} and {max_new_tokens}")
+    samples = read_data(data)
+    name, score = _metric(metric, samples)
+    refuse_chats(processor, samples)
+    if base_model_of(model).training:
+        raise ValueError(f"expected a {type(model).__name__} in eval mode, got one in training: call model.eval()")
+    given = [recipes] if isinstance(recipes, str | os.PathLike | Recipe) else list(recipes)
+    subjects = [Subject(model, processor)]
+    subjects += [Subject(model, processor, recipe, backend=backend, kernels=kernels) for recipe in given]
+    names = [subject.name for subject in subjects]
+    if not given or len(set(names)) < len(names):
+        raise ValueError(f"expected recipes with names of their own, got {', '.join(names[1:]) or 'none'}")
+    settings = {"metric": name, "batch": batch, "max_new_tokens": max_new_tokens}
+    settings |= {"backend": backend, "kernels": kernels}
+    told = {"recipes": {s.name: s.recipe for s in subjects[1:]}, "model": _identity(base_model_of(model))}
+    about = {"data": fingerprint(samples), "samples": len(samples), **settings, **told}
+    journal = Journal(None if output is None else Path(output), about)
+    notes = []
+    if len(samples) < FEW:
+        notes.append(f"{len(samples)} samples: intervals are wide below {FEW}")
+        warnings.warn(notes[0], stacklevel=2)
+    if score is None:
+        notes.append("the data has no references: scores are shares of tokens that are the unmodified model's")
+    asking = _Asking(subjects, score, max_new_tokens, {line["recipe"] for line in journal.lines if not line["error"]})
+    for start in range(0, len(samples), batch):
+        progress(start, len(samples))
+        if start // batch >= len(journal.batches):
+            journal.add(*asking.ask(samples[start : start + batch], start // batch))
+    progress(len(samples), len(samples))
+    rows = rows_of(names, samples, journal.lines, journal.batches, seed)
+    failures = tuple({k: line[k] for k in ("id", "recipe", "error")} for line in journal.lines if line["error"])
+    left = len({line["id"] for line in failures})
+    notes += [f"{left} of {len(samples)} samples failed, and are in no row"] * bool(left)
+    about |= {"device": str(base_model_of(model).device), "torch": torch.__version__, "seed": seed}
+    done = Evaluation(rows, tuple(journal.lines), failures, about, tuple(notes))
+    if journal.folder is not None:
+        write_whole(journal.folder / PAGE, page(done, samples, journal.batches))
+        write_whole(journal.folder / RESULTS, json.dumps(done.to_dict(), indent=1) + "\n")
+    return done
+
+
+class _Asking:
+    """Asks all subjects a batch."""
+
+    def __init__(self, subjects: list[Subject], score: Metric | None, longest: int, answered: set[str]) -> None:
+        self.subjects, self.score, self.longest = subjects, score, longest
+        self.answered, self.failed = answered, dict.fromkeys((s.name for s in subjects), 0)
+
+    def ask(self, samples: Sequence[Sample], turn: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The lines of a batch, and what it cost; who begins changes with the turn."""
+        record: dict[str, Any] = {"costs": {}, "seconds": {}, "peak": {}, "refused": {}, "pictures": []}
+        found: dict[str, dict[Any, dict[str, Any]]] = {s.name: {} for s in self.subjects}
+        errors: dict[str, dict[Any, str]] = {s.name: {} for s in self.subjects}
+        groups, unasked = self._groups(samples)
+        first = turn % len(self.subjects)
+        for subject in self.subjects[first:] + self.subjects[:first]:
+            errors[subject.name] |= unasked
+            for some, inputs in groups:
+                self._answer(subject, some, inputs, record, found[subject.name], errors[subject.name])
+            self._hopeless(subject.name, errors[subject.name], bool(found[subject.name]))
+            if turn == 0 and record["seconds"].get(subject.name):
+                record["peak"][subject.name] = subject.peak()
+        lines = []
+        for sample in samples:
+            base = found[UNMODIFIED].get(sample.id)
+            for subject in self.subjects:
+                error = errors[subject.name].get(sample.id)
+                line = {"id": sample.id, "recipe": subject.name, "output": None, "score": None, "error": error}
+                lines.append(line)
+                if error is None and base is None:
+                    line["error"] = "not compared: the unmodified model failed"
+                elif error is None and base is not None:
+                    mine = found[subject.name][sample.id]
+                    line |= self._judged(sample, mine, base)
+                    if line["score"] != self._judged(sample, base, base)["score"]:
+                        record["pictures"].append({"id": sample.id, "recipe": subject.name, "images": mine["pictures"]})
+        return lines, record
+
+    def _judged(self, sample: Sample, mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+        alike = token_match(mine["tokens"], base["tokens"])
+        score: Any = alike
+        if self.score is not None:
+            with noted(lambda _: [f"in the metric, for sample {sample.id!r}"]):
+                score = self.score(mine["output"], sample)
+                if not isinstance(score, int | float) or not 0 <= score <= 1:
+                    raise ValueError(f"expected a score from 0 to 1, got {shown(score)}")
+        return {
+            "output": mine["output"],
+            "score": float(score),
+            "tokens": alike,
+            "kl": divergence(base["first"], mine["first"])[0],
+            "rouge_l": rouge_l(mine["output"].split(), base["output"].split()),
+        }
+
+    def _groups(self, samples: Sequence[Sample]) -> tuple[list[tuple[Sequence[Sample], Any]], dict[Any, str]]:
+        """Samples with their inputs: all in one batch, but for those that cannot be made inputs, and why."""
+        try:
+            return [(samples, encode(self.subjects[0].processor, samples))], {}
+        except Exception as e:
+            if len(samples) == 1:
+                return [], {samples[0].id: _said(e)}
+        good, errors = list[Sample](), dict[Any, str]()
+        alone = [self._groups([sample]) for sample in samples]
+        for groups, why in alone:
+            good += [sample for some, _ in groups for sample in some]
+            errors |= why
+        if not errors:  # each can be asked, but not all together
+            return [group for groups, _ in alone for group in groups], {}
+        return (self._groups(good)[0] if good else []), errors
+
+    def _answer(
+        self,
+        subject: Subject,
+        samples: Sequence[Sample],
+        inputs: Any,
+        record: dict[str, Any],
+        found: dict[Any, dict[str, Any]],
+        errors: dict[Any, str],
+    ) -> None:
+        """Ask one subject; where a batch fails, sample by sample."""
+        try:
+            made = subject.answer(inputs, self.longest)
+        except Exception as e:
+            if len(samples) == 1:
+                errors[samples[0].id] = _said(e)
+                return
+            record["seconds"][subject.name] = None
+            for sample in samples:
+                self._answer(subject, [sample], encode(subject.processor, [sample]), record, found, errors)
+            return
+        seconds = record["seconds"]
+        seconds[subject.name] = None if subject.name in seconds else [made.prefill, made.decode]
+        if made.costs is not None:
+            so_far = record["costs"].setdefault(subject.name, {key: [0, 0] for key in made.costs})
+            for key, pair in made.costs.items():
+                so_far[key] = [a + b for a, b in zip(so_far[key], pair, strict=True)]
+        if made.refused:
+            record["refused"][subject.name] = made.refused
+        for i, sample in enumerate(samples):
+            found[sample.id] = {
+                "output": made.outputs[i],
+                "tokens": made.tokens[i],
+                "first": made.first[i : i + 1],
+                "pictures": made.pictures[i] if made.pictures else [],
+            }
+
+    def _hopeless(self, name: str, errors: dict[Any, str], some: bool) -> None:
+        """Raise RuntimeError if nothing but failures has come of a subject so far, and these are many."""
+        self.answered |= {name} if some else set()
+        self.failed[name] += len(errors)
+        if name not in self.answered and self.failed[name] >= _HOPELESS:
+            raise RuntimeError(f"{name}: all of the first {self.failed[name]} samples failed: {[*errors.values()][-1]}")
+
+
+def _said(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def _metric(metric: str | Metric, samples: Sequence[Sample]) -> tuple[str, Metric | None]:
+    """A metric's name and function; no function for agreement with the unmodified model.
+
+    Raises:
+        ValueError: there is no such metric, or samples lack what it needs: one line each.
+    """
+    if callable(metric):
+        return (
+            f"{getattr(metric, '__module__', '')}.{getattr(metric, '__qualname__', type(metric).__qualname__)}",
+            metric,
+        )
+    if metric != "auto" and metric not in METRICS:
+        raise ValueError(f"unknown metric {metric!r}, {one_of(str(metric), ['auto', *METRICS])}, or a function")
+    if not samples[0].answers:
+        if metric != "auto":
+            raise ValueError(
+                f"metric {metric!r} needs references, and the data has none: expected 'answer' in each row"
+            )
+        return AGREEMENT, None
+    if wrong := [f"sample {s.id!r}: {why}" for s in samples if (why := lacking(metric, s))]:
+        raise ValueError("\n".join(wrong[:20]))
+    if metric == "auto":
+        kinds = sorted({"choice" if s.choices else "exact" for s in samples})
+        return " and ".join(kinds), usual
+    return metric, METRICS[metric]
+
+
+def _identity(model: Any) -> dict[str, str]:
+    """What says that a model is the same: its class, its configuration, and some numbers of each parameter."""
+    configuration = hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]
+    return {"class": type(model).__name__, "configuration": configuration, "parameters": numbers_of(model)}
