@@ -93,3 +93,17 @@ def test_through_four_bits_nothing_is_trained():
         pytest.raises(NotImplementedError, match="gemm_4bit.default has no grad"),
     ):
         tiny.model(**inputs, labels=inputs["input_ids"])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "llava_qwen2"])
+def test_inductor_agrees_with_eager(name):
+    tiny = quantised("torchao, int8 weights", name)
+    inputs, passes = tiny.inputs(ROWS, side="left"), [STS(keep=5, refine=3, at=1)]
+    found = []
+    for backend in ("eager", "inductor"):
+        with vr.applied(tiny.model, passes, backend=backend):
+            tokens = tiny.model.generate(**inputs, do_sample=False, max_new_tokens=4)
+            found.append((tiny.model(**inputs).logits[inputs["attention_mask"].bool()], tokens))
+    torch.testing.assert_close(found[1][0], found[0][0], atol=1e-4, rtol=1e-4)
+    assert torch.equal(found[1][1], found[0][1])
