@@ -114,9 +114,9 @@ class Recipe(BaseModel):
         separators = {os.sep, os.altsep or os.sep}
         if not isinstance(name_or_path, str) or name.endswith((".yaml", ".yml")) or separators & set(name):
             return cls.from_yaml(name_or_path)
-        name = next((known for known in _shipped_names() if known == plain_name(name)), name)
-        if name not in _shipped_names():
-            raise ValueError(f"unknown recipe {name!r}, {one_of(name, _shipped_names())}, or a path ending in .yaml")
+        name = next((known for known in shipped_names() if known == plain_name(name)), name)
+        if name not in shipped_names():
+            raise ValueError(f"unknown recipe {name!r}, {one_of(name, shipped_names())}, or a path ending in .yaml")
         return cls._parse(files("vlmrewrite.recipes").joinpath(f"{name}.yaml").read_bytes(), f"recipes/{name}.yaml")
 
     @classmethod
@@ -207,10 +207,11 @@ class Recipe(BaseModel):
 
 def shipped_recipes() -> dict[str, Recipe]:
     """The recipes that come with vlmrewrite, by name, sorted."""
-    return {name: Recipe.load(name) for name in _shipped_names()}
+    return {name: Recipe.load(name) for name in shipped_names()}
 
 
-def _shipped_names() -> list[str]:
+def shipped_names() -> list[str]:
+    """The names of the recipes that come with vlmrewrite, sorted."""
     names = [item.name for item in files("vlmrewrite.recipes").iterdir()]
     return sorted(name.removesuffix(".yaml") for name in names if name.endswith(".yaml"))
 

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -90,9 +91,31 @@ def test_a_metric_of_the_users(digits: Any, asked: list[dict[str, Any]]) -> None
 
     done = vr.evaluate(*digits, asked[:4], "stride-half", metric=first_letter, **OPTIONS)
     assert done.rows[0].accuracy == 0.5 and done.about["metric"].endswith("first_letter")
-    with pytest.raises(ValueError, match="expected a score from 0 to 1, got 7") as caught:
+    with pytest.raises(RuntimeError, match="'q0' under unmodified: the metric: ValueError: expected a score from 0"):
         vr.evaluate(*digits, asked[:4], "stride-half", metric=lambda output, sample: 7, **OPTIONS)
-    assert caught.value.__notes__ == ["in the metric, for sample 'q0'"]
+
+    def picky(output: str, sample: Sample) -> float:
+        return {"q1": 1 / 0 if sample.id == "q1" else 1}.get(str(sample.id), np.float32(1))
+
+    done = vr.evaluate(*digits, asked[:4], [Stride(keep=0.5)][0], metric=picky, **OPTIONS)
+    assert [row.n for row in done.rows] == [3, 3] and done.rows[1].accuracy == 1
+    assert {f["id"]: f["error"] for f in done.failures} == {"q1": "the metric: ZeroDivisionError: division by zero"}
+
+
+def test_another_metric_of_the_same_name_is_another_run(
+    digits: Any, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    one, other = (lambda output, sample: 1.0), (lambda output, sample: 0.0)
+    vr.evaluate(*digits, asked[:4], "stride-half", metric=one, output=tmp_path, **OPTIONS)
+    with pytest.raises(ValueError, match="holds a run that differs in metric_code"):
+        vr.evaluate(*digits, asked[:4], "stride-half", metric=other, output=tmp_path, **OPTIONS)
+
+
+def test_logits_that_are_not_numbers_are_a_failure(digits: Any, asked: list[dict[str, Any]]) -> None:
+    model, processor = load()
+    model.lm_head.weight.data.fill_(float("nan"))
+    with pytest.raises(RuntimeError, match="the logits of the first token are not numbers"):
+        vr.evaluate(model, processor, asked[:4], "stride-half", **OPTIONS)
 
 
 def test_chats_go_through_the_template(digits: Any, asked: list[dict[str, Any]]) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import gc
+
 import pytest
 import torch
 
@@ -58,6 +61,52 @@ def test_it_is_trained():
         assert len(found[0]) > 20
         torch.testing.assert_close(found[1], found[0], atol=1e-6, rtol=1e-5)
     model.activation_checkpointing_disable()
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:torch.compile around")
+def test_behind_torch_compile_it_is_rewritten_too():
+    tiny = family("llava")
+    base, inputs = tiny.model.base_model, tiny.inputs(ROWS)
+    plain = base(**inputs, use_cache=False).last_hidden_state
+    with vr.applied(tiny.model, ONE_EACH["sts"]):
+        expected = base(**inputs, use_cache=False).last_hidden_state
+        for compiled in (torch.compile(base, backend="eager"), torch.compile(lambda **x: base(**x), backend="eager")):
+            got = compiled(**inputs, use_cache=False).last_hidden_state
+            assert torch.equal(got, expected)
+            assert not torch.equal(got, plain)
+    torch._dynamo.reset_code_caches()
+
+
+@torch.no_grad()
+def test_one_that_somebody_has_exchanged_stays_so():
+    tiny = FAMILIES["llava"](layers=3)
+    base, inputs = tiny.model.base_model, tiny.inputs(ROWS)
+
+    def nothing(*args, **kwargs):
+        out = type(base).forward(base, *args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state * 0
+        return out
+
+    base.forward = nothing
+    with vr.applied(tiny.model, ONE_EACH["stride"]):
+        assert not tiny.model(**inputs).logits.any()
+        assert not tiny.model(input_ids=torch.tensor([[7, 8]])).logits.any()
+    assert base.forward is nothing
+
+
+@torch.no_grad()
+def test_a_copy_of_it_alone_is_refused_and_one_without_its_model_runs():
+    tiny = FAMILIES["llava"](layers=3)
+    model, inputs = tiny.model, tiny.inputs(ROWS)
+    plain = model.base_model(**inputs).last_hidden_state
+    vr.apply(model, ONE_EACH["stride"])
+    with pytest.raises(ValueError, match="this LlavaModel is a copy of a part of a model that a recipe is applied to"):
+        copy.deepcopy(model.base_model)(**inputs)
+    base = model.base_model
+    del model, tiny
+    gc.collect()
+    assert torch.equal(base(**inputs).last_hidden_state, plain)
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from torch import nn
 import vlmrewrite as vr
 from tests.small import ONE_EACH, crossed, real
 from vlmrewrite.passes import STS, Stride
+from vlmrewrite.runtime import SESSIONS
 from vlmrewrite.testing.models import FAMILIES, Row
 
 ROWS = [Row(1, 9, 12), Row(2, 20, 30)]
@@ -73,6 +74,18 @@ def test_every_second_layer(tiny):
     model.activation_checkpointing_disable()
     assert least < 0.7 * some < 0.6 * kept
     torch.testing.assert_close(some_gradients, gradients, atol=1e-6, rtol=1e-5)
+
+
+def test_switching_it_off_and_on_makes_nothing_anew(tiny):
+    model, inputs = tiny.model, tiny.inputs(ROWS)
+    with vr.applied(model, SOME):
+        for _ in range(3):
+            model.activation_checkpointing_enable()
+            model(**inputs)
+            model.activation_checkpointing_disable()
+            model(**inputs)
+        made = [len(made) for made in SESSIONS[model].executables.values()]
+    assert sum(made) == 2 * len(made)
 
 
 def test_a_model_is_given_back_as_it_was(tiny):

@@ -92,3 +92,34 @@ def test_one_that_mixes_tokens_is_refused():
         pytest.raises(ValueError, match=r"is not known to treat tokens alike: tokens that were left out changed what"),
     ):
         gradients(tiny.model, inputs)
+
+
+class Two(torch.autograd.Function):
+    """A linear map and its double."""
+
+    @staticmethod
+    def forward(ctx, x, weight):
+        ctx.save_for_backward(weight)
+        return x @ weight.T, 2 * (x @ weight.T)
+
+    @staticmethod
+    def backward(ctx, one, two):
+        return (one + 2 * two) @ ctx.saved_tensors[0], None
+
+
+class Sum(Through):
+    def forward(self, x):
+        one, two = self.function.apply(x, self.weight)
+        return one + two
+
+
+def test_one_of_several_tensors_is_refused():
+    tiny = FAMILIES["llava"](layers=3)
+    exchange_linear(tiny.model.get_decoder().layers[1].mlp, lambda linear: Sum(linear, Two))
+    with (
+        vr.applied(tiny.model, ONE_EACH["sts"]),
+        pytest.raises(
+            ValueError, match="autograd function is not known to treat tokens alike: it gives several tensors"
+        ),
+    ):
+        gradients(tiny.model, tiny.inputs(ROWS))

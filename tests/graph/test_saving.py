@@ -169,3 +169,13 @@ def test_pushing_while_saving_is_refused(one, tmp_path):
     with pytest.raises(ValueError, match=r"call model\.push_to_hub\(repo_id\)"):
         one[0].save_pretrained(tmp_path, push_to_hub=True)
     assert files(tmp_path) == []
+
+
+def test_a_folder_called_as_a_recipe_is_is_asked_for_by_its_path(one, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "stride-half").mkdir()
+    model = FAMILIES["llava"]().model
+    with vr.applied(model, "stride-half"):
+        assert vr.report(model).recipe == "stride-half"
+    with pytest.raises(FileNotFoundError, match=r"expected vlmrewrite\.json in '\./stride-half'"):
+        vr.apply(model, "./stride-half")

@@ -50,6 +50,20 @@ def test_a_static_cache_that_is_given(llava):
 
 
 @torch.no_grad()
+def test_a_static_cache_is_given_back_where_generate_fails(llava):
+    model, inputs = llava.model, llava.inputs(ONE, seed=13)
+    cache = StaticCache(config=model.config.text_config, max_cache_len=inputs["input_ids"].shape[1] + 9)
+
+    def fail(*_):
+        raise RuntimeError("not this time")
+
+    with vr.applied(model, SOME), pytest.raises(RuntimeError, match="not this time"):
+        model.generate(**inputs, **GREEDY, past_key_values=cache, logits_processor=[fail])
+    assert type(cache) is StaticCache
+    assert cache.get_seq_length() == 0
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_embeddings_that_hold_images_already(name):
     tiny = family(name)

@@ -62,10 +62,20 @@ def test_references(file: Path) -> None:
         {"choices": ["x", "y"], "answer": 1},
         {"choices": ["x", "y"], "answer": "B"},
         {"choices": [1, 0], "answer": 0},
+        {"choices": ["1", "2", "4"], "answer": 1},
     ]
     found = read(file, *(ROW | a for a in answers))
-    assert [s.answers for s in found] == [("3",), ("a", "1.5"), ("[1, 2, 3, 4]",), ("y",), ("y",), ("y",), ("0",)]
-    assert [s.id for s in found] == [*range(7)]
+    assert [s.answers for s in found] == [
+        ("3",),
+        ("a", "1.5"),
+        ("[1, 2, 3, 4]",),
+        ("y",),
+        ("y",),
+        ("y",),
+        ("0",),
+        ("2",),
+    ]
+    assert [s.id for s in found] == [*range(8)]
     [named] = read(file, ROW | {"id": "q7", "kind": "count", "answer": None})
     assert (named.id, named.kind, named.answers) == ("q7", "count", ())
 

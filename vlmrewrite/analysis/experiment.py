@@ -12,12 +12,9 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 from torch.fx.node import map_arg
 
-from vlmrewrite.analysis.functions import Function, as_calls
+from vlmrewrite.analysis.functions import TRIED, Function, as_calls
 from vlmrewrite.analysis.graph import expression, is_number, sizes, symbols, value
 from vlmrewrite.compat import has_gradient, operator_of, schema_of
-
-TRIED = "vlmrewrite_tried"
-"""In a node's meta: why it may mix tokens, None if it treated made-up tokens alike."""
 
 _OURS = ("aten", "prim", "prims", "vlm")
 _KEPT, _LOUD = slice(0, None, 2), 1000.0

@@ -13,6 +13,9 @@ from torch.fx import GraphModule, Node
 from vlmrewrite.analysis.graph import expression, is_number, sizes, symbols, value
 from vlmrewrite.compat import autograd_function
 
+TRIED = "vlmrewrite_tried"
+"""In a node's meta: why it may mix tokens, None if it treated made-up tokens alike."""
+
 
 @dataclass(frozen=True, eq=False)
 class Function:
@@ -51,10 +54,15 @@ def as_calls(gm: GraphModule) -> None:
     for node in gm.graph.find_nodes(op="call_function", target=autograd_function()):
         (forward, backward, *args), users = node.args, [*node.users]
         if any(user.target is not operator.getitem or user.args[1] != 0 for user in users) or not users:
+            node.meta[TRIED] = "an autograd function is not known to treat tokens alike: it gives several tensors"
             continue
         tensors = [x for x in args if isinstance(x, Node) and not is_number(x)]
         given = {i: _given(x, tensors) for i, x in enumerate(args) if not any(x is t for t in tensors)}
         if any(isinstance(x, Node) for x in given.values()):
+            node.meta[TRIED] = (
+                "an autograd function is not known to treat tokens alike: it is told a number that is no size of a"
+                " tensor it takes"
+            )
             continue
         parts = getattr(gm, forward.target), getattr(gm, backward.target)
         call = _bound(node.target, parts, dict(node.kwargs))

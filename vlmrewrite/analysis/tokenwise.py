@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import operators
-from vlmrewrite.analysis.experiment import TRIED
+from vlmrewrite.analysis.functions import TRIED
 from vlmrewrite.analysis.graph import expression, is_number, symbols, value
 from vlmrewrite.analysis.operators import called, hidden_write, name_of, set_item
 from vlmrewrite.compat import tree_leaves

@@ -82,7 +82,11 @@ def whole_lines(path: Path) -> list[dict[str, Any]]:
     """The lines of JSON of a file, without a last one that is cut off; none if there is no file."""
     if not path.exists():
         return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    lines = [line for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    try:
+        return [json.loads(line) for line in lines]
+    except ValueError as e:
+        raise ValueError(f"{path}: expected lines of JSON: {e}; give another folder") from None
 
 
 def write_whole(path: Path, text: str) -> None:

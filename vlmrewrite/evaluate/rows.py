@@ -75,7 +75,7 @@ def _references(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not given:
         raise ValueError("expected an 'answer' beside 'choices', got none")
     options = tuple(_reference(x) for x in choices)
-    return tuple(_option(x, options) for x in given), options
+    return tuple(_option(x, options, choices) for x in given), options
 
 
 def _reference(value: Any) -> str:
@@ -86,9 +86,10 @@ def _reference(value: Any) -> str:
     return str(value)
 
 
-def _option(value: Any, options: tuple[str, ...]) -> str:
-    """The option that an answer means: itself, its letter, or its place from 0."""
-    if str(value) in options:
+def _option(value: Any, options: tuple[str, ...], choices: Sequence[Any]) -> str:
+    """The option that an answer means: itself, its letter, or its place from 0 (a number, where they are text)."""
+    place = type(value) is int and all(isinstance(x, str) for x in choices)
+    if str(value) in options and not place:
         return str(value)
     at = value if type(value) is int else -1
     if isinstance(value, str) and len(value.strip()) == 1:
@@ -157,7 +158,7 @@ def _picture(image: Any, folder: Path) -> Picture:
     try:
         with opened(image) as file:
             file.verify()
-    except (OSError, SyntaxError) as e:
+    except Exception as e:  # OSError, SyntaxError, and Pillow's own of pictures that are too large
         name = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
         raise ValueError(f"image: expected an image file, got {name}: {getattr(e, 'strerror', None) or e}") from None
     return image

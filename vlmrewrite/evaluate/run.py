@@ -7,12 +7,13 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from vlmrewrite.errors import noted, one_of, shown
+from vlmrewrite.errors import one_of, shown
 from vlmrewrite.evaluate.asking import encode, refuse_chats
 from vlmrewrite.evaluate.data import fingerprint, read_data
 from vlmrewrite.evaluate.journal import PAGE, RESULTS, Journal, write_whole
@@ -23,6 +24,7 @@ from vlmrewrite.evaluate.sample import Sample
 from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence, numbers_of
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.ops import Backend, Kernels
+from vlmrewrite.plan import Pass
 from vlmrewrite.recipe import Recipe
 
 FEW = 30
@@ -84,14 +86,14 @@ def evaluate(
     refuse_chats(processor, samples)
     if base_model_of(model).training:
         raise ValueError(f"expected a {type(model).__name__} in eval mode, got one in training: call model.eval()")
-    given = [recipes] if isinstance(recipes, str | os.PathLike | Recipe) else list(recipes)
+    given = [recipes] if isinstance(recipes, str | os.PathLike | Recipe | Pass) else list(recipes)
     subjects = [Subject(model, processor)]
     subjects += [Subject(model, processor, recipe, backend=backend, kernels=kernels) for recipe in given]
     names = [subject.name for subject in subjects]
     if not given or len(set(names)) < len(names):
         raise ValueError(f"expected recipes with names of their own, got {', '.join(names[1:]) or 'none'}")
     settings = {"metric": name, "batch": batch, "max_new_tokens": max_new_tokens}
-    settings |= {"backend": backend, "kernels": kernels}
+    settings |= {"backend": backend, "kernels": kernels, "metric_code": _code(metric)}
     told = {"recipes": {s.name: s.recipe for s in subjects[1:]}, "model": _identity(base_model_of(model))}
     about = {"data": fingerprint(samples), "samples": len(samples), **settings, **told}
     journal = Journal(None if output is None else Path(output), about)
@@ -142,7 +144,7 @@ class _Asking:
                 record["peak"][subject.name] = subject.peak()
         lines = []
         for sample in samples:
-            base = found[UNMODIFIED].get(sample.id)
+            base, before = found[UNMODIFIED].get(sample.id), None
             for subject in self.subjects:
                 error = errors[subject.name].get(sample.id)
                 line = {"id": sample.id, "recipe": subject.name, "output": None, "score": None, "error": error}
@@ -152,18 +154,22 @@ class _Asking:
                 elif error is None and base is not None:
                     mine = found[subject.name][sample.id]
                     line |= self._judged(sample, mine, base)
-                    if line["score"] != self._judged(sample, base, base)["score"]:
+                    before = line["score"] if subject.name == UNMODIFIED else before
+                    if line["score"] not in (before, None):
                         record["pictures"].append({"id": sample.id, "recipe": subject.name, "images": mine["pictures"]})
         return lines, record
 
     def _judged(self, sample: Sample, mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
+        """How an answer is; where the metric fails, with the error, and no score."""
         alike = token_match(mine["tokens"], base["tokens"])
         score: Any = alike
         if self.score is not None:
-            with noted(lambda _: [f"in the metric, for sample {sample.id!r}"]):
+            try:
                 score = self.score(mine["output"], sample)
-                if not isinstance(score, int | float) or not 0 <= score <= 1:
+                if not isinstance(score, Real) or not 0 <= float(score) <= 1:
                     raise ValueError(f"expected a score from 0 to 1, got {shown(score)}")
+            except Exception as e:
+                return {"output": mine["output"], "error": f"the metric: {_said(e)}"}
         return {
             "output": mine["output"],
             "score": float(score),
@@ -198,11 +204,14 @@ class _Asking:
         errors: dict[Any, str],
     ) -> None:
         """Ask one subject; where a batch fails, sample by sample."""
+        made, why = None, ""
         try:
             made = subject.answer(inputs, self.longest)
         except Exception as e:
+            why = _said(e)  # not the error itself, which holds what the failed call held
+        if made is None:
             if len(samples) == 1:
-                errors[samples[0].id] = _said(e)
+                errors[samples[0].id] = why
                 return
             record["seconds"][subject.name] = None
             for sample in samples:
@@ -217,6 +226,9 @@ class _Asking:
         if made.refused:
             record["refused"][subject.name] = made.refused
         for i, sample in enumerate(samples):
+            if not bool(made.first[i].isfinite().any()) or bool(made.first[i].isnan().any()):
+                errors[sample.id] = "the logits of the first token are not numbers"
+                continue
             found[sample.id] = {
                 "output": made.outputs[i],
                 "tokens": made.tokens[i],
@@ -261,6 +273,16 @@ def _metric(metric: str | Metric, samples: Sequence[Sample]) -> tuple[str, Metri
         kinds = sorted({"choice" if s.choices else "exact" for s in samples})
         return " and ".join(kinds), usual
     return metric, METRICS[metric]
+
+
+def _code(metric: object) -> str:
+    """What tells two functions of one name apart, as far as it can be seen."""
+    code = getattr(metric, "__code__", None)
+    if code is None:
+        return ""
+    plain = [x for x in code.co_consts if isinstance(x, str | bytes | int | float | None)]
+    told = f"{code.co_code.hex()} {code.co_names} {plain}"
+    return hashlib.sha256(told.encode()).hexdigest()[:16]
 
 
 def _identity(model: Any) -> dict[str, str]:

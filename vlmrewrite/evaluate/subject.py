@@ -16,7 +16,7 @@ from transformers.generation.streamers import BaseStreamer
 
 from vlmrewrite.api import applied, report, resumed
 from vlmrewrite.clock import Seconds, clock_of, now
-from vlmrewrite.hf import base_model_of
+from vlmrewrite.hf import base_model_of, language_model
 from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.runtime import Session, session_of
 
@@ -186,8 +186,12 @@ def divergence(before: Tensor, after: Tensor) -> list[float]:
 
 
 def _ends(model: Any) -> set[int]:
-    ends = model.generation_config.eos_token_id
-    return set(ends) if isinstance(ends, list) else {ends}
+    """The tokens that end a text, of the model and of a language model in it that generates."""
+    found = set[int]()
+    for part in filter(None, (model, language_model(model))):
+        ends = part.generation_config.eos_token_id
+        found |= set(ends) if isinstance(ends, list) else {ends}
+    return found
 
 
 def _until(ids: Sequence[int], ends: set[int]) -> list[int]:

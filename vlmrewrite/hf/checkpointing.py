@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,7 +11,7 @@ from torch import nn
 from vlmrewrite.hf.decoder import decoder_layers
 from vlmrewrite.hf.undo import Undo
 
-_FLAG, _RUN = "gradient_checkpointing", "_gradient_checkpointing_func"
+_FLAG, _RUN, _TAKEN = "gradient_checkpointing", "_gradient_checkpointing_func", "vlmrewrite_checkpointing"
 
 
 class Checkpointing(NamedTuple):
@@ -23,6 +24,13 @@ class Checkpointing(NamedTuple):
 
     run: Callable[..., Any]
     which: tuple[bool, ...]
+
+    @property
+    def form(self) -> tuple[object, ...]:
+        """What is equal for two that do the same: transformers makes a new partial each time it is switched on."""
+        if not isinstance(self.run, functools.partial):
+            return self.run, self.which
+        return self.run.func, self.run.args, tuple(sorted(self.run.keywords.items())), self.which
 
 
 def take_checkpointing(model: nn.Module, undo: Undo) -> Checkpointing | None:
@@ -54,15 +62,17 @@ def take_checkpointing(model: nn.Module, undo: Undo) -> Checkpointing | None:
             "activation_checkpointing_enable(): use that, or switch it off"
         )
     flagged = [m for m in decoder.modules() if getattr(m, _FLAG, False)]
-    undo.callback(_give_back, bearer, flagged)
+    if _TAKEN not in vars(bearer):
+        undo.callback(_give_back, bearer)
     for m in flagged:
         setattr(m, _FLAG, False)
-    vars(bearer)[_FLAG] = True
+    vars(bearer).update({_FLAG: True, _TAKEN: flagged})
     return Checkpointing(run, which)
 
 
-def _give_back(bearer: nn.Module, flagged: list[nn.Module]) -> None:
-    for m in flagged if vars(bearer).pop(_FLAG, False) else ():
+def _give_back(bearer: nn.Module) -> None:
+    flagged, on = vars(bearer).pop(_TAKEN), vars(bearer).pop(_FLAG)
+    for m in flagged if on else ():
         setattr(m, _FLAG, True)
 
 

@@ -51,7 +51,7 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
         Raises:
             NotImplementedError: layers are to be computed again behind Inductor.
         """
-        made, key = self.setdefault(graph, {}), (frozenset(missing), device, replaced(), blocks, again)
+        made, key = self.setdefault(graph, {}), (frozenset(missing), device, replaced(), blocks, again and again.form)
         with contextlib.nullcontext() if key in made else self._lock:
             if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self._backend, device)

@@ -37,6 +37,7 @@ class Prompt:
         columns: where the prompt ends in the sequence, as long as its end is not that of a mask; then 0.
         encodings: the runs of the vision tower that it made.
         ran: whether a rewritten forward ran in it.
+        adopted: caches that it was given, with what they were before; see :func:`vlmrewrite.kvcache.adopt`.
     """
 
     end: Tensor | None = None
@@ -44,6 +45,7 @@ class Prompt:
     columns: int = 0
     encodings: list[Encoding] = field(default_factory=list)
     ran: bool = False
+    adopted: list[Any] = field(default_factory=list)
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:

@@ -23,7 +23,7 @@ from transformers.utils.generic import can_return_tuple
 from vlmrewrite import capture, hf
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, MODALITIES, Undo, drop, on_base_model, swap_attention, watched
-from vlmrewrite.kvcache import adopt
+from vlmrewrite.kvcache import PositionCache, adopt
 from vlmrewrite.ops import resolve, swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection
 from vlmrewrite.rewrite import Program
@@ -55,7 +55,7 @@ def install_session(
             generate = _in_place_of(type(generating).generate, _generate_inside(session))
             undo.put(generating, "generate", types.MethodType(generate, generating))
         base: Any = model.base_model
-        if base is not model:
+        if base is not model and "forward" not in vars(base):
             undo.put(base, "forward", types.MethodType(_in_place_of(type(base).forward, _below(session, model)), base))
         for name, method in {**_METHODS, **methods}.items():
             undo.put(model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
@@ -164,35 +164,53 @@ _REASON = "a rewritten model is compiled by apply(..., backend='inductor')"
 
 
 @torch.compiler.disable(reason=_REASON)  # type: ignore[untyped-decorator]
-def _behind_compile(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    session = session_of(self)
-    if resolve(session.backend, next(self.parameters()).device) == "eager" and not session.compile_told:
+def _behind_compile(
+    session: Session | None, run: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any
+) -> Any:
+    session = session or session_of(self)
+    eager = resolve(session.backend, next(self.parameters()).device) == "eager"
+    if eager and not session.compile_told and current_prompt(session) is None:  # generate() compiles on its own account
         session.compile_told = True
         message = "torch.compile around a rewritten model compiles nothing: apply(..., backend='inductor') does"
         warnings.warn(message, stacklevel=3)
-    return _own(self, *args, **kwargs)
+    return run(self, *args, **kwargs)
 
 
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    return (_behind_compile if inside_torch_compile() else _own)(self, *args, **kwargs)
+    if inside_torch_compile():
+        return _behind_compile(None, _own, self, *args, **kwargs)
+    return _own(self, *args, **kwargs)
 
 
 def _below(session: Session, model: nn.Module) -> Callable[..., Any]:
     """What is below the model's head, when somebody else than the model calls it (a trainer with a head of its own)."""
-    this: Any = weakref.ref(model)
+    this = weakref.ref(model)
 
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        inside = torch.compiler.is_dynamo_compiling() or current_prompt((session, "call")) is not None
-        if inside or "forward" not in vars(this()):  # the oracle takes it off
+    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        whole: Any = this()
+        inside = whole is None or current_prompt((session, "call")) is not None
+        if inside or "forward" not in vars(whole):  # the oracle takes it off
             return handed_on(self, *args, **kwargs)
-        if self is not hf.decoder_of(this()):
-            return session.below(this(), self, args, kwargs)
+        if self is not whole.base_model:
+            raise ValueError(
+                f"this {type(self).__name__} is a copy of a part of a model that a recipe is applied to, and not"
+                " rewritten: copy the whole model, or call vlmrewrite.restore(model) first"
+            )
+        if self is not hf.decoder_of(whole):
+            return session.below(whole, self, args, kwargs)
         if hf.images_of(hf.named(self, args, kwargs)):
             raise NotImplementedError(
-                f"a recipe is applied to this {type(this()).__name__}, and its {type(self).__name__}, which encodes"
+                f"a recipe is applied to this {type(whole).__name__}, and its {type(self).__name__}, which encodes"
                 " images and is its decoder too, was called with images: expected a call of the whole model"
             )
         return handed_on(self, *args, **kwargs)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if not inside_torch_compile():
+            return run(self, *args, **kwargs)
+        if isinstance(kwargs.get("past_key_values"), PositionCache):  # it is being captured
+            return handed_on(self, *args, **kwargs)
+        return _behind_compile(session, run, self, *args, **kwargs)
 
     return forward
 
@@ -200,8 +218,13 @@ def _below(session: Session, model: nn.Module) -> Callable[..., Any]:
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session, generate = session_of(self), type(self).generate  # type: ignore[attr-defined]
     prompt = Prompt(sizes=hf.Sizes.of(kwargs)) if session.inner else Prompt.of(args, kwargs)
-    with prompt_of(session, prompt), session.around(self, prompt) if session.inner else nullcontext():
-        out = generate(self, *args, **kwargs)
+    try:
+        with prompt_of(session, prompt), session.around(self, prompt) if session.inner else nullcontext():
+            out = generate(self, *args, **kwargs)
+    except BaseException:
+        for cache, before in prompt.adopted:
+            cache.__class__, cache.__dict__ = before
+        raise
     given = hf.images_of(inspect.signature(generate).bind_partial(self, *args, **kwargs).arguments | kwargs)
     if given and not prompt.ran:
         raise RuntimeError(
@@ -229,12 +252,12 @@ def _prepared(session: Session, own: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(own)
     def prepare(*args: Any, **kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
-        if isinstance(cache, StaticCache):  # for which masks of another form would be made
-            adopt(cache, own.__self__)  # type: ignore[attr-defined]
-        inputs, prompt = own(*args, **kwargs), current_prompt(session)
+        cache, prompt = kwargs.get("past_key_values"), current_prompt(session)
         if prompt is None:
-            return inputs
+            return own(*args, **kwargs)
+        if isinstance(cache, StaticCache):  # for which masks of another form would be made
+            prompt.adopted.append((cache, adopt(cache, own.__self__)))  # type: ignore[attr-defined]
+        inputs = own(*args, **kwargs)
         prompt.see(kwargs.get("attention_mask"))
         return inputs | {ARGUMENT: prompt}
 

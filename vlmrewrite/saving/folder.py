@@ -22,9 +22,12 @@ from transformers.utils import CONFIG_NAME
 from transformers.utils.peft_utils import ADAPTER_CONFIG_NAME
 
 from vlmrewrite.errors import explain, shown
-from vlmrewrite.recipe import LARGEST, Recipe
+from vlmrewrite.recipe import LARGEST, Recipe, shipped_names
 
 FILE, BLOCKS = "vlmrewrite.json", "vlmrewrite_blocks.safetensors"
+MODEL_FILES = (CONFIG_NAME, ADAPTER_CONFIG_NAME)
+"""Where one of these is, transformers' ``from_pretrained`` finds a model, or adapters of one."""
+
 _OLD_RECIPE, _OLD_BLOCKS = "recipe.yaml", "blocks.safetensors"
 _HUB = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
 
@@ -75,8 +78,13 @@ class Stored:
     weights: bool = False
 
 
-def write(folder: Path, stored: Stored) -> None:
+def write(folder: Path, stored: Stored, *, weights: bool = False) -> None:
     """Write both files into a folder that is there; without blocks, a file of old ones is removed.
+
+    Args:
+        folder: where to.
+        stored: what.
+        weights: whether a model's weights will be beside the files, though they are not in this folder.
 
     Raises:
         ValueError: a pass of the recipe is not registered; nothing is written.
@@ -87,7 +95,7 @@ def write(folder: Path, stored: Stored) -> None:
         transformers=transformers.__version__,
         model=stored.model,
         base_model=stored.base_model,
-        weights=_weights(folder),
+        weights=weights or _weights(folder),
         blocks=bool(stored.tensors),
         recipe=stored.recipe.to_data(),
     )
@@ -101,8 +109,10 @@ def write(folder: Path, stored: Stored) -> None:
 
 def named_folder(name: object) -> bool:
     """Whether this means a folder, or a repository of the Hub, and not a recipe or its file."""
-    if not isinstance(name, str | os.PathLike) or Path(name).is_dir():
-        return isinstance(name, str | os.PathLike)
+    if not isinstance(name, str | os.PathLike) or name in shipped_names():  # "./name" is a folder of such a name
+        return False
+    if Path(name).is_dir():
+        return True
     looks = isinstance(name, str) and re.fullmatch(r"[\w.-]+/[\w.-]+", name) and not name.startswith(".")
     return bool(looks) and not Path(name).exists() and Path(name).suffix not in (".yaml", ".yml")
 
@@ -114,7 +124,7 @@ def _found(name: str | os.PathLike[str], file: str, **hub: Any) -> Path | None:
         FileNotFoundError: neither is there, or the Hub cannot be asked.
     """
     if Path(name).is_dir():
-        there = Path(name) / hub.get("subfolder", "") / file
+        there = Path(name) / (hub.get("subfolder") or "") / file
         return there if there.is_file() else None
     options = {key: value for key, value in hub.items() if key in _HUB}
     try:
@@ -160,7 +170,7 @@ def read(name: str | os.PathLike[str], **hub: Any) -> Stored:
 
 def _weights(folder: Path) -> bool:
     """Whether transformers' ``from_pretrained`` finds a model there, or adapters of one."""
-    return any((folder / name).is_file() for name in (CONFIG_NAME, ADAPTER_CONFIG_NAME))
+    return any((folder / name).is_file() for name in MODEL_FILES)
 
 
 def _about(path: Path) -> _File:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard, ModelCardData
 
-from vlmrewrite.saving.folder import Stored, write
+from vlmrewrite.saving.folder import MODEL_FILES, Stored, write
 
 _CARD = """---
 {data}
@@ -67,8 +67,9 @@ def push(
     """Upload the files and a model card; see :func:`vlmrewrite.push_to_hub`."""
     api = HfApi(token=token, library_name="vlmrewrite")
     with tempfile.TemporaryDirectory() as folder:
-        write(Path(folder), stored)
         name = api.create_repo(repo_id, private=private, exist_ok=True).repo_id
+        there = any(api.file_exists(name, file, revision=revision) for file in MODEL_FILES)
+        write(Path(folder), stored, weights=there)
         card(stored, name).save(Path(folder) / "README.md")
         made = api.upload_folder(
             repo_id=name,
