@@ -18,7 +18,7 @@ from vlmrewrite.lower import by_kind, lower
 from vlmrewrite.ops import choice
 from vlmrewrite.ops.choice import Kernels
 from vlmrewrite.passes import STS, Stride
-from vlmrewrite.runtime import SESSIONS, session
+from vlmrewrite.runtime import SESSIONS, executables, session
 from vlmrewrite.testing.models import FAMILIES, Row
 
 pytestmark = pytest.mark.usefixtures("unshared")
@@ -108,6 +108,7 @@ def test_auto_means_where_the_model_is_when_it_is_called(llava, monkeypatch):
 
     with vr.applied(llava.model, [Stride(keep=2)], backend="auto"):
         monkeypatch.setattr(session, "resolve", watched)
+        monkeypatch.setattr(executables, "resolve", watched)
         assert vr.report(llava.model).backend == "auto"
         llava.model(**llava.inputs([Row(1)]))
         assert vr.report(llava.model).backend == "eager"

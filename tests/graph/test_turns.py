@@ -45,6 +45,7 @@ def chat(model, turns, given, new=2, **how):
 
 
 @torch.no_grad()
+@pytest.mark.filterwarnings("ignore:inputs_embeds were given without images")
 @pytest.mark.parametrize("name", TURNS)
 def test_new_tokens_on_a_kept_cache_are_as_the_whole_conversation(llava, name):
     rows, side = TURNS[name]

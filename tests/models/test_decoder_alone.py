@@ -183,13 +183,16 @@ def test_a_decoder_that_cannot_be_traced_says_where():
 
 
 @torch.no_grad()
-def test_a_copy_of_a_rewritten_model_is_as_it_was():
+def test_a_copy_of_a_rewritten_model_is_rewritten_and_restored_as_it_was():
     tiny = build("blip_2")
     inputs = tiny.inputs(SEEN, seed=7)
     with vr.applied(tiny.model, [Stride(0.5)]):
-        tiny.model(**inputs)
+        expected = tiny.model(**inputs).logits
         copied = copy.deepcopy(tiny.model)
+        assert torch.equal(copied(**inputs).logits, expected)
+        vr.restore(copied)
         assert not {"forward", "generate", "prepare_inputs_for_generation"} & vars(decoder_of(copied)).keys()
+        assert torch.equal(tiny.model(**inputs).logits, expected)
 
 
 # ---- where features stand

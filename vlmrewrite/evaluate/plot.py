@@ -66,7 +66,7 @@ def pareto(rows: Sequence[Row]) -> str:
             f'<text x="{at + 18:.1f}" y="{line + 4:.1f}">{escape(row.recipe)}</text></g>'
         )
     return (
-        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="score against FLOPs">'
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>score against FLOPs</title>'
         f"{''.join(parts)}</svg>"
     )
 
