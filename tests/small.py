@@ -30,6 +30,9 @@ ONE_EACH = {
 }
 """A recipe of each kind of technique."""
 
+WITH_BLOCKS = [STS(keep=5, refine=3, at=1), DPVR(at=2, branch="random")]
+"""A recipe that adds parameters to the model."""
+
 
 def planned(*passes, depth=8, features=frozenset()):
     """The text of the plan that passes make, none of which refuses."""
@@ -114,6 +117,16 @@ def with_trained_blocks(recipe, **how):
         for p in getattr(made.model, ATTRIBUTE).parameters():
             p.add_(torch.randn_like(p) / 10)
     return made
+
+
+def kept_in(folder, keep):
+    """A rewritten model with trained blocks, its inputs and logits, and the folder that ``keep`` put it into."""
+    tiny = with_trained_blocks(WITH_BLOCKS)
+    inputs = tiny.inputs([Row(1, 2, 3), Row(1, 1, 2)])
+    with torch.no_grad():
+        expected = tiny.model(**inputs).logits
+    keep(tiny.model, folder)
+    return tiny.model, inputs, expected, folder
 
 
 def token_of(i, tokens, rows, columns):

@@ -11,14 +11,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 import vlmrewrite as vr
-from tests.small import with_trained_blocks
+from tests.small import kept_in
 from vlmrewrite.api import applied_recipe
-from vlmrewrite.passes import DPVR, STS
+from vlmrewrite.passes import DPVR
 from vlmrewrite.plan import ATTRIBUTE, Text, frozen_pass
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import FAMILIES
 
 BOTH = ["vlmrewrite.json", "vlmrewrite_blocks.safetensors"]
-RECIPE = [STS(keep=5, refine=3, at=1), DPVR(at=2, branch="random")]
 
 
 def files(folder):
@@ -28,12 +27,7 @@ def files(folder):
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """A model, its inputs and logits, and a folder that it was saved to."""
-    tiny, folder = with_trained_blocks(RECIPE), tmp_path_factory.mktemp("saved")
-    inputs = tiny.inputs([Row(1, 2, 3), Row(1, 1, 2)])
-    with torch.no_grad():
-        expected = tiny.model(**inputs).logits
-    tiny.model.save_pretrained(folder)
-    return tiny.model, inputs, expected, folder
+    return kept_in(tmp_path_factory.mktemp("saved"), lambda model, folder: model.save_pretrained(folder))
 
 
 @torch.no_grad()

@@ -8,27 +8,19 @@ import pytest
 import torch
 
 import vlmrewrite as vr
-from tests.small import with_trained_blocks
-from vlmrewrite.passes import DPVR, STS
+from tests.small import WITH_BLOCKS, kept_in, with_trained_blocks
 from vlmrewrite.plan import ATTRIBUTE
-from vlmrewrite.testing.models import FAMILIES, Row
-
-RECIPE = [STS(keep=5, refine=3, at=1), DPVR(at=2, branch="random")]
+from vlmrewrite.testing.models import FAMILIES
 
 
 @pytest.fixture(scope="module")
 def one(tmp_path_factory):
     """A model, its inputs and logits, and a folder with its recipe and blocks."""
-    tiny, folder = with_trained_blocks(RECIPE), tmp_path_factory.mktemp("saved")
-    inputs = tiny.inputs([Row(1, 2, 3), Row(1, 1, 2)])
-    with torch.no_grad():
-        expected = tiny.model(**inputs).logits
-    vr.save_blocks(tiny.model, folder)
-    return tiny.model, inputs, expected, folder
+    return kept_in(tmp_path_factory.mktemp("saved"), vr.save_blocks)
 
 
 def test_a_state_dict_without_the_blocks_says_so():
-    model = with_trained_blocks(RECIPE).model
+    model = with_trained_blocks(WITH_BLOCKS).model
     state = model.state_dict()
     plain = {n: t for n, t in state.items() if not n.startswith(ATTRIBUTE)}
     with pytest.warns(UserWarning, match=r"none of the blocks of this Llava.*load_blocks\(model, folder\)"):
@@ -56,7 +48,7 @@ def test_blocks_that_come_from_a_file_stay(one):
 def test_a_state_dict_holds_the_blocks(one, assign):
     model, inputs, expected, _ = one
     other = FAMILIES["llava"]().model
-    vr.apply(other, RECIPE)
+    vr.apply(other, WITH_BLOCKS)
     other(**inputs)
     other.load_state_dict({n: t.clone() for n, t in model.state_dict().items()}, assign=assign)
     assert torch.equal(other(**inputs).logits, expected)

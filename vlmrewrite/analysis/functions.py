@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ class Function:
 
     Attributes:
         call: takes what Dynamo's operator did, and returns a tuple of one tensor.
-        given: the arguments that are no tensors, by place; ``(k, d)`` for the size of dimension ``d`` of tensor ``k``.
+        given: the arguments that are no tensors, by place; a size of a tensor as which one it is.
         count: of all arguments.
     """
 
@@ -65,7 +66,7 @@ def as_calls(gm: GraphModule) -> None:
             )
             continue
         parts = getattr(gm, forward.target), getattr(gm, backward.target)
-        call = _bound(node.target, parts, dict(node.kwargs))
+        call = functools.partial(node.target, *parts, **node.kwargs)
         with gm.graph.inserting_before(node):
             new = gm.graph.call_function(Function(call, given, len(args)), tuple(tensors))
         new.meta = dict(users[0].meta)
@@ -73,10 +74,6 @@ def as_calls(gm: GraphModule) -> None:
             user.replace_all_uses_with(new)
             gm.graph.erase_node(user)
         gm.graph.erase_node(node)
-
-
-def _bound(target: Callable[..., Any], parts: tuple[Any, Any], kwargs: dict[str, Any]) -> Callable[..., Any]:
-    return lambda *args: target(*parts, *args, **kwargs)
 
 
 def _given(x: Any, tensors: list[Node]) -> Any:

@@ -34,8 +34,9 @@ def record_outputs(model: nn.Module) -> None:
     install = find("transformers.utils.output_capturing", "maybe_install_capturing_hooks")
     known = find("transformers.utils.output_capturing", "_CAN_RECORD_REGISTRY")
     for module in model.modules():
-        there = any(getattr(m, "_output_capturing_hooks_installed", False) for m in module.modules())
-        if isinstance(module, PreTrainedModel) and known.get(module) and not there:
+        if not isinstance(module, PreTrainedModel) or not known.get(module):
+            continue
+        if not any(getattr(m, "_output_capturing_hooks_installed", False) for m in module.modules()):
             install(module)
 
 
