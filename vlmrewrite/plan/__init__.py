@@ -12,6 +12,7 @@ from vlmrewrite.plan.listing import dispatched, events
 from vlmrewrite.plan.needs import FEATURES, NEEDS
 from vlmrewrite.plan.pipeline import Outcome, Pass, frozen_pass, run_passes
 from vlmrewrite.plan.plan import Plan
+from vlmrewrite.plan.substitution import substitute
 from vlmrewrite.plan.tokens import (
     All,
     Frame,
@@ -77,5 +78,6 @@ __all__ = [
     "frozen_pass",
     "layer_index",
     "run_passes",
+    "substitute",
     "tokens_kept",
 ]

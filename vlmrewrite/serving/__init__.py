@@ -1,0 +1,8 @@
+"""Recipes outside of transformers' ``generate()``: token sets for other engines, and answers to many rows.
+
+In: features of images, or rows with images and prompts. Out: kept tokens, or files of answers.
+"""
+
+from vlmrewrite.serving.select import AVAILABLE, BeforeDecoder, Kept, PassRuns, what_runs
+
+__all__ = ["AVAILABLE", "BeforeDecoder", "Kept", "PassRuns", "what_runs"]
