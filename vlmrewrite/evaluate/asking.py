@@ -31,6 +31,28 @@ def encode(processor: Any, samples: Sequence[Sample]) -> Any:
     return processor(images=pictures, text=texts, return_tensors="pt", padding=True, padding_side="left")
 
 
+def groups_of(processor: Any, samples: Sequence[Sample]) -> tuple[list[tuple[Sequence[Sample], Any]], dict[Any, str]]:
+    """Samples with their inputs: all in one batch, but for those that cannot be made inputs, and why, by their ids."""
+    try:
+        return [(samples, encode(processor, samples))], {}
+    except Exception as e:
+        if len(samples) == 1:
+            return [], {samples[0].id: said(e)}
+    good, errors = list[Sample](), dict[Any, str]()
+    alone = [groups_of(processor, [sample]) for sample in samples]
+    for groups, why in alone:
+        good += [sample for some, _ in groups for sample in some]
+        errors |= why
+    if not errors:  # each can be asked, but not all together
+        return [group for groups, _ in alone for group in groups], {}
+    return (groups_of(processor, good)[0] if good else []), errors
+
+
+def said(error: Exception) -> str:
+    """What an error says, in one line."""
+    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
 def refuse_chats(processor: Any, samples: Sequence[Sample]) -> None:
     """Raise ValueError if samples are chats and the processor has no template for them."""
     if any(sample.messages for sample in samples) and not getattr(processor, "chat_template", None):

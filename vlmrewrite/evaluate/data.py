@@ -12,6 +12,9 @@ from vlmrewrite.errors import shown
 from vlmrewrite.evaluate.rows import Json, sample_of
 from vlmrewrite.evaluate.sample import Sample
 
+_ROWS = 256
+"""Rows of a Parquet file that are read at a time."""
+
 _SHOWN = 20
 """Faulty rows that are told one by one; of more, how many there are."""
 
@@ -34,7 +37,7 @@ def read_data(data: Any) -> list[Sample]:
     """
     samples, problems, places = list[Sample](), list[str](), dict[str | int, str]()
     folder = Path(data).parent if isinstance(data, str | os.PathLike) else Path()
-    for i, (where, row) in enumerate(_rows(data)):
+    for i, (where, row) in enumerate(each_row(data)):
         try:
             sample = row if isinstance(row, Sample) else sample_of(row, i, folder)
             if sample.id in places:
@@ -67,8 +70,12 @@ def fingerprint(samples: Iterable[Sample]) -> str:
     return digest.hexdigest()
 
 
-def _rows(data: Any) -> Iterator[tuple[str, Any]]:
-    """Rows with what each is called in an error."""
+def each_row(data: Any) -> Iterator[tuple[str, Any]]:
+    """Rows of a file or in memory, one after the other, with what each is called in an error.
+
+    Raises:
+        ValueError, FileNotFoundError, ImportError, TypeError: as :func:`read_data`, where the file cannot be read.
+    """
     if isinstance(data, str | os.PathLike):
         path = Path(data)
         if not path.is_file():
@@ -88,13 +95,28 @@ def _rows(data: Any) -> Iterator[tuple[str, Any]]:
         raise TypeError(f"expected the path of a .jsonl or .parquet file, or rows, got {shown(data)}")
 
 
-def _parquet(path: Path) -> list[Any]:
+def number_of_rows(data: Any) -> int:
+    """How many rows :func:`each_row` gives; it raises what that does."""
+    if not isinstance(data, str | os.PathLike) or Path(data).suffix != ".parquet" or not Path(data).is_file():
+        return sum(1 for _ in each_row(data))
+    with _opened(Path(data)) as file:
+        rows: int = file.metadata.num_rows
+    return rows
+
+
+def _parquet(path: Path) -> Iterator[Any]:
+    """Rows of a file, of which only some are in memory at a time."""
+    with _opened(path) as file:
+        for rows in file.iter_batches(batch_size=_ROWS):
+            yield from rows.to_pylist()
+
+
+def _opened(path: Path) -> Any:
     try:
-        from pyarrow.parquet import read_table
+        from pyarrow.parquet import ParquetFile
     except ImportError as e:
         raise ImportError(f"{path}: Parquet needs pyarrow, which is not installed: pip install pyarrow") from e
     try:
-        rows: list[Any] = read_table(path).to_pylist()
+        return ParquetFile(path)
     except Exception as e:
         raise ValueError(f"{path}: expected a Parquet file: {e}") from e
-    return rows

@@ -19,8 +19,14 @@ class Json(str):
     """A line of JSON, not read yet."""
 
 
-def sample_of(row: Any, i: int, folder: Path) -> Sample:
+def sample_of(row: Any, i: int, folder: Path, references: bool = True) -> Sample:
     """The sample of a row.
+
+    Args:
+        row: as a file or a data set has it.
+        i: its place, which is its id if it has none.
+        folder: that paths of images are relative to.
+        references: whether it is read what is right; else the sample has no answers.
 
     Raises:
         ValueError: it is none.
@@ -51,7 +57,7 @@ def sample_of(row: Any, i: int, folder: Path) -> Sample:
     if not isinstance(name, str | int) or isinstance(name, bool):
         raise ValueError(f"id: expected text or an integer, got {shown(name)}")
     kind = row.get("kind")
-    answers, choices = _references(row)
+    answers, choices = _references(row) if references else ((), ())
     pictures = tuple(_picture(image, folder) for image in images)
     return Sample(name, prompt, messages, pictures, answers, choices, None if kind is None else str(kind))
 

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from vlmrewrite.errors import one_of, shown
-from vlmrewrite.evaluate.asking import encode, refuse_chats
+from vlmrewrite.evaluate.asking import encode, groups_of, refuse_chats, said
 from vlmrewrite.evaluate.data import fingerprint, read_data
 from vlmrewrite.evaluate.journal import PAGE, RESULTS, Journal, write_whole
 from vlmrewrite.evaluate.metrics import METRICS, Metric, lacking, rouge_l, token_match, usual
 from vlmrewrite.evaluate.page import page
 from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, rows_of
 from vlmrewrite.evaluate.sample import Sample
-from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence, numbers_of
+from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence, identity
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.ops import Backend, Kernels
 from vlmrewrite.plan import Pass
@@ -94,7 +94,7 @@ def evaluate(
         raise ValueError(f"expected recipes with names of their own, got {', '.join(names[1:]) or 'none'}")
     settings = {"metric": name, "batch": batch, "max_new_tokens": max_new_tokens}
     settings |= {"backend": backend, "kernels": kernels, "metric_code": _code(metric)}
-    told = {"recipes": {s.name: s.recipe for s in subjects[1:]}, "model": _identity(base_model_of(model))}
+    told = {"recipes": {s.name: s.recipe for s in subjects[1:]}, "model": identity(base_model_of(model))}
     about = {"data": fingerprint(samples), "samples": len(samples), **settings, **told}
     journal = Journal(None if output is None else Path(output), about)
     notes = []
@@ -133,7 +133,7 @@ class _Asking:
         record: dict[str, Any] = {"costs": {}, "seconds": {}, "peak": {}, "refused": {}, "pictures": []}
         found: dict[str, dict[Any, dict[str, Any]]] = {s.name: {} for s in self.subjects}
         errors: dict[str, dict[Any, str]] = {s.name: {} for s in self.subjects}
-        groups, unasked = self._groups(samples)
+        groups, unasked = groups_of(self.subjects[0].processor, samples)
         first = turn % len(self.subjects)
         for subject in self.subjects[first:] + self.subjects[:first]:
             errors[subject.name] |= unasked
@@ -169,7 +169,7 @@ class _Asking:
                 if not isinstance(score, Real) or not 0 <= float(score) <= 1:
                     raise ValueError(f"expected a score from 0 to 1, got {shown(score)}")
             except Exception as e:
-                return {"output": mine["output"], "error": f"the metric: {_said(e)}"}
+                return {"output": mine["output"], "error": f"the metric: {said(e)}"}
         return {
             "output": mine["output"],
             "score": float(score),
@@ -177,22 +177,6 @@ class _Asking:
             "kl": divergence(base["first"], mine["first"])[0],
             "rouge_l": rouge_l(mine["output"].split(), base["output"].split()),
         }
-
-    def _groups(self, samples: Sequence[Sample]) -> tuple[list[tuple[Sequence[Sample], Any]], dict[Any, str]]:
-        """Samples with their inputs: all in one batch, but for those that cannot be made inputs, and why."""
-        try:
-            return [(samples, encode(self.subjects[0].processor, samples))], {}
-        except Exception as e:
-            if len(samples) == 1:
-                return [], {samples[0].id: _said(e)}
-        good, errors = list[Sample](), dict[Any, str]()
-        alone = [self._groups([sample]) for sample in samples]
-        for groups, why in alone:
-            good += [sample for some, _ in groups for sample in some]
-            errors |= why
-        if not errors:  # each can be asked, but not all together
-            return [group for groups, _ in alone for group in groups], {}
-        return (self._groups(good)[0] if good else []), errors
 
     def _answer(
         self,
@@ -208,7 +192,7 @@ class _Asking:
         try:
             made = subject.answer(inputs, self.longest)
         except Exception as e:
-            why = _said(e)  # not the error itself, which holds what the failed call held
+            why = said(e)  # not the error itself, which holds what the failed call held
         if made is None:
             if len(samples) == 1:
                 errors[samples[0].id] = why
@@ -226,8 +210,8 @@ class _Asking:
         if made.refused:
             record["refused"][subject.name] = made.refused
         for i, sample in enumerate(samples):
-            if not bool(made.first[i].isfinite().any()) or bool(made.first[i].isnan().any()):
-                errors[sample.id] = "the logits of the first token are not numbers"
+            if no_numbers := made.no_numbers(i):
+                errors[sample.id] = no_numbers
                 continue
             found[sample.id] = {
                 "output": made.outputs[i],
@@ -242,10 +226,6 @@ class _Asking:
         self.failed[name] += len(errors)
         if name not in self.answered and self.failed[name] >= _HOPELESS:
             raise RuntimeError(f"{name}: all of the first {self.failed[name]} samples failed: {[*errors.values()][-1]}")
-
-
-def _said(error: Exception) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())[:500]
 
 
 def _metric(metric: str | Metric, samples: Sequence[Sample]) -> tuple[str, Metric | None]:
@@ -283,9 +263,3 @@ def _code(metric: object) -> str:
     plain = [x for x in code.co_consts if isinstance(x, str | bytes | int | float | None)]
     told = f"{code.co_code.hex()} {code.co_names} {plain}"
     return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def _identity(model: Any) -> dict[str, str]:
-    """What says that a model is the same: its class, its configuration, and some numbers of each parameter."""
-    configuration = hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]
-    return {"class": type(model).__name__, "configuration": configuration, "parameters": numbers_of(model)}

@@ -47,6 +47,12 @@ class Answered:
     pictures: list[list[dict[str, Any]]] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
 
+    def no_numbers(self, row: int) -> str | None:
+        """What is wrong with a row whose logits are NaN or all infinite, or None."""
+        first = self.first[row]
+        wrong = not bool(first.isfinite().any()) or bool(first.isnan().any())
+        return "the logits of the first token are not numbers" if wrong else None
+
 
 class Subject:
     """The model as it is, or under a recipe that is at work while it answers, and only then."""
@@ -103,6 +109,14 @@ class Subject:
         made.costs = {key: [said.totals[when][key] for when in ("after", "before")] for key in ("flops", "kv_bytes")}
         made.pictures = _pictures(said.kept, len(made.outputs))
         return made
+
+    def generate(self, inputs: Any, longest: int) -> Answered:
+        """Answer a batch greedily, once, without costs."""
+        given = dict(inputs.to(self.base.device, dtype=self.base.dtype))
+        if self.session is None:
+            return self._generate(given, longest)
+        with resumed(self.base, self.session):
+            return self._generate(given, longest)
 
     def peak(self) -> dict[str, int]:
         """Peak bytes of the last prefill ``before`` and ``after``, as the report predicts them."""
@@ -172,6 +186,12 @@ def numbers_of(module: nn.Module) -> str:
         if type(p.data) is Tensor and p.numel():
             digest.update(repr(p.detach().flatten()[:8].tolist()).encode())
     return digest.hexdigest()[:16]
+
+
+def identity(model: Any) -> dict[str, str]:
+    """What says that a model is the same: its class, its configuration, and some numbers of each parameter."""
+    configuration = hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]
+    return {"class": type(model).__name__, "configuration": configuration, "parameters": numbers_of(model)}
 
 
 def divergence(before: Tensor, after: Tensor) -> list[float]:

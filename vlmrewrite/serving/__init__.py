@@ -3,6 +3,7 @@
 In: features of images, or rows with images and prompts. Out: kept tokens, or files of answers.
 """
 
+from vlmrewrite.serving.batch import Mapped, map_rows
 from vlmrewrite.serving.select import AVAILABLE, BeforeDecoder, Kept, PassRuns, what_runs
 
-__all__ = ["AVAILABLE", "BeforeDecoder", "Kept", "PassRuns", "what_runs"]
+__all__ = ["AVAILABLE", "BeforeDecoder", "Kept", "Mapped", "PassRuns", "map_rows", "what_runs"]
