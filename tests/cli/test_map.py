@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from examples.digits.model import CHECKPOINT
+from examples.digits.model import CHECKPOINT, load
 from vlmrewrite.cli import app
 from vlmrewrite.evaluate import Answered, Subject
 from vlmrewrite.serving import Mapped, map_rows
@@ -188,7 +188,7 @@ def test_bad_input(digits: Any, data: Path, tmp_path: Path) -> None:
     for given, kind, said in (
         ({"data": tmp_path / "none.jsonl"}, FileNotFoundError, "expected a file with data"),
         ({"data": CHECKPOINT / "model.safetensors"}, ValueError, r"expected a file that ends in \.jsonl or \.parquet"),
-        ({"batch": 0}, ValueError, "expected batch >= 1 and max_new_tokens >= 1, got 0 and 2"),
+        ({"batch": 0}, ValueError, "expected numbers of at least 1, got batch=0, max_new_tokens=2, actors=1"),
         ({"recipe": "sts-haf"}, ValueError, "unknown recipe 'sts-haf'"),
         ({"output": data}, ValueError, "expected a folder, or nothing, got a file"),
     ):
@@ -201,6 +201,34 @@ def test_bad_input(digits: Any, data: Path, tmp_path: Path) -> None:
             map_rows(model, processor, data, None, **OPTIONS, **out)
     finally:
         model.eval()
+
+
+def test_ray_that_is_not_there(digits: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(
+        ImportError, match=r"^Ray is not installed: pip install 'vlmrewrite\[ray\]', or leave --ray out$"
+    ):
+        map_rows(*digits, data, None, output=tmp_path / "out", ray="local", **OPTIONS)
+    assert not (tmp_path / "out").exists()
+
+
+def test_actors_of_which_one_is_killed(digits: Any, data: Path, whole: Mapped, tmp_path: Path) -> None:
+    """Two processes of this machine; the one that answers first is killed then, and takes up again."""
+    pytest.importorskip("ray")
+    killed = list[int]()
+
+    def progress(done: int, total: int) -> None:
+        if done and not killed:
+            killed.append(lines(tmp_path / "out" / "progress.jsonl")[0]["process"])
+            os.kill(killed[0], signal.SIGKILL)
+
+    options = OPTIONS | {"batch": 1, "ray": "local", "actors": 2, "progress": progress}
+    with pytest.raises(ValueError, match="^expected load, a function that loads model and processor in each process"):
+        map_rows(*digits, data, None, output=tmp_path / "out", **options)
+    done = map_rows(*digits, data, None, output=tmp_path / "out", load=load, **options)
+    assert killed and (done.rows, done.failed) == (11, 3)
+    assert lines(done.answers) == lines(whole.answers)
+    assert sorted(row["row"] for row in lines(tmp_path / "out" / "samples.jsonl")) == [*range(11)]
 
 
 def test_parquet(digits: Any, data: Path, whole: Mapped, tmp_path: Path) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -12,8 +14,9 @@ from vlmrewrite.plan import Plan, Policy, Weights, frozen_pass
 from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.serving import BeforeDecoder, what_runs
 
+ROOT = Path(__file__).parents[2]
 INSIDE = "which is not known before the decoder"
-ALIKE = "; before the decoder, tokens can be chosen for all layers alike only"
+ALIKE = "; expected the same tokens in all layers"
 STAGE_2 = "left out: policy 'relevance' at layer 16 chooses inside the decoder"
 ATTENTION = f"needs 'attention' (weight from the last prompt token, mean of heads, fp32 [F]), {INSIDE}"
 
@@ -65,6 +68,14 @@ def test_what_is_said(passes: list[Any], lines: list[str]) -> None:
     found = told(*passes)
     assert len(found) == len(lines)
     assert all(a.startswith(b) for a, b in zip(found, lines, strict=True)), found
+
+
+def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    [code] = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "serving.md").read_text(), re.DOTALL)
+    exec(compile(code, "serving.md", "exec"), {})
+    said, counts, *shapes = capsys.readouterr().out.splitlines()
+    assert said == str([f"STS: stage 1 only, 192 of 576; {STAGE_2}"]) and counts == "[192, 192]"
+    assert len(shapes) == 2 and all("torch.Size([192])" in line for line in shapes)
 
 
 def nearest(x: torch.Tensor, member: torch.Tensor, lengths: torch.Tensor, keep: torch.Tensor) -> torch.Tensor:

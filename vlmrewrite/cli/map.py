@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,6 +25,11 @@ def map_rows(
     max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
     backend: Annotated[Literal["auto", "eager", "inductor"], typer.Option(help="What runs the graph.")] = "auto",
     kernels: Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")] = "auto",
+    ray: Annotated[
+        str | None,
+        typer.Option(metavar="ADDRESS", help="Processes of this Ray cluster answer; local: of this machine."),
+    ] = None,
+    actors: Annotated[int, typer.Option(help="How many processes of the cluster.")] = 1,
     device: Device = "auto",
     dtype: Dtype = "auto",
 ) -> None:
@@ -33,23 +39,20 @@ def map_rows(
     """
     at_least("--batch", batch, 1)
     at_least("--max-new-tokens", max_new_tokens, 1)
+    at_least("--actors", actors, 1)
     chosen: Any = recipe if Path(recipe).is_dir() else recipe_named(recipe)
     from vlmrewrite.evaluate import number_of_rows
     from vlmrewrite.serving import map_rows as answer
 
     total = number_of_rows(data)
-    from vlmrewrite.cli import loading
-    from vlmrewrite.cli.config import local, read_config
+    from vlmrewrite.cli.config import local
 
-    model = local(model, weights=True)
-    where, (config, _) = loading.device_of(device), read_config(model)
-    processor = loading.read_processor(model)
-    loaded = loading.with_weights(model, loading.dtype_of(dtype, config, where), where)
+    load = functools.partial(_loaded, local(model, weights=True), device, dtype)
+    given = load()
     with progress_bar() as progress:
         task = progress.add_task("rows", total=total)
         done = answer(
-            loaded,
-            processor,
+            *given,
             data,
             chosen,
             output=output,
@@ -57,6 +60,9 @@ def map_rows(
             max_new_tokens=max_new_tokens,
             backend=backend,
             kernels=kernels,
+            ray=ray,
+            actors=actors,
+            load=load,
             progress=lambda n, total: progress.update(task, completed=n),
         )
     if done.answers.suffix != ".parquet":
@@ -65,3 +71,13 @@ def map_rows(
     print(f"{done.rows - done.failed} of {done.rows} rows answered{earlier}: {done.answers}")
     if done.errors is not None:
         print_warning(f"{done.failed} rows could not be answered, and why: {done.errors}")
+
+
+def _loaded(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
+    """Model and processor of a folder; also in processes of a cluster."""
+    from vlmrewrite.cli import loading
+    from vlmrewrite.cli.config import read_config
+
+    where, (config, _) = loading.device_of(device), read_config(folder)
+    processor = loading.read_processor(folder)
+    return loading.with_weights(folder, loading.dtype_of(dtype, config, where), where), processor

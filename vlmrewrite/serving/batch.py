@@ -29,6 +29,7 @@ from vlmrewrite.evaluate import (
 )
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.ops import Backend, Kernels
+from vlmrewrite.serving.actors import on_actors, ray_module
 
 ANSWERS, ERRORS = "answers", "errors"
 
@@ -72,6 +73,9 @@ def map_rows(
     max_new_tokens: int = 32,
     backend: Backend = "auto",
     kernels: Kernels = "auto",
+    ray: str | None = None,
+    actors: int = 1,
+    load: Callable[[], tuple[Any, Any]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Mapped:
     """Answer each row of a file under a recipe, greedily, and write the answers to a folder.
@@ -91,17 +95,28 @@ def map_rows(
         batch: prompts at a time.
         max_new_tokens: of the longest answer.
         backend, kernels: for :func:`vlmrewrite.apply`.
+        ray: address of a Ray cluster whose processes answer the rows, ``"local"`` for one of this machine, which is
+            started for it; None: this process does. Paths of images, and vlmrewrite, must be there.
+        actors: how many processes of the cluster, each of one CPU, and of one GPU if the model is on one.
+        load: called in each process of the cluster; returns the same model, in eval mode, and its processor.
         progress: called with the number of rows that are done, and of all.
 
     Raises:
         ValueError: input, recipe, model or folder cannot be used, or another run writes to the folder.
         FileNotFoundError: there is no such file.
-        ImportError: the input is Parquet, and pyarrow is not installed.
-        RuntimeError: the model failed on the first rows, all of them, or its device no longer works. What was done
-            stays done.
+        ImportError: the input is Parquet, and pyarrow is not installed; or Ray is not.
+        RuntimeError: the model failed on the first rows, all of them, its device no longer works, or processes of the
+            cluster were lost again and again. What was done stays done.
     """
-    if batch < 1 or max_new_tokens < 1:
-        raise ValueError(f"expected batch >= 1 and max_new_tokens >= 1, got {batch} and {max_new_tokens}")
+    if batch < 1 or max_new_tokens < 1 or actors < 1:
+        got = f"batch={batch}, max_new_tokens={max_new_tokens}, actors={actors}"
+        raise ValueError(f"expected numbers of at least 1, got {got}")
+    if ray is not None:
+        ray_module()
+        if load is None:
+            raise ValueError(
+                "expected load, a function that loads model and processor in each process of Ray, got None"
+            )
     base = base_model_of(model)
     if base.training:
         raise ValueError(f"expected a {type(model).__name__} in eval mode, got one in training: call model.eval()")
@@ -113,11 +128,20 @@ def map_rows(
     with _alone(folder):
         journal = Journal(folder, about)
         before = len(journal.lines)
-        asking = _Asking(subject, max_new_tokens, any(line["error"] is None for line in journal.lines))
         pending = _pending(source, processor, {line["row"] for line in journal.lines})
+        batches = iter(lambda: list(islice(pending, batch)), [])
+        some_came = any(line["error"] is None for line in journal.lines)
         progress(before, total)
-        while some := list(islice(pending, batch)):
-            journal.add(asking.ask(some), {"rows": len(some)})
+        answered: Iterator[tuple[list[Line], int | None]]
+        if ray is None:
+            ask = _Asking(subject, max_new_tokens, some_came).ask
+            answered = ((ask(some), None) for some in batches)
+        else:
+            gpus = int(base.device.type == "cuda")
+            given = load, about["model"], recipe, backend, kernels, max_new_tokens, some_came
+            answered = on_actors(_asking, given, batches, address=ray, actors=actors, gpus=gpus)
+        for lines, process in answered:
+            journal.add(lines, {"rows": len(lines), "process": process})
             progress(len(journal.lines), total)
         return _finished(folder, journal.lines, before)
 
@@ -186,6 +210,16 @@ class _Asking:
         self.failed += 1
         if not self.answered and self.failed >= _HOPELESS:
             raise RuntimeError(f"the model failed on all of the first {self.failed} rows: {why}")
+
+
+def _asking(
+    load: Callable[[], tuple[Any, Any]], same: Any, recipe: Any, backend: Backend, kernels: Kernels, *how: Any
+) -> Callable[[Rows], list[Line]]:
+    """What asks a model that is loaded for it, in a process of its own."""
+    model, processor = load()
+    if (found := identity(base_model_of(model))) != same:
+        raise ValueError(f"load: expected the model that the run is of, {same}, got {found}")
+    return _Asking(Subject(model, processor, recipe, backend=backend, kernels=kernels), *how).ask
 
 
 class _alone:

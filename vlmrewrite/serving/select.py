@@ -80,16 +80,15 @@ class Kept(NamedTuple):
 def what_runs(recipe: Any, *, depth: int) -> list[PassRuns]:
     """Which passes of a recipe can run before the decoder, in order, and of the others why not.
 
-    A pass can if it chooses by features, by where tokens stand in their image or by the image's number, and all layers
-    work on what it chose. Of one whose first selections are such and whose others are made later, the first run.
+    Those that choose by features, by places in an image or by its number, for all layers alike; of one whose later
+    selections are others, what is before these.
 
     Args:
         recipe: as :func:`vlmrewrite.apply` takes it, without trained blocks.
         depth: number of decoder layers.
 
     Raises:
-        ValueError: it is no recipe, or names a layer that is not there.
-        FileNotFoundError: there is no such file.
+        ValueError, FileNotFoundError: it is no recipe, or names a layer that is not there.
     """
     given, found = Recipe.of(recipe), list[PassRuns]()
     given.check_layers(depth)
@@ -141,8 +140,7 @@ def _beyond(plan: Plan, sets: Sequence[tuple[TokenSet, ...]]) -> str | None:
         return f"a branch takes tokens out of layers {branch.leave}-{branch.rejoin - 1}, inside the decoder"
     for i, (run, keys, mlp) in enumerate(sets):
         if not run == keys == mlp == sets[0][0]:
-            said = f"layer {i} runs on {run} and attends to {keys}"
-            return f"{said}; before the decoder, tokens can be chosen for all layers alike only"
+            return f"layer {i} runs on {run} and attends to {keys}; expected the same tokens in all layers"
     return None
 
 
@@ -163,9 +161,8 @@ class BeforeDecoder:
             recipe, depth: as for :func:`what_runs`.
 
         Raises:
-            ValueError: nothing of one of its passes can run before the decoder: one line for each of these; or as
-                :func:`what_runs`.
-            FileNotFoundError: there is no such file.
+            ValueError, FileNotFoundError: as :func:`what_runs`; or nothing of some of its passes can run before the
+                decoder: one line for each of these.
         """
         self.recipe, self.passes = Recipe.of(recipe), tuple(what_runs(recipe, depth=depth))
         if refused := [f"{p.name}: {p.reason}" for p in self.passes if p.reason is not None]:
@@ -297,10 +294,7 @@ def _call(
 def _checked_grids(
     grids: Sequence[tuple[int, int]] | None, lengths: Sequence[int], counts: TokenCounts
 ) -> list[tuple[int, int]]:
-    if grids is None:
-        raise ValueError("grids: a pass asks for rows and columns of each image's tokens; expected them, got None")
-    if [rows * columns for rows, columns in grids] != list(lengths) or counts.images != tuple(lengths):
-        raise ValueError(
-            f"grids: expected rows times columns tokens of each image, in one piece: {list(counts.images)}, got {grids}"
-        )
+    sizes = [rows * columns for rows, columns in grids or ()]
+    if grids is None or sizes != list(lengths) or counts.images != tuple(lengths):
+        raise ValueError(f"grids: expected rows and columns of images in one piece, {list(counts.images)}, got {grids}")
     return [(int(rows), int(columns)) for rows, columns in grids]
