@@ -6,12 +6,14 @@ import contextlib
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
 
-T, R = TypeVar("T"), TypeVar("R")
+T = TypeVar("T")
+R = TypeVar("R")
 
 _AGAIN = 3
 """How often an actor is started again, and a batch asked again, before the run stops."""
@@ -36,9 +38,12 @@ class _Worker:
         torch.set_num_threads(threads)
         self.ask = make(*given)
 
-    def answer(self, batch: Any) -> tuple[Any, int]:
-        """What comes of a batch, and of which process."""
-        return self.ask(batch), os.getpid()
+    def answer(self, batch: Any) -> tuple[Any, int, list[str]]:
+        """What comes of a batch, of which process, and what it warned of."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", UserWarning)
+            made = self.ask(batch)
+        return made, os.getpid(), [str(w.message) for w in caught if issubclass(w.category, UserWarning)]
 
 
 @contextlib.contextmanager
@@ -71,6 +76,8 @@ def on_actors(
 ) -> Iterator[tuple[R, int]]:
     """What comes of each batch and the process that did it, as they are done; of lost processes, done again.
 
+    What processes warn of is warned of here, once.
+
     Args:
         make: called with ``given`` in each process; returns what is called with a batch.
         given: arguments, which are pickled for each process.
@@ -88,8 +95,8 @@ def on_actors(
     with _cluster(address) as ray:
         options = {"num_cpus": threads, "num_gpus": gpus, "max_restarts": _AGAIN, "max_task_retries": _AGAIN}
         kind = ray.remote(**options)(_Worker)
-        free = [kind.remote(make, given, threads) for _ in range(actors)]
-        running: dict[Any, Any] = {}
+        free: list[Any] = [kind.remote(make, given, threads) for _ in range(actors)]
+        running, told = dict[Any, Any](), set[str]()
         while True:
             while free and (batch := next(batches, None)) is not None:
                 worker = free.pop()
@@ -99,6 +106,11 @@ def on_actors(
             [done], _ = ray.wait([*running], num_returns=1)
             free.append(running.pop(done))
             try:
-                yield ray.get(done)
+                made, process, warned = ray.get(done)
             except ray.exceptions.RayActorError as e:
                 raise RuntimeError(f"processes of the cluster were lost more than {_AGAIN} times: {e}") from e
+            for text in dict.fromkeys(warned):
+                if text not in told:
+                    warnings.warn(text, stacklevel=2)
+            told |= set(warned)
+            yield made, process
