@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
+import vlmrewrite as vr
 from vlmrewrite.passes import STS, VTW, DivPrune, FastV, FrameStride, Random, ShortV, Stride
 from vlmrewrite.plan import Plan, Policy, Weights, frozen_pass
 from vlmrewrite.recipe import shipped_recipes
@@ -129,6 +130,10 @@ def test_what_text_cuts_is_an_image_of_its_own() -> None:
     [kept] = engine.choose([torch.zeros(8, 1)], places=[pieces])
     assert (kept.indices.tolist(), kept.positions.tolist()) == ([0, 2, 4, 6], [0, 2, 6, 8])
     assert engine.counts([8], [pieces]) == [4] and engine.counts([8]) == [2]
+
+
+def test_it_is_found_by_its_name() -> None:
+    assert vr.serving.BeforeDecoder is BeforeDecoder and vr.serving.select.what_runs is what_runs
 
 
 def test_who_depends_on_other_images() -> None:
