@@ -44,9 +44,11 @@ from vlmrewrite.compat.modules import (
 )
 from vlmrewrite.compat.operators import (
     assert_scalar,
+    autocast_marks,
     autograd_function,
     dispatch_mode,
     fake_mode,
+    gradient_mark,
     has_gradient,
     nn_functions,
     operator_of,
@@ -64,6 +66,7 @@ __all__ = [
     "assert_scalar",
     "at_graph_limit",
     "attention_implementation",
+    "autocast_marks",
     "autograd_function",
     "captured",
     "changes_of",
@@ -77,6 +80,7 @@ __all__ = [
     "global_hooks",
     "gpu_architecture",
     "gpu_sleep",
+    "gradient_mark",
     "graph_limit",
     "graphs_allowed",
     "grouped_mm",

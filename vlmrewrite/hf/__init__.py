@@ -44,6 +44,7 @@ from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
     MODALITIES,
     Encoded,
+    EncoderOutput,
     Encoding,
     encode_images,
     encoded_images,
@@ -61,6 +62,7 @@ __all__ = [
     "MODALITIES",
     "Checkpointing",
     "Encoded",
+    "EncoderOutput",
     "Encoding",
     "Projection",
     "Sizes",
