@@ -40,6 +40,7 @@ def one_thread() -> Iterator[None]:
     dynamo.LIMIT = 256  # all tests share a model, and call it in all ways there are
     traces._KNOWN = {}  # what was captured of a form stays when its models are gone, for those of later tests
     gc.disable()
+    torch._dynamo.config.run_gc_after_compile = False
     yield
     gc.enable()
     gc.unfreeze()

@@ -161,8 +161,6 @@ _OPTIONS: dict[str, Any] = {
     "skip_nnmodule_hook_guards": False,
 }
 
-if hasattr(torch._dynamo.config, "run_gc_after_compile"):  # which Python does by itself when it is due
-    _OPTIONS |= {"run_gc_after_compile": False}
 if hasattr(torch._dynamo.config, "side_effect_replay_policy"):  # no text of each write to the cache, that nobody reads
     _OPTIONS |= {"side_effect_replay_policy": "silent"}
 
