@@ -47,6 +47,15 @@ class Router(nn.Module):
         self.outer_bias = nn.Parameter(F.one_hot(torch.tensor(configurations - 1), configurations).float())
 
 
+def cheapest(right: Tensor) -> Tensor:
+    """The first plan, which is the cheapest, that no other one is better than, int64 [b].
+
+    Args:
+        right: how good each plan is, [b, C].
+    """
+    return (right == right.amax(1, keepdim=True)).int().argmax(1)
+
+
 @dataclass(frozen=True)
 class Confidence:
     """From the cheapest plan on, the next one for rows whose most likely next token is below ``threshold``."""
@@ -101,6 +110,15 @@ class Routed:
 
     def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> None:
         """It stays."""
+
+    def loss(self, scores: Tensor, right: Tensor) -> Tensor:
+        """How far the router is from choosing the cheapest plan whose answer is as good as any plan's: cross entropy.
+
+        Args:
+            scores: of the router, [b, C].
+            right: how many tokens of the answer each plan predicts, int64 [b, C].
+        """
+        return F.cross_entropy(scores.float(), cheapest(right))
 
     def __str__(self) -> str:
         return f"{self.weights[0].partition('.')[0] if self.weights else self.policy}"

@@ -109,6 +109,11 @@ class VISOR:
             raise ValueError(f"VISOR(budget={self.budget}) buys no layer; expected at least {least:.3g} for this model")
         return VISOR(self_layers=tuple(own), cross_layers=tuple(cross), sa_vision_mlp=self.sa_vision_mlp)
 
+    @property
+    def trained_by(self) -> tuple[str, ...]:
+        """Other blocks learn under any configuration of a chain, a router from what each of them answers."""
+        return ("plans",) * bool(self.chain) + ("choice",) * (self.policy == "router")
+
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left."""
         return plan.exhausted()
