@@ -32,8 +32,8 @@ def test_distillation_is_the_mean_divergence_over_answers() -> None:
     for r, c in ((0, 1), (0, 2), (1, 0)):
         p, q = teacher[r, c].softmax(-1).tolist(), student[r, c].softmax(-1).tolist()
         expected += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
-    assert float(found) == pytest.approx(expected / 3, rel=1e-5)
-    assert float(distillation_loss(student, student, LABELS)) == pytest.approx(0, abs=1e-6)
+    assert found.item() == pytest.approx(expected / 3, rel=1e-5)
+    assert distillation_loss(student, student, LABELS).item() == pytest.approx(0, abs=1e-6)
     found.backward()
     assert teacher.grad is None and student.grad is not None
     assert not student.grad[0, 0].any() and student.grad[0, 1].any(), "the gradient is of answers alone"

@@ -15,8 +15,9 @@ from vlmrewrite.runtime import session_of
 def trainable_blocks(model: nn.Module) -> nn.ModuleDict:
     """The modules that the recipe of a rewritten model trains, by name.
 
-    ``torch.optim.AdamW(trainable_blocks(model).parameters())`` is what a loop of your own begins with. All of their parameters ask for a gradient, and nothing else of the model does, but for what somebody has chosen
-    before (adapters): a warning names that.
+    ``torch.optim.AdamW(trainable_blocks(model).parameters())`` is what a loop of your own begins with. All of these ask
+    for a gradient, and nothing else of the model does, but for what somebody has chosen before (adapters): a warning
+    names that.
 
     Args:
         model: a model that a recipe with blocks is applied to.

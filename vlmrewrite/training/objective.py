@@ -47,8 +47,8 @@ class Objective:
             raise ValueError(f"trained_by says {wrong[0]!r}, {one_of(str(wrong[0]), TRAINED_BY)}")
         self.passes: list[Pass] = [p for p in session.recipe.passes if "terms" in getattr(p, "trained_by", ())]
         weights = () if session.plan.chooser is None else session.plan.chooser.weights
-        own, blocks = {name.partition(".")[0] for name in weights}, blocks_of(model) or {}
-        self.plans = len(session.plan.variants) if "plans" in self.words and set(blocks) - own else 0
+        others = set(blocks_of(model) or ()) - {name.partition(".")[0] for name in weights}
+        self.plans = len(session.plan.variants) if "plans" in self.words and others else 0
         self.teacher: Any = sharing(model).eval() if distil else None
         self._sums, self._n = defaultdict[str, float](float), 0
 
@@ -74,7 +74,8 @@ class Objective:
                 draw = torch.Generator().manual_seed(self.seed + step)
                 stack.enter_context(following(self.model, int(torch.randint(self.plans, (), generator=draw))))
             out = model(**given)
-        loss, parts = out.loss, {"answers": answer_loss(out.logits.detach(), labels)}
+        loss: Tensor = out.loss
+        parts = {"answers": answer_loss(out.logits.detach(), labels)}
         if "choice" in self.words:
             parts["choice"] = loss.detach() - parts["answers"]
         if self.teacher is not None:

@@ -135,7 +135,7 @@ def train(
             gradient_accumulation_steps=accumulate,
             learning_rate=lr,
             lr_scheduler_type="cosine",
-            warmup_steps=math.ceil(steps / 20),
+            warmup_steps=steps // 20,
             weight_decay=0.0,
             bf16=bf16,
             activation_checkpointing=checkpointing,
@@ -165,7 +165,7 @@ def train(
         finally:
             base.eval()
             if checkpointing:
-                base.gradient_checkpointing_disable()
+                base.activation_checkpointing_disable()
         log = [line for line in trainer.state.log_history if "loss" in line]
         count = sum(p.numel() for p in blocks.parameters())
         if arguments.should_save:
@@ -183,7 +183,7 @@ def _trainer(
     model: nn.Module, processor: Any, samples: list[Sample], objective: Objective, arguments: Any, folder: Path
 ) -> Any:
     from torch.utils.tensorboard import SummaryWriter  # which is not installed everywhere
-    from transformers.integrations import TensorBoardCallback
+    from transformers.integrations.integration_utils import TensorBoardCallback
 
     ends, like = end_tokens(model), next(model.parameters()).dtype
 
