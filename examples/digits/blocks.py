@@ -104,7 +104,8 @@ def main() -> None:
         resume=args.resume,
     )
     print(done.log[0], done.log[-1])
-    print(judge(model, processor, args.n, [recipe, args.output, *beside], args.output / "judged", 50))
+    untrained = recipe.model_copy(update={"name": "untrained"})
+    print(judge(model, processor, args.n, [untrained, args.output, *beside], args.output / "judged", 50))
 
 
 if __name__ == "__main__":

@@ -265,11 +265,9 @@ class Session:
             assert call is not None
             executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
         result = executable.run(inputs, call)
-        kind = call.vision.device.type
+        kind, layouts = call.vision.device.type, tuple(map(Layout.of, inputs))
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        told.append(
-            LastCall(executable, replace(result, out=None), call, given, tuple(map(Layout.of, inputs)), autocast)
-        )
+        told.append(LastCall(executable, replace(result, out=None), call, given, layouts, autocast))
         return result.out
 
 
