@@ -84,11 +84,13 @@ class Routed:
         policy: called with the hidden states [B, 1, H]; returns scores [B, C], a plan's number for each row [B], or one
             number. None: the router's scores.
         weights: of the router.
+        enough: how likely it must be that no plan behind the chosen one is needed; None: the likeliest plan.
     """
 
     at: Depth
     policy: Callable[[Tensor], Any] | None = None
     weights: tuple[str, ...] = ()
+    enough: float | None = None
 
     @property
     def op(self) -> Callable[..., Any]:
@@ -102,6 +104,8 @@ class Routed:
         if isinstance(found, Tensor) and found.is_floating_point() and not bool(found.isfinite().all()):
             raise ValueError(f"{self} scored the plans of the rows {found.tolist()}; expected finite scores")
         if isinstance(found, Tensor) and found.shape in ((len(images),), (len(images), variants)):
+            if found.dim() == 2 and self.enough is not None:
+                found = (found.float().softmax(-1).cumsum(-1)[:, :-1] < self.enough).sum(-1)
             found = (found.argmax(-1) if found.dim() == 2 else found).to(images.device)
             found = found.where(images, found[images].amin())
         elif isinstance(found, Tensor) and found.numel() == 1:
@@ -121,4 +125,5 @@ class Routed:
         return F.cross_entropy(scores.float(), cheapest(right))
 
     def __str__(self) -> str:
-        return f"{self.weights[0].partition('.')[0] if self.weights else self.policy}"
+        name = f"{self.weights[0].partition('.')[0] if self.weights else self.policy}"
+        return name if self.enough is None else f"{name}(enough={self.enough})"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import vlmrewrite as vr
 from tests.small import CHAIN, family
 from vlmrewrite.passes import DPVR, VISOR, Stride
+from vlmrewrite.passes.visor.dispatch import Routed
 from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.testing.models import Row
 from vlmrewrite.training import answer_loss, following, prompt_ends, routing
@@ -48,6 +49,21 @@ def test_others_that_learn_are_named():
             assert all(p is not next(model.parameters()) for p in blocks.parameters())
         finally:
             next(model.parameters()).requires_grad_(False)
+
+
+def test_a_router_takes_what_is_enough():
+    scores = torch.tensor([[0.6, 0.3, 0.1], [0.2, 0.2, 0.6], [0.95, 0.04, 0.01]]).log()
+    images = torch.ones(3, dtype=torch.bool)
+    for enough, expected in (
+        (None, [0, 2, 0]),
+        (0.5, [0, 2, 0]),
+        (0.8, [1, 2, 0]),
+        (0.98, [2, 2, 1]),
+        (1.0, [2, 2, 2]),
+    ):
+        chooser = Routed(0, weights=("router.inner",), enough=enough)
+        assert chooser.first(scores, images, 3).tolist() == expected
+    assert [str(Routed(0, weights=("a.b",), enough=x)) for x in (None, 0.9)] == ["a", "a(enough=0.9)"]
 
 
 def test_a_recipe_of_one_plan_has_none_to_follow():
