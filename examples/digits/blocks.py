@@ -4,8 +4,8 @@
     python -m examples.digits.blocks router --output digits-router
 
 Questions to learn are about scenes of the scans that the model was trained on, those that judge about held-out ones.
-``dpvr`` is the shipped recipe. ``router`` chooses among the configurations of `visor-policy`; beside it stand the
-configurations by themselves, and others of about its cost.
+``dpvr`` is the shipped recipe. ``router`` chooses among three configurations; beside it stand others that are the same
+for all questions, of about its cost.
 """
 
 from __future__ import annotations
@@ -26,6 +26,11 @@ from .questions import ask
 from .scenes import SceneSampler, held_out_questions, split_scans
 
 VARIANTS, BACKGROUNDS = 4, 400
+CHAIN: list[dict[str, Any]] = [
+    {"cross_layers": 0.3333},
+    {"self_layers": [0], "cross_layers": 1.0},
+    {"self_layers": 1.0},
+]
 JUDGES = 40
 """Seed of the held-out questions; other runs have others."""
 
@@ -51,16 +56,18 @@ def held_out(n: int) -> list[dict[str, Any]]:
     ]
 
 
-def recipes(what: str) -> tuple[vr.Recipe, list[vr.Recipe]]:
+def recipes(what: str, enough: float | None) -> tuple[vr.Recipe, list[vr.Recipe]]:
     """What is trained, and what stands beside it."""
-    shipped = shipped_recipes()
     if what == "dpvr":
-        return shipped["dpvr"], []
-    policy = next(p for p in shipped["visor-policy"].passes if isinstance(p, VISOR))
-    alone = {f"configuration-{i}": p for i, p in enumerate(policy.configurations()[:-1])}
+        return shipped_recipes()["dpvr"], []
+    fixed = {
+        "cross-all": VISOR(cross_layers=1.0),
+        "one-self": VISOR(self_layers=[0], cross_layers=1.0),
+        "cross-third": VISOR(cross_layers=0.3333),
+    }
     return (
-        vr.Recipe(name="router", passes=(VISOR(policy="router", chain=policy.chain),)),
-        [shipped["visor-policy"], *(vr.Recipe(name=name, passes=(p,)) for name, p in alone.items())],
+        vr.Recipe(name="router", passes=(VISOR(policy="router", chain=CHAIN, enough=enough),)),
+        [vr.Recipe(name=name, passes=(p,)) for name, p in fixed.items()],
     )
 
 
@@ -79,6 +86,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--enough", type=float, default=0.95, help="of the router")
     parser.add_argument("--distil", type=float, default=0.0)
     parser.add_argument("--samples", type=int, default=16000, help="questions to learn")
     parser.add_argument("-n", type=int, default=2000, help="held-out questions")
@@ -88,7 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     model, processor = load(args.checkpoint)
-    recipe, beside = recipes(args.what)
+    recipe, beside = recipes(args.what, args.enough)
     done = vr.train(
         model,
         processor,

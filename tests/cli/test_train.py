@@ -159,6 +159,15 @@ class Shifted:
         return {"size": vr.trainable_blocks(model)["shifted"].by.square().sum()}
 
 
+def test_operators_in_bfloat16(digits: Any, questions: Path, run: Training, tmp_path: Path) -> None:
+    done = vr.train(*digits, questions, "dpvr", output=tmp_path, bf16=True, distil=0.5, **HOW | {"steps": 1})
+    trained = blocks(tmp_path)
+    assert {t.dtype for t in trained.values()} == {torch.float32}
+    assert done.log[0]["loss"] != run.log[0]["loss"]
+    assert done.log[0]["loss"] == pytest.approx(run.log[0]["loss"], abs=0.05)
+    assert "| precision | bf16 autocast |" in (tmp_path / "README.md").read_text()
+
+
 def test_what_is_learnt_stands_behind_the_prompt_that_is_asked(digits: Any, questions: Path) -> None:
     model, processor = digits
     samples = read_data(questions)[:2]

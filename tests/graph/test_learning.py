@@ -11,6 +11,7 @@ from tests.small import CHAIN, family
 from vlmrewrite.passes import DPVR, VISOR, Stride
 from vlmrewrite.passes.visor.dispatch import Routed
 from vlmrewrite.plan import ATTRIBUTE
+from vlmrewrite.saving import sharing
 from vlmrewrite.testing.models import Row
 from vlmrewrite.training import answer_loss, following, prompt_ends, routing
 
@@ -72,6 +73,17 @@ def test_a_recipe_of_one_plan_has_none_to_follow():
         pytest.raises(ValueError, match="has one plan: there is none to choose"),
     ):
         following(TINY.model, 0)
+
+
+@torch.no_grad()
+def test_the_unmodified_model_beside_a_rewritten_one():
+    model, (inputs, _) = TINY.model, batch()
+    expected = model(**inputs).logits
+    with vr.applied(model, [DPVR(at=0, fuse=0, branch="random")]):
+        other = model(**inputs).logits
+        assert torch.equal(sharing(model)(**inputs).logits, expected)
+        assert not torch.equal(other, expected)
+        assert torch.equal(model(**inputs).logits, other)
 
 
 @pytest.fixture(scope="module")

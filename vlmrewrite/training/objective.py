@@ -34,14 +34,15 @@ class Objective:
         model: that the recipe is applied to.
         distil: weight of the distillation to the unmodified model; 0: none.
         seed: of the plans that are drawn.
+        bf16: cast operators to bfloat16; not left to accelerate, which keeps what the process asked for first.
 
     Raises:
         ValueError: a pass says a word that is none of :data:`TRAINED_BY`.
     """
 
-    def __init__(self, model: nn.Module, *, distil: float, seed: int) -> None:
+    def __init__(self, model: Any, *, distil: float, seed: int, bf16: bool) -> None:
         session = session_of(model)
-        self.model, self.distil, self.seed = model, distil, seed
+        self.model, self.distil, self.seed, self.bf16 = model, distil, seed, bf16
         self.words = dict.fromkeys(word for p in session.recipe.passes for word in getattr(p, "trained_by", ()))
         if wrong := [word for word in self.words if word not in TRAINED_BY]:
             raise ValueError(f"trained_by says {wrong[0]!r}, {one_of(str(wrong[0]), TRAINED_BY)}")
@@ -58,13 +59,18 @@ class Objective:
         return ["answers", *["distillation"] * bool(self.distil), *terms]
 
     def __call__(self, model: Callable[..., Any], inputs: Mapping[str, Any], step: int) -> Tensor:
-        """The loss of a batch, a scalar with gradients.
+        """The loss of a batch, a scalar with gradients, fp32.
 
         Args:
             model: the model, or a wrapper of it that is to be called in its place.
             inputs: what its forward takes, with labels.
             step: the number of the step, by which a plan is drawn.
         """
+        cast = torch.autocast(self.model.device.type, torch.bfloat16) if self.bf16 else contextlib.nullcontext()
+        with cast:
+            return self._loss(model, inputs, step)
+
+    def _loss(self, model: Callable[..., Any], inputs: Mapping[str, Any], step: int) -> Tensor:
         labels, given = inputs["labels"], dict(inputs)
         if self.passes:
             given = encode_images(self.model, given)

@@ -116,7 +116,7 @@ def train(
                 f"{others[0]} and {len(others) - 1} more parameters ask for a gradient: blocks alone are trained here;"
                 " freeze the others, or write a loop of your own"
             )
-        objective = Objective(base, distil=distil, seed=seed)
+        objective = Objective(base, distil=distil, seed=seed, bf16=bf16)
         settings = {"batch": batch, "accumulate": accumulate, "lr": lr, "distil": distil, "bf16": bf16}
         about = {
             "recipe": applied_recipe(base).to_data(),
@@ -137,7 +137,6 @@ def train(
             lr_scheduler_type="cosine",
             warmup_steps=steps // 20,
             weight_decay=0.0,
-            bf16=bf16,
             activation_checkpointing=checkpointing,
             save_steps=save_every or math.ceil(steps / 10),
             save_total_limit=2,
