@@ -186,6 +186,16 @@ def test_what_is_learnt_stands_behind_the_prompt_that_is_asked(digits: Any, ques
     assert given["attention_mask"].all()
 
 
+def test_an_image_that_is_cut_off_is_named(digits: Any, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    samples = read_data(asked[:2])
+    samples[1].pictures()[0].save(tmp_path / "cut.jpg")
+    whole = (tmp_path / "cut.jpg").read_bytes()
+    (tmp_path / "cut.jpg").write_bytes(whole[: len(whole) // 2])
+    rows = read_data([asked[0], asked[1] | {"image": str(tmp_path / "cut.jpg")}])
+    with pytest.raises(OSError, match=r"^sample 'q1': expected whole images: .*truncated.*: take it out of the data$"):
+        answered(digits[1], rows, end_tokens(digits[0]))
+
+
 @pytest.fixture
 def recipe_of_others(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Its pass, as if its package were installed."""

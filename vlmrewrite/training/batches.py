@@ -29,7 +29,10 @@ def answered(processor: Any, samples: Sequence[Sample], ends: Collection[int]) -
     """
     if bare := [s.id for s in samples if not s.answers]:
         raise ValueError(f"expected samples with an answer, got {bare[0]!r} without")
-    given = dict(encode(processor, samples))
+    try:
+        given = dict(encode(processor, samples))
+    except OSError as e:
+        raise OSError(f"sample {_damaged(samples)!r}: expected whole images: {e}: take it out of the data") from e
     shape, mask = given["input_ids"].shape, given["attention_mask"].bool()
     answers = [torch.tensor(answer_tokens(processor, s, ends)) for s in samples]
     length = max(int(row.sum()) + len(answer) for row, answer in zip(mask, answers, strict=True))
@@ -44,3 +47,13 @@ def answered(processor: Any, samples: Sequence[Sample], ends: Collection[int]) -
             short = padding.get(name, 0)
             given[name] = torch.stack([torch.nn.functional.pad(r, (0, length - len(r)), value=short) for r in rows])
     return given
+
+
+def _damaged(samples: Sequence[Sample]) -> str | int:
+    """The first sample with an image that cannot be decoded, though it can be opened."""
+    for sample in samples:
+        try:
+            sample.pictures()
+        except OSError:
+            return sample.id
+    return samples[0].id
