@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--enough", type=float, default=0.95, help="of the router")
+    parser.add_argument("--enough", type=float, default=0.99, help="of the router")
     parser.add_argument("--distil", type=float, default=0.0)
     parser.add_argument("--samples", type=int, default=16000, help="questions to learn")
     parser.add_argument("-n", type=int, default=2000, help="held-out questions")
