@@ -178,9 +178,8 @@ def test_what_is_learnt_stands_behind_the_prompt_that_is_asked(digits: Any, ques
     n = asked["input_ids"].shape[1]
     assert torch.equal(given["input_ids"][:, :n], asked["input_ids"])
     assert torch.equal(given["pixel_values"], asked["pixel_values"])
-    eos = processor.tokenizer.eos_token_id
     for row, s in enumerate(samples):
-        answer = [processor.tokenizer.convert_tokens_to_ids(s.answers[0]), eos]
+        answer = processor.tokenizer.convert_tokens_to_ids([s.answers[0], "<eos>"])
         assert given["labels"][row].tolist() == [-100] * n + answer
         assert given["input_ids"][row, n:].tolist() == answer
     assert given["attention_mask"].all()
@@ -215,6 +214,16 @@ def test_a_pass_of_others(digits: Any, questions: Path, tmp_path: Path, recipe_o
     finally:
         Shifted.trained_by = ("terms",)
     assert not (tmp_path / "new").exists()
+
+
+def test_the_command(questions: Path, tmp_path: Path) -> None:
+    given = {"--recipe": "dpvr", "--data": questions, "--output": tmp_path / "out", "--steps": 1, "--limit": 4}
+    command = ["train", str(CHECKPOINT), *(str(part) for pair in given.items() for part in pair)]
+    done = CliRunner().invoke(app, command, catch_exceptions=False)
+    assert done.exit_code == 0, done.stderr
+    assert done.stdout.splitlines()[-2].startswith("213,248 parameters, 1 steps: loss ")
+    assert done.stdout.splitlines()[-1] == f"blocks: {tmp_path / 'out'}"
+    assert blocks(tmp_path / "out")
 
 
 def refused(*arguments: object) -> list[str]:

@@ -140,7 +140,7 @@ def train(
             activation_checkpointing=checkpointing,
             save_steps=save_every or math.ceil(steps / 10),
             save_total_limit=2,
-            logging_steps=log_every,
+            logging_steps=min(log_every, steps),
             seed=seed,
             report_to=[],
             remove_unused_columns=False,
