@@ -10,6 +10,7 @@ from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Stage, kept_tokens, trace
+from vlmrewrite.training import train, trainable_blocks
 
 __all__ = [
     "Budget",
@@ -35,5 +36,7 @@ __all__ = [
     "rewrite",
     "save_blocks",
     "trace",
+    "train",
+    "trainable_blocks",
     "verify",
 ]

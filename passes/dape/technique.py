@@ -21,9 +21,10 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import reduce
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import PlainValidator
+from torch import Tensor, nn
 
 from vlmrewrite.errors import shown
 from vlmrewrite.passes.dape import ops
@@ -93,6 +94,18 @@ class DAPE:
             first = plan.branches[0]
             return f"an earlier pass takes {plan.render(first.tokens)} out of layers {first.leave}-{first.rejoin - 1}"
         return None
+
+    @property
+    def trained_by(self) -> tuple[str, ...]:
+        """A learned matching by terms of its own beside the model's loss."""
+        return ("terms",) if self.matching == "learned" else ()
+
+    def terms(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Alignment and number of regions, weighted; see :func:`vlmrewrite.passes.dape.losses.dape_terms`."""
+        from vlmrewrite.passes.dape.losses import ALIGNMENT, COUNTS, dape_terms  # which imports this module
+
+        alignment, counts = dape_terms(model, inputs)
+        return {"alignment": ALIGNMENT * alignment, "counts": COUNTS * counts}
 
     def _stages(self, plan: Plan) -> list[tuple[int, float]]:
         """Layer and share of the stages; those that fall on one layer are one stage."""

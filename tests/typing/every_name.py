@@ -64,6 +64,15 @@ def compare(model: nn.Module, processor: Any, data: Path) -> float:
     return done.rows[1].difference
 
 
+def learn(model: nn.Module, processor: Any, data: Path) -> str:
+    """Train a branch on samples of one's own, and by a loop of one's own."""
+    done = vr.train(model, processor, data, passes.DPVR(at=2), output=data.parent / "blocks", steps=2)
+    with vr.applied(model, done.folder):
+        blocks = vr.trainable_blocks(model)
+        assert_type(blocks, nn.ModuleDict)
+    return f"{done.parameters} of {sum(p.numel() for p in blocks.parameters())}, {done.log[-1]['loss']}"
+
+
 def use(model: nn.Module, inputs: dict[str, Any], folder: Path) -> list[str]:
     """Do with a model all that can be done; returns what was told on the way."""
     vr.disable_progress_bars()

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, Json, ModelFolder, at_least, progress_bar, recipe_named
-from vlmrewrite.cli.terminal import Errors, as_json, check_json, print_table, print_warning
+from vlmrewrite.cli.options import Device, Dtype, Json, ModelFolder, a_line_each, at_least, progress_bar, recipe_named
+from vlmrewrite.cli.terminal import as_json, check_json, print_table, print_warning
 
 
 @app.command("eval")
@@ -53,7 +51,7 @@ def evaluate(
     from vlmrewrite.evaluate import evaluate as measure
     from vlmrewrite.evaluate import read_data
 
-    with _a_line_each():
+    with a_line_each():
         samples = read_data(data)[:limit]
     from vlmrewrite.cli import loading
     from vlmrewrite.cli.config import local, read_config
@@ -62,7 +60,7 @@ def evaluate(
     where, (config, _) = loading.device_of(device), read_config(model)
     processor = loading.read_processor(model)
     loaded = loading.with_weights(model, loading.dtype_of(dtype, config, where), where)
-    with _a_line_each(), progress_bar() as progress, warnings.catch_warnings(record=True) as caught:
+    with a_line_each(), progress_bar() as progress, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         task = progress.add_task("samples", total=len(samples))
         done = measure(
@@ -100,14 +98,3 @@ def _folded(cell: str) -> str:
     for wide, narrow in ((" (", "\n"), (")", ""), (" to ", "..\n"), ("prefill", "pre-\nfill"), ("decode", "de-\ncode")):
         cell = cell.replace(wide, narrow)
     return re.sub(r" (?=.?i?B$)", "\n", cell)  # before a unit
-
-
-@contextlib.contextmanager
-def _a_line_each() -> Iterator[None]:
-    """Errors of several lines are as many errors."""
-    try:
-        yield
-    except ValueError as e:
-        if "\n" in str(e):
-            raise Errors(str(e)) from e
-        raise

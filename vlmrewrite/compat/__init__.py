@@ -57,6 +57,7 @@ from vlmrewrite.compat.operators import (
     unknowable,
 )
 from vlmrewrite.compat.private import TESTED, VersionError
+from vlmrewrite.compat.training import part_trainer
 
 __all__ = [
     "TESTED",
@@ -94,6 +95,7 @@ __all__ = [
     "memory_of",
     "nn_functions",
     "operator_of",
+    "part_trainer",
     "record_outputs",
     "schema_of",
     "set_attention_implementation",

@@ -122,7 +122,7 @@ class Subject:
             logits_processor=LogitsProcessorList([watch]),
             streamer=watch,
         )
-        tokens = [_until(row, _ends(self.base)) for row in torch.stack(watch.tokens, 1).tolist()]
+        tokens = [_until(row, end_tokens(self.base)) for row in torch.stack(watch.tokens, 1).tolist()]
         decode = getattr(watch.last.since(watch.told), clock) / (watch.steps - 1) if watch.steps > 1 else None
         return Answered(
             [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)],
@@ -185,7 +185,7 @@ def divergence(before: Tensor, after: Tensor) -> list[float]:
     return [max(0.0, x) for x in terms.sum(-1).tolist()]
 
 
-def _ends(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
     """The tokens that end a text, of the model and of a language model in it that generates."""
     found = set[int]()
     for part in filter(None, (model, language_model(model))):
