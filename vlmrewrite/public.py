@@ -10,6 +10,7 @@ from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Stage, kept_tokens, trace
+from vlmrewrite.tune import Tuned, tune
 
 __all__ = [
     "Budget",
@@ -20,6 +21,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Stage",
+    "Tuned",
     "applied",
     "apply",
     "calibrate",
@@ -35,5 +37,6 @@ __all__ = [
     "rewrite",
     "save_blocks",
     "trace",
+    "tune",
     "verify",
 ]

@@ -7,6 +7,7 @@ from vlmrewrite.cli import eval as eval
 from vlmrewrite.cli import families as families
 from vlmrewrite.cli import inspect as inspect
 from vlmrewrite.cli import listing as listing
+from vlmrewrite.cli import tune as tune
 from vlmrewrite.cli.app import app
 
 __all__ = ["app"]

@@ -1,10 +1,39 @@
 """Recipes on a user's samples: accuracy with intervals beside the unmodified model, costs, and a page about it."""
 
-from vlmrewrite.evaluate.asking import with_image_tokens
-from vlmrewrite.evaluate.data import read_data
+from vlmrewrite.evaluate.asking import encode, refuse_chats, with_image_tokens
+from vlmrewrite.evaluate.data import fingerprint, read_data
+from vlmrewrite.evaluate.journal import write_whole
 from vlmrewrite.evaluate.metrics import METRICS, Metric
-from vlmrewrite.evaluate.results import Evaluation, Row, Scored
-from vlmrewrite.evaluate.run import evaluate
+from vlmrewrite.evaluate.page import STYLE
+from vlmrewrite.evaluate.plot import front, pareto
+from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, Row, Scored
+from vlmrewrite.evaluate.run import FEW, evaluate, identity_of, metric_of
 from vlmrewrite.evaluate.sample import Sample
+from vlmrewrite.evaluate.statistics import Paired, paired
+from vlmrewrite.evaluate.subject import UNMODIFIED
 
-__all__ = ["METRICS", "Evaluation", "Metric", "Row", "Sample", "Scored", "evaluate", "read_data", "with_image_tokens"]
+__all__ = [
+    "AGREEMENT",
+    "FEW",
+    "METRICS",
+    "STYLE",
+    "UNMODIFIED",
+    "Evaluation",
+    "Metric",
+    "Paired",
+    "Row",
+    "Sample",
+    "Scored",
+    "encode",
+    "evaluate",
+    "fingerprint",
+    "front",
+    "identity_of",
+    "metric_of",
+    "paired",
+    "pareto",
+    "read_data",
+    "refuse_chats",
+    "with_image_tokens",
+    "write_whole",
+]

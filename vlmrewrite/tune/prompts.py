@@ -1,0 +1,99 @@
+"""Prompts that candidates are run on: captured once, images encoded, with what the unmodified model says to them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vlmrewrite.compiler import rewritten
+from vlmrewrite.plan import Pass, Plan, run_passes
+from vlmrewrite.report import LayerProfile, captured, first_token_kl, measure, next_token
+from vlmrewrite.rewrite import Program
+
+_LOOKED_AT = 8
+"""Batches by whose costs an amount is looked for; all of them judge what is found."""
+
+
+class Prompts:
+    """Batches of prompts with images.
+
+    What a candidate costs follows from the plan; what it changes takes a rewrite of each graph, and a prefill of the
+    decoder for each batch. Nothing is captured or encoded again.
+
+    Attributes:
+        sizes: prompts of each batch.
+    """
+
+    def __init__(
+        self, model: nn.Module, batches: Iterable[Mapping[str, Any]], progress: Callable[[int], None] = lambda _: None
+    ) -> None:
+        """Capture the batches and run the unmodified model on them.
+
+        Args:
+            model: unmodified, in eval mode.
+            batches: what its forward takes, on its device.
+            progress: called with the number of batches that are done.
+
+        Raises:
+            ValueError: a batch has no image, or a prompt ends in one; or the model cannot be rewritten.
+        """
+        self.programs, self.first = list[Program](), list[Tensor]()
+        with torch.no_grad():
+            for i, batch in enumerate(batches):
+                progress(i)
+                found = captured(model, batch)
+                if not found:
+                    raise ValueError(f"calibration[{i}]: expected inputs with an image, got {', '.join(batch)}")
+                self.programs += found
+                self.first += [next_token(program, program.run()[0]) for program in found]
+        self.sizes = [len(x) for x in self.first]
+
+    def profile(self, batches: int) -> LayerProfile:
+        """The profile of the layers on the first batches."""
+        with torch.no_grad():
+            return measure(self.programs[:batches], lambda *_: None)
+
+    def shares(self, passes: Sequence[Pass], all_of_them: bool = True) -> dict[str, float] | None:
+        """FLOPs and K/V bytes of the prefills under some passes, as shares; None if a pass is refused.
+
+        Raises:
+            ValueError: a pass fails.
+        """
+        plans, after, before = dict[frozenset[str], Plan](), [0, 0], [0, 0]
+        for program in self.programs if all_of_them else self.programs[:_LOOKED_AT]:
+            known = frozenset(program.plan.features)
+            if known not in plans:
+                plans[known], outcomes = run_passes(program.plan, passes)
+                if any(o.reason is not None for o in outcomes):
+                    return None
+            assert program.call is not None
+            for plan, total in ((plans[known], after), (program.plan, before)):
+                for cost in replace(program, plan=plan).costs(program.call.counts):
+                    total[0] += cost.flops
+                    total[1] += cost.kv_bytes
+        return {"flops": after[0] / before[0], "kv": after[1] / before[1]}
+
+    def runner(self, passes: Sequence[Pass]) -> Callable[[int, int], list[float]]:
+        """A function that runs some of the batches under some passes.
+
+        It gives for each prompt KL(unmodified || rewritten) of the first token, in nats; not finite: infinite.
+        """
+        made = dict[Any, Program]()
+
+        @torch.no_grad()
+        def run(start: int, stop: int) -> list[float]:
+            found = list[float]()
+            for program, first in zip(self.programs[start:stop], self.first[start:stop], strict=True):
+                kind = program.captured, frozenset(program.plan.features)
+                if kind not in made:
+                    made[kind] = rewritten(program, passes, propagate=False)
+                outputs, _ = made[kind].run(*program.inputs, call=program.call)
+                kl = first_token_kl(first, next_token(program, outputs))
+                found += torch.where(kl.isfinite(), kl, torch.inf).tolist()
+            return found
+
+        return run
