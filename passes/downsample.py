@@ -4,8 +4,8 @@
 
 Published: at equal tokens it beats many methods that drop tokens. A graph cannot do it: the recipe says how the
 processor must be set, ``processor = recipe.processor(processor)``, and ``apply`` alone says that it has to be.
-``vlmrewrite.evaluate`` and ``vlmrewrite.tune`` set it themselves. Refused, by the processor, where all pictures have one
-number of tokens. Own.
+``vlmrewrite.evaluate`` and ``vlmrewrite.tune`` set it themselves. Refused, by the processor, where all pictures have
+one number of tokens. Own.
 """
 
 from __future__ import annotations

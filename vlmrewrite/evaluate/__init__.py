@@ -10,7 +10,7 @@ from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, Row, Scored
 from vlmrewrite.evaluate.run import FEW, evaluate, identity_of, metric_of
 from vlmrewrite.evaluate.sample import Sample
 from vlmrewrite.evaluate.statistics import Paired, paired
-from vlmrewrite.evaluate.subject import UNMODIFIED
+from vlmrewrite.evaluate.subject import UNMODIFIED, plain_costs
 
 __all__ = [
     "AGREEMENT",
@@ -32,6 +32,7 @@ __all__ = [
     "metric_of",
     "paired",
     "pareto",
+    "plain_costs",
     "read_data",
     "refuse_chats",
     "with_image_tokens",

@@ -22,7 +22,7 @@ from vlmrewrite.evaluate.page import page
 from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, rows_of
 from vlmrewrite.evaluate.sample import Sample
 from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence, numbers_of
-from vlmrewrite.hf import base_model_of, encode_images
+from vlmrewrite.hf import base_model_of
 from vlmrewrite.ops import Backend, Kernels
 from vlmrewrite.plan import Pass
 from vlmrewrite.recipe import Recipe
@@ -91,8 +91,7 @@ def evaluate(
     subjects += [Subject(model, processor, recipe, backend=backend, kernels=kernels) for recipe in given]
     names = [subject.name for subject in subjects]
     for subject in subjects[1:]:
-        if subject.processor is not processor:
-            check_pictures(subject, samples[0])
+        subject.try_pictures(samples[0])
     if not given or len(set(names)) < len(names):
         raise ValueError(f"expected recipes with names of their own, got {', '.join(names[1:]) or 'none'}")
     settings = {"metric": name, "batch": batch, "max_new_tokens": max_new_tokens}
@@ -122,17 +121,6 @@ def evaluate(
         write_whole(journal.folder / PAGE, page(done, samples, journal.batches))
         write_whole(journal.folder / RESULTS, json.dumps(done.to_dict(), indent=1) + "\n")
     return done
-
-
-def check_pictures(subject: Subject, sample: Sample) -> None:
-    """Raise ValueError if a model cannot encode the smaller pictures of a recipe, with the reason."""
-    try:
-        with torch.no_grad():
-            encode_images(subject.base, dict(encode(subject.processor, [sample]).to(subject.base.device)))
-    except Exception as e:
-        raise ValueError(
-            f"{subject.name}: this {type(subject.base).__name__} does not take smaller pictures: {_said(e)}"
-        ) from e
 
 
 class _Asking:

@@ -17,7 +17,9 @@ from transformers.generation.streamers import BaseStreamer
 
 from vlmrewrite.api import applied, report, resumed
 from vlmrewrite.clock import Seconds, clock_of, now
-from vlmrewrite.hf import base_model_of, language_model
+from vlmrewrite.evaluate.asking import encode
+from vlmrewrite.evaluate.sample import Sample
+from vlmrewrite.hf import base_model_of, encode_images, language_model
 from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.report import captured
 from vlmrewrite.runtime import Session, session_of
@@ -78,12 +80,23 @@ class Subject:
             with applied(self.base, recipe, **options):
                 self.session = session_of(self.base)
                 blocks = getattr(self.base, ATTRIBUTE, None)
-        self.processor = self.session.recipe.processor(processor)
+        self.processor, self._own = self.session.recipe.processor(processor), processor
         self.name, self.recipe = self.session.recipe.name, repr(self.session.recipe.passes)
         if isinstance(recipe, str | os.PathLike) and Path(recipe).is_dir():
             self.name = Path(recipe).resolve().name
         if blocks is not None:
             self.recipe += f", blocks {numbers_of(blocks)}"
+
+    def try_pictures(self, sample: Sample) -> None:
+        """Raise ValueError if the recipe makes pictures smaller and the model cannot encode these, with the reason."""
+        if self.session is None or self.processor is self._own:
+            return
+        try:
+            with torch.no_grad():
+                encode_images(self.base, dict(encode(self.processor, [sample]).to(self.base.device)))
+        except Exception as e:
+            why = " ".join(f"{type(e).__name__}: {e}".split())
+            raise ValueError(f"{self.name}: {type(self.base).__name__} does not take smaller pictures: {why}") from e
 
     def answer(self, inputs: Any, longest: int, whole: Any = None) -> Answered:
         """Answer a batch greedily; where a graph had to be captured for it, a second time, which counts.

@@ -20,8 +20,8 @@ _ROUND = 1.1
 def smaller(processor: Any, share: float) -> Any:
     """A processor that makes about a share of the tokens of each picture, by making the picture smaller.
 
-    Sides are ``sqrt(share)`` as long. What limits sizes in pixels or sides, and the number of tiles, is set smaller; where
-    that leaves pictures below the limits as they are, pictures are made smaller before they are processed.
+    Sides are ``sqrt(share)`` as long. What limits sizes in pixels or sides, and the number of tiles, is set smaller;
+    where that leaves pictures below the limits as they are, pictures are made smaller before they are processed.
 
     Args:
         processor: of a model, with an image processor; it is left as it is.

@@ -74,5 +74,6 @@ def _by_kl(model: nn.Module, batches: Sequence[Mapping[str, Any]], wish: Wish) -
 
     loss = {i: kl(x.passes) for i, x in enumerate(rivals)}
     taken = min(loss, key=lambda i: (loss[i], i == 0))  # a control wins ties
-    told = f"KL of the first token {loss[taken]:.3g} on {sum(judges.sizes)} prompts, at {wish.counted} {rivals[taken].shares[wish.counted]:.3f}"
+    cost = f"{wish.counted} {rivals[taken].shares[wish.counted]:.3f}"
+    told = f"KL of the first token {loss[taken]:.3g} on {sum(judges.sizes)} prompts, at {cost}"
     return Recipe(name=f"auto-{wish.kind}-{wish.share:g}", description=told, passes=rivals[taken].passes)

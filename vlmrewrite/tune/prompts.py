@@ -78,22 +78,33 @@ class Prompts:
         return {"flops": after[0] / before[0], "kv": after[1] / before[1]}
 
     def runner(self, passes: Sequence[Pass]) -> Callable[[int, int], list[float]]:
-        """A function that runs some of the batches under some passes.
+        """A function that runs batches from one to before another under some passes.
 
         It gives for each prompt KL(unmodified || rewritten) of the first token, in nats; not finite: infinite.
         """
+        run = self.next_tokens(passes)
+
+        def kl(start: int, stop: int) -> list[float]:
+            found = list[float]()
+            for p, q in zip(self.first[start:stop], run(start, stop), strict=True):
+                away = first_token_kl(p, q)
+                found += torch.where(away.isfinite(), away, torch.inf).tolist()
+            return found
+
+        return kl
+
+    def next_tokens(self, passes: Sequence[Pass]) -> Callable[[int, int], list[Tensor]]:
+        """A function that runs batches under some passes: log-probabilities of the first token, [B, V] of each."""
         made = dict[Any, Program]()
 
         @torch.no_grad()
-        def run(start: int, stop: int) -> list[float]:
-            found = list[float]()
-            for program, first in zip(self.programs[start:stop], self.first[start:stop], strict=True):
+        def run(start: int, stop: int) -> list[Tensor]:
+            found = list[Tensor]()
+            for program in self.programs[start:stop]:
                 kind = program.captured, frozenset(program.plan.features)
                 if kind not in made:
                     made[kind] = rewritten(program, passes, propagate=False)
-                outputs, _ = made[kind].run(*program.inputs, call=program.call)
-                kl = first_token_kl(first, next_token(program, outputs))
-                found += torch.where(kl.isfinite(), kl, torch.inf).tolist()
+                found.append(next_token(program, made[kind].run(*program.inputs, call=program.call)[0]))
             return found
 
         return run

@@ -33,6 +33,7 @@ from vlmrewrite.plan import Plan, Text, frozen_pass
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.tune.files import check_output, write
 from vlmrewrite.tune.judge import best, latency, preferred, verdict, with_front
+from vlmrewrite.tune.pictures import smaller_pictures
 from vlmrewrite.tune.prompts import Prompts
 from vlmrewrite.tune.results import Point, Tuned
 from vlmrewrite.tune.search import Candidate, optuna, rungs, search
@@ -131,10 +132,10 @@ def tune(
     done = asked("answers", searched, [recipe for recipe, _ in [*chosen, *others]])
     points = _points(done, [*chosen, *others])
     mine = _winner(done, points, [recipe.name for recipe, _ in chosen], wish)
-    controls = _controls(space, prompts, wish, mine)
+    controls, lacking = _controls(space, prompts, wish, mine, (base, processor, searched[:batch]))
     judged = asked("held out", rest, [mine.recipe, *(recipe for recipe, _ in controls)])
     name, told = preferred(judged, mine.recipe.name, [recipe.name for recipe, _ in controls])
-    costs = {recipe.name: solved.shares for recipe, solved in controls} | {mine.recipe.name: mine.cost}
+    costs = {recipe.name: shares for recipe, shares in controls} | {mine.recipe.name: mine.cost}
     row = next(row for row in judged.rows if row.recipe == name)
     cost = latency(row) if wish.kind == "latency" else costs[name][wish.kind]
     met, said = verdict(wish, row, cost, points)
@@ -146,7 +147,7 @@ def tune(
         final if met else None,
         final,
         said,
-        tuple(notes + told + _doubts(wish, row, met) + list(judged.notes)),
+        tuple(notes + told + lacking + _doubts(wish, row, met) + list(judged.notes)),
         judged,
         with_front(points, wish.kind),
         space.profile,
@@ -254,16 +255,24 @@ def _winner(done: Evaluation, points: Sequence[Point], names: list[str], wish: W
     return next(p for p in points if p.recipe.name == name)
 
 
-def _controls(space: Space, prompts: Prompts, wish: Wish, mine: Point) -> list[tuple[Recipe, Solved]]:
-    """The controls that may cost as much, but for one that is the recipe itself."""
+def _controls(
+    space: Space, prompts: Prompts, wish: Wish, mine: Point, asked: tuple[Any, Any, Sequence[Sample]]
+) -> tuple[list[tuple[Recipe, dict[str, float]]], list[str]]:
+    """The controls that may cost as much, but for one that is the recipe itself, and why others are not there."""
     share = mine.cost[wish.counted] if wish.kind == "latency" else wish.share
     assert share is not None
-    found = []
-    for name in space.controls:
+    found, notes = list[tuple[Recipe, dict[str, float]]](), list[str]()
+    for name, kind in space.controls.items():
+        if name not in space.planned:
+            try:
+                found.append(smaller_pictures(kind, *asked, wish.counted, share))
+            except Exception as e:  # of the processor, or of a tower that takes pictures of one size
+                notes.append(f"no control of smaller pictures: {' '.join(str(e).split())}")
+            continue
         solved = solve(space.control(name), prompts, wish.counted, share)
         if solved is not None and solved.passes != mine.recipe.passes:
-            found.append((Recipe(name=name, passes=solved.passes), solved))
-    return found
+            found.append((Recipe(name=name, passes=solved.passes), solved.shares))
+    return found, notes
 
 
 def _doubts(wish: Wish, row: Row, met: bool) -> list[str]:
