@@ -7,11 +7,14 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-_PROBES = (480, 640), (1500, 2000)
+_PROBES = (480, 640), (1200, 1600)
 """Height and width of made-up pictures, on which it is looked at what a setting does."""
 
 _MOST = ("max_patches", "max_num_patches", "max_num_tiles", "max_image_tiles", "max_slice_nums", "max_crops")
 """How image processors call the number of tiles that a picture is cut into at most."""
+
+_FACTORS = (1.0, 0.8, 0.6, 0.4, 0.25, 0.1)
+"""By how much more limits are set smaller where pictures are cut into tiles, of which some may be mostly empty."""
 
 _ROUND = 1.1
 """Sides are rounded to whole patches, so that a share of a picture's tokens may be missed by so much."""
@@ -20,8 +23,10 @@ _ROUND = 1.1
 def smaller(processor: Any, share: float) -> Any:
     """A processor that makes about a share of the tokens of each picture, by making the picture smaller.
 
-    Sides are ``sqrt(share)`` as long. What limits sizes in pixels or sides, and the number of tiles, is set smaller;
-    where that leaves pictures below the limits as they are, pictures are made smaller before they are processed.
+    What limits sizes in pixels or sides, and the number of tiles, is set smaller; where that leaves pictures below the
+    limits as they are, sides are made ``sqrt(share)`` as long before they are processed. That it does so is seen on two
+    made-up pictures. Where pictures are cut into tiles, few shares can be had: the next smaller one is, or the smallest
+    that there is.
 
     Args:
         processor: of a model, with an image processor; it is left as it is.
@@ -38,20 +43,24 @@ def smaller(processor: Any, share: float) -> Any:
         raise ValueError(
             f"expected a processor with an image_processor, got {type(processor).__name__}, which has none"
         )
-    side = math.sqrt(share)
-    before = [_pixels(images, probe) for probe in _PROBES]
-    made = [_with_settings(images, side, share)]
-    made.append(_shrinking(made[0], side))
-    for one in made:
-        shares = [_pixels(one, probe) / n for probe, n in zip(_PROBES, before, strict=True)]
-        if all(x <= _ROUND * share for x in shares) or (one is made[-1] and min(shares) < 1):
-            out = copy.copy(processor)
-            out.image_processor = one
-            return out
-    raise ValueError(
-        f"{type(images).__name__} makes as many tokens of a picture however small that is: their number is fixed, and"
-        " smaller pictures save nothing"
-    )
+    before, found = [_pixels(images, probe) for probe in _PROBES], list[tuple[float, Any]]()
+    for one in (
+        *(_with_settings(images, factor * share) for factor in _FACTORS[:1]),
+        _shrinking(_with_settings(images, share), math.sqrt(share)),
+        *(_with_settings(images, factor * share) for factor in _FACTORS[1:]),
+    ):
+        found.append((max(_pixels(one, probe) / n for probe, n in zip(_PROBES, before, strict=True)), one))
+        if found[-1][0] <= _ROUND * share:
+            break
+    least, made = min(found, key=lambda x: x[0])
+    if least >= 1 and share < 1:
+        raise ValueError(
+            f"{type(images).__name__} makes as many tokens of a picture however small that is: their number is fixed,"
+            " and smaller pictures save nothing"
+        )
+    out = copy.copy(processor)
+    out.image_processor = made
+    return out
 
 
 def _pixels(images: Any, probe: tuple[int, int]) -> int:
@@ -62,14 +71,15 @@ def _pixels(images: Any, probe: tuple[int, int]) -> int:
     return int(made["pixel_values"].numel())
 
 
-def _with_settings(images: Any, side: float, share: float) -> Any:
-    """A copy whose limits of sizes are smaller."""
+def _with_settings(images: Any, share: float) -> Any:
+    """A copy whose limits of sizes are smaller; one size for all, which is the encoder's, stays."""
     out = copy.deepcopy(images)
-    if (size := getattr(out, "size", None)) is not None:
-        known = dict(size)
+    known = dict(getattr(out, "size", None) or {})
+    if "longest_edge" in known or "max_pixels" in known:
         area = known.get("longest_edge", 0) > 2**13 or "max_pixels" in known  # pixels of the picture, not of a side
-        smaller = {key: max(1, round(value * (share if area else side))) for key, value in known.items()}
-        out.size = smaller if isinstance(size, Mapping) else type(size)(**smaller)
+        times = share if area else math.sqrt(share)
+        scaled = {key: max(1, round(value * times)) for key, value in known.items()}
+        out.size = scaled if isinstance(out.size, Mapping) else type(out.size)(**scaled)
     for name in ("min_pixels", "max_pixels"):
         if isinstance(getattr(out, name, None), int):
             setattr(out, name, max(1, round(getattr(out, name) * share)))

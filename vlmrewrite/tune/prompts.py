@@ -77,6 +77,11 @@ class Prompts:
                     total[1] += cost.kv_bytes
         return {"flops": after[0] / before[0], "kv": after[1] / before[1]}
 
+    def effective(self, passes: Sequence[Pass]) -> tuple[Pass, ...]:
+        """Those that change something, or are refused."""
+        _, outcomes = run_passes(self.programs[0].plan, passes)
+        return tuple(p for p, o in zip(passes, outcomes, strict=True) if o.changed or o.reason is not None)
+
     def runner(self, passes: Sequence[Pass]) -> Callable[[int, int], list[float]]:
         """A function that runs batches from one to before another under some passes.
 

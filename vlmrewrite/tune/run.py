@@ -36,13 +36,10 @@ from vlmrewrite.tune.judge import best, latency, preferred, verdict, with_front
 from vlmrewrite.tune.pictures import smaller_pictures
 from vlmrewrite.tune.prompts import Prompts
 from vlmrewrite.tune.results import Point, Tuned
-from vlmrewrite.tune.search import Candidate, optuna, rungs, search
-from vlmrewrite.tune.space import Solved, Space, solve
+from vlmrewrite.tune.search import FINALISTS, PROFILED, Candidate, batches_of, optuna, search
+from vlmrewrite.tune.space import Shape, Solved, Space, solve
 from vlmrewrite.tune.split import split
 from vlmrewrite.tune.wish import KINDS, Wish
-
-FINALISTS = 6
-"""Recipes of the search that answer the searched samples."""
 
 _OTHER = (0.5, 0.7, 1.4, 2.0)
 """Budgets, as multiples of the one that is wished for, for which the best kinds of recipes are solved too."""
@@ -188,7 +185,7 @@ def candidates(
             f" {floor[wish.counted]:.3f} of the unmodified model's {KINDS[wish.counted]}: expected more than that"
         )
     progress("profile", 0, 1)
-    space = Space(prompts.profile(rungs(prompts.sizes)[0]))
+    space = Space(prompts.profile(batches_of(prompts.sizes, PROFILED)))
     found = search(prompts, space, wish, trials, seed, lambda i: progress("candidates", i, trials))
     if not found:
         raise ValueError(
@@ -234,9 +231,11 @@ def _named(found: Sequence[Candidate | Solved], more: str = "") -> list[tuple[Re
 
 def _elsewhere(found: Sequence[Candidate], prompts: Prompts, wish: Wish) -> list[Solved]:
     """The best kinds of recipes, solved for other budgets."""
-    kinds = list({tuple(c.solved.shape.drawn.items()): c.solved.shape for c in reversed(found)}.values())[::-1][:_KINDS]
+    kinds = dict[tuple[str, ...], Shape]()
+    for c in found[:FINALISTS]:
+        kinds.setdefault(tuple(p.name for p in c.solved.passes), c.solved.shape)
     shares = [share for times in _OTHER if (share := times * wish.share) < 0.95]
-    made = [solve(shape, prompts, wish.counted, share) for shape in kinds for share in shares]
+    made = [solve(shape, prompts, wish.counted, share) for shape in list(kinds.values())[:_KINDS] for share in shares]
     known = {repr(c.solved.passes) for c in found[:FINALISTS]}
     return [x for x in {repr(x.passes): x for x in made if x is not None}.values() if repr(x.passes) not in known]
 

@@ -12,6 +12,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -19,8 +20,15 @@ from vlmrewrite.tune.prompts import Prompts
 from vlmrewrite.tune.space import Solved, Space, solve
 from vlmrewrite.tune.wish import Wish
 
-FIRST = 16
-"""Prompts that every candidate sees."""
+FIRST = 48
+"""Prompts that every candidate sees. On the digits model, KL on so many ranks recipes as accuracy on 192 does (Spearman
+0.84 for 60 random recipes at 1/8 of the FLOPs; with all 192 0.87), and KL on 16 does not (0.17)."""
+
+PROFILED = 16
+"""Prompts that layers are profiled on."""
+
+FINALISTS = 6
+"""Recipes that see all prompts at least, and answer them."""
 
 _FACTOR = 3
 
@@ -58,10 +66,14 @@ def optuna() -> ModuleType:
     return found
 
 
+def batches_of(sizes: list[int], prompts: int) -> int:
+    """How many batches hold so many prompts; at most all."""
+    return next((i for i in range(1, len(sizes) + 1) if sum(sizes[:i]) >= prompts), len(sizes))
+
+
 def rungs(sizes: list[int]) -> list[int]:
     """Batches after which candidates are compared: enough for :data:`FIRST` prompts, three times as many, ..., all."""
-    first = next((i for i in range(1, len(sizes) + 1) if sum(sizes[:i]) >= FIRST), len(sizes))
-    found = [first]
+    found = [batches_of(sizes, FIRST)]
     while found[-1] * _FACTOR < len(sizes):
         found.append(found[-1] * _FACTOR)
     return found if found[-1] == len(sizes) else [*found, len(sizes)]
@@ -81,7 +93,7 @@ def search(
         progress: called with the number of trials that are done.
     """
     module, steps = optuna(), rungs(prompts.sizes)
-    found = dict[str, Candidate]()
+    found = dict[str, _Running]()
     with _quiet(module):
         study = module.create_study(
             sampler=module.samplers.TPESampler(seed=seed, n_startup_trials=min(40, trials // 4), constant_liar=False),
@@ -97,22 +109,49 @@ def search(
             if solved is None:
                 study.tell(trial, state=module.trial.TrialState.PRUNED)
                 continue
-            name = repr(solved.passes)
-            kl, run = list(found[name].kl) if name in found else [], prompts.runner(solved.passes)
-            value = float("inf")
-            for start, stop in zip([0, *steps], steps, strict=False):
-                seen = sum(prompts.sizes[:stop])
-                if len(kl) < seen:
-                    kl += run(start, stop)
-                value = sum(kl[:seen]) / seen
-                trial.report(value, stop)
-                if stop < len(prompts.sizes) and trial.should_prune():
+            one = found.setdefault(repr(solved.passes), _Running(number, solved, prompts))
+            for stop in steps:
+                trial.report(one.mean(stop), stop)
+                if stop < steps[-1] and trial.should_prune():
                     study.tell(trial, state=module.trial.TrialState.PRUNED)
                     break
             else:
-                study.tell(trial, value)
-            found[name] = Candidate(number, solved, tuple(kl))
-    return sorted(found.values(), key=lambda c: (-len(c.kl), c.mean, c.number))
+                study.tell(trial, one.mean(stop))
+            one.rest()
+    progress(trials)
+    left = list(found.values())
+    for i, (stop, following) in enumerate(pairwise(steps), 1):  # early ones had few to be compared with
+        left = sorted(left, key=lambda one: (one.mean(stop), one.number))[: max(FINALISTS, len(found) // _FACTOR**i)]
+        for one in left:
+            one.mean(following)
+            one.rest()
+    return sorted((one.done() for one in found.values()), key=lambda c: (-len(c.kl), c.mean, c.number))
+
+
+class _Running:
+    """A recipe that is run on as many batches as it is asked about."""
+
+    def __init__(self, number: int, solved: Solved, prompts: Prompts) -> None:
+        self.number, self._solved, self._prompts = number, solved, prompts
+        self._run: Callable[[int, int], list[float]] | None = None
+        self._kl, self._batches = list[float](), 0
+
+    def mean(self, stop: int) -> float:
+        """Of the KL on the batches before one."""
+        if stop > self._batches:
+            self._run = self._run or self._prompts.runner(self._solved.passes)
+            self._kl += self._run(self._batches, stop)
+            self._batches = stop
+        seen = sum(self._prompts.sizes[:stop])
+        return sum(self._kl[:seen]) / seen
+
+    def rest(self) -> None:
+        """Keep no graphs."""
+        self._run = None
+
+    def done(self) -> Candidate:
+        """What came of it."""
+        return Candidate(self.number, self._solved, tuple(self._kl))
 
 
 @contextlib.contextmanager

@@ -127,7 +127,7 @@ def solve(shape: Shape, prompts: Any, kind: str, share: float) -> Solved | None:
     def within(step: int, all_of_them: bool = False) -> Solved | bool:
         """Whether it costs no more; where it has no meaning, it is too small to have one."""
         try:
-            passes = shape.build(step / _STEPS)
+            passes = prompts.effective(shape.build(step / _STEPS))
             shares = prompts.shares(passes, all_of_them)
         except ValueError:
             return True
