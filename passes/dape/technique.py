@@ -82,8 +82,8 @@ class DAPE:
 
     @classmethod
     def tuned(cls, amount: float, draw: Draw) -> DAPE:
-        """With and without splits."""
-        return cls(budget=amount, detail=draw.pick("detail", ((), (0.25, 0.15, 0.10))))
+        """With and without splits; no fewer regions than there can be."""
+        return cls(budget=max(amount, 0.0625), detail=draw.pick("detail", ((), (0.25, 0.15, 0.10))))
 
     def refuse(self, plan: Plan) -> str | None:
         """The grid is not known, or an earlier pass drops vision tokens or takes them out of the stream."""

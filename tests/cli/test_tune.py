@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import sys
@@ -16,9 +17,12 @@ from examples.digits.model import CHECKPOINT, encode
 from examples.digits.scenes import held_out_questions
 from vlmrewrite.cli import app
 from vlmrewrite.tune import Prompts, Space, Tuned, solve
+from vlmrewrite.tune.wish import Wish
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* samples. intervals are wide", "ignore:calibration. ")
-OPTIONS = {"trials": 14, "batch": 8, "max_new_tokens": 4}
+RUN: Any = importlib.import_module("vlmrewrite.tune.run")
+AUTO: Any = importlib.import_module("vlmrewrite.tune.auto")
+OPTIONS: dict[str, Any] = {"trials": 14, "batch": 8, "max_new_tokens": 4}
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +45,12 @@ def prompts(digits: Any) -> Prompts:
 @pytest.fixture(scope="module")
 def found(digits: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tuned, Path]:
     path, stages = tmp_path_factory.mktemp("tuned") / "recipe.yaml", list[str]()
-    tuned = vr.tune(
-        *digits, data, "flops=0.4", 0.5, output=path, progress=lambda stage, *_: stages.append(stage), **OPTIONS
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RUN, "FINALISTS", 2)
+        patch.setattr(RUN, "_OTHER", (0.5, 1.5))
+        tuned = vr.tune(
+            *digits, data, "flops=0.4", 0.5, output=path, progress=lambda stage, *_: stages.append(stage), **OPTIONS
+        )
     assert list(dict.fromkeys(stages)) == ["prompts", "profile", "candidates", "answers", "held out"]
     return tuned, path
 
@@ -99,13 +106,31 @@ def test_what_is_written(found: tuple[Tuned, Path], data: Path) -> None:
     assert any("no control of smaller pictures: " in note and "doesn't match" in note for note in tuned.notes)
 
 
-def test_the_same_seed_finds_the_same(digits: Any, data: Path, found: tuple[Tuned, Path]) -> None:
-    again = vr.tune(*digits, data, {"flops": 0.4}, 0.5, **OPTIONS)
-    assert again.recipe == found[0].recipe
-    assert [x["passes"] for x in again.tried] == [x["passes"] for x in found[0].tried]
+def test_the_same_seed_finds_the_same(prompts: Prompts) -> None:
+    def passes(seed: int) -> list[str]:
+        _, found, failed = RUN.candidates(prompts, Wish("flops", 0.4), 24, seed, lambda *_: None)
+        assert not failed
+        return [repr(c.solved.passes) for c in found]
+
+    assert passes(0) == passes(0) != passes(1)
 
 
-def test_the_command(data: Path, tmp_path: Path) -> None:
+def test_what_fails_is_told(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(self: Any, passes: Any) -> Any:
+        if "Stride" in repr(passes):
+            raise RuntimeError("no such kernel")
+        return runner(self, passes)
+
+    runner = Prompts.runner
+    monkeypatch.setattr(Prompts, "runner", failing)
+    _, found, [told] = RUN.candidates(prompts, Wish("flops", 0.4), 12, 0, lambda *_: None)
+    assert re.match(r"\d+ recipes that were drawn failed, such as \(.*Stride\(.*: no such kernel$", told)
+    assert found
+    assert not any("Stride" in repr(c.solved.passes) for c in found)
+
+
+def test_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RUN, "_OTHER", ())
     path = tmp_path / "recipe.yaml"
     asked = ["tune", CHECKPOINT, "--data", data, "--output", path, "--trials", 2, "--max-new-tokens", 4]
     done = CliRunner().invoke(app, [*map(str, asked), "--budget", "kv=0.05", "--max-drop", "0%"])
@@ -155,7 +180,8 @@ def test_data_without_images(digits: Any) -> None:
 
 
 def test_few_samples(digits: Any, data: Path) -> None:
-    rows = [json.loads(line) | {"image": str(data.parent / f"{i}.png")} for i, line in enumerate(data.open())][:2]
+    lines = data.read_text().splitlines()[:2]
+    rows = [json.loads(line) | {"image": str(data.parent / f"{i}.png")} for i, line in enumerate(lines)]
     with (
         pytest.warns(UserWarning, match="^2 samples: intervals are wide below 30$"),
         pytest.raises(ValueError, match="no recipe"),
@@ -184,7 +210,9 @@ def test_kl_is_that_of_what_apply_does(digits: Any, prompts: Prompts) -> None:
 
 @pytest.mark.parametrize("how", ["inputs", "data"])
 def test_auto(digits: Any, how: str, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
-    monkeypatch.setattr("vlmrewrite.tune.auto.TRIALS", 6)
+    monkeypatch.setattr(AUTO, "TRIALS", 4)
+    monkeypatch.setattr(RUN, "FINALISTS", 1)
+    monkeypatch.setattr(RUN, "_OTHER", ())
     model, processor = digits
     batches = [dict(encode(processor, held_out_questions(16, seed))) for seed in (1, 2)]
     given = batches if how == "inputs" else (processor, data)

@@ -64,7 +64,7 @@ def _by_kl(model: nn.Module, batches: Sequence[Mapping[str, Any]], wish: Wish) -
     if number < FEW or judges is searched:
         told = "one batch, which searches and judges" if judges is searched else f"{number} prompts"
         warnings.warn(f"calibration: {told}: expected at least {FEW} prompts in two batches or more", stacklevel=4)
-    space, found = candidates(searched, wish, TRIALS, 0, lambda *_: None)
+    space, found, _ = candidates(searched, wish, TRIALS, 0, lambda *_: None)
     best = found[0].solved
     controls = [solve(space.control(name), searched, wish.counted, wish.share) for name in space.planned]
     rivals = [best, *(x for x in controls if x is not None)]

@@ -115,7 +115,7 @@ def tune(
     searched, rest = split(samples, held_out, seed)
     count = -(-len(searched) // batch)
     prompts = Prompts(base, _inputs(base, processor, searched, batch), lambda i: progress("prompts", i, count))
-    space, found = candidates(prompts, wish, trials, seed, progress)
+    space, found, failed = candidates(prompts, wish, trials, seed, progress)
     asking = {"metric": metric, "batch": batch, "max_new_tokens": max_new_tokens, "seed": seed}
     asking |= {"backend": backend, "kernels": kernels}
 
@@ -144,7 +144,7 @@ def tune(
         final if met else None,
         final,
         said,
-        tuple(notes + told + lacking + _doubts(wish, row, met) + list(judged.notes)),
+        tuple(notes + told + failed + lacking + _doubts(wish, row, met) + list(judged.notes)),
         judged,
         with_front(points, wish.kind),
         space.profile,
@@ -171,8 +171,8 @@ def check_wish(
 
 def candidates(
     prompts: Prompts, wish: Wish, trials: int, seed: int, progress: Progress
-) -> tuple[Space, list[Candidate]]:
-    """What is searched, and what the search has found.
+) -> tuple[Space, list[Candidate], list[str]]:
+    """What is searched, what the search has found, and a note on what failed.
 
     Raises:
         ValueError: no recipe can meet the budget.
@@ -186,13 +186,13 @@ def candidates(
         )
     progress("profile", 0, 1)
     space = Space(prompts.profile(batches_of(prompts.sizes, PROFILED)))
-    found = search(prompts, space, wish, trials, seed, lambda i: progress("candidates", i, trials))
+    found, failed = search(prompts, space, wish, trials, seed, lambda i: progress("candidates", i, trials))
     if not found:
         raise ValueError(
             f"budget {wish.kind}={wish.share:g}: none of {trials} recipes that were drawn can meet it, and without any"
             f" vision tokens the prompts cost {floor[wish.counted]:.3f}: expected more trials, or a larger budget"
         )
-    return space, found
+    return space, found, [f"{len(failed)} recipes that were drawn failed, such as {failed[0]}"] if failed else []
 
 
 @frozen_pass

@@ -81,8 +81,10 @@ def rungs(sizes: list[int]) -> list[int]:
 
 def search(
     prompts: Prompts, space: Space, wish: Wish, trials: int, seed: int, progress: Callable[[int], None]
-) -> list[Candidate]:
-    """The candidates that saw all prompts and then the others, each by KL; no recipe stands there twice.
+) -> tuple[list[Candidate], list[str]]:
+    """The candidates that saw all prompts and then the others, each by KL, and what is wrong with those that failed.
+
+    No recipe stands there twice.
 
     Args:
         prompts: what candidates are run on.
@@ -93,7 +95,7 @@ def search(
         progress: called with the number of trials that are done.
     """
     module, steps = optuna(), rungs(prompts.sizes)
-    found = dict[str, _Running]()
+    found, failed = dict[str, _Running](), list[str]()
     with _quiet(module):
         study = module.create_study(
             sampler=module.samplers.TPESampler(seed=seed, n_startup_trials=min(40, trials // 4), constant_liar=False),
@@ -103,21 +105,18 @@ def search(
             study.enqueue_trial(params)
         for number in range(trials):
             progress(number)
-            trial = study.ask()
+            trial, value = study.ask(), None
             shape = space.draw(trial)
             solved = None if shape is None else solve(shape, prompts, wish.counted, wish.share)
-            if solved is None:
-                study.tell(trial, state=module.trial.TrialState.PRUNED)
-                continue
-            one = found.setdefault(repr(solved.passes), _Running(number, solved, prompts))
-            for stop in steps:
-                trial.report(one.mean(stop), stop)
-                if stop < steps[-1] and trial.should_prune():
-                    study.tell(trial, state=module.trial.TrialState.PRUNED)
-                    break
-            else:
-                study.tell(trial, one.mean(stop))
-            one.rest()
+            if solved is not None:
+                one = found.setdefault(repr(solved.passes), _Running(number, solved, prompts))
+                try:
+                    value = _climbed(one, trial, steps)
+                except Exception as e:  # what an operator cannot do is seen when it runs
+                    failed.append(" ".join(f"{solved.passes}: {e}".split()))
+                    del found[repr(solved.passes)]
+                one.rest()
+            study.tell(trial, value, state=None if value is not None else module.trial.TrialState.PRUNED)
     progress(trials)
     left = list(found.values())
     for i, (stop, following) in enumerate(pairwise(steps), 1):  # early ones had few to be compared with
@@ -125,7 +124,16 @@ def search(
         for one in left:
             one.mean(following)
             one.rest()
-    return sorted((one.done() for one in found.values()), key=lambda c: (-len(c.kl), c.mean, c.number))
+    return sorted((one.done() for one in found.values()), key=lambda c: (-len(c.kl), c.mean, c.number)), failed
+
+
+def _climbed(one: _Running, trial: Any, steps: list[int]) -> float | None:
+    """The mean KL of a recipe on all prompts, or None if it was cut off before."""
+    for stop in steps:
+        trial.report(one.mean(stop), stop)
+        if stop < steps[-1] and trial.should_prune():
+            return None
+    return one.mean(steps[-1])
 
 
 class _Running:
