@@ -11,6 +11,7 @@ is written behind each run.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import sys
 import time
@@ -22,13 +23,12 @@ import optuna
 import torch
 
 import vlmrewrite as vr
-from benchmarks.compare import read
-from examples.digits.model import encode, load
-from examples.digits.scenes import HeldOut, held_out_questions
 from vlmrewrite.evaluate import paired
 from vlmrewrite.plan import Pass
 from vlmrewrite.tune import Prompts, Space, solve
 
+DIGITS: Any = importlib.import_module("examples.digits.model")
+SCENES: Any = importlib.import_module("examples.digits.scenes")
 BUDGETS, SEEDS, BATCH = (0.5, 0.25, 0.125), (0, 1, 2), 16
 JUDGES = 900
 """Seed of the questions that judge; those of a search have its own seed and a hundred."""
@@ -53,22 +53,19 @@ def right(prompts: Prompts, words: Sequence[int], passes: Sequence[Pass]) -> lis
 
 def measured(options: argparse.Namespace, share: float, seed: int) -> dict[str, Any]:
     """One search, and what random recipes do on the questions that judge."""
-    model, processor = load()
-    asked = [
-        {"image": r.image, "prompt": r.question, "answer": r.answer, "kind": r.kind} for r in _asked(options, seed)
-    ]
+    model, processor = DIGITS.load()
+    records = SCENES.held_out_questions(options.questions, 100 + seed)
+    asked = [{"image": r.image, "prompt": r.question, "answer": r.answer, "kind": r.kind} for r in records]
     begun, worked = time.perf_counter(), time.process_time()
     found = vr.tune(
         model, processor, asked, {"flops": share}, None, trials=options.trials, seed=seed, batch=BATCH, max_new_tokens=4
     )
     took = {"seconds": time.perf_counter() - begun, "process_seconds": time.process_time() - worked}
-    judges = held_out_questions(options.judges, JUDGES)
-    batches = [dict(encode(processor, judges[i : i + BATCH])) for i in range(0, len(judges), BATCH)]
+    judges = SCENES.held_out_questions(options.judges, JUDGES)
+    batches = [dict(DIGITS.encode(processor, judges[i : i + BATCH])) for i in range(0, len(judges), BATCH)]
     prompts, words = Prompts(model, batches), processor.tokenizer.convert_tokens_to_ids([r.answer for r in judges])
     mine = right(prompts, words, found.best.passes)
-    plain = [
-        float(a == b) for x in [torch.cat(prompts.first).argmax(1).tolist()] for a, b in zip(x, words, strict=True)
-    ]
+    plain = right(prompts, words, [])
     drawn = random_recipes(Space(found.profile), prompts, share, options.random, seed)
     scored = [(right(prompts, words, passes), passes) for passes in drawn]
     best, passes = max(scored, key=lambda x: sum(x[0]))
@@ -95,10 +92,6 @@ def measured(options: argparse.Namespace, share: float, seed: int) -> dict[str, 
     }
 
 
-def _asked(options: argparse.Namespace, seed: int) -> list[HeldOut]:
-    return held_out_questions(options.questions, 100 + seed)
-
-
 def main() -> None:
     """Measure all budgets and seeds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -111,7 +104,8 @@ def main() -> None:
     parser.add_argument("--random", type=int, default=200, help="recipes")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
-    found = {(run["budget"], run["seed"]): run for run in read(options.out)} if options.out.exists() else {}
+    before = json.loads(options.out.read_text()) if options.out.exists() else []
+    found = {(run["budget"], run["seed"]): run for run in before}
     for share in options.budget or BUDGETS:
         for seed in options.seed or SEEDS:
             run = measured(options, share, seed)

@@ -91,7 +91,7 @@ def apply(
     inner = language_model(model) is not None
     blocks = Apart(build(model, plan.blocks)) if plan.blocks else None
     install_session(model, Session(chosen, selected, picked, strict, plan, blocks, inner), METHODS)
-    if chosen.sets_processor:
+    if any(hasattr(item, "processor") for item in chosen.passes):
         warnings.warn(
             f"recipe {chosen.name!r} makes pictures smaller by way of the processor, which apply does not see: make the"
             " inputs with recipe.processor(processor), where recipe is a vlmrewrite.Recipe",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import typing
@@ -60,19 +61,9 @@ class Recipe(BaseModel):
         return "".join(["<div>", *parts, heading("Passes, in order"), items(map(repr, self.passes)), "</div>"])
 
     def processor(self, processor: Any) -> Any:
-        """The processor as the passes need it: of a pass that makes pictures smaller, a copy that does so.
-
-        Raises:
-            ValueError: it cannot be set so.
-        """
-        for item in self.passes:
-            processor = item.processor(processor) if hasattr(item, "processor") else processor
-        return processor
-
-    @property
-    def sets_processor(self) -> bool:
-        """Whether inputs must be made by :meth:`processor`, and not by the model's own."""
-        return any(hasattr(item, "processor") for item in self.passes)
+        """A processor as the passes need it, a copy if one sets it; ValueError if it cannot be set so."""
+        setting = (item.processor for item in self.passes if hasattr(item, "processor"))
+        return functools.reduce(lambda made, sets: sets(made), setting, processor)
 
     def check_layers(self, depth: int) -> None:
         """Whether a decoder of `depth` layers has the layers that the options of the passes name.

@@ -109,7 +109,7 @@ def test_beside_other_controls() -> None:
     assert done.rows[1].agreement["kl"] > 1e-4
     found, cost = smaller_pictures(Downsample, tiny.model, processor, read_data(rows), "flops", 0.5)
     assert 0.3 < cost["flops"] <= 0.5
-    assert found.sets_processor
+    assert found.processor(processor) is not processor
 
 
 def test_a_model_that_takes_one_size() -> None:

@@ -116,7 +116,7 @@ def tune(
     count = -(-len(searched) // batch)
     prompts = Prompts(base, _inputs(base, processor, searched, batch), lambda i: progress("prompts", i, count))
     space, found, failed = candidates(prompts, wish, trials, seed, progress)
-    asking = {"metric": metric, "batch": batch, "max_new_tokens": max_new_tokens, "seed": seed}
+    asking: dict[str, Any] = {"metric": metric, "batch": batch, "max_new_tokens": max_new_tokens, "seed": seed}
     asking |= {"backend": backend, "kernels": kernels}
 
     def asked(stage: str, some: Sequence[Sample], recipes: Sequence[Recipe]) -> Evaluation:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from vlmrewrite.evaluate import Sample
 
@@ -33,7 +34,7 @@ def split(samples: Sequence[Sample], held_out: float, seed: int) -> tuple[list[S
             f" {len(samples)} about {len(groups)}"
         )
     order = list(groups.values())
-    random.Random(seed).shuffle(order)
+    order = [order[i] for i in np.random.default_rng(seed).permutation(len(order))]
     wanted, search, rest = round((1 - held_out) * len(samples)), list[Sample](), list[Sample]()
     for i, group in enumerate(order):
         side = search if not search or (len(search) < wanted and i < len(order) - 1) else rest
