@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import platform
 import warnings
@@ -12,7 +13,6 @@ from typing import Any, ClassVar
 import torch
 import transformers
 
-import vlmrewrite
 from vlmrewrite.evaluate import (
     FEW,
     Evaluation,
@@ -289,8 +289,8 @@ def _tried(candidate: Candidate) -> dict[str, Any]:
 
 
 def _provenance(base: Any, samples: Sequence[Sample], wish: Wish, row: Row, asking: dict[str, Any]) -> dict[str, Any]:
-    versions = {"vlmrewrite": vlmrewrite.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    versions |= {"transformers": transformers.__version__, "optuna": optuna().__version__}
+    packages = importlib.import_module("vlmrewrite"), torch, transformers, optuna()
+    versions = {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages}
     model = {"name": base.config._name_or_path, **identity_of(base), "device": str(base.device)}
     told = {"budget": {wish.kind: wish.share}, "max_drop": wish.max_drop, "data": fingerprint(samples)}
     scored = {k: getattr(row, k) for k in ("n", "accuracy", "interval", "difference", "difference_interval")}
