@@ -179,6 +179,15 @@ def test_data_without_images(digits: Any) -> None:
         vr.tune(*digits, [{"prompt": "what", "answer": "4"}], "flops=0.5")
 
 
+def test_a_damaged_picture(digits: Any, data: Path, tmp_path: Path) -> None:
+    picture = (data.parent / "0.png").read_bytes()
+    (tmp_path / "half.png").write_bytes(picture[:-200])
+    rows = [{"id": i, "prompt": "what", "answer": "4", "image": x} for i, x in enumerate([str(tmp_path / "half.png")])]
+    rows += [{"id": 9, "prompt": "what", "answer": "4", "image": picture}]
+    with pytest.raises(ValueError, match="^sample 0 cannot be asked: .*truncated"):
+        vr.tune(*digits, rows, "flops=0.5")
+
+
 def test_few_samples(digits: Any, data: Path) -> None:
     lines = data.read_text().splitlines()[:2]
     rows = [json.loads(line) | {"image": str(data.parent / f"{i}.png")} for i, line in enumerate(lines)]

@@ -4,18 +4,34 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from vlmrewrite.compiler import rewritten
-from vlmrewrite.plan import Pass, Plan, run_passes
+from vlmrewrite.plan import Pass, Plan, Text, frozen_pass, run_passes
 from vlmrewrite.report import LayerProfile, captured, first_token_kl, measure, next_token
 from vlmrewrite.rewrite import Program
 
 _LOOKED_AT = 8
 """Batches by whose costs an amount is looked for; all of them judge what is found."""
+
+
+@frozen_pass
+class _TextOnly:
+    """No vision tokens at all: what a recipe costs at least."""
+
+    name: ClassVar[str] = "textonly"
+
+    def refuse(self, plan: Plan) -> str | None:
+        """Never."""
+        return None
+
+    def change(self, plan: Plan) -> None:
+        """Text alone in all layers."""
+        for entry in plan.layers:
+            entry.run_on(Text)
 
 
 class Prompts:
@@ -76,6 +92,12 @@ class Prompts:
                     total[0] += cost.flops
                     total[1] += cost.kv_bytes
         return {"flops": after[0] / before[0], "kv": after[1] / before[1]}
+
+    def floor(self) -> dict[str, float]:
+        """What the prompts cost without any vision tokens, as shares."""
+        found = self.shares([_TextOnly()])
+        assert found is not None
+        return found
 
     def effective(self, passes: Sequence[Pass]) -> tuple[Pass, ...]:
         """Those that change something, or are refused."""

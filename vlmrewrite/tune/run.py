@@ -8,7 +8,7 @@ import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import transformers
@@ -29,7 +29,6 @@ from vlmrewrite.evaluate import (
 )
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.ops import Backend, Kernels
-from vlmrewrite.plan import Plan, Text, frozen_pass
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.tune.files import check_output, write
 from vlmrewrite.tune.judge import best, latency, preferred, verdict, with_front
@@ -124,8 +123,10 @@ def tune(
             warnings.filterwarnings("ignore", ".* samples: intervals are wide", UserWarning)
             return evaluate(model, processor, some, recipes, progress=lambda i, n: progress(stage, i, n), **asking)
 
-    chosen = _named(found[:FINALISTS])
-    others = _named(_elsewhere(found, prompts, wish), " for another budget")
+    chosen = [(_recipe(c.solved, str(c.number)), c.solved) for c in found[:FINALISTS]]
+    others = [
+        (_recipe(x, f"at {x.shares[wish.counted]:.3f}, {i}"), x) for i, x in enumerate(_elsewhere(found, prompts, wish))
+    ]
     done = asked("answers", searched, [recipe for recipe, _ in [*chosen, *others]])
     points = _points(done, [*chosen, *others])
     mine = _winner(done, points, [recipe.name for recipe, _ in chosen], wish)
@@ -177,8 +178,7 @@ def candidates(
     Raises:
         ValueError: no recipe can meet the budget.
     """
-    floor = prompts.shares([TextOnly()])
-    assert floor is not None
+    floor = prompts.floor()
     if wish.share <= floor[wish.counted]:
         raise ValueError(
             f"budget {wish.kind}={wish.share:g}: no recipe can meet it, for without any vision tokens the prompts cost"
@@ -195,38 +195,25 @@ def candidates(
     return space, found, [f"{len(failed)} recipes that were drawn failed, such as {failed[0]}"] if failed else []
 
 
-@frozen_pass
-class TextOnly:
-    """No vision tokens at all: what a recipe costs at least."""
-
-    name: ClassVar[str] = "textonly"
-
-    def refuse(self, plan: Plan) -> str | None:
-        """Never."""
-        return None
-
-    def change(self, plan: Plan) -> None:
-        """Text alone in all layers."""
-        for entry in plan.layers:
-            entry.run_on(Text)
-
-
 def _inputs(base: Any, processor: Any, samples: Sequence[Sample], batch: int) -> Iterator[dict[str, Any]]:
     for start in range(0, len(samples), batch):
-        made = encode(processor, samples[start : start + batch])
+        some = samples[start : start + batch]
+        try:
+            made = encode(processor, some)
+        except Exception:
+            for sample in some:
+                try:
+                    encode(processor, [sample])
+                except Exception as e:
+                    said = " ".join(f"{type(e).__name__}: {e}".split())
+                    raise ValueError(f"sample {sample.id!r} cannot be asked: {said}") from e
+            raise
         yield dict(made.to(base.device, dtype=base.dtype))
 
 
-def _named(found: Sequence[Candidate | Solved], more: str = "") -> list[tuple[Recipe, Solved]]:
-    """Recipes with names of their own, such as ``sampler + layers 17``."""
-    out, taken = list[tuple[Recipe, Solved]](), set[str]()
-    for i, x in enumerate(found):
-        solved = x.solved if isinstance(x, Candidate) else x
-        name = "+".join(p.name for p in solved.passes) + f" {x.number if isinstance(x, Candidate) else i}{more}"
-        assert name not in taken
-        taken.add(name)
-        out.append((Recipe(name=name, passes=solved.passes), solved))
-    return out
+def _recipe(solved: Solved, more: str) -> Recipe:
+    """A recipe with a name of its own."""
+    return Recipe(name=f"{'+'.join(p.name for p in solved.passes)} {more}", passes=solved.passes)
 
 
 def _elsewhere(found: Sequence[Candidate], prompts: Prompts, wish: Wish) -> list[Solved]:
