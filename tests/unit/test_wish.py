@@ -15,7 +15,7 @@ from vlmrewrite.recipe import Recipe
 from vlmrewrite.tune.judge import best, preferred, verdict, with_front
 from vlmrewrite.tune.results import Point
 from vlmrewrite.tune.search import rungs
-from vlmrewrite.tune.space import Shape, solve
+from vlmrewrite.tune.space import Shape, solve, spread
 from vlmrewrite.tune.split import split
 from vlmrewrite.tune.wish import Wish
 
@@ -84,6 +84,16 @@ def test_rungs() -> None:
     assert rungs([4]) == [1]
 
 
+def test_amounts_rise_in_turn() -> None:
+    drawn = {"start": 0.0, "later": 0.5, "layers": 0.4}
+    assert spread(1 / 6, drawn) == pytest.approx({"start": 0.5, "later": 0.25, "layers": 0.4})
+    assert spread(1 / 3, drawn) == pytest.approx({"start": 1, "later": 0.5, "layers": 0.4})
+    assert spread(1 / 2, drawn) == pytest.approx({"start": 1, "later": 0.75, "layers": 0.4})
+    assert spread(5 / 6, drawn) == pytest.approx({"start": 1, "later": 1, "layers": 0.7})
+    assert spread(1, drawn) == pytest.approx(dict.fromkeys(drawn, 1))
+    assert spread(0.3, {"layers": 0.0}) == {"layers": 0.3}
+
+
 class Costs:
     """Prompts whose costs are what the passes say."""
 
@@ -98,7 +108,7 @@ class Costs:
 def test_the_dearest_within_a_budget() -> None:
     found = solve(Shape(lambda x: (x,)), Costs(), "flops", 0.5)
     assert found is not None
-    assert found.passes == (0.498,)  # all batches together cost more than those that are looked at
+    assert found.passes == (pytest.approx(0.498),)  # all batches together cost more than those that are looked at
     assert solve(Shape(lambda x: (x + 0.6,)), Costs(), "flops", 0.5) is None
     assert solve(Shape(lambda _: (None,)), Costs(), "flops", 0.5) is None
     cheap = solve(Shape(lambda x: (x / 4,)), Costs(), "kv", 0.5)

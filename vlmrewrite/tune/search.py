@@ -9,6 +9,7 @@ another, which is what recipes are made of, and learns from runs that were cut o
 from __future__ import annotations
 
 import contextlib
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -95,10 +96,10 @@ def search(
         progress: called with the number of trials that are done.
     """
     module, steps = optuna(), rungs(prompts.sizes)
-    found, failed = dict[str, _Running](), list[str]()
+    found, failed = dict[Any, _Running](), list[str]()
     with _quiet(module):
         study = module.create_study(
-            sampler=module.samplers.TPESampler(seed=seed, n_startup_trials=min(40, trials // 4), constant_liar=False),
+            sampler=module.samplers.TPESampler(seed=seed, n_startup_trials=trials // 3, constant_liar=False),
             pruner=module.pruners.SuccessiveHalvingPruner(steps[0], _FACTOR),
         )
         for params in space.simple():
@@ -109,12 +110,13 @@ def search(
             shape = space.draw(trial)
             solved = None if shape is None else solve(shape, prompts, wish.counted, wish.share)
             if solved is not None:
-                one = found.setdefault(repr(solved.passes), _Running(number, solved, prompts))
+                key = _alike(solved)
+                one = found.setdefault(key, _Running(number, solved, prompts))
                 try:
                     value = _climbed(one, trial, steps)
                 except Exception as e:  # what an operator cannot do is seen when it runs
                     failed.append(" ".join(f"{solved.passes}: {e}".split()))
-                    del found[repr(solved.passes)]
+                    del found[key]
                 one.rest()
             study.tell(trial, value, state=None if value is not None else module.trial.TrialState.PRUNED)
     progress(trials)
@@ -125,6 +127,11 @@ def search(
             one.mean(following)
             one.rest()
     return sorted((one.done() for one in found.values()), key=lambda c: (-len(c.kl), c.mean, c.number)), failed
+
+
+def _alike(solved: Solved) -> tuple[str, float, float]:
+    """The same for recipes that keep as many tokens in as many layers by the same passes, whatever share that is."""
+    return re.sub(r"\d+\.\d+", "", repr(solved.passes)), solved.shares["flops"], solved.shares["kv"]
 
 
 def _climbed(one: _Running, trial: Any, steps: list[int]) -> float | None:

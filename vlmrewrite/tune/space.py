@@ -15,7 +15,10 @@ SLOTS = ("start", "later", "layers")
 """Which tokens enter the decoder, which of them go on from some layer, and what layers do with these."""
 
 _STEPS = 1000
-"""Amounts that a share is cut into."""
+"""Amounts of a pass that are told apart."""
+
+_TRIED = 3 * _STEPS
+"""Amounts of a recipe that are told apart."""
 
 
 @dataclass(frozen=True)
@@ -89,25 +92,42 @@ class Space:
         chosen = {slot: self.passes[slot][name] for slot, name in names.items() if name != NONE}
         if not chosen:
             return None
-        scales = {"start": 1.0, "later": 1.0, "layers": 1.0}
+        drawn = dict.fromkeys(chosen, 0.0)  # nothing is fixed of the first that is there
         if {"start", "later"} <= chosen.keys():
-            scales["later"] = trial.suggest_float("later of start", 0.05, 1.0)
-        fixed = trial.suggest_float("layers amount", 0.1, 1.0) if len(chosen) > 1 and "layers" in chosen else None
+            drawn["later"] = trial.suggest_float("later of start", 0.05, 1.0)
+        if len(chosen) > 1 and "layers" in chosen:
+            drawn["layers"] = trial.suggest_float("layers amount", 0.1, 1.0)
         draws = {slot: Drawing(trial, self.profile, f"{slot} {names[slot]}") for slot in chosen}
 
         def build(amount: float) -> tuple[Pass, ...]:
-            return tuple(
-                cls.tuned(
-                    fixed if slot == "layers" and fixed is not None else _rounded(amount * scales[slot]), draws[slot]
-                )
-                for slot, cls in chosen.items()
-            )
+            amounts = spread(amount, drawn)
+            return tuple(cls.tuned(_rounded(amounts[slot]), draws[slot]) for slot, cls in chosen.items())
 
         return Shape(build, names)
 
     def control(self, name: str) -> Shape:
         """A control that keeps a share of the tokens."""
         return Shape(lambda amount: (self.controls[name](keep=_rounded(amount)),), {"control": name})
+
+
+def spread(amount: float, drawn: dict[str, float]) -> dict[str, float]:
+    """The amounts of a recipe's passes, none of which falls as ``amount`` rises; at 1 all are 1.
+
+    Over the first part of (0, 1] the amount of the first pass rises to 1; that of ``later`` is the share of it that was
+    drawn, that of ``layers`` as drawn. Then, if the recipe still costs less than it may, these rise to 1 in turn.
+
+    Args:
+        amount: in (0, 1].
+        drawn: of each pass, by slot and in order; the first one's is not read.
+    """
+    first, *others = drawn
+    at = amount * len(drawn)
+    lead = min(1.0, at)
+    found = {first: lead}
+    for i, slot in enumerate(others, 1):
+        base = drawn[slot] * (lead if slot == "later" else 1.0)
+        found[slot] = base + (1 - base) * min(1.0, max(0.0, at - i))
+    return found
 
 
 def _rounded(amount: float) -> float:
@@ -127,7 +147,7 @@ def solve(shape: Shape, prompts: Any, kind: str, share: float) -> Solved | None:
     def within(step: int, all_of_them: bool = False) -> Solved | bool:
         """Whether it costs no more; where it has no meaning, it is too small to have one."""
         try:
-            passes = prompts.effective(shape.build(step / _STEPS))
+            passes = prompts.effective(shape.build(step / _TRIED))
             shares = prompts.shares(passes, all_of_them)
         except ValueError:
             return True
@@ -135,11 +155,11 @@ def solve(shape: Shape, prompts: Any, kind: str, share: float) -> Solved | None:
             return True
         return shares[kind] <= share and Solved(passes, shares, shape)
 
-    low, high = 0, _STEPS + 1  # what is within, and what is not
+    low, high = 0, _TRIED + 1  # what is within, and what is not
     while high - low > 1:
         middle = (low + high) // 2
         low, high = (middle, high) if within(middle) else (low, middle)
-    for step in range(low, max(0, low - 20), -1):
+    for step in range(low, max(0, low - 60), -1):
         found = within(step, all_of_them=True)
         if isinstance(found, Solved):
             return found
