@@ -1,6 +1,6 @@
 """`vlmrewrite.tune` on the digits model against the best of many random recipes of equal cost, on other questions.
 
-    python -m benchmarks.tune --out benchmarks/tune.json                       # three budgets, three seeds
+    python -m benchmarks.tune --out tune.json                    # three budgets, three seeds; hours on two cores
     python -m benchmarks.tune --out /tmp/t.json --budget 0.25 --seed 0 --random 20 --questions 60 --judges 100
 
 Random recipes are drawn from the same space, each solved for the same budget. An answer counts if the first token is
