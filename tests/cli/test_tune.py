@@ -179,12 +179,13 @@ def test_data_without_images(digits: Any) -> None:
         vr.tune(*digits, [{"prompt": "what", "answer": "4"}], "flops=0.5")
 
 
-def test_a_damaged_picture(digits: Any, data: Path, tmp_path: Path) -> None:
-    picture = (data.parent / "0.png").read_bytes()
-    (tmp_path / "half.png").write_bytes(picture[:-200])
-    rows = [{"id": i, "prompt": "what", "answer": "4", "image": x} for i, x in enumerate([str(tmp_path / "half.png")])]
-    rows += [{"id": 9, "prompt": "what", "answer": "4", "image": picture}]
-    with pytest.raises(ValueError, match="^sample 0 cannot be asked: .*truncated"):
+def test_a_damaged_picture(digits: Any, tmp_path: Path) -> None:
+    first, second = (record.image for record in held_out_questions(2))
+    first.save(tmp_path / "whole.jpg")
+    (tmp_path / "half.jpg").write_bytes((tmp_path / "whole.jpg").read_bytes()[:-300])  # looks whole until it is read
+    pictures = {"half": tmp_path / "half.jpg", "whole": second}
+    rows = [{"id": name, "prompt": "what", "answer": "4", "image": image} for name, image in pictures.items()]
+    with pytest.raises(ValueError, match=r"^sample 'half' cannot be asked: OSError: .*truncated"):
         vr.tune(*digits, rows, "flops=0.5")
 
 
