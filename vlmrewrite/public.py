@@ -11,6 +11,7 @@ from vlmrewrite.report import Report
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Stage, kept_tokens, trace
 from vlmrewrite.training import train, trainable_blocks
+from vlmrewrite.tune import Tuned, tune
 
 __all__ = [
     "Budget",
@@ -21,6 +22,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Stage",
+    "Tuned",
     "applied",
     "apply",
     "calibrate",
@@ -38,5 +40,6 @@ __all__ = [
     "trace",
     "train",
     "trainable_blocks",
+    "tune",
     "verify",
 ]

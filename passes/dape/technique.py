@@ -26,6 +26,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import PlainValidator
 from torch import Tensor, nn
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.errors import shown
 from vlmrewrite.passes.dape import ops
 from vlmrewrite.passes.dape.blocks import Detail, Matching
@@ -73,11 +74,17 @@ class DAPE:
     """
 
     name: ClassVar[str] = "dape"
+    tunes: ClassVar[tuple[str, ...]] = ("start",)
 
     budget: Budget = 0.5
     detail: Annotated[Sequence[float], PlainValidator(_shares)] = (0.25, 0.15, 0.10)
     mode: Literal["split", "inject"] = "split"
     matching: Literal["free", "learned"] = "free"
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> DAPE:
+        """With and without splits; no fewer regions than there can be."""
+        return cls(budget=max(amount, 0.0625), detail=draw.pick("detail", ((), (0.25, 0.15, 0.10))))
 
     def refuse(self, plan: Plan) -> str | None:
         """The grid is not known, or an earlier pass drops vision tokens or takes them out of the stream."""

@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.passes.visor.allocate import spend
 from vlmrewrite.passes.visor.dispatch import THRESHOLD, Confidence, Routed, Router
 from vlmrewrite.plan import Layers, Plan, Text, Weights, chosen_layers, frozen_pass
@@ -52,6 +53,7 @@ class VISOR:
     """
 
     name: ClassVar[str] = "visor"
+    tunes: ClassVar[tuple[str, ...]] = ("layers",)
 
     self_layers: Layers = ()
     cross_layers: Layers = ()
@@ -114,6 +116,15 @@ class VISOR:
             least = min(share) / len(share)
             raise ValueError(f"VISOR(budget={self.budget}) buys no layer; expected at least {least:.3g} for this model")
         return VISOR(self_layers=tuple(own), cross_layers=tuple(cross), sa_vision_mlp=self.sa_vision_mlp)
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> VISOR:
+        """The layers that a share of the work buys."""
+        tilt = 10 ** draw.share("tilt", -1.0, 1.0)  # how much seeing vision tokens counts against updating them
+        hide = [f + tilt * (h - f) for f, h in zip(draw.freeze, draw.hide, strict=True)]
+        own, cross = spend(amount, draw.freeze, hide, draw.key_share)
+        mlp = draw.pick("vision_mlp", (True, False))
+        return cls(self_layers=tuple(own), cross_layers=tuple(cross), sa_vision_mlp=mlp)
 
     @property
     def trained_by(self) -> tuple[str, ...]:

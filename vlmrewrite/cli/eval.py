@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -10,8 +9,8 @@ from typing import Annotated, Any, Literal
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, Json, ModelFolder, a_line_each, at_least, progress_bar, recipe_named
-from vlmrewrite.cli.terminal import as_json, check_json, print_table, print_warning
+from vlmrewrite.cli.options import Device, Dtype, Json, ModelFolder, at_least, progress_bar, recipe_named
+from vlmrewrite.cli.terminal import a_line_each, as_json, check_json, folded, print_table, print_warning
 
 
 @app.command("eval")
@@ -85,16 +84,9 @@ def evaluate(
         return
     head, *rows = done.cells()
     print(f"{done.rows[0].n} samples, {done.about['metric']}")
-    print_table([_folded(heading) for heading in head], [[_folded(cell) for cell in row] for row in rows])
+    print_table([folded(heading) for heading in head], [[folded(cell) for cell in row] for row in rows])
     for row in done.rows:
         for reason in row.refused:
             print(f"{row.recipe}: does nothing: {reason}")
     if output is not None:
         print(f"page: {output / 'report.html'}")
-
-
-def _folded(cell: str) -> str:
-    """A cell in several lines, so that the table is no wider than a terminal."""
-    for wide, narrow in ((" (", "\n"), (")", ""), (" to ", "..\n"), ("prefill", "pre-\nfill"), ("decode", "de-\ncode")):
-        cell = cell.replace(wide, narrow)
-    return re.sub(r" (?=.?i?B$)", "\n", cell)  # before a unit

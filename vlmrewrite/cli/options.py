@@ -107,14 +107,3 @@ def at_least(option: str, value: int, least: int) -> None:
     """Raise ValueError for an option below its least value."""
     if value < least:
         raise ValueError(f"{option}: expected at least {least}, got {value}")
-
-
-@contextlib.contextmanager
-def a_line_each() -> Iterator[None]:
-    """Errors of several lines are as many errors."""
-    try:
-        yield
-    except ValueError as e:
-        if "\n" in str(e):
-            raise Errors(str(e)) from e
-        raise

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, ModelFolder, a_line_each, at_least, recipe_named
+from vlmrewrite.cli.options import Device, Dtype, ModelFolder, at_least, recipe_named
+from vlmrewrite.cli.terminal import a_line_each
 
 
 @app.command()

@@ -38,6 +38,7 @@ from vlmrewrite.hf.inputs import (
     without_full_mask,
 )
 from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
+from vlmrewrite.hf.pictures import smaller
 from vlmrewrite.hf.placement import exchanged, scattered
 from vlmrewrite.hf.support import APPLIED, check_support
 from vlmrewrite.hf.undo import Undo, drop
@@ -104,6 +105,7 @@ __all__ = [
     "refuse_packed",
     "run_around",
     "scattered",
+    "smaller",
     "swap_attention",
     "take_checkpointing",
     "tidy",
