@@ -226,11 +226,11 @@ class _ApartError(Exception):
 
 
 def _without_history(given: Any) -> tuple[Any, dict[int, Tensor]]:
-    """Arguments whose tensors require no gradient, on which Dynamo guards; and by their ids, what they stand for."""
+    """Arguments whose tensors are no views and require no gradient, on which Dynamo guards; by id, what they are of."""
     leaves, form = tree_flatten(given)
-    asking = {id(x): x for x in leaves if isinstance(x, Tensor) and x.requires_grad}
-    plain = {key: x.detach() for key, x in asking.items()}
-    return tree_unflatten([plain.get(id(x), x) for x in leaves], form), {id(plain[key]): x for key, x in asking.items()}
+    own = {id(x): x for x in leaves if isinstance(x, Tensor)}
+    plain = {key: x.detach() for key, x in own.items()}
+    return tree_unflatten([plain.get(id(x), x) for x in leaves], form), {id(plain[key]): x for key, x in own.items()}
 
 
 def _hooked(model: nn.Module) -> str:
