@@ -9,6 +9,7 @@ if __name__ != "vlmrewrite.passes":
 from vlmrewrite import moved
 from vlmrewrite.passes.dape import DAPE
 from vlmrewrite.passes.divprune import DivPrune
+from vlmrewrite.passes.downsample import Downsample
 from vlmrewrite.passes.dpvr import DPVR
 from vlmrewrite.passes.fastv import FastV
 from vlmrewrite.passes.framestride import FrameStride
@@ -28,6 +29,7 @@ __all__ = [
     "VISOR",
     "VTW",
     "DivPrune",
+    "Downsample",
     "FastV",
     "FrameStride",
     "Random",

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.ops import (
     Products,
     define,
@@ -129,9 +130,15 @@ class DivPrune:
     """
 
     name: ClassVar[str] = "divprune"
+    tunes: ClassVar[tuple[str, ...]] = ("start",)
 
     keep: Budget = 0.1
     per: Per = "image"
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> DivPrune:
+        """Nothing is drawn."""
+        return cls(keep=amount)
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left."""

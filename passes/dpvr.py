@@ -22,6 +22,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, PlainValidator
 from torch import nn
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.plan import Depth, LayerCopy, Plan, check_depth, frozen_pass, layer_index
 from vlmrewrite.report import calibration
 
@@ -44,6 +45,7 @@ class DPVR:
     """
 
     name: ClassVar[str] = "dpvr"
+    tunes: ClassVar[tuple[str, ...]] = ("layers",)
 
     at: Annotated[Depth | Literal["auto"], PlainValidator(_depth_or_auto)] = 0.5625
     fuse: Annotated[int, Field(ge=0)] = 1
@@ -63,6 +65,12 @@ class DPVR:
             depth = found.depth
             raise ValueError(f"fuse={self.fuse}; expected fuse in 0 .. {depth} for a decoder of {depth} layers")
         return dataclasses.replace(self, at=min(found.saturation(), found.depth - self.fuse), calibration=None)
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> DPVR:
+        """Without a branch, which would have to be trained."""
+        fuse = draw.pick("fuse", (1, 2))
+        return cls(at=min(int(amount * draw.depth), draw.depth - fuse), fuse=fuse, branch="identity")
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left, or another branch is open."""

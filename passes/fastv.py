@@ -16,6 +16,7 @@ from typing import ClassVar
 
 import torch
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 
@@ -31,10 +32,16 @@ class FastV:
     """
 
     name: ClassVar[str] = "fastv"
+    tunes: ClassVar[tuple[str, ...]] = ("later",)
 
     keep: Budget = 0.5
     at: Depth = 2
     per: Per = "image"
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> FastV:
+        """From any layer on."""
+        return cls(keep=amount, at=draw.layer("at", 1))
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left from layer ``at`` on."""

@@ -59,6 +59,7 @@ class Random:
     """
 
     name: ClassVar[str] = "random"
+    control: ClassVar[bool] = True
 
     keep: Budget
     at: Depth = 0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.plan import Layers, Plan, Text, chosen_layers, frozen_pass
 
 
@@ -25,12 +26,19 @@ class ShortV:
     """
 
     name: ClassVar[str] = "shortv"
+    tunes: ClassVar[tuple[str, ...]] = ("layers",)
 
     layers: Layers
 
     def __post_init__(self) -> None:
         if not self.layers:
             raise ValueError("expected at least one layer to freeze vision tokens in, got layers=[]")
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> ShortV:
+        """They are frozen in the layers where it matters least."""
+        order = sorted(range(draw.depth), key=lambda i: draw.freeze[i])
+        return cls(layers=tuple(sorted(order[: max(1, round((1 - amount) * draw.depth))])))
 
     def refuse(self, plan: Plan) -> str | None:
         """Vision tokens are frozen or gone in all of the layers."""

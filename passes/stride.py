@@ -12,6 +12,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.ops import define, like_member, per_image
 from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
@@ -45,10 +46,17 @@ class Stride:
     """
 
     name: ClassVar[str] = "stride"
+    tunes: ClassVar[tuple[str, ...]] = ("start", "later")
+    control: ClassVar[bool] = True
 
     keep: Budget
     at: Depth = 0
     per: Per = "image"
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> Stride:
+        """From any layer on."""
+        return cls(keep=amount, at=draw.layer("at"))
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left from layer ``at`` on."""

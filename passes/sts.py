@@ -18,6 +18,7 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.ops import (
     Products,
     added_in_order,
@@ -125,12 +126,19 @@ class STS:
     """
 
     name: ClassVar[str] = "sts"
+    tunes: ClassVar[tuple[str, ...]] = ("start",)
 
     keep: Budget = 192
     refine: Budget | None = 64
     at: Depth = 0.5
     features: Literal["projected", "encoder"] = "projected"
     per: Per = "image"
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> STS:
+        """Any share is refined, from any layer on."""
+        refine = max(0.001, round(amount * draw.share("refine", 0.05), 3))
+        return cls(keep=amount, refine=refine, at=draw.layer("at", 1))
 
     def refuse(self, plan: Plan) -> str | None:
         """The features asked for are not there, or no vision tokens are."""

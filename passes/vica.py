@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.plan import Layers, Plan, Text, chosen_layers, frozen_pass
 
 CROSS = {32: (0, 1, 7, 8, 9, 10, 11, 14), 40: (0, 6, 8, 9, 10, 13, 14, 16)}
@@ -29,12 +30,19 @@ class ViCA:
     """
 
     name: ClassVar[str] = "vica"
+    tunes: ClassVar[tuple[str, ...]] = ("layers",)
 
     cross: Layers | None = None
 
     def __post_init__(self) -> None:
         if self.cross == ():
             raise ValueError("expected at least one layer in which text attends to vision tokens, got cross=[]")
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> ViCA:
+        """Text sees them in the layers where it matters most."""
+        order = sorted(range(draw.depth), key=lambda i: -draw.hide[i])
+        return cls(cross=tuple(sorted(order[: max(1, round(amount * draw.depth))])))
 
     def refuse(self, plan: Plan) -> str | None:
         """No layers are known for this depth, or no vision tokens are left."""

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.ops import define, like_member, per_image, shared_out
 from vlmrewrite.plan import Budget, Plan, Policy, frozen_pass
 
@@ -68,8 +69,14 @@ class VidCom2:
     """
 
     name: ClassVar[str] = "vidcom2"
+    tunes: ClassVar[tuple[str, ...]] = ("start",)
 
     keep: Budget = 0.25
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> VidCom2:
+        """Nothing is drawn."""
+        return cls(keep=amount)
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.plan import Depth, Plan, Text, frozen_pass, layer_index
 
 
@@ -25,8 +26,14 @@ class VTW:
     """
 
     name: ClassVar[str] = "vtw"
+    tunes: ClassVar[tuple[str, ...]] = ("layers",)
 
     at: Depth = 0.5
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> VTW:
+        """Vision tokens stay for that share of the layers."""
+        return cls(at=min(int(amount * draw.depth), draw.depth - 1))
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left from layer ``at`` on."""

@@ -38,7 +38,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     dynamo.LIMIT = 256  # all tests share a model, and call it in all ways there are
+    traces._KNOWN = {}  # what was captured of a form stays when its models are gone, for those of later tests
     gc.disable()
+    torch._dynamo.config.run_gc_after_compile = False
     yield
     gc.enable()
     gc.unfreeze()

@@ -206,7 +206,7 @@ def shown() -> dict[str, list[Any]]:
         "vtw": [p.VTW()], "shortv": [p.ShortV(layers=tuple(range(12, 31)))], "vica": [p.ViCA()], "dpvr": [p.DPVR()],
         "visor": [p.VISOR(self_layers=(0, 1), cross_layers=(8, 16, 24)), *Recipe.load("visor-policy").passes],
         "dape": [p.DAPE()], "random": [p.Random(keep=0.5)], "stride": [p.Stride(keep=0.5)],
-        "framestride": [p.FrameStride(keep=0.5)],
+        "framestride": [p.FrameStride(keep=0.5)], "downsample": [p.Downsample(keep=0.5)],
     }  # fmt: skip
 
 

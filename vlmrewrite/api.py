@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
-from collections.abc import Iterator, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from vlmrewrite.compat import Apart
-from vlmrewrite.errors import noted
+from vlmrewrite.errors import noted, shown
 from vlmrewrite.hf import base_model_of, check_support, language_model, on_base_model
 from vlmrewrite.ops import Backend, Kernels, choose
 from vlmrewrite.oracle import verify_applied
@@ -30,6 +32,8 @@ def apply(
     backend: Backend = "auto",
     kernels: Kernels = "auto",
     strict: bool = False,
+    calibration: Any = None,
+    budget: str | Mapping[str, float] | None = None,
 ) -> nn.Module:
     """Rewrite a Hugging Face vision-language model in place.
 
@@ -40,14 +44,22 @@ def apply(
         model: an unmodified model with ``get_image_features`` and a causal text decoder.
         recipe: name of a shipped recipe, path of a YAML file, :class:`Recipe`, or passes in order; or a folder that
             ``save_pretrained`` or :func:`vlmrewrite.save_blocks` of a rewritten model has written to, or a repository
-            of the Hub that holds the same files (``"owner/name"``): its blocks are put in place too.
+            of the Hub that holds the same files (``"owner/name"``): its blocks are put in place too. ``"auto"``: what
+            a search finds on ``calibration`` for ``budget``, which takes minutes; see :func:`vlmrewrite.tune`.
         backend: ``"eager"`` runs the rewritten graph as it is, ``"inductor"`` compiles it, ``"auto"`` compiles on a
             GPU, unless the recipe says which; it looks at where the model is when it is called.
         kernels: ``"reference"``, ``"triton"``, or ``"auto"``: what the recipe says, else the best there is.
         strict: raise when a pass is refused, instead of reporting it.
+        calibration: for ``"auto"``: ``(processor, data)``, with data as for :func:`vlmrewrite.evaluate`, by whose
+            metric a recipe is judged; or what the model's forward takes, with images, or a list of these, by which it
+            is judged by the KL of the first token.
+        budget: for ``"auto"``, as for :func:`vlmrewrite.tune`; None is ``{"flops": 0.5}``.
 
     Returns:
         the same model.
+
+    Warns:
+        UserWarning: inputs have to be made by ``recipe.processor(processor)``.
 
     Raises:
         ValueError: the recipe, the blocks or the model cannot be used, or a recipe is applied already. The model is
@@ -61,6 +73,10 @@ def apply(
             f"recipe {SESSIONS[model].recipe.name!r} is applied to this {type(model).__name__} already; call"
             " vlmrewrite.restore(model) first"
         )
+    if recipe == "auto":  # by name, for the search stands on this
+        recipe = importlib.import_module("vlmrewrite.tune").automatic(model, calibration, budget)
+    elif calibration is not None or budget is not None:
+        raise ValueError(f"expected calibration and budget with the recipe 'auto' alone, got {shown(recipe)}")
     if named_folder(recipe):
         return apply_stored(model, read(recipe), backend=backend, kernels=kernels, strict=strict)  # type: ignore[arg-type]
     chosen = Recipe.of(recipe)
@@ -75,6 +91,12 @@ def apply(
     inner = language_model(model) is not None
     blocks = Apart(build(model, plan.blocks)) if plan.blocks else None
     install_session(model, Session(chosen, selected, picked, strict, plan, blocks, inner), METHODS)
+    if any(hasattr(item, "processor") for item in chosen.passes):
+        warnings.warn(
+            f"recipe {chosen.name!r} makes pictures smaller by way of the processor, which apply does not see: make the"
+            " inputs with recipe.processor(processor), where recipe is a vlmrewrite.Recipe",
+            stacklevel=3,
+        )
     return model
 
 

@@ -36,7 +36,7 @@ MOVED = {
     "grid": "hf.grid",
     "inplace": "lower.decode_step",
     "inspection": "cli.config cli.prompt cli.profile report.summary",
-    "install": "api runtime.install runtime.facts oracle.verify",
+    "install": "api runtime.install runtime.told runtime.facts oracle.verify",
     "installed": "lower.lowering rewrite.program",
     "kernels.detail": "passes.dape.kernels.detail",
     "kernels.first_pick": "kernels.greedy.start",

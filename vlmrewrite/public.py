@@ -10,6 +10,8 @@ from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Stage, kept_tokens, trace
+from vlmrewrite.training import train, trainable_blocks
+from vlmrewrite.tune import Tuned, tune
 
 __all__ = [
     "Budget",
@@ -20,6 +22,7 @@ __all__ = [
     "Recipe",
     "Report",
     "Stage",
+    "Tuned",
     "applied",
     "apply",
     "calibrate",
@@ -35,5 +38,8 @@ __all__ = [
     "rewrite",
     "save_blocks",
     "trace",
+    "train",
+    "trainable_blocks",
+    "tune",
     "verify",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 import typing
@@ -58,6 +59,11 @@ class Recipe(BaseModel):
         about = f"backend {self.backend}, kernels {self.kernels}" + (f", from {self.source}" if self.source else "")
         parts = [heading(f"Recipe {self.name}", 3), items(filter(None, [self.description, about]))]
         return "".join(["<div>", *parts, heading("Passes, in order"), items(map(repr, self.passes)), "</div>"])
+
+    def processor(self, processor: Any) -> Any:
+        """A processor as the passes need it, a copy if one sets it; ValueError if it cannot be set so."""
+        setting = (item.processor for item in self.passes if hasattr(item, "processor"))
+        return functools.reduce(lambda made, sets: sets(made), setting, processor)
 
     def check_layers(self, depth: int) -> None:
         """Whether a decoder of `depth` layers has the layers that the options of the passes name.

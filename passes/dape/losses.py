@@ -20,7 +20,7 @@ from vlmrewrite.passes.dape.blocks import Matching
 from vlmrewrite.passes.dape.matching import bar, match
 from vlmrewrite.passes.dape.regions import density, pool, region_owner
 from vlmrewrite.passes.dape.technique import POOL
-from vlmrewrite.runtime import last_call, prompt_ends
+from vlmrewrite.runtime import before_labels, last_call, prompt_ends
 
 ALIGNMENT, COUNTS = 0.1, 0.01
 
@@ -104,11 +104,26 @@ def dape_loss(model: nn.Module, inputs: dict[str, Any], *, target: float | None 
     if not isinstance(inputs.get("input_ids"), Tensor):
         raise ValueError(f"expected input_ids among the inputs, got {', '.join(inputs)}")
     given = encode_images(model, dict(inputs))
-    images = (given.get("mm_encoder_outputs") or {}).get("image")
-    if images is None:
-        raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
-    with prompt_ends(model, _before_the_first(labels)):
+    _images(given)
+    with prompt_ends(model, before_labels(labels)):
         lm = model(**given).loss
+    alignment, counts = dape_terms(model, given, target=target)
+    return Losses(lm + ALIGNMENT * alignment + COUNTS * counts, lm, alignment, counts)
+
+
+def dape_terms(model: nn.Module, given: dict[str, Any], *, target: float | None = None) -> tuple[Tensor, Tensor]:
+    """What :func:`dape_loss` adds to the loss of the next token, of the last call of a model: alignment and counts.
+
+    Args:
+        model: as for :func:`dape_loss`; its last call was with these inputs, and its prompts ended where the answers
+            begin.
+        given: what it was given, images encoded (:func:`vlmrewrite.hf.encode_images`).
+        target: as for :func:`dape_loss`.
+
+    Returns:
+        two scalars without their weights, 0.1 and 0.01.
+    """
+    images = _images(given)
     program, call, chosen = last_call(model)
     pools = [e for e in program.plan.edits if e.op is POOL and e.weights]
     if not pools:
@@ -129,12 +144,11 @@ def dape_loss(model: nn.Module, inputs: dict[str, Any], *, target: float | None 
     rows = prompt.nonzero()[:, 0]
     own = rows[:, None] == row[member][None]
     wanted = call.vision.sum(1)[rows] / 16 if target is None else torch.full_like(rho, target)
-    alignment, counts = contrast(rho, z, own), occupancy(rho, z, own, wanted)
-    return Losses(lm + ALIGNMENT * alignment + COUNTS * counts, lm, alignment, counts)
+    return contrast(rho, z, own), occupancy(rho, z, own, wanted)
 
 
-def _before_the_first(labels: Tensor) -> Tensor:
-    """Column before each row's first label, the last column for a row without, int64 [B]."""
-    has = labels != -100
-    first = has.long().argmax(1) - 1
-    return torch.where(has.any(1), first.clamp(min=0), labels.shape[1] - 1)
+def _images(given: dict[str, Any]) -> Any:
+    images = (given.get("mm_encoder_outputs") or {}).get("image")
+    if images is None:
+        raise ValueError(f"the inputs hold no image: {', '.join(given)}; expected pixel_values or the like")
+    return images

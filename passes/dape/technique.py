@@ -21,10 +21,12 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 from functools import reduce
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import PlainValidator
+from torch import Tensor, nn
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.errors import shown
 from vlmrewrite.passes.dape import ops
 from vlmrewrite.passes.dape.blocks import Detail, Matching
@@ -72,11 +74,17 @@ class DAPE:
     """
 
     name: ClassVar[str] = "dape"
+    tunes: ClassVar[tuple[str, ...]] = ("start",)
 
     budget: Budget = 0.5
     detail: Annotated[Sequence[float], PlainValidator(_shares)] = (0.25, 0.15, 0.10)
     mode: Literal["split", "inject"] = "split"
     matching: Literal["free", "learned"] = "free"
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> DAPE:
+        """With and without splits; no fewer regions than there can be."""
+        return cls(budget=max(amount, 0.0625), detail=draw.pick("detail", ((), (0.25, 0.15, 0.10))))
 
     def refuse(self, plan: Plan) -> str | None:
         """The grid is not known, or an earlier pass drops vision tokens or takes them out of the stream."""
@@ -93,6 +101,18 @@ class DAPE:
             first = plan.branches[0]
             return f"an earlier pass takes {plan.render(first.tokens)} out of layers {first.leave}-{first.rejoin - 1}"
         return None
+
+    @property
+    def trained_by(self) -> tuple[str, ...]:
+        """A learned matching by terms of its own beside the model's loss."""
+        return ("terms",) if self.matching == "learned" else ()
+
+    def terms(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Tensor]:
+        """Alignment and number of regions, weighted; see :func:`vlmrewrite.passes.dape.losses.dape_terms`."""
+        from vlmrewrite.passes.dape.losses import ALIGNMENT, COUNTS, dape_terms  # which imports this module
+
+        alignment, counts = dape_terms(model, inputs)
+        return {"alignment": ALIGNMENT * alignment, "counts": COUNTS * counts}
 
     def _stages(self, plan: Plan) -> list[tuple[int, float]]:
         """Layer and share of the stages; those that fall on one layer are one stage."""

@@ -47,6 +47,15 @@ class Router(nn.Module):
         self.outer_bias = nn.Parameter(F.one_hot(torch.tensor(configurations - 1), configurations).float())
 
 
+def cheapest(right: Tensor) -> Tensor:
+    """The first plan, which is the cheapest, that no other one is better than, int64 [b].
+
+    Args:
+        right: how good each plan is, [b, C].
+    """
+    return (right == right.amax(1, keepdim=True)).int().argmax(1)
+
+
 @dataclass(frozen=True)
 class Confidence:
     """From the cheapest plan on, the next one for rows whose most likely next token is below ``threshold``."""
@@ -75,11 +84,13 @@ class Routed:
         policy: called with the hidden states [B, 1, H]; returns scores [B, C], a plan's number for each row [B], or one
             number. None: the router's scores.
         weights: of the router.
+        enough: how likely it must be that no plan behind the chosen one is needed; None: the likeliest plan.
     """
 
     at: Depth
     policy: Callable[[Tensor], Any] | None = None
     weights: tuple[str, ...] = ()
+    enough: float | None = None
 
     @property
     def op(self) -> Callable[..., Any]:
@@ -93,6 +104,8 @@ class Routed:
         if isinstance(found, Tensor) and found.is_floating_point() and not bool(found.isfinite().all()):
             raise ValueError(f"{self} scored the plans of the rows {found.tolist()}; expected finite scores")
         if isinstance(found, Tensor) and found.shape in ((len(images),), (len(images), variants)):
+            if found.dim() == 2 and self.enough is not None:
+                found = (found.float().softmax(-1).cumsum(-1)[:, :-1] < self.enough).sum(-1)
             found = (found.argmax(-1) if found.dim() == 2 else found).to(images.device)
             found = found.where(images, found[images].amin())
         elif isinstance(found, Tensor) and found.numel() == 1:
@@ -102,5 +115,15 @@ class Routed:
     def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> None:
         """It stays."""
 
+    def loss(self, scores: Tensor, right: Tensor) -> Tensor:
+        """How far the router is from choosing the cheapest plan whose answer is as good as any plan's: cross entropy.
+
+        Args:
+            scores: of the router, [b, C].
+            right: how many tokens of the answer each plan predicts, int64 [b, C].
+        """
+        return F.cross_entropy(scores.float(), cheapest(right))
+
     def __str__(self) -> str:
-        return f"{self.weights[0].partition('.')[0] if self.weights else self.policy}"
+        name = f"{self.weights[0].partition('.')[0] if self.weights else self.policy}"
+        return name if self.enough is None else f"{name}(enough={self.enough})"

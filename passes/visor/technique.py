@@ -21,6 +21,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 from torch import nn
 
+from vlmrewrite.draw import Draw
 from vlmrewrite.passes.visor.allocate import spend
 from vlmrewrite.passes.visor.dispatch import THRESHOLD, Confidence, Routed, Router
 from vlmrewrite.plan import Layers, Plan, Text, Weights, chosen_layers, frozen_pass
@@ -45,10 +46,14 @@ class VISOR:
         chain: configurations, cheapest first: mappings with ``self_layers``, ``cross_layers`` and ``sa_vision_mlp``;
             what one updates or reads, the next does too.
         threshold: of the policy ``"confidence"``, in (0, 1].
+        enough: of the policy ``"router"``, in (0, 1]: a row runs the first configuration such that, by the router's
+            probabilities, none behind it is needed with at least this one; the closer to 1, the more work. Blocks that
+            were trained with another one can be loaded. None: the likeliest configuration.
         cross: short for ``cross_layers``.
     """
 
     name: ClassVar[str] = "visor"
+    tunes: ClassVar[tuple[str, ...]] = ("layers",)
 
     self_layers: Layers = ()
     cross_layers: Layers = ()
@@ -58,6 +63,7 @@ class VISOR:
     policy: Literal["confidence", "router"] | Callable[..., Any] | None = None
     chain: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()
     threshold: Annotated[float, Field(gt=0, le=1)] = THRESHOLD
+    enough: Annotated[float, Field(gt=0, le=1)] | None = dataclasses.field(default=None, repr=False)
     cross: Annotated[Layers, Field(exclude=True)] = ()
 
     def __post_init__(self) -> None:
@@ -75,6 +81,8 @@ class VISOR:
             raise ValueError("expected a budget with calibration inputs, got these alone")
         if self.policy != "confidence" and self.threshold != THRESHOLD:
             raise ValueError(f"threshold={self.threshold} is for policy='confidence', got policy={self.policy!r}")
+        if self.policy != "router" and self.enough is not None:
+            raise ValueError(f"enough={self.enough} is for policy='router', got policy={self.policy!r}")
         object.__setattr__(self, "chain", tuple({k: _tuple(v) for k, v in c.items()} for c in self.chain))
         if self.chain:
             if len(self.chain) < 2:
@@ -108,6 +116,20 @@ class VISOR:
             least = min(share) / len(share)
             raise ValueError(f"VISOR(budget={self.budget}) buys no layer; expected at least {least:.3g} for this model")
         return VISOR(self_layers=tuple(own), cross_layers=tuple(cross), sa_vision_mlp=self.sa_vision_mlp)
+
+    @classmethod
+    def tuned(cls, amount: float, draw: Draw) -> VISOR:
+        """The layers that a share of the work buys."""
+        tilt = 10 ** draw.share("tilt", -1.0, 1.0)  # how much seeing vision tokens counts against updating them
+        hide = [f + tilt * (h - f) for f, h in zip(draw.freeze, draw.hide, strict=True)]
+        own, cross = spend(amount, draw.freeze, hide, draw.key_share)
+        mlp = draw.pick("vision_mlp", (True, False))
+        return cls(self_layers=tuple(own), cross_layers=tuple(cross), sa_vision_mlp=mlp)
+
+    @property
+    def trained_by(self) -> tuple[str, ...]:
+        """Other blocks learn under any configuration of a chain, a router from what each of them answers."""
+        return ("plans",) * bool(self.chain) + ("choice",) * (self.policy == "router")
 
     def refuse(self, plan: Plan) -> str | None:
         """No vision tokens are left."""
@@ -160,7 +182,7 @@ class VISOR:
         elif self.policy == "router":
             block = plan.block(Weights(lambda hidden: Router(hidden, len(plans))), "router")
             names = tuple(f"{block}.{n}" for n in ("inner", "inner_bias", "outer", "outer_bias"))
-            plan.dispatch(Routed(at, weights=names), plans)
+            plan.dispatch(Routed(at, weights=names, enough=self.enough), plans)
         else:
             assert callable(self.policy)
             plan.dispatch(Routed(at, self.policy), plans)

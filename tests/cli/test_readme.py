@@ -11,6 +11,7 @@ import torch
 from typer.testing import CliRunner
 
 import vlmrewrite as vr
+from tests.small import CHAIN
 from tools import pages
 from vlmrewrite import passes
 from vlmrewrite.cli import app, prompt
@@ -113,3 +114,22 @@ def test_other_blocks_are_trained(technique):
     learned = {name: p for name, p in tiny.model.named_parameters() if name not in before}
     assert {name for name, p in tiny.model.named_parameters() if p.requires_grad} == set(learned)
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learned.values())
+
+
+@pytest.mark.parametrize(
+    "technique",
+    [passes.DAPE(budget=0.5, matching="learned"), passes.VISOR(policy="router", chain=CHAIN)],
+    ids=lambda p: p.name,
+)
+def test_the_loop_is_the_same_for_other_blocks(technique, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    [code] = [code for code in blocks(page("training"), "python") if "save_blocks" in code]
+    tiny, other = FAMILIES["llava"](), FAMILIES["llava"]().model
+    inputs = tiny.inputs([Row(1), Row(2)])
+    labels = inputs["input_ids"].clone()
+    labels[:, :-1] = -100
+    space = {"vr": vr, "torch": torch, "model": tiny.model, "other_model": other, "inputs": inputs, "labels": labels}
+    exec(compile(code.replace('"dpvr"', "recipe"), "training.md", "exec"), space | {"recipe": [technique]})
+    learned = dict(vr.trainable_blocks(tiny.model).named_parameters())
+    assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learned.values())
+    assert all(torch.equal(p, learned[n]) for n, p in vr.trainable_blocks(other).named_parameters())

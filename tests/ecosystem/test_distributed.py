@@ -19,7 +19,7 @@ from vlmrewrite.testing.models import FAMILIES, Row
 
 ROOT = Path(__file__).parents[2]
 
-pytest.importorskip("accelerate")  # of the environment that `make ecosystem` makes: these take a minute
+pytest.importorskip("peft")  # of the environment that `make ecosystem` makes: these take a minute
 
 
 def train(recipe: str, how: str) -> None:

@@ -9,6 +9,7 @@ import vlmrewrite as vr
 from vlmrewrite.passes import Stride
 from vlmrewrite.testing.models import FAMILIES, Row
 
+pytest.importorskip("peft")  # of the environment that `make ecosystem` makes
 accelerate = pytest.importorskip("accelerate")
 
 SOME = [Stride(0.5)]

@@ -13,7 +13,7 @@ from vlmrewrite.passes import DPVR, STS
 from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.testing.models import FAMILIES, Row
 
-pytest.importorskip("accelerate")
+pytest.importorskip("peft")  # of the environment that `make ecosystem` makes
 RECIPE = [STS(keep=5, refine=3, at=1), DPVR(at=2, branch="random")]
 
 

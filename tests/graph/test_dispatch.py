@@ -288,6 +288,7 @@ def test_scores_that_are_no_numbers():
     [
         (lambda: VISOR([0], calibration={}), "expected a budget with calibration inputs"),
         (lambda: VISOR([0], threshold=0.5), "threshold=0.5 is for policy='confidence'"),
+        (lambda: VISOR([0], enough=0.5), "enough=0.5 is for policy='router', got policy=None"),
         (lambda: DPVR(at=1, calibration={}), "calibration inputs are for at='auto', got at=1"),
     ],
 )

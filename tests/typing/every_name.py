@@ -41,7 +41,7 @@ def every_pass() -> list[vr.Pass]:
     given += [passes.VISOR(self_layers=[0], cross_layers=[2]), passes.VTW(at=0.5), passes.DivPrune(keep=4)]
     given += [passes.FastV(keep=4, at=1), passes.FrameStride(keep=2), passes.Random(keep=4, seed=1)]
     given += [passes.ShortV(layers=[1]), passes.Stride(keep=4), passes.ViCA(), passes.VidCom2(keep=0.5), Blind(at=2)]
-    return given
+    return [*given, passes.Downsample(keep=0.5)]
 
 
 def share(model: nn.Module, repository: str) -> Any:
@@ -62,6 +62,26 @@ def compare(model: nn.Module, processor: Any, data: Path) -> float:
     )
     assert_type(done.rows[0].difference, float)
     return done.rows[1].difference
+
+
+def learn(model: nn.Module, processor: Any, data: Path) -> str:
+    """Train a branch on samples of one's own, and by a loop of one's own."""
+    done = vr.train(model, processor, data, passes.DPVR(at=2), output=data.parent / "blocks", steps=2)
+    with vr.applied(model, done.folder):
+        blocks = vr.trainable_blocks(model)
+        assert_type(blocks, nn.ModuleDict)
+    return f"{done.parameters} of {sum(p.numel() for p in blocks.parameters())}, {done.log[-1]['loss']}"
+
+
+def search(model: nn.Module, processor: Any, data: Path) -> vr.Recipe | None:
+    """The recipe that a budget buys on samples of one's own."""
+    found = vr.tune(model, processor, data, {"flops": 0.3}, 0.01, metric=length, output=data.with_suffix(".yaml"))
+    assert_type(found, vr.Tuned)
+    if found.recipe is not None:
+        vr.apply(model, found.recipe)
+        assert_type(found.recipe.processor(processor), Any)
+    vr.apply(model, "auto", calibration=(processor, data), budget="kv=0.5")
+    return found.recipe
 
 
 def use(model: nn.Module, inputs: dict[str, Any], folder: Path) -> list[str]:

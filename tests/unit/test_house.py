@@ -17,7 +17,7 @@ from vlmrewrite import passes
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-GENERIC = {"Random", "Stride"}
+GENERIC = {"Downsample", "Random", "Stride"}
 """Passes whose names are words like any other: the core may use the words, but not make the passes."""
 
 NAMED = {

@@ -10,11 +10,13 @@ from vlmrewrite.analysis.functional import functional
 from vlmrewrite.analysis.graph import axis, closure, is_number, needed, reachable, same, sizes, symbols, value, where
 from vlmrewrite.analysis.merge import Merge
 from vlmrewrite.analysis.operators import hidden_write, writes, written
+from vlmrewrite.analysis.regions import CASTING, regions
 from vlmrewrite.analysis.rows import ALONG, Rows
 from vlmrewrite.analysis.tokenwise import not_token_wise
 
 __all__ = [
     "ALONG",
+    "CASTING",
     "Anatomy",
     "Layer",
     "LayerCost",
@@ -30,6 +32,7 @@ __all__ = [
     "needed",
     "not_token_wise",
     "reachable",
+    "regions",
     "same",
     "sizes",
     "symbols",

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from vlmrewrite.analysis import functional
+from vlmrewrite.analysis import functional, regions
 from vlmrewrite.capture.graph import Graph
 from vlmrewrite.compat import captured, forget_code, global_hooks
 from vlmrewrite.hf import keeping_all_tokens
@@ -27,10 +27,12 @@ class Caller(NamedTuple):
 
     Attributes:
         run: does the work of a graph; given the graph, None if it was forgotten since, and its flat inputs.
+        whole: whether all layers are traced, also those that are like others.
         traced: told the seconds of a trace.
     """
 
     run: Callable[[Graph | None, Sequence[Any]], Any]
+    whole: bool
     traced: Callable[[float], None]
 
 
@@ -56,6 +58,7 @@ class Traces:
         me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+            regions(gm.graph)
             functional(gm.graph)
             gm.recompile()
             me().graphs.append(graph := Graph(gm))
@@ -64,7 +67,8 @@ class Traces:
 
         # A code object of its own: Dynamo counts recompiles per code object, and forms must not share the limit.
         own = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "vlmrewrite_entry")
-        self.run = captured(own, backend, lambda: limit() * me().users, lambda s: CALLER.get().traced(s))
+        whole, traced = lambda: CALLER.get().whole, lambda seconds: CALLER.get().traced(seconds)
+        self.run = captured(own, backend, lambda: limit() * me().users, whole, traced)
         # What Dynamo made of a code object keeps it alive, by way of the module's globals.
         weakref.finalize(self, forget_code, own.__code__).atexit = False
         self._code = own.__code__

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import re
 import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,7 +10,7 @@ import typer
 
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.options import Device, Dtype, Json, ModelFolder, at_least, progress_bar, recipe_named
-from vlmrewrite.cli.terminal import Errors, as_json, check_json, print_table, print_warning
+from vlmrewrite.cli.terminal import a_line_each, as_json, check_json, folded, print_table, print_warning
 
 
 @app.command("eval")
@@ -53,7 +50,7 @@ def evaluate(
     from vlmrewrite.evaluate import evaluate as measure
     from vlmrewrite.evaluate import read_data
 
-    with _a_line_each():
+    with a_line_each():
         samples = read_data(data)[:limit]
     from vlmrewrite.cli import loading
     from vlmrewrite.cli.config import local, read_config
@@ -62,7 +59,7 @@ def evaluate(
     where, (config, _) = loading.device_of(device), read_config(model)
     processor = loading.read_processor(model)
     loaded = loading.with_weights(model, loading.dtype_of(dtype, config, where), where)
-    with _a_line_each(), progress_bar() as progress, warnings.catch_warnings(record=True) as caught:
+    with a_line_each(), progress_bar() as progress, warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         task = progress.add_task("samples", total=len(samples))
         done = measure(
@@ -87,27 +84,9 @@ def evaluate(
         return
     head, *rows = done.cells()
     print(f"{done.rows[0].n} samples, {done.about['metric']}")
-    print_table([_folded(heading) for heading in head], [[_folded(cell) for cell in row] for row in rows])
+    print_table([folded(heading) for heading in head], [[folded(cell) for cell in row] for row in rows])
     for row in done.rows:
         for reason in row.refused:
             print(f"{row.recipe}: does nothing: {reason}")
     if output is not None:
         print(f"page: {output / 'report.html'}")
-
-
-def _folded(cell: str) -> str:
-    """A cell in several lines, so that the table is no wider than a terminal."""
-    for wide, narrow in ((" (", "\n"), (")", ""), (" to ", "..\n"), ("prefill", "pre-\nfill"), ("decode", "de-\ncode")):
-        cell = cell.replace(wide, narrow)
-    return re.sub(r" (?=.?i?B$)", "\n", cell)  # before a unit
-
-
-@contextlib.contextmanager
-def _a_line_each() -> Iterator[None]:
-    """Errors of several lines are as many errors."""
-    try:
-        yield
-    except ValueError as e:
-        if "\n" in str(e):
-            raise Errors(str(e)) from e
-        raise

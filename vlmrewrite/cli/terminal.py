@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import re
 import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +106,24 @@ def print_wrapped(text: str, indent: str) -> None:
     """A line, folded at the terminal's width; what follows is indented."""
     width = shutil.get_terminal_size().columns
     print(textwrap.fill(text, width, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False))
+
+
+def folded(cell: str) -> str:
+    """A cell in several lines, so that the table is no wider than a terminal."""
+    for wide, narrow in ((" (", "\n"), (")", ""), (" to ", "..\n"), ("prefill", "pre-\nfill"), ("decode", "de-\ncode")):
+        cell = cell.replace(wide, narrow)
+    return re.sub(r" (?=.?i?B$)", "\n", cell)  # before a unit
+
+
+@contextlib.contextmanager
+def a_line_each() -> Iterator[None]:
+    """Errors of several lines are as many errors."""
+    try:
+        yield
+    except ValueError as e:
+        if "\n" in str(e):
+            raise Errors(str(e)) from e
+        raise
 
 
 def _one_line(text: str) -> str:

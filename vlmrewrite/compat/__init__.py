@@ -44,9 +44,11 @@ from vlmrewrite.compat.modules import (
 )
 from vlmrewrite.compat.operators import (
     assert_scalar,
+    autocast_marks,
     autograd_function,
     dispatch_mode,
     fake_mode,
+    gradient_mark,
     has_gradient,
     nn_functions,
     operator_of,
@@ -55,6 +57,7 @@ from vlmrewrite.compat.operators import (
     unknowable,
 )
 from vlmrewrite.compat.private import TESTED, VersionError
+from vlmrewrite.compat.training import part_trainer
 
 __all__ = [
     "TESTED",
@@ -64,6 +67,7 @@ __all__ = [
     "assert_scalar",
     "at_graph_limit",
     "attention_implementation",
+    "autocast_marks",
     "autograd_function",
     "captured",
     "changes_of",
@@ -77,6 +81,7 @@ __all__ = [
     "global_hooks",
     "gpu_architecture",
     "gpu_sleep",
+    "gradient_mark",
     "graph_limit",
     "graphs_allowed",
     "grouped_mm",
@@ -90,6 +95,7 @@ __all__ = [
     "memory_of",
     "nn_functions",
     "operator_of",
+    "part_trainer",
     "record_outputs",
     "schema_of",
     "set_attention_implementation",

@@ -56,12 +56,15 @@ def captured(
     function: Callable[..., Any],
     backend: Callable[..., Any],
     recompile_limit: Callable[[], int],
+    repeats: Callable[[], bool],
     traced: Callable[[float], None],
 ) -> Callable[..., Any]:
     """``torch.compile(function, backend=backend, fullgraph=True, dynamic=True)`` with a capture's options.
 
     Args:
         recompile_limit: how many graphs there may be.
+        repeats: whether what is traced does the same over and over. What operators give for tensors of a form is kept
+            then; else, keeping it takes longer than asking again.
         traced: told the seconds of each trace.
     """
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):  # global_hooks cannot check while it is traced
@@ -70,7 +73,8 @@ def captured(
     @contextlib.contextmanager
     def options() -> Iterator[None]:
         what = "capturing the model, once for each way of calling it"
-        with waiting(what), tracing_options(recompile_limit=recompile_limit()):
+        how = {"recompile_limit": recompile_limit(), "fake_tensor_cache_enabled": repeats()}
+        with waiting(what), tracing_options(**how):
             yield
 
     return _behind_dynamo(function, backend, options, traced)

@@ -41,6 +41,16 @@ def autograd_function() -> Any:
     return find("torch._functorch.autograd_function", "autograd_function_apply")
 
 
+def gradient_mark() -> Any:
+    """What switches the recording of gradients on or off, in a captured graph: takes a bool."""
+    return find("torch._C", "_set_grad_enabled")
+
+
+def autocast_marks() -> tuple[Any, Any]:
+    """What begins and ends a part under ``torch.autocast`` in a captured graph: the second takes the first's result."""
+    return find("torch.amp", "_enter_autocast"), find("torch.amp", "_exit_autocast")
+
+
 def has_gradient(operator: Any) -> bool:
     """Whether an operator of the dispatcher is known to autograd; if not, what flows back through it ends there."""
     known = attribute(torch, "_C._dispatch_has_kernel_for_dispatch_key", "torch")

@@ -1,30 +1,47 @@
 """Recipes on a user's samples: accuracy with intervals beside the unmodified model, costs, and a page about it."""
 
-from vlmrewrite.evaluate.asking import groups_of, refuse_chats, said, with_image_tokens
-from vlmrewrite.evaluate.data import each_row, number_of_rows, read_data
+from vlmrewrite.evaluate.asking import answer_tokens, encode, groups_of, refuse_chats, said, with_image_tokens
+from vlmrewrite.evaluate.data import each_row, fingerprint, number_of_rows, read_data
 from vlmrewrite.evaluate.journal import Journal, write_whole
 from vlmrewrite.evaluate.metrics import METRICS, Metric
-from vlmrewrite.evaluate.results import Evaluation, Row, Scored
+from vlmrewrite.evaluate.page import STYLE
+from vlmrewrite.evaluate.plot import front, pareto
+from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, Row, Scored
 from vlmrewrite.evaluate.rows import sample_of
-from vlmrewrite.evaluate.run import evaluate
+from vlmrewrite.evaluate.run import FEW, evaluate, identity_of, metric_of
 from vlmrewrite.evaluate.sample import Sample
-from vlmrewrite.evaluate.subject import Answered, Subject, identity
+from vlmrewrite.evaluate.statistics import Paired, paired
+from vlmrewrite.evaluate.subject import UNMODIFIED, Answered, Subject, end_tokens, plain_costs
 
 __all__ = [
+    "AGREEMENT",
+    "FEW",
     "METRICS",
+    "STYLE",
+    "UNMODIFIED",
     "Answered",
     "Evaluation",
     "Journal",
     "Metric",
+    "Paired",
     "Row",
     "Sample",
     "Scored",
     "Subject",
+    "answer_tokens",
     "each_row",
+    "encode",
+    "end_tokens",
     "evaluate",
+    "fingerprint",
+    "front",
     "groups_of",
-    "identity",
+    "identity_of",
+    "metric_of",
     "number_of_rows",
+    "paired",
+    "pareto",
+    "plain_costs",
     "read_data",
     "refuse_chats",
     "said",

@@ -1,8 +1,8 @@
-"""Questions as a model takes them: a batch of prompts or chats about images, padded on the left."""
+"""Questions as a model takes them, a batch of prompts or chats about images padded on the left; and their answers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 from vlmrewrite.evaluate.sample import Sample
@@ -51,6 +51,36 @@ def groups_of(processor: Any, samples: Sequence[Sample]) -> tuple[list[tuple[Seq
 def said(error: Exception) -> str:
     """What an error says, in one line."""
     return " ".join(f"{type(error).__name__}: {error}".split())[:500]
+
+
+def answer_tokens(processor: Any, sample: Sample, ends: Collection[int]) -> list[int]:
+    """The first of a sample's answers as the model is to give it behind the prompt of :func:`encode`, with its end.
+
+    A chat template says what stands around an answer, and ends it. Without one, it stands behind a space.
+
+    Args:
+        processor: the model's.
+        sample: with an answer.
+        ends: tokens that end a text.
+    """
+    answer, tokenizer = sample.answers[0], processor.tokenizer
+    if getattr(processor, "chat_template", None):
+        chat = _chat(sample, iter([None] * len(sample.images)))
+        reply = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        asked = processor.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
+        whole = processor.apply_chat_template([*chat, reply], tokenize=False)
+        text = whole.removeprefix(asked) if whole.startswith(asked) else answer
+        ids = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    else:
+        asked, whole = (
+            list(tokenizer(text, add_special_tokens=False)["input_ids"])
+            for text in (sample.prompt, f"{sample.prompt} {answer}")
+        )
+        known = whole[: len(asked)] == asked
+        ids = whole[len(asked) :] if known else list(tokenizer(answer, add_special_tokens=False)["input_ids"])
+    stop = next((i for i, token in enumerate(ids) if token in ends), None)
+    own = tokenizer.eos_token_id
+    return [*ids, own if own in ends else min(ends)] if stop is None else ids[: stop + 1]
 
 
 def refuse_chats(processor: Any, samples: Sequence[Sample]) -> None:

@@ -18,7 +18,7 @@ _SHOWN = 12
 _SIDE = 240
 """Pixels of a picture's longer side."""
 
-_STYLE = """
+STYLE = """
 :root { color-scheme: light dark; --line: #8884; --good: #1f7a5c; --bad: #b3402a; --soft: #8881; }
 @media (prefers-color-scheme: dark) { :root { --good: #5cc7a0; --bad: #f08a72; } }
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
@@ -66,7 +66,7 @@ def page(done: Evaluation, samples: Sequence[Sample], batches: Sequence[dict[str
         failed = [[str(failure[key]) for key in ("id", "recipe", "error")] for failure in done.failures]
         parts += ["<h2>Failed</h2>", _table([["sample", "recipe", "error"], *failed])]
     parts += ["<h2>Settings</h2>", table(["", ""], [[key, _plain(value)] for key, value in done.about.items()])]
-    return document("vlmrewrite eval", f"<style>{_STYLE}</style>{''.join(parts)}")
+    return document("vlmrewrite eval", f"<style>{STYLE}</style>{''.join(parts)}")
 
 
 def _table(cells: Sequence[Sequence[str]]) -> str:

@@ -12,25 +12,33 @@ _WIDTH, _HEIGHT = 760, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 16, 48
 
 
-def front(rows: Sequence[Row]) -> list[Row]:
-    """Rows by FLOPs than which no other is as cheap and better, or as good and cheaper."""
-    known = [row for row in rows if row.flops is not None]
+_COSTS = {"flops": "FLOPs of the prefill", "kv": "K/V bytes of the prefill"}
+
+
+def _cost(row: Row, by: str) -> float | None:
+    found: float | None = getattr(row, by)
+    return found
+
+
+def front(rows: Sequence[Row], by: str = "flops") -> list[Row]:
+    """Rows by what they cost than which no other is as cheap and better, or as good and cheaper."""
+    known = [row for row in rows if _cost(row, by) is not None]
     best, found = -1.0, []
-    for row in sorted(known, key=lambda row: (row.flops or 0.0, -row.accuracy)):
+    for row in sorted(known, key=lambda row: (_cost(row, by) or 0.0, -row.accuracy)):
         if row.accuracy > best:
             best = row.accuracy
             found.append(row)
     return found
 
 
-def pareto(rows: Sequence[Row]) -> str:
-    """The plot; in colours of the page it stands in."""
-    shown = [row for row in rows if row.flops is not None]
+def pareto(rows: Sequence[Row], by: str = "flops") -> str:
+    """The plot, against ``"flops"`` or ``"kv"``; in colours of the page it stands in."""
+    shown = [row for row in rows if _cost(row, by) is not None]
     if not shown:
         return ""
     low = floor(10 * min(row.interval[0] for row in shown)) / 10
     high = ceil(10 * max(row.interval[1] for row in shown)) / 10
-    most = ceil(10 * max(row.flops or 0.0 for row in shown)) / 10
+    most = ceil(10 * max(_cost(row, by) or 0.0 for row in shown)) / 10
     low, high = (low, high) if high > low else (low - 0.1, high)
 
     def x(flops: float) -> float:
@@ -48,16 +56,16 @@ def pareto(rows: Sequence[Row]) -> str:
         parts.append(f'<text x="{_LEFT - 8}" y="{y(a) + 4:.1f}" text-anchor="end">{100 * a:.0f}</text>')
         parts.append(f'<text x="{x(f):.1f}" y="{_HEIGHT - _BOTTOM + 18}" text-anchor="middle">{f:.2f}</text>')
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
-    parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">FLOPs of the prefill, share</text>')
+    parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{_COSTS[by]}, share</text>')
     parts.append(f'<text transform="translate(16 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">score, %</text>')
-    best = front(rows)
-    steps = [f"M{x(best[0].flops or 0):.1f} {y(best[0].accuracy):.1f}"]
-    steps += [f"H{x(row.flops or 0):.1f}V{y(row.accuracy):.1f}" for row in best[1:]]
+    best = front(rows, by)
+    steps = [f"M{x(_cost(best[0], by) or 0):.1f} {y(best[0].accuracy):.1f}"]
+    steps += [f"H{x(_cost(row, by) or 0):.1f}V{y(row.accuracy):.1f}" for row in best[1:]]
     parts.append(f'<path class="front" d="{"".join(steps)}"/>')
     lines = _apart([y(row.accuracy) for row in shown])
     for row, line in zip(shown, lines, strict=True):
-        at, (bottom, top) = x(row.flops or 0), (y(v) for v in row.interval)
-        told = f"{row.recipe}: {100 * row.accuracy:.1f} % at {row.flops:.3f} of the FLOPs"
+        at, (bottom, top) = x(_cost(row, by) or 0), (y(v) for v in row.interval)
+        told = f"{row.recipe}: {100 * row.accuracy:.1f} % at {_cost(row, by):.3f} of the {_COSTS[by]}"
         parts.append(
             f'<g class="{"best" if row in best else "other"}"><title>{escape(told)}</title>'
             f'<path class="bar" d="M{at:.1f} {bottom:.1f}V{top:.1f}m-4 0h8M{at - 4:.1f} {bottom:.1f}h8"/>'

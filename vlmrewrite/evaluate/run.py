@@ -21,7 +21,7 @@ from vlmrewrite.evaluate.metrics import METRICS, Metric, lacking, rouge_l, token
 from vlmrewrite.evaluate.page import page
 from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, rows_of
 from vlmrewrite.evaluate.sample import Sample
-from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence, identity
+from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence, numbers_of
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.ops import Backend, Kernels
 from vlmrewrite.plan import Pass
@@ -82,7 +82,7 @@ def evaluate(
     if batch < 1 or max_new_tokens < 1:
         raise ValueError(f"expected batch >= 1 and max_new_tokens >= 1, got {batch} and {max_new_tokens}")
     samples = read_data(data)
-    name, score = _metric(metric, samples)
+    name, score = metric_of(metric, samples)
     refuse_chats(processor, samples)
     if base_model_of(model).training:
         raise ValueError(f"expected a {type(model).__name__} in eval mode, got one in training: call model.eval()")
@@ -90,11 +90,13 @@ def evaluate(
     subjects = [Subject(model, processor)]
     subjects += [Subject(model, processor, recipe, backend=backend, kernels=kernels) for recipe in given]
     names = [subject.name for subject in subjects]
+    for subject in subjects[1:]:
+        subject.try_pictures(samples[0])
     if not given or len(set(names)) < len(names):
         raise ValueError(f"expected recipes with names of their own, got {', '.join(names[1:]) or 'none'}")
     settings = {"metric": name, "batch": batch, "max_new_tokens": max_new_tokens}
     settings |= {"backend": backend, "kernels": kernels, "metric_code": _code(metric)}
-    told = {"recipes": {s.name: s.recipe for s in subjects[1:]}, "model": identity(base_model_of(model))}
+    told = {"recipes": {s.name: s.recipe for s in subjects[1:]}, "model": identity_of(base_model_of(model))}
     about = {"data": fingerprint(samples), "samples": len(samples), **settings, **told}
     journal = Journal(None if output is None else Path(output), about)
     notes = []
@@ -133,9 +135,11 @@ class _Asking:
         record: dict[str, Any] = {"costs": {}, "seconds": {}, "peak": {}, "refused": {}, "pictures": []}
         found: dict[str, dict[Any, dict[str, Any]]] = {s.name: {} for s in self.subjects}
         errors: dict[str, dict[Any, str]] = {s.name: {} for s in self.subjects}
-        groups, unasked = groups_of(self.subjects[0].processor, samples)
+        made = dict[int, tuple[list[tuple[Sequence[Sample], Any]], dict[Any, str]]]()
         first = turn % len(self.subjects)
         for subject in self.subjects[first:] + self.subjects[:first]:
+            key = id(subject.processor)  # most have the model's
+            groups, unasked = made[key] = made.get(key) or groups_of(subject.processor, samples)
             errors[subject.name] |= unasked
             for some, inputs in groups:
                 self._answer(subject, some, inputs, record, found[subject.name], errors[subject.name])
@@ -189,8 +193,10 @@ class _Asking:
     ) -> None:
         """Ask one subject; where a batch fails, sample by sample."""
         made, why = None, ""
+        own = self.subjects[0].processor
         try:
-            made = subject.answer(inputs, self.longest)
+            whole = None if subject.processor is own else encode(own, samples)
+            made = subject.answer(inputs, self.longest, whole)
         except Exception as e:
             why = said(e)  # not the error itself, which holds what the failed call held
         if made is None:
@@ -228,7 +234,7 @@ class _Asking:
             raise RuntimeError(f"{name}: all of the first {self.failed[name]} samples failed: {[*errors.values()][-1]}")
 
 
-def _metric(metric: str | Metric, samples: Sequence[Sample]) -> tuple[str, Metric | None]:
+def metric_of(metric: str | Metric, samples: Sequence[Sample]) -> tuple[str, Metric | None]:
     """A metric's name and function; no function for agreement with the unmodified model.
 
     Raises:
@@ -263,3 +269,9 @@ def _code(metric: object) -> str:
     plain = [x for x in code.co_consts if isinstance(x, str | bytes | int | float | None)]
     told = f"{code.co_code.hex()} {code.co_names} {plain}"
     return hashlib.sha256(told.encode()).hexdigest()[:16]
+
+
+def identity_of(model: Any) -> dict[str, str]:
+    """What says that a model is the same: its class, its configuration, and some numbers of each parameter."""
+    configuration = hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]
+    return {"class": type(model).__name__, "configuration": configuration, "parameters": numbers_of(model)}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +17,11 @@ from transformers.generation.streamers import BaseStreamer
 
 from vlmrewrite.api import applied, report, resumed
 from vlmrewrite.clock import Seconds, clock_of, now
-from vlmrewrite.hf import base_model_of, language_model
+from vlmrewrite.evaluate.asking import encode
+from vlmrewrite.evaluate.sample import Sample
+from vlmrewrite.hf import base_model_of, encode_images, language_model
 from vlmrewrite.plan import ATTRIBUTE
+from vlmrewrite.report import captured
 from vlmrewrite.runtime import Session, session_of
 
 UNMODIFIED = "unmodified"
@@ -77,21 +81,36 @@ class Subject:
         self._warm, self._graphs = False, 0
         if recipe is None:
             return
-        with applied(self.base, recipe, **options):
-            self.session = session_of(self.base)
-            blocks = getattr(self.base, ATTRIBUTE, None)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*make the inputs with recipe.processor", UserWarning)  # they are
+            with applied(self.base, recipe, **options):
+                self.session = session_of(self.base)
+                blocks = getattr(self.base, ATTRIBUTE, None)
+        self.processor, self._own = self.session.recipe.processor(processor), processor
         self.name, self.recipe = self.session.recipe.name, repr(self.session.recipe.passes)
         if isinstance(recipe, str | os.PathLike) and Path(recipe).is_dir():
             self.name = Path(recipe).resolve().name
         if blocks is not None:
             self.recipe += f", blocks {numbers_of(blocks)}"
 
-    def answer(self, inputs: Any, longest: int) -> Answered:
+    def try_pictures(self, sample: Sample) -> None:
+        """Raise ValueError if the recipe makes pictures smaller and the model cannot encode these, with the reason."""
+        if self.session is None or self.processor is self._own:
+            return
+        try:
+            with torch.no_grad():
+                encode_images(self.base, dict(encode(self.processor, [sample]).to(self.base.device)))
+        except Exception as e:
+            why = " ".join(f"{type(e).__name__}: {e}".split())
+            raise ValueError(f"{self.name}: {type(self.base).__name__} does not take smaller pictures: {why}") from e
+
+    def answer(self, inputs: Any, longest: int, whole: Any = None) -> Answered:
         """Answer a batch greedily; where a graph had to be captured for it, a second time, which counts.
 
         Args:
             inputs: as the processor gives them.
             longest: tokens of an answer.
+            whole: the same as the model's own processor gives them, if this one's is another.
         """
         given = dict(inputs.to(self.base.device, dtype=self.base.dtype))
         if self.session is None:
@@ -107,6 +126,9 @@ class Subject:
                 made, said = self._generate(given, longest), report(self.base)
         made.refused = [f"{x['configuration']}: {x['reason']}" for x in said.passes if x["reason"]]
         made.costs = {key: [said.totals[when][key] for when in ("after", "before")] for key in ("flops", "kv_bytes")}
+        if whole is not None:
+            before = plain_costs(self.base, whole)
+            made.costs = {key: [after, before[key]] for key, (after, _) in made.costs.items()}
         made.pictures = _pictures(said.kept, len(made.outputs))
         return made
 
@@ -136,7 +158,7 @@ class Subject:
             logits_processor=LogitsProcessorList([watch]),
             streamer=watch,
         )
-        tokens = [_until(row, _ends(self.base)) for row in torch.stack(watch.tokens, 1).tolist()]
+        tokens = [_until(row, end_tokens(self.base)) for row in torch.stack(watch.tokens, 1).tolist()]
         decode = getattr(watch.last.since(watch.told), clock) / (watch.steps - 1) if watch.steps > 1 else None
         return Answered(
             [text.strip() for text in self.processor.batch_decode(tokens, skip_special_tokens=True)],
@@ -145,6 +167,15 @@ class Subject:
             getattr(watch.reached.since(watch.begun), clock),
             decode,
         )
+
+
+def plain_costs(model: Any, inputs: Any) -> dict[str, float]:
+    """FLOPs and K/V bytes of an unmodified model's prefill, which is not run, but for its images."""
+    with torch.no_grad():
+        [program] = captured(model, dict(inputs.to(model.device, dtype=model.dtype)))
+    assert program.call is not None
+    costs = program.costs(program.call.counts)
+    return {"flops": sum(c.flops for c in costs), "kv_bytes": sum(c.kv_bytes for c in costs)}
 
 
 class _Watch(LogitsProcessor, BaseStreamer):
@@ -188,12 +219,6 @@ def numbers_of(module: nn.Module) -> str:
     return digest.hexdigest()[:16]
 
 
-def identity(model: Any) -> dict[str, str]:
-    """What says that a model is the same: its class, its configuration, and some numbers of each parameter."""
-    configuration = hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]
-    return {"class": type(model).__name__, "configuration": configuration, "parameters": numbers_of(model)}
-
-
 def divergence(before: Tensor, after: Tensor) -> list[float]:
     """KL of the second from the first for each row, in nats.
 
@@ -205,7 +230,7 @@ def divergence(before: Tensor, after: Tensor) -> list[float]:
     return [max(0.0, x) for x in terms.sum(-1).tolist()]
 
 
-def _ends(model: Any) -> set[int]:
+def end_tokens(model: Any) -> set[int]:
     """The tokens that end a text, of the model and of a language model in it that generates."""
     found = set[int]()
     for part in filter(None, (model, language_model(model))):

@@ -38,12 +38,14 @@ from vlmrewrite.hf.inputs import (
     without_full_mask,
 )
 from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
+from vlmrewrite.hf.pictures import smaller
 from vlmrewrite.hf.placement import exchanged, scattered
 from vlmrewrite.hf.support import APPLIED, check_support
 from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
     MODALITIES,
     Encoded,
+    EncoderOutput,
     Encoding,
     encode_images,
     encoded_images,
@@ -61,6 +63,7 @@ __all__ = [
     "MODALITIES",
     "Checkpointing",
     "Encoded",
+    "EncoderOutput",
     "Encoding",
     "Projection",
     "Sizes",
@@ -102,6 +105,7 @@ __all__ = [
     "refuse_packed",
     "run_around",
     "scattered",
+    "smaller",
     "swap_attention",
     "take_checkpointing",
     "tidy",

@@ -33,8 +33,8 @@ class Encoded:
     """Images, or videos, as the decoder takes them.
 
     Attributes:
-        output: what the decoder reads. A list with a tensor for each image is a list of one tensor.
-        candidates: by name, tensors of it that may be the features, [F, C] or [I, N, C], the likeliest first.
+        output: what the decoder reads. What is of several images, listed or along an axis, is as of one.
+        candidates: by name, tensors of it that may be the features, [F, C] or [1, F, C], the likeliest first.
         lengths: for each of them, the tokens of each image.
     """
 
@@ -153,7 +153,9 @@ def encoded_images(output: Any) -> Encoded:
     def handed(name: str, x: Any) -> Any:
         """A field, or a part of one, as the decoder gets it."""
         if isinstance(x, Tensor) and x.dim() in (2, 3):
-            candidates[name], lengths[name] = x, lengths_of(x)
+            lengths[name] = lengths_of(x)
+            x = candidates[name] = x if x.dim() == 2 else x.flatten(0, 1)[None]  # one graph for any number of images
+            return x
         if not isinstance(x, (list, tuple)) or not x:
             return x
         if all(isinstance(y, Tensor) and y.dim() > 1 for y in x):

@@ -61,6 +61,7 @@ class Call:
         video_lengths: tokens of each video.
         video_frames: frames of each video, where that is known; a video that text cuts has a frame in each piece.
         sizes: counts of the call that these are some rows of, by which the lengths of sets go; None: its own.
+        follows: of a dispatch, the plan that all rows follow, whatever its chooser says; None: as the chooser says.
     """
 
     vision: Tensor
@@ -75,6 +76,7 @@ class Call:
     video_lengths: Sequence[int] = ()
     video_frames: Sequence[int] | None = None
     sizes: TokenCounts | None = None
+    follows: int | None = None
 
     def __post_init__(self) -> None:
         video = 0 if self.videos is None else int(self.of_videos.sum())

@@ -60,7 +60,11 @@ def frozen_pass(cls: type[T]) -> type[T]:
 
 @runtime_checkable
 class Pass(Protocol):
-    """A technique: a frozen dataclass whose fields are its options (see :func:`frozen_pass`)."""
+    """A technique: a frozen dataclass whose fields are its options (see :func:`frozen_pass`).
+
+    One whose blocks are not trained by the model's own loss alone has an attribute or property ``trained_by``: words of
+    :data:`vlmrewrite.training.TRAINED_BY`.
+    """
 
     name: ClassVar[str]
 

@@ -19,6 +19,10 @@ class Chooser(Protocol):
     What it says of a row must come from that row alone. Where rows cannot be run apart, the largest number holds for
     all.
 
+    One that is trained may have a method ``loss(value, right)``: a scalar that is added to the model's loss in calls
+    with labels, from what ``op`` returned for rows with labels and an image, and how many of their labels each plan
+    predicts, int64 [b, C].
+
     Attributes:
         at: the layer at whose entry the plans part.
         op: called as ``op(hidden, *weights)`` with the last prompt token's hidden states at that point [B, 1, H], or

@@ -3,7 +3,15 @@
 In: a rewritten program or a model. Out: records that print as tables and turn into plain dicts.
 """
 
-from vlmrewrite.report.layer_profile import LayerProfile, calibration, profile
+from vlmrewrite.report.layer_profile import (
+    LayerProfile,
+    calibration,
+    captured,
+    first_token_kl,
+    measure,
+    next_token,
+    profile,
+)
 from vlmrewrite.report.page import program_html, report_html
 from vlmrewrite.report.plot import check_plot
 from vlmrewrite.report.report import Report, make_report, report_on
@@ -13,8 +21,12 @@ __all__ = [
     "LayerProfile",
     "Report",
     "calibration",
+    "captured",
     "check_plot",
+    "first_token_kl",
     "make_report",
+    "measure",
+    "next_token",
     "profile",
     "program_html",
     "report_html",

@@ -188,11 +188,11 @@ def profile(
         programs = []
         for i, batch in enumerate(batches):
             progress(f"capture {i + 1} of {len(batches)}", 0, 1)
-            programs += _captured(model, batch)
+            programs += captured(model, batch)
         if not programs:
             number = f"{len(batches)} batch{'es' * (len(batches) != 1)}"
             raise ValueError(f"no image in {number} of inputs; expected at least one row with an image")
-        return _measure(programs, progress)
+        return measure(programs, progress)
 
 
 def calibration(model: nn.Module, inputs: Any, who: str) -> LayerProfile:
@@ -219,7 +219,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
-def _captured(model: nn.Module, batch: Mapping[str, Any]) -> list[Program]:
+def captured(model: nn.Module, batch: Mapping[str, Any]) -> list[Program]:
     """The batch's program, or nothing if no row has an image."""
     kwargs = encode_images(model, {k: v for k, v in batch.items() if k not in ("labels", "logits_to_keep")})
     if (kwargs.get("mm_encoder_outputs") or {}).get("image") is None:
@@ -236,7 +236,8 @@ def _captured(model: nn.Module, batch: Mapping[str, Any]) -> list[Program]:
     return [program]
 
 
-def _measure(programs: list[Program], progress: Callable[[str, int, int], None]) -> LayerProfile:
+def measure(programs: list[Program], progress: Callable[[str, int, int], None]) -> LayerProfile:
+    """The profile of programs that :func:`captured` made; ``progress`` as for :func:`profile`."""
     depth = programs[0].plan.depth
     total, done = len(programs) * (1 + 2 * depth), 0
     seen, original = [], []
@@ -244,7 +245,7 @@ def _measure(programs: list[Program], progress: Callable[[str, int, int], None])
         progress("unmodified", done, total)
         outputs, observed = observe(program)
         seen.append(observed)
-        original.append(_next_token(program, outputs))
+        original.append(next_token(program, outputs))
         done += 1
     columns = {name: _mean([(o.sums[name], o.tokens[name]) for o in seen]) for name in seen[0].sums}
     graphs: dict[torch.fx.GraphModule, list[int]] = {}  # batches that share a graph share its rewrites
@@ -258,7 +259,7 @@ def _measure(programs: list[Program], progress: Callable[[str, int, int], None])
             for i in graphs[graph]:
                 progress(f"{_COLUMNS[name]} in layer {layer}", done, total)
                 outputs, _ = changed.run(*programs[i].inputs, call=programs[i].call)
-                kl[layer] += float(_kl(original[i], _next_token(programs[i], outputs)).sum())
+                kl[layer] += float(first_token_kl(original[i], next_token(programs[i], outputs)).sum())
                 done += 1
         columns[name] = tuple(x / rows for x in kl)
     progress("done", done, total)
@@ -302,7 +303,7 @@ def _call(program: Program) -> Call:
     return program.call
 
 
-def _next_token(program: Program, outputs: Sequence[Any]) -> Tensor:
+def next_token(program: Program, outputs: Sequence[Any]) -> Tensor:
     """Log-probabilities behind the last prompt token of each row with an image, fp64 [R, V], on the CPU.
 
     ``outputs`` are the captured graph's; the logits are [B, t, V] of the last t tokens.
@@ -314,7 +315,7 @@ def _next_token(program: Program, outputs: Sequence[Any]) -> Tensor:
     return chosen.cpu().double().log_softmax(-1)
 
 
-def _kl(p: Tensor, q: Tensor) -> Tensor:
+def first_token_kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p || q) of log-probabilities [R, V], in nats, [R]."""
     return (p.exp() * (p - q)).sum(1).clamp(min=0)
 

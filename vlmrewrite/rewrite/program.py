@@ -128,7 +128,8 @@ class Program(Shown):
         chooser, n, rows, parted = self.plan.chooser, len(tails), len(call.vision), self.dispatch
         assert chooser is not None and parted is not None
         value = None if chooser.op is None else shared[0]
-        first = parted.each(chooser, chooser.first(value, call.with_images, n), rows)
+        wanted = chooser.first(value, call.with_images, n) if call.follows is None else call.follows
+        first = parted.each(chooser, wanted, rows)
         waiting, runs, kept = dict(enumerate(first)), list[Run](), list[tuple[Run, Any, Any]]()
         while waiting:
             tried = min(waiting.values())
@@ -138,7 +139,7 @@ class Program(Shown):
             logits = out[self.anatomy.logits]
             column = (some.last - (some.length - logits.shape[1])).clamp(min=0)  # they may be of the last tokens only
             last = logits.take_along_dim(column[..., None], 1)[:, 0]
-            another = chooser.then(tried, last, some.with_images, n)
+            another = None if call.follows is not None else chooser.then(tried, last, some.with_images, n)
             found = [tried] * len(mine) if another is None else parted.each(chooser, another, len(mine))
             runs.append(Run(tried, mine, [row for row, i in zip(mine, found, strict=True) if i == tried]))
             if runs[-1].kept:

@@ -4,8 +4,9 @@ In: the arguments of ``forward`` and ``generate``. Out: the model's own outputs.
 """
 
 from vlmrewrite.runtime.facts import LastCall, Layout, Stage
-from vlmrewrite.runtime.install import install_session, kept_tokens, last_call, prompt_ends, remove_session, routing
+from vlmrewrite.runtime.install import install_session, kept_tokens, last_call, remove_session, routing
 from vlmrewrite.runtime.session import SESSIONS, Session, session_of
+from vlmrewrite.runtime.told import before_labels, following, prompt_ends
 from vlmrewrite.runtime.tracing import trace
 
 __all__ = [
@@ -14,6 +15,8 @@ __all__ = [
     "Layout",
     "Session",
     "Stage",
+    "before_labels",
+    "following",
     "install_session",
     "kept_tokens",
     "last_call",

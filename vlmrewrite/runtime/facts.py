@@ -38,6 +38,7 @@ class Prompt:
         encodings: the runs of the vision tower that it made.
         ran: whether a rewritten forward ran in it.
         adopted: caches that it was given, with what they were before; see :func:`vlmrewrite.kvcache.adopt`.
+        follows: of a dispatch, the plan that all rows follow, or None; see :func:`vlmrewrite.runtime.following`.
     """
 
     end: Tensor | None = None
@@ -46,6 +47,7 @@ class Prompt:
     encodings: list[Encoding] = field(default_factory=list)
     ran: bool = False
     adopted: list[Any] = field(default_factory=list)
+    follows: int | None = None
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:
@@ -107,6 +109,7 @@ class Given(NamedTuple):
         sizes: what is known about sizes of images and videos.
         end: column of each row's last prompt token, as in :class:`Prompt`, or None: the last real token.
         encodings: runs of the vision tower that the images may come from.
+        follows: of a dispatch, the plan that all rows follow, or None.
     """
 
     images: dict[str, Encoded]
@@ -116,6 +119,7 @@ class Given(NamedTuple):
     sizes: hf.Sizes
     end: Tensor | None
     encodings: list[Encoding]
+    follows: int | None = None
 
     @classmethod
     def of(cls, kwargs: dict[str, Any], cache: PositionCache, prompt: Prompt) -> tuple[Given | None, dict[str, Any]]:
@@ -136,7 +140,8 @@ class Given(NamedTuple):
         """What a call with these images was given; its other arguments, without a full mask, are ``kwargs``."""
         held, mask = tuple(cache.kv_lengths()), kwargs.get("attention_mask")
         padding = mask if isinstance(mask, Tensor) and mask.dim() == 2 else None
-        return cls(images, padding, cache.get_seq_length(), held, prompt.sizes, prompt.end, prompt.encodings)
+        known = prompt.sizes, prompt.end, prompt.encodings, prompt.follows
+        return cls(images, padding, cache.get_seq_length(), held, *known)
 
     def call(
         self, graph: Graph, inputs: Sequence[Any], asks: Collection[str], reads_last: bool, config: Any
@@ -193,6 +198,7 @@ class Given(NamedTuple):
             videos=masks.get("video"),
             video_lengths=videos,
             video_frames=frames if len(frames) == len(videos) else None,
+            follows=self.follows,
         )
         if taken and "encoder_features" not in found:
             call.encoder_features = _in_order(taken, call.of_videos)

@@ -11,7 +11,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, NoReturn
 
@@ -101,27 +101,6 @@ def last_call(model: nn.Module) -> tuple[Program, Call, dict[Selection, Tensor]]
     """
     ran = session_of(model).last()
     return ran.program, ran.call, ran.result.chosen
-
-
-@on_base_model
-def prompt_ends(model: nn.Module, column: Tensor) -> AbstractContextManager[None]:
-    """While the block runs, the prompts of calls with images end there, as they do in ``generate()``.
-
-    For training: the answers in ``input_ids`` are none of the prompt, by whose last token tokens and plans are chosen.
-    It holds for this context (see :mod:`contextvars`), and so not for calls that the block makes in another thread. A
-    thread whose target is ``contextvars.copy_context().run``, and ``asyncio.to_thread``, take the context along.
-
-    Args:
-        model: a rewritten model.
-        column: of each row's last prompt token, int64 [B], counted from the start of the sequence: on a cache, what it
-            holds is part of it.
-
-    Raises:
-        ValueError: no recipe is applied, or these are no columns; a call in the block has not as many rows.
-    """
-    if column.dim() != 1 or column.is_floating_point() or bool((column < 0).any()):
-        raise ValueError(f"prompts end at {column}; expected a column of each row, int64 [B]")
-    return prompt_of((session_of(model), "forward"), Prompt(column))
 
 
 @on_base_model
@@ -218,6 +197,7 @@ def _below(session: Session, model: nn.Module) -> Callable[..., Any]:
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session, generate = session_of(self), type(self).generate  # type: ignore[attr-defined]
     prompt = Prompt(sizes=hf.Sizes.of(kwargs)) if session.inner else Prompt.of(args, kwargs)
+    prompt.follows = (current_prompt((session, "forward")) or prompt).follows
     try:
         with prompt_of(session, prompt), session.around(self, prompt) if session.inner else nullcontext():
             out = generate(self, *args, **kwargs)

@@ -32,6 +32,7 @@ from vlmrewrite.runtime.around import entering, in_place_of, watched_for
 from vlmrewrite.runtime.executables import Executables
 from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, encoded_in, prompt_of
 from vlmrewrite.runtime.latest import Latest
+from vlmrewrite.runtime.learning import learning
 
 
 @dataclass(eq=False)
@@ -86,9 +87,9 @@ class Session:
         Raises:
             ValueError: there was none yet.
         """
-        if self.latest is None:
+        if (latest := self.latest) is None:
             raise ValueError("no call with an image was made since the recipe was applied")
-        return self.latest
+        return latest
 
     def encoded(self, encoding: Encoding) -> None:
         """Keep a run of the vision tower: with the generation or forward that made it, else as the thread's last."""
@@ -112,7 +113,8 @@ class Session:
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward under this recipe; its arguments and its outputs, which are not made a tuple here."""
         with prompt_of((self, "call"), prompt):
-            return self._forward(model, *self._enter(model, prompt, hf.named(model, args, kwargs)))
+            prompt, kwargs = self._enter(model, prompt, hf.named(model, args, kwargs))
+            return learning(model, self.plan, functools.partial(self._forward, model), self.last, prompt, kwargs)
 
     def _enter(self, model: nn.Module, prompt: Prompt, kwargs: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
         """What a call knows and was given, its images encoded."""
@@ -120,8 +122,7 @@ class Session:
             with self._lock:
                 before = self.checkpointing if hf.is_checkpointing(model) else None
                 self.checkpointing = hf.take_checkpointing(model, vars(model)[hf.APPLIED]) or before
-        own = Prompt()
-        with prompt_of(self, own):
+        with prompt_of(self, own := Prompt()):
             kwargs, sizes = tidy(model, (), kwargs, encode=not self.inner)
         known = own.encodings + prompt.encodings + getattr(self._thread, "encodings", [])
         return replace(prompt, encodings=known, sizes=sizes or prompt.sizes), kwargs
@@ -264,10 +265,9 @@ class Session:
             assert call is not None
             executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
         result = executable.run(inputs, call)
-        kind = call.vision.device.type
+        kind, layouts = call.vision.device.type, tuple(map(Layout.of, inputs))
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        kept, layouts = replace(result, out=None), tuple(map(Layout.of, inputs))
-        told.append(LastCall(executable, kept, call, given, layouts, autocast))
+        told.append(LastCall(executable, replace(result, out=None), call, given, layouts, autocast))
         return result.out
 
 

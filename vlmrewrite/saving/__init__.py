@@ -6,18 +6,21 @@ In: a rewritten model, or the name of a folder. Out: files beside the model's ow
 from vlmrewrite.saving.copies import METHODS
 from vlmrewrite.saving.fit import put_blocks, refuse_other, stored_of
 from vlmrewrite.saving.folder import BLOCKS, FILE, Stored, named_folder, read, write
-from vlmrewrite.saving.hub import push
+from vlmrewrite.saving.hub import card, push
+from vlmrewrite.saving.twin import sharing
 
 __all__ = [
     "BLOCKS",
     "FILE",
     "METHODS",
     "Stored",
+    "card",
     "named_folder",
     "push",
     "put_blocks",
     "read",
     "refuse_other",
+    "sharing",
     "stored_of",
     "write",
 ]

@@ -20,7 +20,7 @@ from vlmrewrite.evaluate import (
     Subject,
     each_row,
     groups_of,
-    identity,
+    identity_of,
     number_of_rows,
     refuse_chats,
     said,
@@ -123,7 +123,7 @@ def map_rows(
     source, folder, total = Path(data), Path(output), number_of_rows(data)
     subject = Subject(model, processor, recipe, backend=backend, kernels=kernels)
     about = {"data": _hash_of(source), "rows": total, "recipe": {subject.name: subject.recipe}}
-    about |= {"model": identity(base), "batch": batch, "max_new_tokens": max_new_tokens}
+    about |= {"model": identity_of(base), "batch": batch, "max_new_tokens": max_new_tokens}
     about |= {"backend": backend, "kernels": kernels}
     with _alone(folder):
         journal = Journal(folder, about)
@@ -217,7 +217,7 @@ def _asking(
 ) -> Callable[[Rows], list[Line]]:
     """What asks a model that is loaded for it, in a process of its own."""
     model, processor = load()
-    if (found := identity(base_model_of(model))) != same:
+    if (found := identity_of(base_model_of(model))) != same:
         raise ValueError(f"load: expected the model that the run is of, {same}, got {found}")
     return _Asking(Subject(model, processor, recipe, backend=backend, kernels=kernels), *how).ask
 

@@ -1,0 +1,116 @@
+"""Smaller pictures: a processor set so that pictures have fewer tokens, by what its image processor can be told."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+_PROBES = (480, 640), (1200, 1600)
+"""Height and width of made-up pictures, on which it is looked at what a setting does."""
+
+_MOST = ("max_patches", "max_num_patches", "max_num_tiles", "max_image_tiles", "max_slice_nums", "max_crops")
+"""How image processors call the number of tiles that a picture is cut into at most."""
+
+_FACTORS = (1.0, 0.8, 0.6, 0.4, 0.25, 0.1)
+"""By how much more limits are set smaller where pictures are cut into tiles, of which some may be mostly empty."""
+
+_ROUND = 1.1
+"""Sides are rounded to whole patches, so that a share of a picture's tokens may be missed by so much."""
+
+
+def smaller(processor: Any, share: float) -> Any:
+    """A processor that makes about a share of the tokens of each picture, by making the picture smaller.
+
+    What limits sizes in pixels or sides, and the number of tiles, is set smaller; where that leaves pictures below the
+    limits as they are, sides are made ``sqrt(share)`` as long before they are processed. That it does so is seen on two
+    made-up pictures. Where pictures are cut into tiles, few shares can be had: the next smaller one is, or the smallest
+    that there is.
+
+    Args:
+        processor: of a model, with an image processor; it is left as it is.
+        share: in (0, 1].
+
+    Returns:
+        a copy of the processor with an image processor of its own.
+
+    Raises:
+        ValueError: it has none, or makes as many tokens of a picture however small that is.
+    """
+    images = getattr(processor, "image_processor", None)
+    if images is None:
+        raise ValueError(
+            f"expected a processor with an image_processor, got {type(processor).__name__}, which has none"
+        )
+    before, found = [_pixels(images, probe) for probe in _PROBES], list[tuple[float, Any]]()
+    for one in (
+        *(_with_settings(images, factor * share) for factor in _FACTORS[:1]),
+        _shrinking(_with_settings(images, share), math.sqrt(share)),
+        *(_with_settings(images, factor * share) for factor in _FACTORS[1:]),
+    ):
+        found.append((max(_pixels(one, probe) / n for probe, n in zip(_PROBES, before, strict=True)), one))
+        if found[-1][0] <= _ROUND * share:
+            break
+    least, made = min(found, key=lambda x: x[0])
+    if least >= 1 and share < 1:
+        raise ValueError(
+            f"{type(images).__name__} makes as many tokens of a picture however small that is: their number is fixed,"
+            " and smaller pictures save nothing"
+        )
+    out = copy.copy(processor)
+    out.image_processor = made
+    return out
+
+
+def _pixels(images: Any, probe: tuple[int, int]) -> int:
+    """Numbers that stand for a picture behind the image processor."""
+    from PIL import Image  # only what reads images needs it
+
+    made = images(images=[Image.new("RGB", probe[::-1])], return_tensors="pt")
+    return int(made["pixel_values"].numel())
+
+
+def _with_settings(images: Any, share: float) -> Any:
+    """A copy whose limits of sizes are smaller; one size for all, which is the encoder's, stays."""
+    out = copy.deepcopy(images)
+    known = dict(getattr(out, "size", None) or {})
+    if "longest_edge" in known or "max_pixels" in known:
+        area = known.get("longest_edge", 0) > 2**13 or "max_pixels" in known  # pixels of the picture, not of a side
+        times = share if area else math.sqrt(share)
+        scaled = {key: max(1, round(value * times)) for key, value in known.items()}
+        out.size = scaled if isinstance(out.size, Mapping) else type(out.size)(**scaled)
+    for name in ("min_pixels", "max_pixels"):
+        if isinstance(getattr(out, name, None), int):
+            setattr(out, name, max(1, round(getattr(out, name) * share)))
+    for name in _MOST:
+        if isinstance(getattr(out, name, None), int):
+            setattr(out, name, max(1, math.floor(getattr(out, name) * share)))
+            least = name.replace("max", "min")
+            if isinstance(getattr(out, least, None), int):
+                setattr(out, least, min(getattr(out, least), getattr(out, name)))
+    points: Sequence[Sequence[int]] | None = getattr(out, "image_grid_pinpoints", None)
+    if points:
+        most, least_point = share * max(a * b for a, b in points), min(points, key=lambda x: x[0] * x[1])
+        out.image_grid_pinpoints = [x for x in points if x[0] * x[1] <= most] or [least_point]
+    return out
+
+
+def _shrinking(images: Any, side: float) -> Any:
+    """A copy that makes pictures smaller first."""
+    kind: Any = type(images)
+
+    def preprocess(self: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
+        return kind.preprocess(self, _shrunk(images, side), *args, **kwargs)
+
+    out = copy.deepcopy(images)
+    out.__class__ = type(f"Smaller{kind.__name__}", (kind,), {"preprocess": preprocess})
+    return out
+
+
+def _shrunk(images: Any, side: float) -> Any:
+    if isinstance(images, list | tuple):
+        return [_shrunk(image, side) for image in images]
+    if not callable(getattr(images, "resize", None)) or not hasattr(images, "width"):
+        raise TypeError(f"expected pictures of PIL, which can be made smaller, got {type(images).__name__}")
+    return images.resize((max(1, round(images.width * side)), max(1, round(images.height * side))))

@@ -1,0 +1,230 @@
+"""A training run: transformers' Trainer on the blocks of a recipe."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+
+from vlmrewrite.api import applied, applied_recipe
+from vlmrewrite.checkpoint import load_blocks, save_blocks
+from vlmrewrite.compat import part_trainer
+from vlmrewrite.evaluate import Sample, end_tokens, fingerprint, read_data, refuse_chats
+from vlmrewrite.hf import base_model_of
+from vlmrewrite.training.batches import answered
+from vlmrewrite.training.blocks import other_learners, trainable_blocks
+from vlmrewrite.training.folder import CHECKPOINTS, LOGS, latest_checkpoint, opened, write_about, write_blocks
+from vlmrewrite.training.objective import Objective
+
+_NEEDED = ("accelerate", "tensorboard")
+
+
+@dataclass(frozen=True)
+class Training:
+    """What a run did.
+
+    Attributes:
+        folder: that ``vlmrewrite.apply`` takes.
+        steps: of the optimizer.
+        parameters: that were trained.
+        log: what was logged, in order: ``step``, ``loss`` and its parts, ``learning_rate``, ``grad_norm``.
+    """
+
+    folder: Path
+    steps: int
+    parameters: int
+    log: tuple[dict[str, Any], ...]
+
+
+def train(
+    model: Any,
+    processor: Any,
+    data: Any,
+    recipe: Any,
+    *,
+    output: str | os.PathLike[str],
+    steps: int = 1000,
+    batch: int = 8,
+    accumulate: int = 1,
+    lr: float = 1e-4,
+    distil: float = 0.0,
+    bf16: bool = False,
+    checkpointing: bool = False,
+    save_every: int | None = None,
+    log_every: int = 10,
+    resume: bool = False,
+    seed: int = 0,
+    progress: bool = True,
+) -> Training:
+    """Train the blocks that a recipe adds to a model, and nothing else of it, by transformers' Trainer.
+
+    The loss is the model's on the tokens of answers, with a weight the distillation to the unmodified model, and what
+    the recipe's passes say that they are trained by (:data:`vlmrewrite.training.TRAINED_BY`). Several processes:
+    start the script by ``accelerate launch``. Learning rates go up over the first twentieth of the steps and down to 0
+    as a cosine. The process's random number generators are seeded.
+
+    Args:
+        model: an unmodified model; it is given back unmodified.
+        processor: its, with a tokenizer and an image processor.
+        data: as for :func:`vlmrewrite.evaluate`, with answers; of several, the first is learnt.
+        recipe: as for :func:`vlmrewrite.apply`, with blocks; a folder of trained blocks goes on from these.
+        output: folder that gets ``vlmrewrite.json`` and ``vlmrewrite_blocks.safetensors`` (``vlmrewrite.apply(model,
+            output)`` takes it), a card, ``training.json``, ``checkpoints`` and ``logs`` for TensorBoard.
+        steps: of the optimizer.
+        batch: samples of a process at a time.
+        accumulate: batches of a step.
+        lr: the highest learning rate, of AdamW without weight decay.
+        distil: weight of the KL to the unmodified model on the tokens of answers.
+        bf16: cast operators to bfloat16 (autocast).
+        checkpointing: compute activations again in the backward pass, to save memory.
+        save_every: steps between two checkpoints, of which the last two are kept; None: a tenth of all.
+        log_every: steps between two lines of the log.
+        resume: go on from the last checkpoint in ``output``, if there is one.
+        seed: of the blocks' first numbers, the order of samples, and whatever is drawn.
+        progress: show transformers' bar.
+
+    Raises:
+        ValueError: data, recipe, model, folder or a setting cannot be used; nothing is written.
+        ImportError: accelerate or tensorboard is not installed.
+    """
+    if lacking := [name for name in _NEEDED if importlib.util.find_spec(name) is None]:
+        raise ImportError(f"training needs {' and '.join(lacking)}: pip install 'vlmrewrite[train]'")
+    least = {"steps": steps, "batch": batch, "accumulate": accumulate, "log_every": log_every}
+    least |= {} if save_every is None else {"save_every": save_every}
+    if wrong := [f"{name}={value!r}" for name, value in least.items() if type(value) is not int or value < 1]:
+        raise ValueError(f"expected integers of at least 1, got {', '.join(wrong)}")
+    if not (math.isfinite(lr) and lr > 0 and math.isfinite(distil) and distil >= 0):
+        raise ValueError(f"expected lr > 0 and distil >= 0, got lr={lr} and distil={distil}")
+    samples = read_data(data)
+    if not samples[0].answers:
+        raise ValueError(f"expected an 'answer' in each row to learn, got none in {len(samples)} rows")
+    refuse_chats(processor, samples)
+    base, folder = base_model_of(model), Path(output)
+    transformers.set_seed(seed)
+    with applied(base, recipe, backend="eager", strict=True):
+        blocks = trainable_blocks(base)
+        if others := other_learners(base):
+            raise ValueError(
+                f"{others[0]} and {len(others) - 1} more parameters ask for a gradient: blocks alone are trained here;"
+                " freeze the others, or write a loop of your own"
+            )
+        objective = Objective(base, distil=distil, seed=seed, bf16=bf16)
+        settings = {"batch": batch, "accumulate": accumulate, "lr": lr, "distil": distil, "bf16": bf16}
+        about = {
+            "recipe": applied_recipe(base).to_data(),
+            "base_model": _named(base.name_or_path),
+            "data": fingerprint(samples),
+            "samples": len(samples),
+            **settings,
+            "steps": steps,
+            "seed": seed,
+            "losses": objective.losses(),
+        }
+        arguments = transformers.TrainingArguments(
+            str(folder / CHECKPOINTS),
+            max_steps=steps,
+            per_device_train_batch_size=batch,
+            gradient_accumulation_steps=accumulate,
+            learning_rate=lr,
+            lr_scheduler_type="cosine",
+            warmup_steps=steps // 20,
+            weight_decay=0.0,
+            activation_checkpointing=checkpointing,
+            save_steps=save_every or math.ceil(steps / 10),
+            save_total_limit=2,
+            logging_steps=min(log_every, steps),
+            seed=seed,
+            report_to=[],
+            remove_unused_columns=False,
+            dataloader_pin_memory=base.device.type == "cuda",
+            use_cpu=base.device.type == "cpu",
+            disable_tqdm=not progress,
+        )
+        if arguments.n_gpu > 1:
+            raise ValueError(
+                f"{arguments.n_gpu} GPUs are seen by one process: start it by accelerate launch, or show it one by"
+                " CUDA_VISIBLE_DEVICES"
+            )
+        if arguments.should_save:
+            opened(folder, about, resume=resume)
+        last = latest_checkpoint(folder) if resume else None
+        trainer = _trainer(base, processor, samples, objective, arguments, folder)
+        if arguments.should_save:
+            write_about(folder, about, [], 0)
+        try:
+            trainer.train(resume_from_checkpoint=None if last is None else str(last))
+        finally:
+            base.eval()
+            if checkpointing:
+                base.activation_checkpointing_disable()
+        log = [line for line in trainer.state.log_history if "loss" in line]
+        count = sum(p.numel() for p in blocks.parameters())
+        if arguments.should_save:
+            write_about(folder, about, log, steps)
+            write_blocks(folder, base, _facts(about, log, count, data, arguments))
+    return Training(folder, steps, count, tuple(log))
+
+
+def _named(path: str) -> str:
+    """A model's name on the Hub, or that of its folder, without where this lies."""
+    return Path(path).name if Path(path).exists() else path
+
+
+def _trainer(
+    model: nn.Module, processor: Any, samples: list[Sample], objective: Objective, arguments: Any, folder: Path
+) -> Any:
+    from torch.utils.tensorboard import SummaryWriter  # which is not installed everywhere
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    ends, like = end_tokens(model), next(model.parameters()).dtype
+
+    def collate(some: list[Sample]) -> dict[str, Any]:
+        given = answered(processor, some, ends)
+        return {name: x.to(like) if x.is_floating_point() else x for name, x in given.items()}
+
+    def read(checkpoint: str) -> None:
+        load_blocks(model, checkpoint)
+
+    def write(checkpoint: str) -> None:
+        save_blocks(model, checkpoint)
+
+    def loss(wrapped: Any, inputs: Any) -> Any:
+        return objective(wrapped, inputs, made.state.global_step)
+
+    made = part_trainer(write, read, loss, objective.means)(
+        model,
+        arguments,
+        data_collator=collate,
+        train_dataset=samples,
+        callbacks=[TensorBoardCallback(SummaryWriter(str(folder / LOGS)))] if arguments.should_save else [],
+    )
+    return made
+
+
+def _facts(about: dict[str, Any], log: list[dict[str, Any]], count: int, data: Any, arguments: Any) -> dict[str, Any]:
+    """Rows of the card's table."""
+    named = f"`{Path(data).name}`, " if isinstance(data, str | os.PathLike) else ""
+    losses = ", ".join(
+        f"{name} {log[0][name]:.4g} to {log[-1][name]:.4g}" for name in about["losses"] if name in log[0]
+    )
+    versions = {"vlmrewrite": importlib.import_module("vlmrewrite").__version__, "torch": torch.__version__}
+    versions["transformers"] = transformers.__version__
+    batch = about["batch"] * about["accumulate"] * arguments.world_size
+    return {
+        "recipe": f"`{about['recipe']['name']}`",
+        "base model": f"`{about['base_model']}`",
+        "trained parameters": f"{count:,}",
+        "data": f"{named}{about['samples']} samples, sha256 `{about['data'][:16]}`",
+        "steps": f"{about['steps']}, {batch} samples each, AdamW, learning rate {about['lr']:g}, seed {about['seed']}",
+        "losses": losses + (f"; distillation weighs {about['distil']:g}" if about["distil"] else ""),
+        "precision": "bf16 autocast" if about["bf16"] else "as the model",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }

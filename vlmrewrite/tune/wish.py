@@ -1,0 +1,73 @@
+"""What a user wishes: how much a recipe may cost, and how much accuracy it may lose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vlmrewrite.errors import one_of, shown
+
+KINDS = {
+    "flops": "FLOPs of the decoder's prefill",
+    "kv": "bytes of keys and values",
+    "latency": "seconds of the prefill",
+}
+"""What a budget is a share of, of the unmodified model's."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """A budget and a largest loss.
+
+    Attributes:
+        kind: one of :data:`KINDS`.
+        share: of what the unmodified model costs, above 0 and below 1.
+        max_drop: how much lower the mean score may be, from 0 to 1; None: as little as can be had.
+    """
+
+    kind: str
+    share: float
+    max_drop: float | None = None
+
+    @classmethod
+    def of(cls, budget: str | Mapping[str, float], max_drop: float | None = None) -> Wish:
+        """The wish that ``"flops=0.3"`` or ``{"flops": 0.3}`` stands for.
+
+        Raises:
+            ValueError: it is none, or a number is out of range.
+        """
+        kind, share = _named(budget)
+        if kind not in KINDS:
+            raise ValueError(f"budget: unknown kind {kind!r}, {one_of(kind, KINDS)}")
+        if not isinstance(share, float | int) or isinstance(share, bool) or not 0 < share < 1:
+            raise ValueError(
+                f"budget {kind}: expected a share of the unmodified model's {KINDS[kind]}, above 0 and below 1,"
+                f" got {shown(share)}"
+            )
+        if max_drop is not None and (isinstance(max_drop, bool) or not 0 <= max_drop <= 1):
+            raise ValueError(f"max_drop: expected a drop of the mean score from 0 to 1 (0.01 is 1 %), got {max_drop}")
+        return cls(kind, float(share), max_drop)
+
+    @property
+    def counted(self) -> str:
+        """The cost that is known without a run: by which latency goes, too, until it is measured."""
+        return "flops" if self.kind == "latency" else self.kind
+
+    def __str__(self) -> str:
+        drop = "" if self.max_drop is None else f", at most {100 * self.max_drop:g} % lost"
+        return f"{self.kind}={self.share:g}{drop}"
+
+
+def _named(budget: Any) -> tuple[str, Any]:
+    """Kind and share."""
+    if isinstance(budget, Mapping) and len(budget) == 1:
+        [(kind, share)] = budget.items()
+        return str(kind), share
+    if isinstance(budget, str) and budget.count("=") == 1:
+        kind, text = (part.strip() for part in budget.split("="))
+        try:
+            return kind, float(text)
+        except ValueError:
+            return kind, text
+    raise ValueError(f"budget: expected one such as flops=0.3 or {{'flops': 0.3}}, got {shown(budget)}")
