@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import vlmrewrite as vr
-from vlmrewrite.passes import STS, VTW, DivPrune, FastV, FrameStride, Random, ShortV, Stride
+from vlmrewrite.passes import STS, VTW, DivPrune, Downsample, FastV, FrameStride, Random, ShortV, Stride
 from vlmrewrite.plan import Plan, Policy, Weights, frozen_pass
 from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.serving import BeforeDecoder, what_runs
@@ -69,6 +69,13 @@ def test_what_is_said(passes: list[Any], lines: list[str]) -> None:
     found = told(*passes)
     assert len(found) == len(lines)
     assert all(a.startswith(b) for a, b in zip(found, lines, strict=True)), found
+
+
+def test_smaller_pictures_are_made_by_the_processor() -> None:
+    pictures, stride = what_runs([Downsample(0.5), Stride(0.5)], depth=4)
+    assert "recipe.processor(processor)" in str(pictures.reason) and stride.reason is None
+    with pytest.raises(ValueError, match="Downsample: it makes pictures smaller"):
+        BeforeDecoder([Downsample(0.5)], depth=4)
 
 
 def test_the_page(capsys: pytest.CaptureFixture[str]) -> None:

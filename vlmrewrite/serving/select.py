@@ -17,7 +17,6 @@ from torch import Tensor
 
 from vlmrewrite.plan import (
     NEEDS,
-    Call,
     Extra,
     Pass,
     Plan,
@@ -30,6 +29,7 @@ from vlmrewrite.plan import (
     substitute,
 )
 from vlmrewrite.recipe import Recipe
+from vlmrewrite.serving.facts import Facts, call_of, checked_grids
 
 AVAILABLE = frozenset({"features", "ordinal", "grid", "frames", "frame", "lengths"})
 """The needs of policies that are there before the decoder runs, whatever stands in the prompt around the images."""
@@ -77,6 +77,9 @@ class Kept(NamedTuple):
     positions: Tensor
 
 
+_SMALLER = "it makes pictures smaller by way of the processor: give the engine what recipe.processor(processor) returns"
+
+
 def what_runs(recipe: Any, *, depth: int) -> list[PassRuns]:
     """Which passes of a recipe can run before the decoder, in order, and of the others why not.
 
@@ -110,8 +113,8 @@ def _run(plan: Plan, p: Pass) -> tuple[Plan, PassRuns]:
     for s in reversed(late):
         sets = [tuple(substitute(x, s, s.source) for x in each) for each in sets]
     kept = sets[0][0]
-    told = "; ".join(filter(None, map(_inside, late)))
-    reason = outcome.reason or _beyond(new, sets) or (told if late and not early else None)
+    told, outside = "; ".join(filter(None, map(_inside, late))), _SMALLER if hasattr(p, "processor") else None
+    reason = outside or outcome.reason or _beyond(new, sets) or (told if late and not early else None)
     if reason is not None:
         return plan, PassRuns(name, reason, 0, "", before.vision_part())
     for entry in new.layers:
@@ -188,7 +191,7 @@ class BeforeDecoder:
             ValueError: the places are wrong; or the numbers depend on which tokens are chosen, as with ``per="row"``
                 and several images.
         """
-        call, _ = _call(lengths, places, torch.device("cpu"))
+        call, _ = call_of(lengths, places, torch.device("cpu"))
         if call is None:
             return [0] * len(lengths)
         each, exact = call.counts.per_image(self.vision)
@@ -226,14 +229,14 @@ class BeforeDecoder:
         if any(x.dim() != 2 for x in each):
             raise ValueError(f"features: expected [N, C] of each image, got {[tuple(x.shape) for x in each]}")
         lengths = [len(x) for x in each]
-        call, at = _call(lengths, places, each[0].device if each else torch.device("cpu"))
+        call, at = call_of(lengths, places, each[0].device if each else torch.device("cpu"))
         if call is None:
             return [Kept(x, x) for x in at]
         if any("grid" in s.policy.needs for s in self._selections):
-            call.grids = _checked_grids(grids, lengths, call.counts)
+            call.grids = checked_grids(grids, lengths, call.counts)
         whole, chosen = torch.cat(each), dict[Selection, Tensor]()
         for s in self._selections:
-            facts = _Facts(call, whole, s.per)
+            facts = Facts(call, whole, s.per)
             member = call.members(s.source, chosen)[call.vision]
             given = member, call.fact("lengths", s.per), call.fill(Extra("keep", s, s.per))
             inputs = [NEEDS[need].make(facts) for need in s.policy.needs]
@@ -242,59 +245,3 @@ class BeforeDecoder:
         kept = call.members(self.vision, chosen)[call.vision].split(lengths)
         indices = [x.nonzero()[:, 0] for x in kept]
         return [Kept(i, x[i]) for i, x in zip(indices, at, strict=True)]
-
-
-class _Facts(NamedTuple):
-    """What policies may ask for before the decoder; see :class:`vlmrewrite.plan.needs.Inputs`."""
-
-    call: Call
-    whole: Tensor
-    per: str
-
-    def fact(self, name: str) -> Any:
-        return self.call.fact(name, self.per)
-
-    def features(self) -> Tensor:
-        return self.whole
-
-    def attention(self, outside: bool) -> Tensor:
-        raise NotImplementedError("policies that ask for attention were refused")
-
-    def stream(self) -> Tensor:
-        raise NotImplementedError("policies that ask for hidden states were refused")
-
-    def prompt(self) -> Tensor:
-        raise NotImplementedError("policies that ask for the prompt were refused")
-
-
-def _call(
-    lengths: Sequence[int], places: Sequence[int | Tensor] | None, device: torch.device
-) -> tuple[Call | None, list[Tensor]]:
-    """A prompt as the plan's arithmetic sees it, None without a vision token, and where each image's tokens stand."""
-    starts: Sequence[int | Tensor] = [0, *accumulate(lengths)][:-1] if places is None else places
-    if len(starts) != len(lengths):
-        raise ValueError(f"places: expected one for each of {len(lengths)} images, got {len(starts)}")
-    at = [
-        x.to(device="cpu", dtype=torch.int64) if isinstance(x, Tensor) else torch.arange(n, device="cpu") + x
-        for x, n in zip(starts, lengths, strict=True)
-    ]
-    if wrong := [f"{len(x)} of {n}" for x, n in zip(at, lengths, strict=True) if len(x) != n]:
-        raise ValueError(f"places: expected one position, or one of each token of an image, got {', '.join(wrong)}")
-    flat = torch.cat([*at, torch.empty(0, dtype=torch.int64, device="cpu")])
-    if len(flat) and (int(flat[0]) < 0 or bool((flat[1:] <= flat[:-1]).any())):
-        raise ValueError("places: expected positions from 0 that ascend, image by image, in the order of the prompt")
-    moved = [x.to(device) for x in at]
-    if not len(flat):
-        return None, moved
-    vision = torch.zeros(1, int(flat[-1]) + 2, dtype=torch.bool, device="cpu")  # a token of text is the last one
-    vision[0, flat] = True
-    return Call(vision.to(device), None, list(lengths)), moved
-
-
-def _checked_grids(
-    grids: Sequence[tuple[int, int]] | None, lengths: Sequence[int], counts: TokenCounts
-) -> list[tuple[int, int]]:
-    sizes = [rows * columns for rows, columns in grids or ()]
-    if grids is None or sizes != list(lengths) or counts.images != tuple(lengths):
-        raise ValueError(f"grids: expected rows and columns of images in one piece, {list(counts.images)}, got {grids}")
-    return [(int(rows), int(columns)) for rows, columns in grids]
