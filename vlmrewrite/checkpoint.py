@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,24 @@ def load_blocks(model: nn.Module, folder: str | os.PathLike[str]) -> nn.Module:
         return apply_stored(model, stored)
     refuse_other(model, stored)
     current, saved = applied_recipe(model), stored.recipe
-    if repr(current.passes) != repr(saved.passes):  # 1 and 1.0 are not the same
+    if [_with_blocks(p) for p in current.passes] != [_with_blocks(p) for p in saved.passes]:
         raise ValueError(
             f"these blocks belong to the passes {list(saved.passes)}; recipe {current.name!r}, which is applied, has"
             f" {list(current.passes)}"
         )
     put_blocks(model, stored)
     return model
+
+
+def _with_blocks(item: Any) -> str:
+    """A pass as text, in which 1 and 1.0 are not the same.
+
+    Without fields whose metadata say ``{"blocks": False}``: blocks may be loaded whatever they are.
+    """
+    if not is_dataclass(item):
+        return repr(item)
+    kept = (f for f in fields(item) if f.repr and f.metadata.get("blocks", True))
+    return f"{type(item).__qualname__}({', '.join(f'{f.name}={getattr(item, f.name)!r}' for f in kept)})"
 
 
 def from_pretrained(

@@ -63,7 +63,7 @@ class VISOR:
     policy: Literal["confidence", "router"] | Callable[..., Any] | None = None
     chain: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()
     threshold: Annotated[float, Field(gt=0, le=1)] = THRESHOLD
-    enough: Annotated[float, Field(gt=0, le=1)] | None = dataclasses.field(default=None, repr=False)
+    enough: Annotated[float, Field(gt=0, le=1)] | None = dataclasses.field(default=None, metadata={"blocks": False})
     cross: Annotated[Layers, Field(exclude=True)] = ()
 
     def __post_init__(self) -> None:

@@ -10,20 +10,21 @@ from vlmrewrite.analysis.functional import functional
 from vlmrewrite.analysis.graph import axis, closure, is_number, needed, reachable, same, sizes, symbols, value, where
 from vlmrewrite.analysis.merge import Merge
 from vlmrewrite.analysis.operators import hidden_write, writes, written
-from vlmrewrite.analysis.regions import CASTING, regions
+from vlmrewrite.analysis.regions import as_cast, cast, regions
 from vlmrewrite.analysis.rows import ALONG, Rows
 from vlmrewrite.analysis.tokenwise import not_token_wise
 
 __all__ = [
     "ALONG",
-    "CASTING",
     "Anatomy",
     "Layer",
     "LayerCost",
     "Merge",
     "Rows",
     "analyse",
+    "as_cast",
     "axis",
+    "cast",
     "closure",
     "costs",
     "functional",

@@ -6,24 +6,27 @@ does not keep.
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Graph, GraphModule, Node
 
 from vlmrewrite.analysis.graph import value
 from vlmrewrite.compat import autocast_marks, gradient_mark
 
-CASTING = "vlmrewrite_casting"
-"""In a node's meta: the arguments of the ``torch.autocast`` that it runs under, if that is not the caller's."""
+_CASTING = "vlmrewrite_casting"
+"""In a node's meta: the arguments of each ``torch.autocast`` that it runs under, beside the caller's."""
 
 
-def regions(graph: Graph) -> None:
+def regions(graph: Graph, gradients: bool) -> None:
     """Take out the marks: what leaves a part without gradients is detached, nodes under autocast say so.
 
-    A graph is captured with gradients on, which is how it begins.
+    Args:
+        graph: changed in place.
+        gradients: whether they were on where it was captured; where they were not, there are none to keep out.
     """
     (enter, leave), enabled, casting = autocast_marks(), True, dict[Node, Any]()
     without, marks = set[Node](), list[Node]()
@@ -38,12 +41,12 @@ def regions(graph: Graph) -> None:
             if not enabled or (node.target is operator.getitem and node.args[0] in without):
                 without.add(node)
             if casting:
-                node.meta[CASTING] = [*casting.values()][-1]
+                node.meta[_CASTING] = [*casting.values()]
             continue
         marks.append(node)
-    for node in [n for n in graph.nodes if n in without]:
-        outside = [user for user in node.users if user not in without]
-        if outside and isinstance(x := value(node), Tensor) and x.is_floating_point():
+    for node in [n for n in graph.nodes if n in without] if gradients else []:
+        outside, x = [user for user in node.users if user not in without], value(node)
+        if outside and isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex()):
             with graph.inserting_after(node):
                 made = graph.call_function(torch.detach, (node,))
             made.meta = dict(node.meta)
@@ -51,3 +54,22 @@ def regions(graph: Graph) -> None:
                 user.replace_input_with(node, made)
     for node in reversed(marks):
         graph.erase_node(node)
+
+
+def cast(graph: Graph) -> None:
+    """Run each node that says so under ``torch.autocast``, as in the part of the forward that it comes from."""
+    enter, leave = autocast_marks()
+    for node in [node for node in graph.nodes if _CASTING in node.meta]:
+        with graph.inserting_before(node):
+            begun = [graph.call_function(enter, tuple(args)) for args in node.meta[_CASTING]]
+        for one in begun:
+            with graph.inserting_after(node):
+                graph.call_function(leave, (one,))
+
+
+def as_cast(gm: GraphModule) -> GraphModule:
+    """A graph module as it is to run: itself, or a copy with what :func:`cast` puts in."""
+    if not any(_CASTING in node.meta for node in gm.graph.nodes):
+        return gm
+    cast(graph := copy.deepcopy(gm.graph))
+    return GraphModule(gm, graph)

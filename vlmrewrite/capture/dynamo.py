@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 
 from vlmrewrite.analysis import try_operators
@@ -21,7 +20,6 @@ from vlmrewrite.capture.graph import Graph
 from vlmrewrite.capture.traces import CALLER, Caller, NotCapturedError, form_of, traces_of
 from vlmrewrite.compat import (
     at_graph_limit,
-    autograd_function,
     global_hooks,
     graph_limit,
     hooks_of,
@@ -39,7 +37,7 @@ _LOG = logging.getLogger(__name__)
 Runner = Callable[["Graph", Sequence[Any]], Any]
 
 LIMIT = 24
-"""Graphs of one model before giving up: with or without padding, a past, labels, one row or more, one logit or all
+"""Graphs of one model before giving up: with or without gradient, padding, a past, one row or more, one logit or all
 make different graphs, so that Dynamo's default of 8 is soon used up."""
 
 _CAPTURED = "%s captured (called with %s) in %.2f s: %d nodes, %d layers as copies"
@@ -69,7 +67,6 @@ class CapturedForward:
         self._ran: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.whole: str | None = None
         self._alike: Alike | None = None
-        self._apart = False
         self._lock = threading.Lock()
         # The same names in every call: Dynamo cannot explain a recompile over a tensor that is no longer among them.
         parameters = inspect.signature(forward).parameters.values()
@@ -105,24 +102,11 @@ class CapturedForward:
         run = functools.partial(self._run, runner, model, cache, kwargs, images, whole)
         if (alike := self._look(model)) is not None:
             try:
-                return self._in_a_mode(run, alike)
+                return run(alike)
             except UnlikeError as e:
                 self.whole = str(e)
                 _LOG.info("all layers of %s are traced: %s", type(whole or model).__name__, self.whole)
-        return self._in_a_mode(run, None)
-
-    def _in_a_mode(self, run: Callable[..., Any], alike: Alike | None) -> Any:
-        """Run the forward with gradients on for Dynamo, which would trace it again without.
-
-        Not in inference mode, whose tensors Dynamo can tell, nor where there are autograd functions: without gradients,
-        what they do is traced as well.
-        """
-        if not self._apart and not torch.is_inference_mode_enabled():
-            try:
-                return run(alike, torch.is_grad_enabled())
-            except _ApartError:
-                self._apart = True
-        return run(alike, None)
+        return run(None)
 
     @property
     def copied(self) -> int:
@@ -149,7 +133,6 @@ class CapturedForward:
         images: Mapping[str, Encoded] | None,
         whole: nn.Module | None,
         alike: Alike | None,
-        mode: bool | None,
     ) -> Any:
         ran, _alive = list[Graph](), self._traces.graphs  # in this call, whatever another thread forgets
         before, told = len(self.seconds), [*(images or ["no image"]), *sorted(kwargs)]
@@ -170,8 +153,6 @@ class CapturedForward:
                 if isinstance(taken, str):
                     raise UnlikeError(taken)
                 inputs = [*inputs, *alike.tensors(taken)]
-            if mode is False and graph.gm.graph.find_nodes(op="call_function", target=autograd_function()):
-                raise _ApartError
             if graph not in self._ran and len(self.graphs) >= limit():
                 raise too_many()
             if graph not in self._ran and _LOG.isEnabledFor(logging.INFO):
@@ -183,20 +164,18 @@ class CapturedForward:
                 try_operators(graph.gm, dict(zip(graph.gm.graph.find_nodes(op="placeholder"), inputs, strict=True)))
                 graph.parameters = parameter_inputs(model, graph.gm, inputs)
                 graph.features = {name: places_of(name, one, inputs) for name, one in images.items()}
-            with nullcontext() if mode is None else torch.set_grad_enabled(mode):
-                return runner(graph, inputs)
+            return runner(graph, inputs)
 
         outputs: Any = None
         if images is not None:
             cache.contiguous()
             outputs = {name: vars(one.output) for name, one in images.items()}
-        (kwargs, outputs), known = _without_history((kwargs, outputs))
+        (kwargs, outputs), known = _no_views((kwargs, outputs))
         outputs = outputs and {name: EncoderOutput(fields) for name, fields in outputs.items()}
         token = CALLER.set(Caller(noted, alike is None, self.seconds.append))
         try:
             given = (model, "") if alike is None else (alike.short, alike.told)
-            gradients = nullcontext() if mode is None else torch.enable_grad()
-            with gradients, nullcontext() if alike is None else alike.lent():
+            with nullcontext() if alike is None else alike.lent():
                 out = self._traces.run(self._traces.forward, *given, cache, self._absent | kwargs, outputs)
             if not ran:
                 raise NotCapturedError(
@@ -221,15 +200,11 @@ class CapturedForward:
             CALLER.reset(token)
 
 
-class _ApartError(Exception):
-    """Calls with gradients and without need graphs of their own."""
-
-
-def _without_history(given: Any) -> tuple[Any, dict[int, Tensor]]:
-    """Arguments whose tensors are no views and require no gradient, on which Dynamo guards; by id, what they are of."""
+def _no_views(given: Any) -> tuple[Any, dict[int, Tensor]]:
+    """Arguments whose tensors are no views, on whose bases Dynamo guards too; by id, what they are of."""
     leaves, form = tree_flatten(given)
     own = {id(x): x for x in leaves if isinstance(x, Tensor)}
-    plain = {key: x.detach() for key, x in own.items()}
+    plain = {key: x.detach().requires_grad_(x.requires_grad) for key, x in own.items()}
     return tree_unflatten([plain.get(id(x), x) for x in leaves], form), {id(plain[key]): x for key, x in own.items()}
 
 

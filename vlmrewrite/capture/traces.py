@@ -58,7 +58,7 @@ class Traces:
         me: Any = weakref.ref(self)  # alive while it is called, and Dynamo runs what is here at no other time
 
         def backend(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
-            regions(gm.graph)
+            regions(gm.graph, torch.is_grad_enabled())
             functional(gm.graph)
             gm.recompile()
             me().graphs.append(graph := Graph(gm))

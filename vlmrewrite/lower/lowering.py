@@ -17,8 +17,7 @@ import torch
 import torch.fx
 
 from vlmrewrite import ops
-from vlmrewrite.analysis import CASTING, value, writes
-from vlmrewrite.compat import autocast_marks
+from vlmrewrite.analysis import cast, value, writes
 from vlmrewrite.ops import Choice, Kernels, choose, unfit
 from vlmrewrite.plan import Call
 from vlmrewrite.rewrite import Program, RunResult, with_blocks
@@ -100,18 +99,8 @@ def lower(gm: torch.fx.GraphModule, kernels: Kernels = "auto", device: torch.dev
             node.target = reference
         counts[reference.__name__, made] += 1
     graph.eliminate_dead_code(is_impure_node=writes)
-    _cast(graph)
+    cast(graph)
     return Lowered(with_blocks(gm, graph), counts)
-
-
-def _cast(graph: torch.fx.Graph) -> None:
-    """Run each node that says so under the ``torch.autocast`` of the part of the forward that it comes from."""
-    enter, leave = autocast_marks()
-    for node in [node for node in graph.nodes if CASTING in node.meta]:
-        with graph.inserting_before(node):
-            begun = graph.call_function(enter, tuple(node.meta[CASTING]))
-        with graph.inserting_after(node):
-            graph.call_function(leave, (begun,))
 
 
 def _attention(

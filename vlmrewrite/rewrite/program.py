@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from vlmrewrite.analysis import Anatomy, LayerCost, costs
+from vlmrewrite.analysis import Anatomy, LayerCost, as_cast, costs
 from vlmrewrite.errors import noted
 from vlmrewrite.markup import Shown
 from vlmrewrite.ops import Run, cut
@@ -193,7 +193,7 @@ class Program(Shown):
         inputs, call = inputs or self.inputs, call or self.call
         if not inputs or call is None:
             raise ValueError("expected the flat inputs of the captured graph and the Call that describes them")
-        result = self.execute(self.graphs, inputs, call)
+        result = self.execute([as_cast(gm) for gm in self.graphs], inputs, call)
         return result.out, tuple(result.chosen.values())
 
     def propagate(self) -> None:

@@ -36,18 +36,18 @@ class Prompt:
         sizes: what its arguments say about sizes of images and videos.
         columns: where the prompt ends in the sequence, as long as its end is not that of a mask; then 0.
         encodings: the runs of the vision tower that it made.
-        ran: whether a rewritten forward ran in it.
         adopted: caches that it was given, with what they were before; see :func:`vlmrewrite.kvcache.adopt`.
         follows: of a dispatch, the plan that all rows follow, or None; see :func:`vlmrewrite.runtime.following`.
+        made: the last call with images in it, None if no rewritten forward ran.
     """
 
     end: Tensor | None = None
     sizes: hf.Sizes = field(default_factory=hf.Sizes)
     columns: int = 0
     encodings: list[Encoding] = field(default_factory=list)
-    ran: bool = False
     adopted: list[Any] = field(default_factory=list)
     follows: int | None = None
+    made: LastCall | None = None
 
     @classmethod
     def of(cls, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Prompt:

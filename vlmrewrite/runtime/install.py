@@ -206,7 +206,7 @@ def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             cache.__class__, cache.__dict__ = before
         raise
     given = hf.images_of(inspect.signature(generate).bind_partial(self, *args, **kwargs).arguments | kwargs)
-    if given and not prompt.ran:
+    if given and prompt.made is None:
         raise RuntimeError(
             f"generate() of {type(self).__name__} was given {', '.join(given)}, and no rewritten forward ran in it, so"
             " that its tokens are those of the unmodified model: expected a generate() that calls the forward of the"

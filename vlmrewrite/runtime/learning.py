@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from vlmrewrite.plan import Plan, blocks_of
-from vlmrewrite.runtime.facts import LastCall, Prompt
+from vlmrewrite.runtime.facts import Prompt
 
 Forward = Callable[[Prompt, dict[str, Any]], Any]
 
 
 def learning(
-    model: nn.Module, plan: Plan, forward: Forward, last: Callable[[], LastCall], prompt: Prompt, kwargs: dict[str, Any]
+    model: nn.Module, plan: Plan, forward: Forward, told: Prompt, prompt: Prompt, kwargs: dict[str, Any]
 ) -> Any:
     """A forward, and if a chooser learns in it, its loss in that of the output.
 
@@ -29,7 +29,7 @@ def learning(
         model: rewritten.
         plan: the recipe's.
         forward: the model's, of a prompt and arguments.
-        last: the last call with an image.
+        told: gets what a forward with images was.
         prompt, kwargs: of this call.
     """
     labels, choose = kwargs.get("labels"), _loss_of(model, plan)
@@ -38,11 +38,16 @@ def learning(
     with torch.no_grad():
         each = [forward(replace(prompt, follows=i), dict(kwargs)) for i in range(len(plan.variants))]
         found = torch.stack([right_labels(out.logits, labels) for out in each], 1)
-    out, ran = forward(prompt, kwargs), last()
-    asked = (labels[:, 1:] != -100).any(1) & ran.call.with_images
+    before, out, wanted = told.made, forward(prompt, kwargs), labels[:, 1:] != -100
+    ran = told.made
+    if ran is None or ran is before:  # there was no image, and nothing to choose
+        return out
+    asked = wanted.any(1) & ran.call.with_images
     if bool(asked.any()):
         assert ran.result.value is not None
-        out["loss"] = out.loss + choose(ran.result.value[asked], found[asked])
+        of = kwargs.get("num_items_in_batch")  # labels of all batches that are accumulated
+        share = 1.0 if of is None else float(wanted.sum() / of)
+        out["loss"] = out.loss + share * choose(ran.result.value[asked], found[asked])
     return out
 
 

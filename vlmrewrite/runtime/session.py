@@ -113,8 +113,8 @@ class Session:
     def forward(self, model: nn.Module, prompt: Prompt, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """The model's forward under this recipe; its arguments and its outputs, which are not made a tuple here."""
         with prompt_of((self, "call"), prompt):
-            prompt, kwargs = self._enter(model, prompt, hf.named(model, args, kwargs))
-            return learning(model, self.plan, functools.partial(self._forward, model), self.last, prompt, kwargs)
+            own, kwargs = self._enter(model, prompt, hf.named(model, args, kwargs))
+            return learning(model, self.plan, functools.partial(self._forward, model), prompt, own, kwargs)
 
     def _enter(self, model: nn.Module, prompt: Prompt, kwargs: dict[str, Any]) -> tuple[Prompt, dict[str, Any]]:
         """What a call knows and was given, its images encoded."""
@@ -244,11 +244,11 @@ class Session:
         if isinstance(keep, int) and keep != kwargs["logits_to_keep"]:
             out["logits"] = out.logits[:, -keep:]
         ran = told[0]
-        if (generation := current_prompt(self)) is not None:
-            generation.ran = True
+        for prompt in (current_prompt(self), current_prompt((self, "call"))):
+            if prompt is not None:
+                prompt.made = ran
         self._calls.add(ran)
-        plans = [plan.layers for plan in ran.plans]
-        for layer, *entries in zip(cache.layers, *plans, strict=False):
+        for layer, *entries in zip(cache.layers, *(plan.layers for plan in ran.plans), strict=False):
             keys = {entry.keys for entry in entries}
             some = len(keys) > 1 or any(s != All and not ran.call.counts.dense(s) for s in keys)
             layer.holes = layer.holes or some
