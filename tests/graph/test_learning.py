@@ -86,6 +86,20 @@ def test_the_unmodified_model_beside_a_rewritten_one():
         assert torch.equal(model(**inputs).logits, other)
 
 
+def test_blocks_are_loaded_whatever_is_enough(tmp_path):
+    model, other = TINY.model, VISOR(policy="router", chain=CHAIN, enough=0.5)
+    assert "enough=0.5" in repr(other)
+    with vr.applied(model, [ROUTER]):
+        vr.save_blocks(model, tmp_path)
+    with vr.applied(model, [other]):
+        vr.load_blocks(model, tmp_path)
+    with (
+        vr.applied(model, [VISOR(policy="router", chain=CHAIN[:2])]),
+        pytest.raises(ValueError, match="these blocks belong to the passes"),
+    ):
+        vr.load_blocks(model, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def routed():
     """A router that learnt for some steps by the model's own loss, and the losses."""
@@ -156,3 +170,22 @@ def test_all_rows_follow_the_plan_that_is_asked_for(routed):
     for wrong in (3, -1, True, "0"):
         with pytest.raises(ValueError, match=r"expected an int in 0 \.\. 2"):
             following(model, wrong)
+
+
+@pytest.mark.slow
+def test_a_call_without_images_has_the_models_loss_alone(routed):
+    model, inputs, labels, _ = routed
+    text = torch.randint(3, 20, (2, 7))
+    for _ in range(2):  # with the call of images before, and with one that was as long
+        loss = model(input_ids=text, labels=text).loss
+        torch.testing.assert_close(loss, answer_loss(model(input_ids=text).logits, text))
+        assert model(**inputs, labels=labels).loss > 0
+
+
+@pytest.mark.slow
+def test_the_router_learns_as_much_from_batches_that_are_accumulated(routed):
+    model, inputs, labels, _ = routed
+    out = model(**inputs, labels=labels)
+    of = 2 * int((labels[:, 1:] != -100).sum())
+    half = model(**inputs, labels=labels, num_items_in_batch=torch.tensor(of)).loss
+    torch.testing.assert_close(half, out.loss / 2)
