@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import tempfile
 from dataclasses import dataclass
@@ -102,6 +103,16 @@ def test_a_pass_that_draws_for_some_amounts_alone() -> None:
     assert draw.share("at") == at
     with pytest.raises(RuntimeError, match=r"^pass sts: tuned\(\) drew 'more' for some amounts alone"):
         draw.share("more")
+
+
+def test_a_control_that_cannot_be_had_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
+    run: Any = importlib.import_module("vlmrewrite.tune.run")
+    monkeypatch.setattr(run, "solve", lambda *_: None)
+    space: Any = SimpleNamespace(controls={"stride": Stride}, planned=["stride"], control=lambda _: None)
+    mine: Any = SimpleNamespace(cost={"flops": 0.3})
+    found, notes = run._controls(space, None, Wish("flops", 0.3), mine, ())
+    assert not found
+    assert notes == ["no control stride: none costs at most 0.300 of the FLOPs of the decoder's prefill"]
 
 
 @dataclass(frozen=True)

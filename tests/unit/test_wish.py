@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from vlmrewrite.evaluate import Evaluation, Row, Sample
+from vlmrewrite.evaluate import Evaluation, Row, Sample, pareto
 from vlmrewrite.passes import Stride
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.tune.judge import best, preferred, taken, verdict, with_front
@@ -221,6 +221,14 @@ def point(name: str, accuracy: float, flops: float, latency: float | None = None
 def test_the_front() -> None:
     points = with_front([point("c", 0.8, 0.5), point("a", 0.7, 0.1), point("b", 0.6, 0.2)], "flops")
     assert [(p.recipe.name, p.on_front) for p in points] == [("a", True), ("b", False), ("c", True)]
+
+
+def test_the_plot_is_against_what_the_budget_is_of() -> None:
+    rows = [replace(row("quick", 0.9, 0.1), prefill=4.0), replace(row("slow", 0.8, 0.1), prefill=2.0)]
+    plot = pareto([*rows, row("unmeasured", 1.0, 0.1)], "latency")
+    assert "quick: 90.0 % at 0.250 of the seconds of the prefill" in plot
+    assert ">seconds of the prefill, share<" in plot
+    assert (plot.count('class="best"'), plot.count('class="other"')) == (1, 1)
 
 
 def test_verdicts() -> None:
