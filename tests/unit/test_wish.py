@@ -207,7 +207,7 @@ def test_a_control_that_costs_too_much_takes_no_place() -> None:
     assert taken(slow, "mine", controls, replace(wish, share=0.2))[0] == "even"  # none is
     name, [said] = taken(slow, "mine", controls, Wish("latency", 0.3))
     assert name == "few"
-    assert said.startswith("mine costs 0.333 of the seconds of the prefill on held-out samples")
+    assert said.startswith("mine costs 0.33333 of the seconds of the prefill on held-out samples")
     dear = costing(done, mine={"flops": 0.29}, even={"flops": 0.31}, few={"flops": 0.29})
     assert taken(dear, "mine", controls, Wish("flops", 0.3, 0.25))[0] == "mine"
     assert taken(dear, "mine", controls, Wish("flops", 0.2, 0.25))[0] == "even"

@@ -76,7 +76,9 @@ def taken(done: Evaluation, mine: str, controls: Sequence[str], wish: Wish) -> t
     if mine in names:
         return preferred(done, mine, [name for name in names if name != mine])
     name, own = best(done, names), next(row for row in rows if row.recipe == mine)
-    told = f"{mine} costs {_share(cost_of(own, wish.kind))} of the {KINDS[wish.kind]} on held-out samples and scores"
+    cost = cost_of(own, wish.kind)
+    share = _share(cost) if cost is None else f"{cost:.5f}"  # it may be above the budget by little
+    told = f"{mine} costs {share} of the {KINDS[wish.kind]} on held-out samples and scores"
     return name, [f"{told} {100 * own.difference:+.1f} %, which is not what was wished for; a control is taken: {name}"]
 
 
