@@ -103,6 +103,7 @@ def test_what_is_written(found: tuple[Tuned, Path], data: Path) -> None:
     assert costs == sorted(costs)  # type: ignore[type-var]
     assert tuned.front
     assert str(tuned).endswith(tuned.verdict)
+    assert sum("intervals are wide" in note for note in tuned.notes) == 1
     assert any("no control of smaller pictures: " in note and "doesn't match" in note for note in tuned.notes)
 
 
@@ -151,6 +152,12 @@ def test_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (["--budget", "flops=0.5", "--max-drop", "few"], "--max-drop: expected a share such as 1% or 0.01, or any"),
         (["--budget", "flops=0.5", "--output", "x.txt"], "output: expected a file that ends in .yaml, got 'x.txt'"),
         (["--budget", "flops=0.5", "--output", "no/x.yaml"], "output: expected a file in a folder that exists"),
+        (["--budget", "flops=0.5", "--seed", "-1"], "seed: expected an integer >= 0 and <= 4294967295, got -1"),
+        (
+            ["--budget", "flops=0.5", "--held-out", "2"],
+            "held_out: expected a share of the samples, above 0 and below 1",
+        ),
+        (["--budget", "flops=0.5", "--metric", "exat"], "metric: expected one of auto, exact, "),
         (["--budget", "flops=0.5", "--trials", "0"], "--trials: expected at least 1, got 0"),
     ],
 )
@@ -165,6 +172,15 @@ def test_a_budget_that_no_recipe_can_meet(digits: Any, data: Path) -> None:
     with pytest.raises(ValueError, match=r"^budget kv=0.001: no recipe can meet it, .* cost 0\.0\d+ of") as e:
         vr.tune(*digits, data, "kv=0.001", **OPTIONS)
     assert "\n" not in str(e.value)
+
+
+def test_a_recipe_that_was_measured_says_with_what(digits: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RUN, "_OTHER", ())
+    monkeypatch.setattr(RUN, "FINALISTS", 1)
+    lines = [json.loads(line) for line in data.read_text().splitlines()[:8]]
+    rows = [line | {"image": str(data.parent / line["image"])} for line in lines]
+    found = vr.tune(*digits, rows, "latency=0.9", "any", **OPTIONS | {"trials": 2, "max_new_tokens": 1})
+    assert (found.best.backend, found.best.kernels) == ("eager", "reference")
 
 
 def test_files_that_are_there_stay(digits: Any, data: Path, tmp_path: Path) -> None:

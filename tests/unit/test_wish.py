@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import re
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from PIL import Image
 
-from vlmrewrite.evaluate import Evaluation, Row, Sample
+from vlmrewrite.evaluate import Evaluation, Row, Sample, pareto
 from vlmrewrite.passes import Stride
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.tune.judge import best, preferred, verdict, with_front
+from vlmrewrite.tune.judge import best, preferred, taken, verdict, with_front
 from vlmrewrite.tune.results import Point
 from vlmrewrite.tune.search import rungs
 from vlmrewrite.tune.space import Shape, solve, spread
@@ -24,6 +26,11 @@ from vlmrewrite.tune.wish import Wish
 def test_a_budget(given: Any) -> None:
     assert Wish.of(given, 0.01) == Wish("flops", 0.3, 0.01)
     assert str(Wish.of(given, 0.01)) == "flops=0.3, at most 1 % lost"
+
+
+@pytest.mark.parametrize(("given", "drop"), [("1%", 0.01), ("0.01", 0.01), ("any", None), (1, 1.0)])
+def test_a_largest_drop(given: Any, drop: float | None) -> None:
+    assert Wish.of("flops=0.3", given).max_drop == drop
 
 
 def test_latency_goes_by_flops() -> None:
@@ -42,6 +49,13 @@ def test_latency_goes_by_flops() -> None:
         ("0.3", None, "budget: expected one such as flops=0.3 or {'flops': 0.3}, got '0.3' (str)"),
         ({"kv": 0.1, "flops": 0.2}, None, "budget: expected one such as flops=0.3"),
         ("flops=0.3", 1.5, "max_drop: expected a drop of the mean score from 0 to 1 (0.01 is 1 %), got 1.5"),
+        (
+            "flops=0.3",
+            "150%",
+            "max_drop: expected a drop of the mean score from 0 to 1 (0.01 is 1 %), got '150%' (str)",
+        ),
+        ("flops=0.3", [0.1], "max_drop: expected a drop of the mean score from 0 to 1 (0.01 is 1 %), got [0.1] (list)"),
+        ("flops=0.3", "few", "max_drop: expected a share such as 1% or 0.01, or any, got 'few'"),
     ],
 )
 def test_a_wish_that_is_none(budget: Any, drop: float | None, message: str) -> None:
@@ -63,6 +77,28 @@ def test_samples_about_one_picture_stay_together() -> None:
         assert abs(len(search) - 30) <= 2
     assert split(given, 0.5, 0) == split(given, 0.5, 0) != split(given, 0.5, 1)
     assert [len(side) for side in split(samples(b"a", b"b"), 0.01, 0)] == [1, 1]
+
+
+def test_no_picture_is_on_both_sides(tmp_path: Path) -> None:
+    for name in ("one", "copy"):
+        (tmp_path / name).write_bytes(b"the same")
+    gray, black = Image.new("L", (2, 2)), Image.new("RGB", (2, 2))
+    pictures = [
+        (b"a",),
+        (b"x", b"a"),
+        (b"x",),
+        (tmp_path / "one",),
+        (tmp_path / "copy", gray),
+        (gray.copy(),),
+        (black,),
+    ]
+    given = [Sample(i, "what", None, images) for i, images in enumerate(pictures)]
+    seen = set[tuple[int | str, ...]]()
+    for seed in range(8):
+        for side in split(given, 0.5, seed):
+            seen.add(tuple(sorted(s.id for s in side)))  # type: ignore[type-var]
+    assert seen <= {(0, 1, 2), (3, 4, 5), (6,), (0, 1, 2, 6), (3, 4, 5, 6), (0, 1, 2, 3, 4, 5)}
+    assert len(seen) > 2
 
 
 @pytest.mark.parametrize("held_out", [0.0, 1.0])
@@ -95,14 +131,17 @@ def test_amounts_rise_in_turn() -> None:
 
 
 class Costs:
-    """Prompts whose costs are what the passes say."""
+    """Prompts whose costs are what the passes say; all batches cost more than the first ones by some."""
+
+    def __init__(self, by: float = 0.002) -> None:
+        self.by = by
 
     def effective(self, passes: Any) -> Any:
         return passes
 
     def shares(self, passes: Any, all_of_them: bool) -> dict[str, float] | None:
         [x] = passes
-        return None if x is None else {"flops": x + 0.002 * all_of_them, "kv": x}
+        return None if x is None else {"flops": x + self.by * all_of_them, "kv": x}
 
 
 def test_the_dearest_within_a_budget() -> None:
@@ -111,6 +150,12 @@ def test_the_dearest_within_a_budget() -> None:
     assert found.passes == (pytest.approx(0.498),)  # all batches together cost more than those that are looked at
     assert solve(Shape(lambda x: (x + 0.6,)), Costs(), "flops", 0.5) is None
     assert solve(Shape(lambda _: (None,)), Costs(), "flops", 0.5) is None
+    dearer = solve(Shape(lambda x: (x / 2,)), Costs(by=-0.1), "flops", 0.3)
+    assert dearer is not None
+    assert dearer.passes == (pytest.approx(0.4, abs=1e-3),)  # far from what the first batches say
+    far = solve(Shape(lambda x: (x,)), Costs(by=0.3), "flops", 0.5)
+    assert far is not None
+    assert far.passes == (pytest.approx(0.2, abs=1e-3),)
     cheap = solve(Shape(lambda x: (x / 4,)), Costs(), "kv", 0.5)
     assert cheap is not None
     assert cheap.passes == (0.25,)
@@ -148,6 +193,26 @@ def test_a_control_wins_ties() -> None:
     assert preferred(done, "mine", []) == ("mine", [])
 
 
+def costing(done: Evaluation, **costs: dict[str, float]) -> Evaluation:
+    return replace(done, rows=tuple(replace(r, **costs.get(r.recipe, {})) for r in done.rows))
+
+
+def test_a_control_that_costs_too_much_takes_no_place() -> None:
+    done = evaluation(mine=([1.0, 1.0, 1.0, 0.0], 0.1), even=([1.0] * 4, 0.2), few=([0.0] * 4, 0.3))
+    slow = costing(done, mine={"prefill": 3.0}, even={"prefill": 1.5}, few={"prefill": 4.0})
+    wish, controls = Wish("latency", 0.4, 0.25), ["even", "few"]
+    assert taken(slow, "mine", controls, wish)[0] == "mine"
+    assert taken(slow, "mine", controls, replace(wish, share=0.7))[0] == "even"
+    assert taken(slow, "mine", controls, replace(wish, max_drop=0.0))[0] == "mine"  # of those quick enough
+    assert taken(slow, "mine", controls, replace(wish, share=0.2))[0] == "even"  # none is
+    name, [said] = taken(slow, "mine", controls, Wish("latency", 0.3))
+    assert name == "few"
+    assert said.startswith("mine costs 0.33333 of the seconds of the prefill on held-out samples")
+    dear = costing(done, mine={"flops": 0.29}, even={"flops": 0.31}, few={"flops": 0.29})
+    assert taken(dear, "mine", controls, Wish("flops", 0.3, 0.25))[0] == "mine"
+    assert taken(dear, "mine", controls, Wish("flops", 0.2, 0.25))[0] == "even"
+
+
 def point(name: str, accuracy: float, flops: float, latency: float | None = None) -> Point:
     recipe = SimpleNamespace(name=name)
     return Point(recipe, {"flops": flops, "kv": 1.0, "latency": latency}, row(name, accuracy, 0.1))  # type: ignore[arg-type]
@@ -156,6 +221,14 @@ def point(name: str, accuracy: float, flops: float, latency: float | None = None
 def test_the_front() -> None:
     points = with_front([point("c", 0.8, 0.5), point("a", 0.7, 0.1), point("b", 0.6, 0.2)], "flops")
     assert [(p.recipe.name, p.on_front) for p in points] == [("a", True), ("b", False), ("c", True)]
+
+
+def test_the_plot_is_against_what_the_budget_is_of() -> None:
+    rows = [replace(row("quick", 0.9, 0.1), prefill=4.0), replace(row("slow", 0.8, 0.1), prefill=2.0)]
+    plot = pareto([*rows, row("unmeasured", 1.0, 0.1)], "latency")
+    assert "quick: 90.0 % at 0.250 of the seconds of the prefill" in plot
+    assert ">seconds of the prefill, share<" in plot
+    assert (plot.count('class="best"'), plot.count('class="other"')) == (1, 1)
 
 
 def test_verdicts() -> None:
@@ -172,6 +245,10 @@ def test_verdicts() -> None:
     assert said.endswith("the cheapest that loses so little on the searched samples: less, at 0.700")
     assert not verdict(replace(wish, share=0.2), row("r", 1.0, 0.1), 0.3, points)[0]
     assert verdict(Wish("flops", 0.3), row("r", 0.1, 0.1), 0.3, points)[0]
+    assert verdict(Wish("flops", 0.3), row("r", 1.0, 0.1), 0.4, points)[1].endswith("searched samples: bad, at 0.100")
+    met, said = verdict(wish, row("r", 0.99, 0.1), 0.3003, points, 0.2999)
+    assert not met
+    assert "; within the budget on the searched samples (0.29990), above it on these (0.30030)" in said
     slow = verdict(Wish("latency", 0.3, 0.01), row("r", 1.0, 0.1), None, points)
     assert slow[0] is False
     assert slow[1].endswith("none of the recipes that were tried loses so little at any budget")

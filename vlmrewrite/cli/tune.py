@@ -63,12 +63,12 @@ def tune(
     at_least("--max-new-tokens", max_new_tokens, 1)
     at_least("--trials", trials, 1)
     at_least("--limit", 1 if limit is None else limit, 1)
-    drop = _share(max_drop)
     from vlmrewrite.evaluate import read_data
-    from vlmrewrite.tune import check_wish
+    from vlmrewrite.tune import check_wish, drop_of
     from vlmrewrite.tune import tune as search
 
-    check_wish(budget, drop, output)
+    drop = drop_of(max_drop, "--max-drop")
+    check_wish(budget, drop, output, metric=metric, held_out=held_out, seed=seed)
     with a_line_each():
         samples = read_data(data)[:limit]
     from vlmrewrite.cli import loading
@@ -118,17 +118,3 @@ def tune(
             print(f"page: {output.with_suffix('.html')}")
     if not found.met:
         raise typer.Exit(NOTHING_MEETS_IT)
-
-
-def _share(text: str) -> float | None:
-    """What ``1%``, ``0.01`` or ``any`` says.
-
-    Raises:
-        ValueError: it is none of these.
-    """
-    if text == "any":
-        return None
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise ValueError(f"--max-drop: expected a share such as 1% or 0.01, or any, got {text!r}") from None

@@ -5,7 +5,7 @@ from vlmrewrite.evaluate.data import each_row, fingerprint, number_of_rows, read
 from vlmrewrite.evaluate.journal import Journal, write_whole
 from vlmrewrite.evaluate.metrics import METRICS, Metric
 from vlmrewrite.evaluate.page import STYLE
-from vlmrewrite.evaluate.plot import front, pareto
+from vlmrewrite.evaluate.plot import cost_of, front, pareto
 from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, Row, Scored
 from vlmrewrite.evaluate.rows import sample_of
 from vlmrewrite.evaluate.run import FEW, evaluate, identity_of, metric_of
@@ -29,6 +29,7 @@ __all__ = [
     "Scored",
     "Subject",
     "answer_tokens",
+    "cost_of",
     "each_row",
     "encode",
     "end_tokens",

@@ -12,33 +12,39 @@ _WIDTH, _HEIGHT = 760, 420
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 150, 16, 48
 
 
-_COSTS = {"flops": "FLOPs of the prefill", "kv": "K/V bytes of the prefill"}
+_COSTS = {"flops": "FLOPs of the prefill", "kv": "K/V bytes of the prefill", "latency": "seconds of the prefill"}
 
 
-def _cost(row: Row, by: str) -> float | None:
+def cost_of(row: Row, by: str) -> float | None:
+    """What a row costs, as a share of the unmodified model's: ``"flops"``, ``"kv"``, or ``"latency"`` of a prefill."""
+    if by == "latency":
+        return None if row.prefill is None else 1 / row.prefill
     found: float | None = getattr(row, by)
     return found
 
 
-def front(rows: Sequence[Row], by: str = "flops") -> list[Row]:
-    """Rows by what they cost than which no other is as cheap and better, or as good and cheaper."""
-    known = [row for row in rows if _cost(row, by) is not None]
+def front(costs: Sequence[float | None], scores: Sequence[float]) -> list[int]:
+    """Which places, the cheapest first, no other is as cheap and better than, or as good and cheaper.
+
+    What has no cost is at none of them.
+    """
+    known = [(cost, -score, i) for i, (cost, score) in enumerate(zip(costs, scores, strict=True)) if cost is not None]
     best, found = -1.0, []
-    for row in sorted(known, key=lambda row: (_cost(row, by) or 0.0, -row.accuracy)):
-        if row.accuracy > best:
-            best = row.accuracy
-            found.append(row)
+    for _, score, i in sorted(known):
+        if -score > best:
+            best = -score
+            found.append(i)
     return found
 
 
 def pareto(rows: Sequence[Row], by: str = "flops") -> str:
-    """The plot, against ``"flops"`` or ``"kv"``; in colours of the page it stands in."""
-    shown = [row for row in rows if _cost(row, by) is not None]
+    """The plot, against ``"flops"``, ``"kv"`` or ``"latency"``; in colours of the page it stands in."""
+    shown = [row for row in rows if cost_of(row, by) is not None]
     if not shown:
         return ""
     low = floor(10 * min(row.interval[0] for row in shown)) / 10
     high = ceil(10 * max(row.interval[1] for row in shown)) / 10
-    most = ceil(10 * max(_cost(row, by) or 0.0 for row in shown)) / 10
+    most = ceil(10 * max(cost_of(row, by) or 0.0 for row in shown)) / 10
     low, high = (low, high) if high > low else (low - 0.1, high)
 
     def x(flops: float) -> float:
@@ -58,14 +64,14 @@ def pareto(rows: Sequence[Row], by: str = "flops") -> str:
     middle = (_LEFT + _WIDTH - _RIGHT) / 2
     parts.append(f'<text x="{middle}" y="{_HEIGHT - 8}" text-anchor="middle">{_COSTS[by]}, share</text>')
     parts.append(f'<text transform="translate(16 {_HEIGHT / 2}) rotate(-90)" text-anchor="middle">score, %</text>')
-    best = front(rows, by)
-    steps = [f"M{x(_cost(best[0], by) or 0):.1f} {y(best[0].accuracy):.1f}"]
-    steps += [f"H{x(_cost(row, by) or 0):.1f}V{y(row.accuracy):.1f}" for row in best[1:]]
+    best = [shown[i] for i in front([cost_of(row, by) for row in shown], [row.accuracy for row in shown])]
+    steps = [f"M{x(cost_of(best[0], by) or 0):.1f} {y(best[0].accuracy):.1f}"]
+    steps += [f"H{x(cost_of(row, by) or 0):.1f}V{y(row.accuracy):.1f}" for row in best[1:]]
     parts.append(f'<path class="front" d="{"".join(steps)}"/>')
     lines = _apart([y(row.accuracy) for row in shown])
     for row, line in zip(shown, lines, strict=True):
-        at, (bottom, top) = x(_cost(row, by) or 0), (y(v) for v in row.interval)
-        told = f"{row.recipe}: {100 * row.accuracy:.1f} % at {_cost(row, by):.3f} of the {_COSTS[by]}"
+        at, (bottom, top) = x(cost_of(row, by) or 0), (y(v) for v in row.interval)
+        told = f"{row.recipe}: {100 * row.accuracy:.1f} % at {cost_of(row, by):.3f} of the {_COSTS[by]}"
         parts.append(
             f'<g class="{"best" if row in best else "other"}"><title>{escape(told)}</title>'
             f'<path class="bar" d="M{at:.1f} {bottom:.1f}V{top:.1f}m-4 0h8M{at - 4:.1f} {bottom:.1f}h8"/>'
@@ -74,7 +80,7 @@ def pareto(rows: Sequence[Row], by: str = "flops") -> str:
             f'<text x="{at + 18:.1f}" y="{line + 4:.1f}">{escape(row.recipe)}</text></g>'
         )
     return (
-        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>score against FLOPs</title>'
+        f'<svg class="plot" viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img"><title>score against {_COSTS[by]}</title>'
         f"{''.join(parts)}</svg>"
     )
 

@@ -1,9 +1,11 @@
 """Recipes that a budget buys on a user's data: searched, judged beside controls on held-out samples, and written."""
 
 from vlmrewrite.tune.auto import automatic
+from vlmrewrite.tune.checks import check_wish
 from vlmrewrite.tune.prompts import Prompts
 from vlmrewrite.tune.results import Point, Tuned
-from vlmrewrite.tune.run import check_wish, tune
+from vlmrewrite.tune.run import tune
 from vlmrewrite.tune.space import Space, solve
+from vlmrewrite.tune.wish import drop_of
 
-__all__ = ["Point", "Prompts", "Space", "Tuned", "automatic", "check_wish", "solve", "tune"]
+__all__ = ["Point", "Prompts", "Space", "Tuned", "automatic", "check_wish", "drop_of", "solve", "tune"]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
-from vlmrewrite.evaluate import write_whole
 from vlmrewrite.tune.page import page
 from vlmrewrite.tune.results import Tuned
 
@@ -15,7 +15,8 @@ def check_output(output: str | os.PathLike[str] | None) -> Path | None:
     """The path of the recipe.
 
     Raises:
-        ValueError: it is none, its folder is not there, or there is a file of its name or beside it already.
+        ValueError: it is none, its folder is not there or takes no files, or there is a file of its name or beside it
+            already.
     """
     if output is None:
         return None
@@ -24,21 +25,41 @@ def check_output(output: str | os.PathLike[str] | None) -> Path | None:
         raise ValueError(f"output: expected a file that ends in .yaml, got {str(path)!r}")
     if not path.parent.is_dir():
         raise ValueError(f"output: expected a file in a folder that exists, got {str(path)!r}")
-    for file in (path, *_beside(path)):
-        if file.exists():
-            raise ValueError(f"output: {str(file)!r} is there already: expected another name, or remove it first")
+    _refuse_old(path)
+    try:
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as e:
+        raise ValueError(f"output: expected a file in a folder that can be written, got {str(path)!r}: {e}") from e
     return path
 
 
 def write(path: Path, found: Tuned) -> None:
-    """Write what was found, each file whole or not at all, the recipe last and only if it meets the wish."""
+    """Write what was found, each file whole or not at all, the recipe last and only if it meets the wish.
+
+    Raises:
+        ValueError: one of the files came to be since :func:`check_output`. None is written.
+    """
     data, html = _beside(path)
-    write_whole(html, page(found))
-    write_whole(data, json.dumps(found.to_dict(), indent=1) + "\n")
-    if found.recipe is not None:
-        part = path.with_name(f".{path.name}.part")
-        found.recipe.to_yaml(part)
-        part.replace(path)
+    parts = {file: file.with_name(f".{file.name}.part") for file in (html, data, path)}
+    try:
+        parts[html].write_text(page(found), encoding="utf-8")
+        parts[data].write_text(json.dumps(found.to_dict(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        if found.recipe is not None:
+            found.recipe.to_yaml(parts[path])
+        _refuse_old(path, f"; the recipe that was found is {', '.join(map(repr, found.best.passes))}")
+        for file, part in parts.items():
+            if file != path or found.recipe is not None:
+                part.replace(file)
+    finally:
+        for part in parts.values():
+            part.unlink(missing_ok=True)
+
+
+def _refuse_old(path: Path, more: str = "") -> None:
+    for file in (path, *_beside(path)):
+        if file.exists():
+            raise ValueError(f"output: {str(file)!r} is there already: expected another name, or remove it first{more}")
 
 
 def _beside(path: Path) -> tuple[Path, Path]:

@@ -15,7 +15,7 @@ def page(found: Tuned) -> str:
     tried = [[x["passes"], f"{x['flops']:.3f}", f"{x['kv']:.3f}", f"{x['kl']:.4g}", str(x["n"])] for x in found.tried]
     layers = zip(found.profile.freeze_kl, found.profile.hide_kl, strict=True)
     kl = [[str(i), *(f"{x:.4g}" for x in pair)] for i, pair in enumerate(layers)]
-    by = "kv" if "kv" in found.provenance["budget"] else "flops"
+    [by] = found.provenance["budget"]
     held_out = (
         "samples that the search did not see. Intervals are 95 %, differences are paired with the unmodified model."
     )

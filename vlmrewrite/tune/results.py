@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, dataclass, field
+from math import isfinite
 from typing import Any
 
 from vlmrewrite.evaluate import Evaluation, Row
@@ -78,7 +79,7 @@ class Tuned(Shown):
         return tuple(point for point in self.points if point.on_front)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, dicts, numbers and strings."""
+        """Plain lists, dicts, numbers and strings; None for a KL that is not finite."""
         found = {
             "met": self.met,
             "verdict": self.verdict,
@@ -92,7 +93,7 @@ class Tuned(Shown):
             "tried": self.tried,
             "provenance": self.provenance,
         }
-        plain: dict[str, Any] = json.loads(json.dumps(found))
+        plain: dict[str, Any] = json.loads(json.dumps(_finite(found), allow_nan=False))
         return plain
 
     def cells(self) -> list[list[str]]:
@@ -112,3 +113,12 @@ class Tuned(Shown):
         lines += [f"note: {note}" for note in self.notes]
         passes = ", ".join(map(repr, self.best.passes))
         return "\n".join([*lines, f"{self.best.name}: {passes}", self.verdict])
+
+
+def _finite(value: Any) -> Any:
+    """The same with None for numbers that JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(x) for key, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return None if isinstance(value, float) and not isfinite(value) else value

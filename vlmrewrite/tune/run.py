@@ -7,7 +7,6 @@ import os
 import platform
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +18,7 @@ from vlmrewrite.evaluate import (
     Metric,
     Row,
     Sample,
+    cost_of,
     encode,
     evaluate,
     fingerprint,
@@ -28,10 +28,11 @@ from vlmrewrite.evaluate import (
     refuse_chats,
 )
 from vlmrewrite.hf import base_model_of
-from vlmrewrite.ops import Backend, Kernels
+from vlmrewrite.ops import Backend, Kernels, choose, resolve
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.tune.files import check_output, write
-from vlmrewrite.tune.judge import best, latency, preferred, verdict, with_front
+from vlmrewrite.tune.checks import check_wish
+from vlmrewrite.tune.files import write
+from vlmrewrite.tune.judge import best, cheap, doubts, taken, verdict, with_front
 from vlmrewrite.tune.pictures import smaller_pictures
 from vlmrewrite.tune.prompts import Prompts
 from vlmrewrite.tune.results import Point, Tuned
@@ -53,7 +54,7 @@ def tune(
     processor: Any,
     data: Any,
     budget: str | Mapping[str, float],
-    max_drop: float | None = 0.01,
+    max_drop: float | str | None = 0.01,
     *,
     metric: str | Metric = "auto",
     output: str | os.PathLike[str] | None = None,
@@ -66,12 +67,13 @@ def tune(
     kernels: Kernels = "auto",
     progress: Progress = lambda stage, done, total: None,
 ) -> Tuned:
-    """Search the recipe that loses least within a budget, and judge it once on samples that the search did not see.
+    """Search the recipe that loses least within a budget, and judge it on samples that the search did not see.
 
     Which passes, their budgets and layers are searched; see docs/tune.md. What costs too much is never run: FLOPs and
     K/V bytes follow from the plan. Candidates are compared with the unmodified model by the KL of the first token, on
     more and more prompts; the best of them answer the searched samples, for the metric. On the held-out samples, the
-    best is compared with controls of equal cost, and one that scores as much is taken in its place.
+    best is compared with controls of equal cost, and one that scores as much is taken in its place. Whether the wish is
+    met goes by costs and scores on these.
 
     Args:
         model: an unmodified model in eval mode, on any device.
@@ -80,7 +82,8 @@ def tune(
         budget: ``{"flops": 0.3}`` or ``"flops=0.3"``: the share of the unmodified model's cost, above 0 and below 1;
             ``flops`` and ``kv`` of the prefill's decoder, ``latency`` of its seconds. Latency goes by FLOPs in the
             search and is measured then.
-        max_drop: how much lower than the unmodified model's the mean score may be; None: no bound.
+        max_drop: how much lower than the unmodified model's the mean score may be: 0.01 or ``"1%"``; None or ``"any"``:
+            no bound.
         metric: as for :func:`vlmrewrite.evaluate`.
         output: path of a YAML file that gets the recipe; beside it, with the same name, what was found as JSON and as
             an HTML page. If nothing meets the wish, these two alone.
@@ -93,24 +96,21 @@ def tune(
         progress: called with what is done, and how many of how many steps of that.
 
     Raises:
-        ValueError: data, budget, metric, model or file cannot be used, or no recipe can meet the budget. Nothing is
-            written.
+        ValueError: an argument cannot be used, or no recipe can meet the budget; or another file of the recipe's name
+            came to be in the meantime. Nothing is written.
         ImportError: Optuna is not installed.
         RuntimeError: all samples failed; see :func:`vlmrewrite.evaluate`.
     """
-    wish, path = check_wish(budget, max_drop, output)
-    if trials < 1 or batch < 1 or max_new_tokens < 1:
-        raise ValueError(f"expected trials, batch and max_new_tokens >= 1, got {trials}, {batch} and {max_new_tokens}")
+    counts = {"trials": trials, "batch": batch, "max_new_tokens": max_new_tokens}
+    wish, path = check_wish(budget, max_drop, output, metric=metric, held_out=held_out, seed=seed, **counts)
     samples = read_data(data)
     metric_of(metric, samples)
     refuse_chats(processor, samples)
     base = base_model_of(model)
     if base.training:
         raise ValueError(f"expected a {type(base).__name__} in eval mode, got one in training: call model.eval()")
-    notes = []
     if len(samples) < FEW:
-        notes.append(f"{len(samples)} samples: intervals are wide below {FEW}")
-        warnings.warn(notes[0], stacklevel=2)
+        warnings.warn(f"{len(samples)} samples: intervals are wide below {FEW}", stacklevel=2)
     searched, rest = split(samples, held_out, seed)
     count = -(-len(searched) // batch)
     prompts = Prompts(base, _inputs(base, processor, searched, batch), lambda i: progress("prompts", i, count))
@@ -132,20 +132,22 @@ def tune(
     mine = _winner(done, points, [recipe.name for recipe, _ in chosen], wish)
     controls, lacking = _controls(space, prompts, wish, mine, (base, processor, searched[:batch]))
     judged = asked("held out", rest, [mine.recipe, *(recipe for recipe, _ in controls)])
-    name, told = preferred(judged, mine.recipe.name, [recipe.name for recipe, _ in controls])
-    costs = {recipe.name: shares for recipe, shares in controls} | {mine.recipe.name: mine.cost}
+    name, told = taken(judged, mine.recipe.name, [recipe.name for recipe, _ in controls], wish)
     row = next(row for row in judged.rows if row.recipe == name)
-    cost = latency(row) if wish.kind == "latency" else costs[name][wish.kind]
-    met, said = verdict(wish, row, cost, points)
-    taken = next(r for r in (mine.recipe, *(recipe for recipe, _ in controls)) if r.name == name)
+    rivals: list[tuple[Recipe, Mapping[str, float | None]]] = [(mine.recipe, mine.cost), *controls]
+    recipe, shares = next(pair for pair in rivals if pair[0].name == name)
+    met, said = verdict(wish, row, cost_of(row, wish.kind), points, shares.get(wish.kind))
     about = _provenance(base, samples, wish, row, asking | {"metric": judged.about["metric"], "trials": trials})
     about |= {"searched": len(searched), "held_out": len(rest), "candidates": len(found)}
-    final = taken.model_copy(update={"name": f"tuned-{wish.kind}-{wish.share:g}", "description": said})
+    changed: dict[str, Any] = {"name": f"tuned-{wish.kind}-{wish.share:g}", "description": said}
+    if wish.kind == "latency":  # of what ran, and of nothing else
+        changed |= {"backend": resolve(backend, base.device), "kernels": choose(kernels, base.device).kernel}
+    final = recipe.model_copy(update=changed)
     result = Tuned(
         final if met else None,
         final,
         said,
-        tuple(notes + told + failed + lacking + _doubts(wish, row, met) + list(judged.notes)),
+        tuple(told + failed + lacking + doubts(wish, row, met) + list(judged.notes)),
         judged,
         with_front(points, wish.kind),
         space.profile,
@@ -155,19 +157,6 @@ def tune(
     if path is not None:
         write(path, result)
     return result
-
-
-def check_wish(
-    budget: str | Mapping[str, float], max_drop: float | None, output: str | os.PathLike[str] | None
-) -> tuple[Wish, Path | None]:
-    """What can be said before a model is there: the wish, and the path of the recipe.
-
-    Raises:
-        ValueError: either cannot be used.
-        ImportError: Optuna is not installed.
-    """
-    optuna()
-    return Wish.of(budget, max_drop), check_output(output)
 
 
 def candidates(
@@ -187,12 +176,14 @@ def candidates(
     progress("profile", 0, 1)
     space = Space(prompts.profile(batches_of(prompts.sizes, PROFILED)))
     found, failed = search(prompts, space, wish, trials, seed, lambda i: progress("candidates", i, trials))
+    notes = [f"{len(failed)} recipes that were drawn failed, such as {failed[0]}"] if failed else []
     if not found:
         raise ValueError(
             f"budget {wish.kind}={wish.share:g}: none of {trials} recipes that were drawn can meet it, and without any"
             f" vision tokens the prompts cost {floor[wish.counted]:.3f}: expected more trials, or a larger budget"
+            + "".join(f"; {note}" for note in notes)
         )
-    return space, found, [f"{len(failed)} recipes that were drawn failed, such as {failed[0]}"] if failed else []
+    return space, found, notes
 
 
 def _inputs(base: Any, processor: Any, samples: Sequence[Sample], batch: int) -> Iterator[dict[str, Any]]:
@@ -229,13 +220,13 @@ def _elsewhere(found: Sequence[Candidate], prompts: Prompts, wish: Wish) -> list
 
 def _points(done: Evaluation, recipes: Sequence[tuple[Recipe, Solved]]) -> list[Point]:
     rows = {row.recipe: row for row in done.rows}
-    return [Point(r, {**s.shares, "latency": latency(rows[r.name])}, rows[r.name]) for r, s in recipes]
+    return [Point(r, {**s.shares, "latency": cost_of(rows[r.name], "latency")}, rows[r.name]) for r, s in recipes]
 
 
 def _winner(done: Evaluation, points: Sequence[Point], names: list[str], wish: Wish) -> Point:
     """The best of the search; of a budget of latency, of all that were measured to keep it, if any did."""
     if wish.kind == "latency":
-        kept = [p for p in points if p.cost["latency"] is not None and p.cost["latency"] <= wish.share]
+        kept = [p for p in points if cheap(wish, p.cost["latency"])]
         names = [p.recipe.name for p in kept] or names
     name = best(done, names)
     return next(p for p in points if p.recipe.name == name)
@@ -256,18 +247,11 @@ def _controls(
                 notes.append(f"no control of smaller pictures: {' '.join(str(e).split())}")
             continue
         solved = solve(space.control(name), prompts, wish.counted, share)
-        if solved is not None and solved.passes != mine.recipe.passes:
+        if solved is None:
+            notes.append(f"no control {name}: none costs at most {share:.3f} of the {KINDS[wish.counted]}")
+        elif solved.passes != mine.recipe.passes:
             found.append((Recipe(name=name, passes=solved.passes), solved.shares))
     return found, notes
-
-
-def _doubts(wish: Wish, row: Row, met: bool) -> list[str]:
-    """What the held-out samples leave open."""
-    if not met or wish.max_drop is None or -row.difference_interval[0] <= wish.max_drop:
-        return []
-    most = -100 * row.difference_interval[0]
-    told = f"{row.n} held-out samples do not exclude a drop of up to {most:.1f} % (95 %)"
-    return [f"{told}, more than the {100 * wish.max_drop:g} % that were allowed"]
 
 
 def _tried(candidate: Candidate) -> dict[str, Any]:

@@ -112,21 +112,21 @@ def search(
             if solved is not None:
                 key = _alike(solved)
                 one = found.setdefault(key, _Running(number, solved, prompts))
-                try:
+                with _watched(one, failed):
                     value = _climbed(one, trial, steps)
-                except Exception as e:  # what an operator cannot do is seen when it runs
-                    failed.append(" ".join(f"{solved.passes}: {e}".split()))
+                if one.failed:
                     del found[key]
-                one.rest()
             study.tell(trial, value, state=None if value is not None else module.trial.TrialState.PRUNED)
     progress(trials)
     left = list(found.values())
     for i, (stop, following) in enumerate(pairwise(steps), 1):  # early ones had few to be compared with
         left = sorted(left, key=lambda one: (one.mean(stop), one.number))[: max(FINALISTS, len(found) // _FACTOR**i)]
         for one in left:
-            one.mean(following)
-            one.rest()
-    return sorted((one.done() for one in found.values()), key=lambda c: (-len(c.kl), c.mean, c.number)), failed
+            with _watched(one, failed):
+                one.mean(following)
+        left = [one for one in left if not one.failed]
+    done = [one.done() for one in found.values() if not one.failed]
+    return sorted(done, key=lambda c: (-len(c.kl), c.mean, c.number)), failed
 
 
 def _alike(solved: Solved) -> tuple[str, float, float]:
@@ -147,14 +147,14 @@ class _Running:
     """A recipe that is run on as many batches as it is asked about."""
 
     def __init__(self, number: int, solved: Solved, prompts: Prompts) -> None:
-        self.number, self._solved, self._prompts = number, solved, prompts
+        self.number, self.solved, self.failed, self._prompts = number, solved, False, prompts
         self._run: Callable[[int, int], list[float]] | None = None
         self._kl, self._batches = list[float](), 0
 
     def mean(self, stop: int) -> float:
         """Of the KL on the batches before one."""
         if stop > self._batches:
-            self._run = self._run or self._prompts.runner(self._solved.passes)
+            self._run = self._run or self._prompts.runner(self.solved.passes)
             self._kl += self._run(self._batches, stop)
             self._batches = stop
         seen = sum(self._prompts.sizes[:stop])
@@ -166,7 +166,19 @@ class _Running:
 
     def done(self) -> Candidate:
         """What came of it."""
-        return Candidate(self.number, self._solved, tuple(self._kl))
+        return Candidate(self.number, self.solved, tuple(self._kl))
+
+
+@contextlib.contextmanager
+def _watched(one: _Running, failed: list[str]) -> Iterator[None]:
+    """While the block runs it: what an operator cannot do is seen then, and said; no graphs are kept behind it."""
+    try:
+        yield
+    except Exception as e:
+        one.failed = True
+        failed.append(" ".join(f"{one.solved.passes}: {e}".split()))
+    finally:
+        one.rest()
 
 
 @contextlib.contextmanager

@@ -60,15 +60,24 @@ class Drawing:
     def layer(self, name: str, first: int = 0) -> int:
         """A layer from ``first`` on; of what goes on later, not the first layer of all."""
         low = min(max(first, self._first), self.depth - 1)
-        return int(self._trial.suggest_int(f"{self._slot} {name}", low, self.depth - 1))
+        return int(self._drawn(self._trial.suggest_int, name, low, self.depth - 1))
 
     def share(self, name: str, low: float = 0.0, high: float = 1.0) -> float:
         """A number in between."""
-        return float(self._trial.suggest_float(f"{self._slot} {name}", low, high))
+        return float(self._drawn(self._trial.suggest_float, name, low, high))
 
     def pick(self, name: str, options: Sequence[Any]) -> Any:
         """One of some values."""
-        return options[self._trial.suggest_categorical(f"{self._slot} {name}", range(len(options)))]
+        return options[self._drawn(self._trial.suggest_categorical, name, range(len(options)))]
+
+    def _drawn(self, suggest: Callable[..., Any], name: str, *given: Any) -> Any:
+        try:
+            return suggest(f"{self._slot} {name}", *given)
+        except RuntimeError as e:  # Optuna's, of a trial that is finished
+            raise RuntimeError(
+                f"pass {self._slot.split()[-1]}: tuned() drew {name!r} for some amounts alone: expected it to draw the"
+                f" same options for each amount ({e})"
+            ) from e
 
 
 class Space:
@@ -155,10 +164,20 @@ def solve(shape: Shape, prompts: Any, kind: str, share: float) -> Solved | None:
             return True
         return shares[kind] <= share and Solved(passes, shares, shape)
 
-    low, high = 0, _TRIED + 1  # what is within, and what is not
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if within(middle) else (low, middle)
+    def last(low: int, high: int, all_of_them: bool) -> int:
+        """The last that is within, of what starts with one that is and ends before one that is not."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if within(middle, all_of_them) else (low, middle)
+        return low
+
+    low, step = last(0, _TRIED + 1, False), 1
+    if low and not within(low, True):
+        low = last(0, low, True)
+    elif low:
+        while low + step <= _TRIED and within(low + step, True):
+            low, step = low + step, 2 * step
+        low = last(low, min(low + step, _TRIED + 1), True)
     for step in range(low, max(0, low - 60), -1):
         found = within(step, all_of_them=True)
         if isinstance(found, Solved):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 from vlmrewrite.errors import one_of, shown
@@ -31,8 +32,8 @@ class Wish:
     max_drop: float | None = None
 
     @classmethod
-    def of(cls, budget: str | Mapping[str, float], max_drop: float | None = None) -> Wish:
-        """The wish that ``"flops=0.3"`` or ``{"flops": 0.3}`` stands for.
+    def of(cls, budget: str | Mapping[str, float], max_drop: float | str | None = None) -> Wish:
+        """The wish that ``"flops=0.3"`` or ``{"flops": 0.3}``, and ``0.01`` or ``"1%"``, stand for.
 
         Raises:
             ValueError: it is none, or a number is out of range.
@@ -40,14 +41,17 @@ class Wish:
         kind, share = _named(budget)
         if kind not in KINDS:
             raise ValueError(f"budget: unknown kind {kind!r}, {one_of(kind, KINDS)}")
-        if not isinstance(share, float | int) or isinstance(share, bool) or not 0 < share < 1:
+        if not is_a(Real, share) or not 0 < share < 1:
             raise ValueError(
                 f"budget {kind}: expected a share of the unmodified model's {KINDS[kind]}, above 0 and below 1,"
                 f" got {shown(share)}"
             )
-        if max_drop is not None and (isinstance(max_drop, bool) or not 0 <= max_drop <= 1):
-            raise ValueError(f"max_drop: expected a drop of the mean score from 0 to 1 (0.01 is 1 %), got {max_drop}")
-        return cls(kind, float(share), max_drop)
+        drop: Any = drop_of(max_drop) if isinstance(max_drop, str) else max_drop
+        if drop is not None and (not is_a(Real, drop) or not 0 <= drop <= 1):
+            raise ValueError(
+                f"max_drop: expected a drop of the mean score from 0 to 1 (0.01 is 1 %), got {shown(max_drop)}"
+            )
+        return cls(kind, float(share), None if drop is None else float(drop))
 
     @property
     def counted(self) -> str:
@@ -71,3 +75,22 @@ def _named(budget: Any) -> tuple[str, Any]:
         except ValueError:
             return kind, text
     raise ValueError(f"budget: expected one such as flops=0.3 or {{'flops': 0.3}}, got {shown(budget)}")
+
+
+def drop_of(text: str, name: str = "max_drop") -> float | None:
+    """What ``1%``, ``0.01`` or ``any`` says.
+
+    Raises:
+        ValueError: it is none of these.
+    """
+    if text == "any":
+        return None
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise ValueError(f"{name}: expected a share such as 1% or 0.01, or any, got {text!r}") from None
+
+
+def is_a(kind: type, value: Any) -> bool:
+    """Whether it is a number of that kind; no bool is one."""
+    return isinstance(value, kind) and not isinstance(value, bool)
