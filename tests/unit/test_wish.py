@@ -246,9 +246,9 @@ def test_verdicts() -> None:
     assert not verdict(replace(wish, share=0.2), row("r", 1.0, 0.1), 0.3, points)[0]
     assert verdict(Wish("flops", 0.3), row("r", 0.1, 0.1), 0.3, points)[0]
     assert verdict(Wish("flops", 0.3), row("r", 1.0, 0.1), 0.4, points)[1].endswith("searched samples: bad, at 0.100")
-    met, said = verdict(wish, row("r", 0.99, 0.1), 0.3003, points, 0.2999)
+    met, said = verdict(wish, row("r", 0.99, 0.1), 0.3033, points, 0.2999)
     assert not met
-    assert "; within the budget on the searched samples (0.29990), above it on these (0.30030)" in said
+    assert "; within the budget on the searched samples (0.29990), above it on these (0.30330)" in said
     slow = verdict(Wish("latency", 0.3, 0.01), row("r", 1.0, 0.1), None, points)
     assert slow[0] is False
     assert slow[1].endswith("none of the recipes that were tried loses so little at any budget")

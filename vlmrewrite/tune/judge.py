@@ -48,9 +48,13 @@ def _cost(point: Point, kind: str) -> float:
     return inf if cost is None else cost
 
 
+ABOVE = 1.01
+"""Recipes are solved to lie just below a budget on the searched prompts; on others, they may cost this much of it."""
+
+
 def cheap(wish: Wish, cost: float | None) -> bool:
-    """Whether a cost is known and within the budget."""
-    return cost is not None and cost <= wish.share + 1e-9
+    """Whether a cost is known and within the budget, or above it by as little as prompts of other lengths make of it."""
+    return cost is not None and cost <= wish.share * ABOVE
 
 
 def good(wish: Wish, row: Row) -> bool:
