@@ -237,7 +237,7 @@ def _trainer(
         if not all(bool(x.isfinite().all()) for x in found if x is not None):
             raise RuntimeError(
                 f"step {made.state.global_step + 1}: {what} not finite, at a learning rate of"
-                f" {made._get_learning_rate():.3g}: lower --lr, and give another --output folder"
+                f" {made.lr_scheduler.get_last_lr()[0]:.3g}: lower --lr, and give another --output folder"
             )
 
     def write(checkpoint: str) -> None:
