@@ -27,9 +27,12 @@ def device_of(name: str) -> torch.device:
     there = torch.cuda.is_available()
     if name == "cuda" and not there:
         raise ValueError("--device cuda: torch sees no GPU here; expected cpu or auto")
-    if name == "cpu" or not there:
+    if name not in ("auto", "cuda"):
+        return torch.device(name)
+    if not there:
         return torch.device("cpu")
-    return torch.device("cuda", int(own)) if (own := os.environ.get("LOCAL_RANK")) else torch.device("cuda")
+    own = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(own)) if own else torch.device("cuda")
 
 
 def dtype_of(name: str, config: Any, device: torch.device) -> torch.dtype:
