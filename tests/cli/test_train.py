@@ -248,7 +248,7 @@ def refused(*arguments: object) -> list[str]:
         ),
         ({"--output": "bare.jsonl"}, "bare.jsonl: expected a folder, or nothing, got a file"),
         ({"--steps": 0}, "expected integers of at least 1, got steps=0"),
-        ({"--lr": "nan"}, "expected lr > 0 and distil >= 0, got lr=nan and distil=0.0"),
+        ({"--lr": "nan"}, "expected numbers lr > 0 and distil >= 0, got lr=nan and distil=0.0"),
         ({"--limit": 0}, "--limit: expected at least 1, got 0"),
     ],
     ids=lambda x: "-".join(map(str, x.values())) if isinstance(x, dict) else "",

@@ -24,7 +24,7 @@ def train(folder: str, steps: str) -> None:
     """What each of the processes does."""
     how = {"batch": 4, "lr": 1e-2, "log_every": 1, "save_every": 1, "progress": False}
     done = vr.train(*load(), rows(32, 1), "dpvr", output=folder, steps=int(steps), **how)
-    print(f"losses {os.environ['RANK']} {[line['loss'] for line in done.log]}", flush=True)
+    print(f"losses {os.environ['RANK']} {[(line['loss'], line['answers']) for line in done.log]}", flush=True)
     os._exit(0)  # freeing the model beside gloo's threads now and then never ends
 
 

@@ -33,11 +33,13 @@ def test_the_blocks_of_a_recipe():
     with vr.applied(model, [Stride(0.5)]), pytest.raises(ValueError, match=r"has no blocks: none of Stride\(.*nothing"):
         vr.trainable_blocks(model)
     with vr.applied(model, [DPVR(at=2), ROUTER]):
-        model.requires_grad_(False)
         blocks = vr.trainable_blocks(model)
         assert list(blocks) == ["dpvr", "visor_router"]
         learning = {n for n, p in model.named_parameters() if p.requires_grad}
         assert learning == {f"{ATTRIBUTE}.{n}" for n, _ in blocks.named_parameters()}
+        blocks["dpvr"].requires_grad_(False)
+        vr.trainable_blocks(model)
+        assert not any(p.requires_grad for p in blocks["dpvr"].parameters()), "what was frozen stays so"
 
 
 def test_others_that_learn_are_named():

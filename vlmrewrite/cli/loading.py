@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,14 +19,20 @@ from vlmrewrite.evaluate import with_image_tokens
 def device_of(name: str) -> torch.device:
     """The device that is meant: ``"auto"`` is a GPU if there is one.
 
+    It is the GPU of this process where a launcher has started one for each (``LOCAL_RANK``).
+
     Raises:
         ValueError: there is no such device here.
     """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
         raise ValueError("--device cuda: torch sees no GPU here; expected cpu or auto")
-    return torch.device(name)
+    if name not in ("auto", "cuda"):
+        return torch.device(name)
+    if not there:
+        return torch.device("cpu")
+    own = os.environ.get("LOCAL_RANK")
+    return torch.device("cuda", int(own)) if own else torch.device("cuda")
 
 
 def dtype_of(name: str, config: Any, device: torch.device) -> torch.dtype:

@@ -36,12 +36,17 @@ def train(
     """Train the blocks that a recipe adds to a model, on your own questions with answers.
 
     DIR is what `apply --recipe DIR` and `eval --recipe DIR` take; tensorboard --logdir DIR/logs shows the losses.
-    Several GPUs: accelerate launch -m vlmrewrite train ...
+    Several GPUs: python -m torch.distributed.run --nproc-per-node 2 -m vlmrewrite train ...
     """
     at_least("--limit", 1 if limit is None else limit, 1)
     chosen: Any = recipe if Path(recipe).is_dir() else recipe_named(recipe)
     from vlmrewrite.evaluate import read_data
+    from vlmrewrite.training import check_folder, check_settings, is_first_process
 
+    counts = {"steps": steps, "batch": batch, "accumulate": accumulate, "log_every": log_every}
+    check_settings(lr=lr, distil=distil, save_every=save_every, **counts)
+    if is_first_process():  # another one may come when this one has begun to write
+        check_folder(output, resume=resume)
     with a_line_each():
         samples = read_data(data)[:limit]
     from vlmrewrite.cli import loading
@@ -71,9 +76,11 @@ def train(
             log_every=log_every,
             resume=resume,
             seed=seed,
+            data_name=data.name,
         )
+    if not is_first_process():
+        return
     if done.log:
-        print(
-            f"{done.parameters:,} parameters, {done.steps} steps: loss {done.log[0]['loss']} to {done.log[-1]['loss']}"
-        )
+        first, last = (done.log[i]["loss"] for i in (0, -1))
+        print(f"{done.parameters:,} parameters, {done.steps} steps: loss {first:.4g} to {last:.4g}")
     print(f"blocks: {done.folder}")

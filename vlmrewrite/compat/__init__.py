@@ -57,7 +57,7 @@ from vlmrewrite.compat.operators import (
     unknowable,
 )
 from vlmrewrite.compat.private import TESTED, VersionError
-from vlmrewrite.compat.training import part_trainer
+from vlmrewrite.compat.training import modes_kept, part_trainer
 
 __all__ = [
     "TESTED",
@@ -93,6 +93,7 @@ __all__ = [
     "is_compiled",
     "memory_is_shared",
     "memory_of",
+    "modes_kept",
     "nn_functions",
     "operator_of",
     "part_trainer",

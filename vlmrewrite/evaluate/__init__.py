@@ -11,7 +11,7 @@ from vlmrewrite.evaluate.rows import sample_of
 from vlmrewrite.evaluate.run import FEW, evaluate, identity_of, metric_of
 from vlmrewrite.evaluate.sample import Sample
 from vlmrewrite.evaluate.statistics import Paired, paired
-from vlmrewrite.evaluate.subject import UNMODIFIED, Answered, Subject, end_tokens, plain_costs
+from vlmrewrite.evaluate.subject import UNMODIFIED, Answered, Subject, end_tokens, numbers_of, plain_costs
 
 __all__ = [
     "AGREEMENT",
@@ -40,6 +40,7 @@ __all__ = [
     "identity_of",
     "metric_of",
     "number_of_rows",
+    "numbers_of",
     "paired",
     "pareto",
     "plain_costs",

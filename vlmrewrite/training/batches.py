@@ -31,8 +31,9 @@ def answered(processor: Any, samples: Sequence[Sample], ends: Collection[int]) -
         raise ValueError(f"expected samples with an answer, got {bare[0]!r} without")
     try:
         given = dict(encode(processor, samples))
-    except OSError as e:
-        raise OSError(f"sample {_damaged(samples)!r}: expected whole images: {e}: take it out of the data") from e
+    except OSError:
+        refuse_damaged(samples)
+        raise
     shape, mask = given["input_ids"].shape, given["attention_mask"].bool()
     answers = [torch.tensor(answer_tokens(processor, s, ends)) for s in samples]
     length = max(int(row.sum()) + len(answer) for row, answer in zip(mask, answers, strict=True))
@@ -49,11 +50,14 @@ def answered(processor: Any, samples: Sequence[Sample], ends: Collection[int]) -
     return given
 
 
-def _damaged(samples: Sequence[Sample]) -> str | int:
-    """The first sample with an image that cannot be decoded, though it can be opened."""
+def refuse_damaged(samples: Sequence[Sample]) -> None:
+    """Decode every image once.
+
+    Raises:
+        OSError: one cannot be, though it can be opened; says of which sample.
+    """
     for sample in samples:
         try:
             sample.pictures()
-        except OSError:
-            return sample.id
-    return samples[0].id
+        except Exception as e:  # Pillow raises many kinds
+            raise OSError(f"sample {sample.id!r}: expected whole images: {e}: take it out of the data") from e

@@ -15,9 +15,9 @@ from vlmrewrite.runtime import session_of
 def trainable_blocks(model: nn.Module) -> nn.ModuleDict:
     """The modules that the recipe of a rewritten model trains, by name.
 
-    ``torch.optim.AdamW(trainable_blocks(model).parameters())`` is what a loop of your own begins with. All of these ask
-    for a gradient, and nothing else of the model does, but for what somebody has chosen before (adapters): a warning
-    names that.
+    ``torch.optim.AdamW(trainable_blocks(model).parameters())`` is what a loop of your own begins with. Blocks ask for a
+    gradient when the recipe is applied, and nothing else of the model does, but for what somebody has chosen before
+    (adapters): a warning names that. What has been frozen since stays frozen.
 
     Args:
         model: a model that a recipe with blocks is applied to.
@@ -31,7 +31,6 @@ def trainable_blocks(model: nn.Module) -> nn.ModuleDict:
             f"recipe {recipe.name!r} has no blocks: none of {', '.join(map(repr, recipe.passes))} has parameters of its"
             " own, and there is nothing to train"
         )
-    blocks.requires_grad_(True)
     if others := other_learners(model):
         more = f" and {len(others) - 3} more" if len(others) > 3 else ""
         warnings.warn(

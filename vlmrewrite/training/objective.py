@@ -99,7 +99,7 @@ class Objective:
         return loss
 
     def means(self) -> dict[str, float]:
-        """The mean of each part since this was last asked, each with its weight but for the distillation's."""
+        """The mean of each part in this process since this was last asked; the distillation's is without its weight."""
         found = {name: total / max(1, self._n) for name, total in self._sums.items()}
         self._sums.clear()
         self._n = 0
