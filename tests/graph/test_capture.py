@@ -190,8 +190,10 @@ def test_features_are_found_by_what_they_are_whatever_their_name():
 def test_features_are_exactly_one_input():
     x, y = torch.zeros(2, 3), torch.zeros(2, 2, 3)
     images = encoded_images(BaseModelOutputWithPooling(last_hidden_state=y, pooler_output=x))
-    assert places_of("image", images, [x.clone(), 3, x[:], x, y]) == {"pooler_output": 3, "last_hidden_state": 4}
-    assert places_of("image", images, [x.clone(), y]) == {"last_hidden_state": 1}
+    last = images.candidates["last_hidden_state"]
+    assert last.shape == (1, 4, 3) and last.data_ptr() == y.data_ptr(), "as of one image"
+    assert places_of("image", images, [x.clone(), 3, x[:], x, last]) == {"pooler_output": 3, "last_hidden_state": 4}
+    assert places_of("image", images, [x.clone(), last]) == {"last_hidden_state": 1}
     with pytest.raises(ValueError, match="2 of the graph's inputs are the image features, pooler_output; expected 1"):
         places_of("image", images, [x, x])
     with pytest.raises(ValueError, match="none of the graph's inputs is the video features; expected one of pooler_"):

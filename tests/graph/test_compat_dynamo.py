@@ -49,7 +49,7 @@ def test_while_one_thread_traces_others_do_not() -> None:
             compiling.append(other.submit(torch.compiler.is_compiling).result())
         return gm.forward
 
-    call = compat.captured(lambda x: x + 1, backend, lambda: 5, lambda _: None)
+    call = compat.captured(lambda x: x + 1, backend, lambda: 5, bool, lambda _: None)
     assert call(torch.ones(1)).item() == 2
     assert compiling == [False] and not torch.compiler.is_compiling()
 
@@ -69,7 +69,7 @@ def test_a_graph_runs_while_another_thread_is_in_a_tracer_of_fx() -> None:
             assert other.submit(call, torch.ones(1)).result().item() == 2
         return x
 
-    call = compat.captured(lambda x: x + 1, backend, lambda: 5, lambda _: None)
+    call = compat.captured(lambda x: x + 1, backend, lambda: 5, bool, lambda _: None)
     make_fx(traced)(torch.ones(1))
     assert ran == [1]
 
@@ -80,7 +80,7 @@ def test_no_count_of_frames_that_threads_share(monkeypatch) -> None:
         pytest.skip("this torch counts no frames")
     counted: list[int] = []
     monkeypatch.setattr(torch._dynamo.eval_frame, name, lambda n: counted.append(n) or 0)
-    call = compat.captured(lambda x: x + 1, lambda gm, _: gm.forward, lambda: 5, lambda _: None)
+    call = compat.captured(lambda x: x + 1, lambda gm, _: gm.forward, lambda: 5, bool, lambda _: None)
     assert call(torch.ones(1)).item() == 2 and not counted
 
 
@@ -95,7 +95,7 @@ def test_no_count_of_frames_that_threads_share(monkeypatch) -> None:
 def test_what_a_capture_needs_is_gone(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.delattr(importlib.import_module(module), name)
     with pytest.raises(compat.VersionError, match=rf"^torch .* has no {module}\.{name} "):
-        compat.captured(len, len, lambda: 1, print)
+        compat.captured(len, len, lambda: 1, bool, print)
     if name == "optimize":
         with pytest.raises(compat.VersionError, match=r"no torch\._dynamo\.optimize "):
             compat.inductor(torch.fx.symbolic_trace(nn.Identity()))

@@ -69,10 +69,10 @@ def _is_linear(module: nn.Module) -> bool:
     if not isinstance(inside, int) or not isinstance(getattr(module, "out_features", None), int) or first is None:
         return False
     plain = next((p for p in module.parameters() if _trainable(p)), torch.empty(()))
-    x = torch.randn(2, inside, generator=torch.Generator().manual_seed(0)).to(first.device, plain.dtype)
+    x = torch.randn(9, inside, generator=torch.Generator().manual_seed(0)).to(first.device, plain.dtype)
     with _without_dropout(module):
-        nothing, one, other, both = module(torch.stack([0 * x[0], x[0], x[1], x[0] + x[1]]))
-    return bool((both + nothing - one - other).abs().max() < (one - nothing).abs().max() / 8)
+        nothing, each, sums = module(torch.cat([0 * x[:1], x, x[1:] + x[:-1]])).split([1, 9, 8])
+    return bool((sums + nothing - each[1:] - each[:-1]).abs().max() < (each - nothing).abs().max() / 8)
 
 
 @contextlib.contextmanager

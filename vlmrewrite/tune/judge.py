@@ -53,7 +53,7 @@ ABOVE = 1.01
 
 
 def cheap(wish: Wish, cost: float | None) -> bool:
-    """Whether a cost is known and within the budget, or above it by as little as prompts of other lengths make of it."""
+    """Whether a cost is known and within the budget, or above it by what other prompts make of it."""
     return cost is not None and cost <= wish.share * ABOVE
 
 

@@ -262,7 +262,7 @@ def _tried(candidate: Candidate) -> dict[str, Any]:
 def _provenance(base: Any, samples: Sequence[Sample], wish: Wish, row: Row, asking: dict[str, Any]) -> dict[str, Any]:
     packages = importlib.import_module("vlmrewrite"), torch, transformers, optuna()
     versions = {"python": platform.python_version()} | {p.__name__: p.__version__ for p in packages}
-    model = {"name": base.config._name_or_path, **identity_of(base), "device": str(base.device)}
+    model = {"name": base.config.name_or_path, **identity_of(base), "device": str(base.device)}
     told = {"budget": {wish.kind: wish.share}, "max_drop": wish.max_drop, "data": fingerprint(samples)}
     scored = {k: getattr(row, k) for k in ("n", "accuracy", "interval", "difference", "difference_interval")}
     return told | {"samples": len(samples), "score": scored, **asking, "model": model, "versions": versions}
