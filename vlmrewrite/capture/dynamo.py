@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import threading
@@ -11,25 +10,16 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import nn
 
 from vlmrewrite.analysis import try_operators
 from vlmrewrite.capture.alike import Alike
 from vlmrewrite.capture.expand import UnlikeError, reason_of
 from vlmrewrite.capture.graph import Graph
 from vlmrewrite.capture.traces import CALLER, Caller, NotCapturedError, form_of, traces_of
-from vlmrewrite.compat import (
-    at_graph_limit,
-    global_hooks,
-    graph_limit,
-    hooks_of,
-    tree_flatten,
-    tree_unflatten,
-    untraceable,
-    untraced,
-)
+from vlmrewrite.compat import at_graph_limit, global_hooks, graph_limit, hooks_of, untraceable, untraced
 from vlmrewrite.errors import CaptureError
-from vlmrewrite.hf import Encoded, EncoderOutput, exchanged, parameter_inputs, scattered
+from vlmrewrite.hf import Encoded, exchanged, parameter_inputs, scattered
 from vlmrewrite.kvcache import PositionCache
 
 _LOG = logging.getLogger(__name__)
@@ -99,14 +89,13 @@ class CapturedForward:
             CaptureError: the forward could not be captured as one graph.
             RuntimeError: something else ran in place of the graph, or there would be too many graphs.
         """
-        run = functools.partial(self._run, runner, model, cache, kwargs, images, whole)
         if (alike := self._look(model)) is not None:
             try:
-                return run(alike)
+                return self._run(runner, model, cache, kwargs, images, whole, alike)
             except UnlikeError as e:
                 self.whole = str(e)
                 _LOG.info("all layers of %s are traced: %s", type(whole or model).__name__, self.whole)
-        return run(None)
+        return self._run(runner, model, cache, kwargs, images, whole)
 
     @property
     def copied(self) -> int:
@@ -132,7 +121,7 @@ class CapturedForward:
         kwargs: dict[str, Any],
         images: Mapping[str, Encoded] | None,
         whole: nn.Module | None,
-        alike: Alike | None,
+        alike: Alike | None = None,
     ) -> Any:
         ran, _alive = list[Graph](), self._traces.graphs  # in this call, whatever another thread forgets
         before, told = len(self.seconds), [*(images or ["no image"]), *sorted(kwargs)]
@@ -147,7 +136,6 @@ class CapturedForward:
         def noted(graph: Graph | None, inputs: Sequence[Any]) -> Any:
             if graph is None:
                 raise NotCapturedError("another thread called this model where torch.compile does nothing: call again")
-            inputs = [known.get(id(x), x) for x in inputs]
             if alike is not None:
                 taken = graph.once("layers", lambda: alike.complete(graph.gm, inputs))
                 if isinstance(taken, str):
@@ -169,9 +157,7 @@ class CapturedForward:
         outputs: Any = None
         if images is not None:
             cache.contiguous()
-            outputs = {name: vars(one.output) for name, one in images.items()}
-        (kwargs, outputs), known = _no_views((kwargs, outputs))
-        outputs = outputs and {name: EncoderOutput(fields) for name, fields in outputs.items()}
+            outputs = {name: one.output for name, one in images.items()}
         token = CALLER.set(Caller(noted, alike is None, self.seconds.append))
         try:
             given = (model, "") if alike is None else (alike.short, alike.told)
@@ -198,14 +184,6 @@ class CapturedForward:
             raise CaptureError(what, str(e)) from None
         finally:
             CALLER.reset(token)
-
-
-def _no_views(given: Any) -> tuple[Any, dict[int, Tensor]]:
-    """Arguments whose tensors are no views, on whose bases Dynamo guards too; by id, what they are of."""
-    leaves, form = tree_flatten(given)
-    own = {id(x): x for x in leaves if isinstance(x, Tensor)}
-    plain = {key: x.detach().requires_grad_(x.requires_grad) for key, x in own.items()}
-    return tree_unflatten([plain.get(id(x), x) for x in leaves], form), {id(plain[key]): x for key, x in own.items()}
 
 
 def _hooked(model: nn.Module) -> str:

@@ -45,7 +45,6 @@ from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
     MODALITIES,
     Encoded,
-    EncoderOutput,
     Encoding,
     encode_images,
     encoded_images,
@@ -63,7 +62,6 @@ __all__ = [
     "MODALITIES",
     "Checkpointing",
     "Encoded",
-    "EncoderOutput",
     "Encoding",
     "Projection",
     "Sizes",
