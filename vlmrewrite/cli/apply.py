@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, Json, ModelFolder, a_question, at_least, recipe_named
+from vlmrewrite.cli.options import (
+    Backend,
+    Device,
+    Dtype,
+    Json,
+    Kernels,
+    LongestAnswer,
+    ModelFolder,
+    a_question,
+    at_least,
+    recipe_named,
+)
 from vlmrewrite.cli.terminal import as_json, check_json
 
 
@@ -19,9 +30,9 @@ def apply(
     recipe: Annotated[str, typer.Option(help="A shipped recipe's name, or a YAML file.")],
     image: Annotated[list[Path], typer.Option(help="Image file; may be given several times.")],
     prompt: Annotated[str, typer.Option(help="Question about the images.")],
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
-    backend: Annotated[Literal["auto", "eager", "inductor"], typer.Option(help="What runs the graph.")] = "auto",
-    kernels: Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")] = "auto",
+    max_new_tokens: LongestAnswer = 32,
+    backend: Backend = "auto",
+    kernels: Kernels = "auto",
     timing: Annotated[
         bool, typer.Option("--timing", help="Answer twice, and tell the seconds of the first time and the second.")
     ] = False,

@@ -2,37 +2,56 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, Json, ModelFolder, at_least, progress_bar, recipe_named
-from vlmrewrite.cli.terminal import a_line_each, as_json, check_json, folded, print_table, print_warning
+from vlmrewrite.cli.options import (
+    Backend,
+    Batch,
+    Device,
+    Dtype,
+    Json,
+    Kernels,
+    Limit,
+    LongestAnswer,
+    Metric,
+    ModelFolder,
+    Samples,
+    at_least,
+    progress_bar,
+    recipe_named,
+)
+from vlmrewrite.cli.terminal import (
+    a_line_each,
+    as_json,
+    check_json,
+    folded,
+    print_failures,
+    print_table,
+    warnings_later,
+)
 
 
 @app.command("eval")
 def evaluate(
     model: ModelFolder,
-    data: Annotated[Path, typer.Option(help="JSONL or Parquet: image, prompt, answer in each row; see docs.")],
+    data: Samples,
     recipe: Annotated[
         list[str], typer.Option(help="Recipe, YAML file or folder of trained blocks; may be given several times.")
     ],
     output: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for results; a run that was cut off goes on in it.")
     ] = None,
-    metric: Annotated[
-        str,
-        typer.Option(help="exact, contains, choice, vqa, anls, number, f1, rouge, iou, iou50; auto: exact or choice."),
-    ] = "auto",
-    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
-    limit: Annotated[int | None, typer.Option(help="Only so many of the first samples.")] = None,
+    metric: Metric = "auto",
+    batch: Batch = 8,
+    max_new_tokens: LongestAnswer = 32,
+    limit: Limit = None,
     seed: Annotated[int, typer.Option(help="Of bootstrap intervals.")] = 0,
-    backend: Annotated[Literal["auto", "eager", "inductor"], typer.Option(help="What runs the graph.")] = "auto",
-    kernels: Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")] = "auto",
+    backend: Backend = "auto",
+    kernels: Kernels = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = None,
@@ -53,14 +72,11 @@ def evaluate(
     with a_line_each():
         samples = read_data(data)[:limit]
     from vlmrewrite.cli import loading
-    from vlmrewrite.cli.config import local, read_config
+    from vlmrewrite.cli.config import local
 
     model = local(model, weights=True)
-    where, (config, _) = loading.device_of(device), read_config(model)
-    processor = loading.read_processor(model)
-    loaded = loading.with_weights(model, loading.dtype_of(dtype, config, where), where)
-    with a_line_each(), progress_bar() as progress, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    loaded, processor = loading.with_processor(model, device, dtype)
+    with a_line_each(), warnings_later(), progress_bar() as progress:
         task = progress.add_task("samples", total=len(samples))
         done = measure(
             loaded,
@@ -76,10 +92,7 @@ def evaluate(
             seed=seed,
             progress=lambda n, total: progress.update(task, completed=n),
         )
-    for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
-        print_warning(message)
-    for failure in done.failures:
-        print_warning(f"sample {failure['id']!r} failed under {failure['recipe']}: {failure['error']}")
+    print_failures(done.failures)
     if as_json(json, done.to_dict()):
         return
     head, *rows = done.cells()

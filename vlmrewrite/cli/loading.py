@@ -12,6 +12,7 @@ import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
+from vlmrewrite.cli.config import read_config
 from vlmrewrite.errors import blamed_on
 from vlmrewrite.evaluate import with_image_tokens
 
@@ -94,6 +95,17 @@ def read_processor(folder: Path) -> Any:
     if not callable(getattr(processor, "image_processor", None)):
         raise ValueError(f"{folder}: expected a processor of texts and images, got a {type(processor).__name__}")
     return processor
+
+
+def with_processor(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
+    """The model and the processor that a folder holds, on the device and of the dtype that options name.
+
+    Raises:
+        ValueError: as :func:`device_of`, :func:`read_processor` and :func:`with_weights`.
+    """
+    where, (config, _) = device_of(device), read_config(folder)
+    processor = read_processor(folder)
+    return with_weights(folder, dtype_of(dtype, config, where), where), processor
 
 
 def read_images(paths: Sequence[Path]) -> list[Any]:

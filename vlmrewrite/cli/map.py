@@ -4,12 +4,23 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, ModelFolder, at_least, progress_bar, recipe_named
+from vlmrewrite.cli.options import (
+    Backend,
+    Batch,
+    Device,
+    Dtype,
+    Kernels,
+    LongestAnswer,
+    ModelFolder,
+    at_least,
+    progress_bar,
+    recipe_named,
+)
 from vlmrewrite.cli.terminal import print_warning
 
 
@@ -21,10 +32,10 @@ def map_rows(
     output: Annotated[
         Path, typer.Option(metavar="DIR", help="Folder for the answers; a run that was cut off goes on in it.")
     ],
-    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
-    backend: Annotated[Literal["auto", "eager", "inductor"], typer.Option(help="What runs the graph.")] = "auto",
-    kernels: Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")] = "auto",
+    batch: Batch = 8,
+    max_new_tokens: LongestAnswer = 32,
+    backend: Backend = "auto",
+    kernels: Kernels = "auto",
     ray: Annotated[
         str | None,
         typer.Option(metavar="ADDRESS", help="Processes of this Ray cluster answer; local: of this machine."),
@@ -45,9 +56,10 @@ def map_rows(
     from vlmrewrite.serving import map_rows as answer
 
     total = number_of_rows(data)
+    from vlmrewrite.cli import loading
     from vlmrewrite.cli.config import local
 
-    load = functools.partial(_loaded, local(model, weights=True), device, dtype)
+    load = functools.partial(loading.with_processor, local(model, weights=True), device, dtype)
     given = load()
     with progress_bar() as progress:
         task = progress.add_task("rows", total=total)
@@ -71,13 +83,3 @@ def map_rows(
     print(f"{done.rows - done.failed} of {done.rows} rows answered{earlier}: {done.answers}")
     if done.errors is not None:
         print_warning(f"{done.failed} rows could not be answered, and why: {done.errors}")
-
-
-def _loaded(folder: Path, device: str, dtype: str) -> tuple[Any, Any]:
-    """Model and processor of a folder; also in processes of a cluster."""
-    from vlmrewrite.cli import loading
-    from vlmrewrite.cli.config import read_config
-
-    where, (config, _) = loading.device_of(device), read_config(folder)
-    processor = loading.read_processor(folder)
-    return loading.with_weights(folder, loading.dtype_of(dtype, config, where), where), processor

@@ -33,6 +33,22 @@ ImageSize = Annotated[
     str | None, typer.Option(metavar="WxH", help="Pixels of each made-up image, whose tokens and tiles are counted.")
 ]
 
+Samples = Annotated[Path, typer.Option(help="JSONL or Parquet: image, prompt, answer in each row; see docs.")]
+
+Metric = Annotated[
+    str, typer.Option(help="exact, contains, choice, vqa, anls, number, f1, rouge, iou, iou50; auto: exact or choice.")
+]
+
+Batch = Annotated[int, typer.Option(help="Prompts at a time.")]
+
+LongestAnswer = Annotated[int, typer.Option(help="Longest answer.")]
+
+Limit = Annotated[int | None, typer.Option(help="Only so many of the first samples.")]
+
+Backend = Annotated[Literal["auto", "eager", "inductor"], typer.Option(help="What runs the graph.")]
+
+Kernels = Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")]
+
 Json = Annotated[
     Path | None,
     typer.Option("--json", metavar="PATH", help="Write it as JSON to this file too; - prints JSON in place of text."),

@@ -9,7 +9,7 @@ import shutil
 import sys
 import textwrap
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +113,22 @@ def folded(cell: str) -> str:
     for wide, narrow in ((" (", "\n"), (")", ""), (" to ", "..\n"), ("prefill", "pre-\nfill"), ("decode", "de-\ncode")):
         cell = cell.replace(wide, narrow)
     return re.sub(r" (?=.?i?B$)", "\n", cell)  # before a unit
+
+
+@contextlib.contextmanager
+def warnings_later() -> Iterator[None]:
+    """Each warning of the block once, behind it; not between, where a bar is drawn, and none if the block fails."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always", UserWarning)
+        yield
+    for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
+        print_warning(message)
+
+
+def print_failures(failures: Iterable[Mapping[str, Any]]) -> None:
+    """The samples on which a model failed."""
+    for failure in failures:
+        print_warning(f"sample {failure['id']!r} failed under {failure['recipe']}: {failure['error']}")
 
 
 @contextlib.contextmanager

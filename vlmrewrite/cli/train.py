@@ -8,7 +8,15 @@ from typing import Annotated, Any
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, ModelFolder, at_least, recipe_named
+from vlmrewrite.cli.options import (
+    Device,
+    Dtype,
+    Limit,
+    ModelFolder,
+    Samples,
+    at_least,
+    recipe_named,
+)
 from vlmrewrite.cli.terminal import a_line_each
 
 
@@ -16,7 +24,7 @@ from vlmrewrite.cli.terminal import a_line_each
 def train(
     model: ModelFolder,
     recipe: Annotated[str, typer.Option(help="Recipe with blocks, YAML file, or folder of blocks to go on from.")],
-    data: Annotated[Path, typer.Option(help="JSONL or Parquet: image, prompt, answer in each row; see docs.")],
+    data: Samples,
     output: Annotated[Path, typer.Option(metavar="DIR", help="Folder for the blocks, checkpoints and logs.")],
     steps: Annotated[int, typer.Option(help="Steps of the optimizer.")] = 1000,
     batch: Annotated[int, typer.Option(help="Samples of a process at a time.")] = 8,
@@ -27,7 +35,7 @@ def train(
     checkpointing: Annotated[bool, typer.Option("--checkpointing", help="Save memory, take more time.")] = False,
     save_every: Annotated[int | None, typer.Option(help="Steps between checkpoints; a tenth of all.")] = None,
     log_every: Annotated[int, typer.Option(help="Steps between lines of the log.")] = 10,
-    limit: Annotated[int | None, typer.Option(help="Only so many of the first samples.")] = None,
+    limit: Limit = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that DIR holds.")] = False,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     device: Device = "auto",
@@ -50,14 +58,12 @@ def train(
     with a_line_each():
         samples = read_data(data)[:limit]
     from vlmrewrite.cli import loading
-    from vlmrewrite.cli.config import local, read_config
+    from vlmrewrite.cli.config import local
     from vlmrewrite.progress import quietly
     from vlmrewrite.training import train as learn
 
     model = local(model, weights=True)
-    where, (config, _) = loading.device_of(device), read_config(model)
-    processor = loading.read_processor(model)
-    loaded = loading.with_weights(model, loading.dtype_of(dtype, config, where), where)
+    loaded, processor = loading.with_processor(model, device, dtype)
     with a_line_each(), quietly():
         done = learn(
             loaded,

@@ -2,22 +2,36 @@
 
 from __future__ import annotations
 
-import warnings
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
 
 from vlmrewrite.cli.app import app
-from vlmrewrite.cli.options import Device, Dtype, Json, ModelFolder, at_least, progress_bar
+from vlmrewrite.cli.options import (
+    Backend,
+    Batch,
+    Device,
+    Dtype,
+    Json,
+    Kernels,
+    Limit,
+    LongestAnswer,
+    Metric,
+    ModelFolder,
+    Samples,
+    at_least,
+    progress_bar,
+)
 from vlmrewrite.cli.terminal import (
     a_line_each,
     as_json,
     check_json,
     folded,
+    print_failures,
     print_table,
-    print_warning,
     print_wrapped,
+    warnings_later,
 )
 
 NOTHING_MEETS_IT = 1
@@ -27,7 +41,7 @@ NOTHING_MEETS_IT = 1
 @app.command()
 def tune(
     model: ModelFolder,
-    data: Annotated[Path, typer.Option(help="JSONL or Parquet: image, prompt, answer in each row; see docs.")],
+    data: Samples,
     budget: Annotated[
         str, typer.Option(metavar="KIND=SHARE", help="Of the unmodified model's: flops=0.3, kv=0.25 or latency=0.5.")
     ],
@@ -37,18 +51,15 @@ def tune(
     output: Annotated[
         Path | None, typer.Option(metavar="RECIPE.yaml", help="The recipe; beside it what was found, .json and .html.")
     ] = None,
-    metric: Annotated[
-        str,
-        typer.Option(help="exact, contains, choice, vqa, anls, number, f1, rouge, iou, iou50; auto: exact or choice."),
-    ] = "auto",
+    metric: Metric = "auto",
     trials: Annotated[int, typer.Option(help="Recipes that are drawn.")] = 200,
     held_out: Annotated[float, typer.Option(help="Share of the samples that judge what was found.")] = 0.5,
-    batch: Annotated[int, typer.Option(help="Prompts at a time.")] = 8,
-    max_new_tokens: Annotated[int, typer.Option(help="Longest answer.")] = 32,
-    limit: Annotated[int | None, typer.Option(help="Only so many of the first samples.")] = None,
+    batch: Batch = 8,
+    max_new_tokens: LongestAnswer = 32,
+    limit: Limit = None,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
-    backend: Annotated[Literal["auto", "eager", "inductor"], typer.Option(help="What runs the graph.")] = "auto",
-    kernels: Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")] = "auto",
+    backend: Backend = "auto",
+    kernels: Kernels = "auto",
     device: Device = "auto",
     dtype: Dtype = "auto",
     json: Json = None,
@@ -72,14 +83,11 @@ def tune(
     with a_line_each():
         samples = read_data(data)[:limit]
     from vlmrewrite.cli import loading
-    from vlmrewrite.cli.config import local, read_config
+    from vlmrewrite.cli.config import local
 
     folder = local(model, weights=True)
-    where, (config, _) = loading.device_of(device), read_config(folder)
-    processor = loading.read_processor(folder)
-    loaded = loading.with_weights(folder, loading.dtype_of(dtype, config, where), where)
-    with a_line_each(), progress_bar() as progress, warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
+    loaded, processor = loading.with_processor(folder, device, dtype)
+    with a_line_each(), warnings_later(), progress_bar() as progress:
         task = progress.add_task("prompts", total=None)
         found = search(
             loaded,
@@ -98,10 +106,7 @@ def tune(
             kernels=kernels,
             progress=lambda stage, n, total: progress.update(task, description=stage, completed=n, total=total),
         )
-    for message in dict.fromkeys(str(w.message) for w in caught if issubclass(w.category, UserWarning)):
-        print_warning(message)
-    for failure in found.held_out.failures:
-        print_warning(f"sample {failure['id']!r} failed under {failure['recipe']}: {failure['error']}")
+    print_failures(found.held_out.failures)
     if not as_json(json, found.to_dict()):
         for title, some, cells in (
             ("searched", found.points[0].row.n, found.cells()),

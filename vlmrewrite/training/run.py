@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 import transformers
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmrewrite.api import applied, applied_recipe
 from vlmrewrite.checkpoint import load_blocks, save_blocks
@@ -218,11 +218,11 @@ def _check_processes(arguments: Any, *, bf16: bool) -> None:
 
 
 def _trainer(
-    model: nn.Module, processor: Any, samples: list[Sample], objective: Objective, arguments: Any, folder: Path
+    model: Any, processor: Any, samples: list[Sample], objective: Objective, arguments: Any, folder: Path
 ) -> Any:
     from transformers.integrations.integration_utils import TensorBoardCallback  # not everywhere
 
-    ends, like = end_tokens(model), next(model.parameters()).dtype
+    ends, like = end_tokens(model), model.dtype
 
     def collate(some: list[Sample]) -> dict[str, Any]:
         given = answered(processor, some, ends)
