@@ -77,7 +77,28 @@ def captured(
         with waiting(what), tracing_options(**how):
             yield
 
-    return _behind_dynamo(function, backend, options, traced)
+    def lasting(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        _unguarded("_CAN_RECORD_REGISTRY")
+        return backend(gm, example_inputs)  # type: ignore[no-any-return]
+
+    return _behind_dynamo(function, lasting, options, traced)
+
+
+def _unguarded(name: str) -> None:
+    """In a backend: let the graph be used whatever becomes of a module's global of this name that was read for it.
+
+    transformers keeps in one table what outputs each class of models can record, and adds to it as a model of another
+    class is made. Dynamo guards on the whole table, so that this would have every graph in the process made again; the
+    entries of a model's own classes never change.
+    """
+    context = find("torch._guards", "TracingContext").get()
+    guards = attribute(context, "guards_context.dynamo_guards", "torch")
+    for guard in [*guards]:
+        source = guard.originating_source
+        while source is not None and getattr(source, "member", None) != name:
+            source = getattr(source, "base", None)
+        if source is not None:
+            attribute(guards, "remove_guards_with_source", "torch")(source)
 
 
 def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any
@@ -33,12 +33,12 @@ def in_place_of(decoder: nn.Module, run: Run) -> Iterator[None]:
         _RUN.reset(token)
 
 
-def watched_for(undo: ExitStack | hf.Undo, decoder: nn.Module) -> None:
+def watched_for(undo: hf.Undo, decoder: nn.Module) -> None:
     """Let calls of a decoder's forward go where :func:`in_place_of` says; elsewhere they are what they were."""
     if "forward" not in vars(decoder):
-        undo.callback(hf.drop, decoder, "forward")
         own = functools.wraps(type(decoder).forward)  # generate() looks at the names of a forward's arguments
-        vars(decoder)["forward"] = types.MethodType(own(lambda *args, **kwargs: handed_on(*args, **kwargs)), decoder)
+        method = types.MethodType(own(lambda *args, **kwargs: handed_on(*args, **kwargs)), decoder)
+        undo.put(decoder, "forward", method)
 
 
 def handed_on(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

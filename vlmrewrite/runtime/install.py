@@ -8,14 +8,11 @@ from __future__ import annotations
 import functools
 import inspect
 import types
-import warnings
-import weakref
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
 from typing import Any, NoReturn
 
-import torch
 from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
 from transformers.utils.generic import can_return_tuple
@@ -23,11 +20,11 @@ from transformers.utils.generic import can_return_tuple
 from vlmrewrite import capture, hf
 from vlmrewrite.compat import inside_torch_compile
 from vlmrewrite.hf import APPLIED, MODALITIES, Undo, drop, on_base_model, swap_attention, watched
-from vlmrewrite.kvcache import PositionCache, adopt
-from vlmrewrite.ops import resolve, swap_mixers
+from vlmrewrite.kvcache import adopt
+from vlmrewrite.ops import swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection
 from vlmrewrite.rewrite import Program
-from vlmrewrite.runtime.around import handed_on
+from vlmrewrite.runtime.below import behind_compile, in_place, put_below
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
 from vlmrewrite.runtime.session import SESSIONS, Session, session_of
 
@@ -52,13 +49,11 @@ def install_session(
         generating: Any = hf.language_model(model) or model
         undo.put(generating, _PREPARE, _prepared(session, getattr(generating, _PREPARE)))
         if generating is not model:
-            generate = _in_place_of(type(generating).generate, _generate_inside(session))
+            generate = in_place(type(generating).generate, _generate_inside(session))
             undo.put(generating, "generate", types.MethodType(generate, generating))
-        base: Any = model.base_model
-        if base is not model and "forward" not in vars(base):
-            undo.put(base, "forward", types.MethodType(_in_place_of(type(base).forward, _below(session, model)), base))
+        put_below(undo, model, session)
         for name, method in {**_METHODS, **methods}.items():
-            undo.put(model, name, types.MethodType(_in_place_of(getattr(type(model), name, method), method), model))
+            undo.put(model, name, types.MethodType(in_place(getattr(type(model), name, method), method), model))
         undo.callback(drop, model, APPLIED)
         vars(model)[APPLIED] = undo
         SESSIONS[model] = session
@@ -128,10 +123,6 @@ def _register(undo: Undo, model: nn.Module, blocks: nn.Module) -> None:
     undo.callback(delattr, model, ATTRIBUTE)
 
 
-def _in_place_of(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..., Any]:
-    return functools.wraps(own)(lambda *args, **kwargs: method(*args, **kwargs))
-
-
 @can_return_tuple  # type: ignore[untyped-decorator]
 def _own(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session = session_of(self)
@@ -139,59 +130,10 @@ def _own(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return session.forward(self, prompt, args, kwargs)
 
 
-_REASON = "a rewritten model is compiled by apply(..., backend='inductor')"
-
-
-@torch.compiler.disable(reason=_REASON)  # type: ignore[untyped-decorator]
-def _behind_compile(
-    session: Session | None, run: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any
-) -> Any:
-    session = session or session_of(self)
-    eager = resolve(session.backend, next(self.parameters()).device) == "eager"
-    if eager and not session.compile_told and current_prompt(session) is None:  # generate() compiles on its own account
-        session.compile_told = True
-        message = "torch.compile around a rewritten model compiles nothing: apply(..., backend='inductor') does"
-        warnings.warn(message, stacklevel=3)
-    return run(self, *args, **kwargs)
-
-
 def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if inside_torch_compile():
-        return _behind_compile(None, _own, self, *args, **kwargs)
+        return behind_compile(None, _own, self, *args, **kwargs)
     return _own(self, *args, **kwargs)
-
-
-def _below(session: Session, model: nn.Module) -> Callable[..., Any]:
-    """What is below the model's head, when somebody else than the model calls it (a trainer with a head of its own)."""
-    this = weakref.ref(model)
-
-    def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        whole: Any = this()
-        inside = whole is None or current_prompt((session, "call")) is not None
-        if inside or "forward" not in vars(whole):  # the oracle takes it off
-            return handed_on(self, *args, **kwargs)
-        if self is not whole.base_model:
-            raise ValueError(
-                f"this {type(self).__name__} is a copy of a part of a model that a recipe is applied to, and not"
-                " rewritten: copy the whole model, or call vlmrewrite.restore(model) first"
-            )
-        if self is not hf.decoder_of(whole):
-            return session.below(whole, self, args, kwargs)
-        if hf.images_of(hf.named(self, args, kwargs)):
-            raise NotImplementedError(
-                f"a recipe is applied to this {type(whole).__name__}, and its {type(self).__name__}, which encodes"
-                " images and is its decoder too, was called with images: expected a call of the whole model"
-            )
-        return handed_on(self, *args, **kwargs)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if not inside_torch_compile():
-            return run(self, *args, **kwargs)
-        if isinstance(kwargs.get("past_key_values"), PositionCache):  # it is being captured
-            return handed_on(self, *args, **kwargs)
-        return _behind_compile(session, run, self, *args, **kwargs)
-
-    return forward
 
 
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

@@ -28,7 +28,7 @@ from vlmrewrite.lower import DecodeStep
 from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
 from vlmrewrite.plan import All, Plan, blocks_of
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.runtime.around import entering, in_place_of, watched_for
+from vlmrewrite.runtime.around import entering, in_place_of
 from vlmrewrite.runtime.executables import Executables
 from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, encoded_in, prompt_of
 from vlmrewrite.runtime.latest import Latest
@@ -163,8 +163,6 @@ class Session:
             images: those that are encoded already.
         """
         decoder = hf.decoder_of(model)
-        with self._lock:
-            watched_for(vars(model)[hf.APPLIED], decoder)
 
         def run(kwargs: dict[str, Any]) -> Any:
             kwargs = {k: x for k, x in kwargs.items() if k not in (ARGUMENT, "return_dict")}

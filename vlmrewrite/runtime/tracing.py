@@ -20,7 +20,8 @@ from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.ops import mixers_swapped
 from vlmrewrite.plan import FEATURES
 from vlmrewrite.rewrite import Program
-from vlmrewrite.runtime.around import entering, in_place_of, watched_for
+from vlmrewrite.runtime.around import entering, in_place_of
+from vlmrewrite.runtime.below import put_below
 from vlmrewrite.runtime.facts import Given, Prompt
 
 
@@ -61,6 +62,8 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
     with contextlib.suppress(_Stop), contextlib.ExitStack() as stack:
         for each in (hf.attention_swapped(model), mixers_swapped(model), torch.no_grad()):
             stack.enter_context(each)
+        stack.callback((undo := hf.Undo(model)).close)
+        put_below(undo, model, None)
         kwargs, prompt.sizes = tidy(model, (), dict(inputs), prompt.encodings.append, encode=not inner)
         if kwargs.get("use_cache") is False:
             refuse_packed(kwargs)
@@ -73,7 +76,6 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
             except CaptureError as e:
                 stack.push(functools.partial(_prefer, e))
         if inner or given is not None:
-            watched_for(stack, decoder)
             runs = stack.enter_context(hf.projections(model))
             stack.enter_context(in_place_of(decoder, run))
             hf.run_around(model, decoder, kwargs)
