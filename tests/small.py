@@ -61,14 +61,17 @@ def batches():
 
 
 def family(name, layers=4, dtype=torch.float32):
-    """One model for all tests of a process: what was captured of it stays. Who changes a model makes one of its own."""
+    """One model for all tests of a process: what was captured of it stays. Who changes a model makes one of its own.
+
+    Its parameters ask for no gradient, as those of a model whose recipe learns: under either, the graph is the same.
+    """
     return _family(name, layers, dtype)
 
 
 @functools.cache
 def _family(name, layers, dtype):
     made = models.FAMILIES[name](layers=layers)
-    made.model.to(dtype)
+    made.model.to(dtype).requires_grad_(False)
     return made
 
 
@@ -85,7 +88,7 @@ def with_grid(name, dtype=torch.float32):
         vision_feature_layer=-1,
     )
     made = tiny.tiny_model("llava", LlavaForConditionalGeneration, config, tiny.square(24, 36), 0)
-    made.model.to(dtype)
+    made.model.to(dtype).requires_grad_(False)
     return made
 
 
