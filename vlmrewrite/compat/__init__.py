@@ -54,7 +54,6 @@ from vlmrewrite.compat.operators import (
     operator_of,
     schema_of,
     taking,
-    unknowable,
 )
 from vlmrewrite.compat.private import TESTED, VersionError
 from vlmrewrite.compat.training import modes_kept, part_trainer
@@ -108,7 +107,6 @@ __all__ = [
     "tree_in",
     "tree_leaves",
     "tree_unflatten",
-    "unknowable",
     "untraceable",
     "untraced",
 ]

@@ -97,16 +97,10 @@ def fake_mode(symbols: bool = False) -> Any:
     """A context in which tensors have no memory; real ones may take part.
 
     Args:
-        symbols: whether a size that depends on numbers is a symbol; else it raises one of :func:`unknowable`.
+        symbols: whether a size that depends on numbers is a symbol; else it raises what torch does.
     """
     shapes = find("torch.fx.experimental.symbolic_shapes", "ShapeEnv")() if symbols else None
     return find("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True, shape_env=shapes)
-
-
-def unknowable() -> tuple[type[Exception], ...]:
-    """What a fake tensor raises where the result, or its shape, depends on numbers."""
-    names = ("DynamicOutputShapeException", "DataDependentOutputException")
-    return tuple(find("torch._subclasses.fake_tensor", name) for name in names)
 
 
 def dispatch_mode() -> Any:
