@@ -29,7 +29,7 @@ def videos():
         [3, 2, 2],
         videos=of,
         video_lengths=[6, 4, 5],
-        video_frames=[2, 2, 2],
+        video_frames=[(3, 3), (2, 2), (2, 3)],
     )
 
 

@@ -14,6 +14,7 @@ from vlmrewrite.hf.decoder import (
     parameter_inputs,
     swap_attention,
 )
+from vlmrewrite.hf.frames import frame_sizes, left_of
 from vlmrewrite.hf.grid import Sizes, frame_grids, grids
 from vlmrewrite.hf.inner import (
     Projection,
@@ -83,12 +84,14 @@ __all__ = [
     "encoder_features",
     "exchanged",
     "frame_grids",
+    "frame_sizes",
     "grids",
     "images_of",
     "is_checkpointing",
     "is_recurrent",
     "keeping_all_tokens",
     "language_model",
+    "left_of",
     "marked",
     "merged_inside",
     "merged_outside",

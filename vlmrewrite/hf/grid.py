@@ -82,7 +82,13 @@ def _sides(places: Any) -> Tensor | None:
 
 
 def frame_grids(
-    config: Any, frames: Sequence[Sequence[int]], videos: Sequence[bool], rows: Sequence[int], batch: int, sizes: Sizes
+    config: Any,
+    frames: Sequence[Sequence[int]],
+    videos: Sequence[bool],
+    rows: Sequence[int],
+    batch: int,
+    sizes: Sizes,
+    picked: bool = False,
 ) -> list[tuple[int, int]] | str:
     """Rows and columns of each frame's vision tokens, in row-major order, or the reason why they are not known.
 
@@ -92,7 +98,10 @@ def frame_grids(
         videos: which of them are videos.
         rows, batch: as for :func:`grids`, of images and videos.
         sizes: what the model's inputs say.
+        picked: whether some of the tower's features are not among the tokens.
     """
+    if picked:
+        return "the model leaves out some of the vision tower's features, so that those left form no grid"
     images = [i for i, video in enumerate(videos) if not video]
     lengths, of_rows = [sum(frames[i]) for i in images], [rows[i] for i in images]
     found = grids(config, lengths, sizes.of_images(), of_rows, batch) if images else torch.empty(0, 2)

@@ -161,21 +161,22 @@ class Given(NamedTuple):
                 end is known are not the call's.
         """
         program = program_of(graph)
-        masks = {m.modality: x for m, x in zip(program.anatomy.merges, program.vision_masks(*inputs), strict=True)}
+        merges = program.anatomy.merges
+        masks = {m.modality: x for m, x in zip(merges, program.vision_masks(*inputs), strict=True)}
         vision = functools.reduce(operator.or_, masks.values())
-        names = {merge.modality: merge.name for merge in program.anatomy.merges}
+        names = {merge.modality: merge.name for merge in merges}
         features = {m: self.images[m].candidates[name] for m, name in names.items()}
-        lengths = {m: self.images[m].lengths[name] for m, name in names.items()}
+        whole = {m: self.images[m].lengths[name] for m, name in names.items()}
         found: dict[str, Any] = {}
         taken: dict[str, Tensor] = {}
         for modality in features if "encoder_features" in asks else ():
-            one = hf.encoder_features(self.encodings, features[modality], lengths[modality])
+            one = hf.encoder_features(self.encodings, features[modality], whole[modality])
             if isinstance(one, str):
                 found["encoder_features"] = one
             else:
                 taken[modality] = one
         if vision.is_meta:
-            found["grid"] = hf.grids(config, lengths.get("image", ()), None)
+            found["grid"] = hf.grids(config, whole.get("image", ()), None)
             return None, {name: fact for name, fact in found.items() if isinstance(fact, str)}
         end = ends = None
         padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
@@ -187,24 +188,33 @@ class Given(NamedTuple):
             here = (end >= 0) & (end < vision.shape[1])
             ends = None if reads_last else here
             end = end if bool(here.all()) else None
-        frames, videos = self.sizes.video_frames(), lengths.get("video", ())
+        frames = {m: hf.frame_sizes(n, self.sizes.video_frames() if m == "video" else ()) for m, n in whole.items()}
+        some = zip((x.modality for x in merges if x.picked is not None), program.picks(*inputs), strict=True)
+        picked = {m: places.flatten() for m, places in some}
+        for m, places in picked.items():
+            frames[m] = hf.left_of(frames[m], places)
+            taken |= {m: taken[m][places]} if m in taken else {}
+        videos = frames.get("video", ())
         call = Call(
             vision,
             padding,
-            lengths.get("image", []),
+            [*map(sum, frames.get("image", ()))],
             self.past,
             end,
             ends=ends,
             videos=masks.get("video"),
-            video_lengths=videos,
-            video_frames=frames if len(frames) == len(videos) else None,
+            video_lengths=[*map(sum, videos)],
+            video_frames=videos,
             follows=self.follows,
+            picked=any(len(places) < sum(whole[m]) for m, places in picked.items()),
         )
         if taken and "encoder_features" not in found:
             call.encoder_features = _in_order(taken, call.of_videos)
         if "grid" in asks:
             counts = call.counts
-            found["grid"] = hf.frame_grids(config, counts.each, counts.are_videos, counts.rows, len(vision), self.sizes)
+            found["grid"] = hf.frame_grids(
+                config, counts.each, counts.are_videos, counts.rows, len(vision), self.sizes, call.picked
+            )
             call.grids = None if isinstance(found["grid"], str) else found["grid"]
         return call, {name: fact for name, fact in found.items() if isinstance(fact, str)}
 
