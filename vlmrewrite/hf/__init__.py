@@ -38,7 +38,7 @@ from vlmrewrite.hf.inputs import (
     with_tokens,
     without_full_mask,
 )
-from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
+from vlmrewrite.hf.mixers import attending, cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.pictures import smaller
 from vlmrewrite.hf.placement import exchanged, scattered
 from vlmrewrite.hf.support import APPLIED, check_support
@@ -68,6 +68,7 @@ __all__ = [
     "Sizes",
     "Undo",
     "argument_names",
+    "attending",
     "attention_swapped",
     "base_model_of",
     "cache_argument",
