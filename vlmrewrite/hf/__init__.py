@@ -32,6 +32,7 @@ from vlmrewrite.hf.inputs import (
     keeping_all_tokens,
     named,
     prompt_end,
+    prompt_end_in,
     refuse_packed,
     tidy,
     wants_cache,
@@ -40,7 +41,7 @@ from vlmrewrite.hf.inputs import (
 )
 from vlmrewrite.hf.mixers import attending, cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.pictures import smaller
-from vlmrewrite.hf.placement import exchanged, scattered
+from vlmrewrite.hf.placement import exchanged, hooked, scattered
 from vlmrewrite.hf.support import APPLIED, check_support
 from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
@@ -87,6 +88,7 @@ __all__ = [
     "frame_grids",
     "frame_sizes",
     "grids",
+    "hooked",
     "images_of",
     "is_checkpointing",
     "is_recurrent",
@@ -103,6 +105,7 @@ __all__ = [
     "projected",
     "projections",
     "prompt_end",
+    "prompt_end_in",
     "recurrent_mixers",
     "refuse_packed",
     "run_around",

@@ -165,27 +165,22 @@ class Given(NamedTuple):
         masks = {m.modality: x for m, x in zip(merges, program.vision_masks(*inputs), strict=True)}
         vision = functools.reduce(operator.or_, masks.values())
         names = {merge.modality: merge.name for merge in merges}
-        features = {m: self.images[m].candidates[name] for m, name in names.items()}
         whole = {m: self.images[m].lengths[name] for m, name in names.items()}
         found: dict[str, Any] = {}
         taken: dict[str, Tensor] = {}
-        for modality in features if "encoder_features" in asks else ():
-            one = hf.encoder_features(self.encodings, features[modality], whole[modality])
+        for m, name in names.items() if "encoder_features" in asks else ():
+            one = hf.encoder_features(self.encodings, self.images[m].candidates[name], whole[m])
             if isinstance(one, str):
                 found["encoder_features"] = one
             else:
-                taken[modality] = one
+                taken[m] = one
         if vision.is_meta:
             found["grid"] = hf.grids(config, whole.get("image", ()), None)
             return None, {name: fact for name, fact in found.items() if isinstance(fact, str)}
         end = ends = None
         padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
         if self.end is not None:
-            if len(vision) % len(self.end):
-                raise ValueError(f"ends of {len(self.end)} prompts were given for a call of {len(vision)} rows")
-            copies = len(vision) // len(self.end)  # beams, or several sequences of a prompt
-            end = self.end.to(vision.device).repeat_interleave(copies) - self.past
-            here = (end >= 0) & (end < vision.shape[1])
+            end, here = hf.prompt_end_in(self.end.to(vision.device), len(vision), vision.shape[1], self.past)
             ends = None if reads_last else here
             end = end if bool(here.all()) else None
         frames = {m: hf.frame_sizes(n, self.sizes.video_frames() if m == "video" else ()) for m, n in whole.items()}

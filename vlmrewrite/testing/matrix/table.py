@@ -36,7 +36,7 @@ def read_if_there(path: Path) -> dict[str, Record]:
 def record_data(record: Record) -> dict[str, Any]:
     """A record for JSON."""
     cells = {case: {name: cell_data(cell) for name, cell in row.items()} for case, row in record.cells.items()}
-    return vars(record) | {"cells": cells}
+    return {name: x for name, x in vars(record).items() if x != {}} | {"cells": cells}
 
 
 def _record(data: dict[str, Any]) -> Record:
