@@ -91,7 +91,7 @@ def test_all_that_are_taken_are_as_if_none_were_chosen():
         forward_agreement(tiny.model, inputs, DAPE(budget=0.6))
     with vr.applied(tiny.model, [Stride(0.5)]):
         tiny.model(**inputs)
-        picture = kept_picture(tiny.model.config, session_of(tiny.model).last())
+        picture = kept_picture(tiny.model, session_of(tiny.model).last())
     assert picture.unknown is not None and sum(map(sum, picture.sizes)) == int(keep.sum())
 
 

@@ -15,7 +15,7 @@ from vlmrewrite.hf.decoder import (
     swap_attention,
 )
 from vlmrewrite.hf.frames import frame_sizes, left_of
-from vlmrewrite.hf.grid import Sizes, frame_grids, grids
+from vlmrewrite.hf.grid import Sizes, frame_grids, grids, learned_queries
 from vlmrewrite.hf.inner import (
     Projection,
     decoder_of,
@@ -94,6 +94,7 @@ __all__ = [
     "is_recurrent",
     "keeping_all_tokens",
     "language_model",
+    "learned_queries",
     "left_of",
     "marked",
     "merged_inside",

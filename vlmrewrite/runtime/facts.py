@@ -144,7 +144,7 @@ class Given(NamedTuple):
         return cls(images, padding, cache.get_seq_length(), held, *known)
 
     def call(
-        self, graph: Graph, inputs: Sequence[Any], asks: Collection[str], reads_last: bool, config: Any
+        self, graph: Graph, inputs: Sequence[Any], asks: Collection[str], reads_last: bool, model: Any
     ) -> tuple[Call | None, dict[str, str]]:
         """The call as its plan needs it, and which of the facts asked for are missing, with the reason.
 
@@ -154,7 +154,7 @@ class Given(NamedTuple):
             graph, inputs: what was captured, and its flat inputs.
             asks: what the recipe's policies and edits ask for.
             reads_last: whether something is read at the last prompt token.
-            config: the model's.
+            model: whose call it is.
 
         Raises:
             ValueError: the encoder's features are wanted, and the images were encoded elsewhere; or the prompts whose
@@ -175,7 +175,7 @@ class Given(NamedTuple):
             else:
                 taken[m] = one
         if vision.is_meta:
-            found["grid"] = hf.grids(config, whole.get("image", ()), None)
+            found["grid"] = hf.grids(model.config, whole.get("image", ()), None, queries=hf.learned_queries(model))
             return None, {name: fact for name, fact in found.items() if isinstance(fact, str)}
         end = ends = None
         padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
@@ -207,9 +207,8 @@ class Given(NamedTuple):
             call.encoder_features = _in_order(taken, call.of_videos)
         if "grid" in asks:
             counts = call.counts
-            found["grid"] = hf.frame_grids(
-                config, counts.each, counts.are_videos, counts.rows, len(vision), self.sizes, call.picked
-            )
+            given = counts.each, counts.are_videos, counts.rows, len(vision), self.sizes, call.picked
+            found["grid"] = hf.frame_grids(model.config, *given, hf.learned_queries(model))
             call.grids = None if isinstance(found["grid"], str) else found["grid"]
         return call, {name: fact for name, fact in found.items() if isinstance(fact, str)}
 
