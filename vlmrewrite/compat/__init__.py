@@ -44,6 +44,7 @@ from vlmrewrite.compat.modules import (
 )
 from vlmrewrite.compat.operators import (
     assert_scalar,
+    at_most,
     autocast_marks,
     autograd_function,
     dispatch_mode,
@@ -65,6 +66,7 @@ __all__ = [
     "apply_gate",
     "assert_scalar",
     "at_graph_limit",
+    "at_most",
     "attention_implementation",
     "autocast_marks",
     "autograd_function",

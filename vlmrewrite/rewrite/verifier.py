@@ -58,7 +58,7 @@ def propagate_fakes(
     on_meta = any(isinstance(x, Tensor) and x.is_meta for x in arguments)
     if on_meta:  # then what the host adds is not there either
         arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
-    with fake_mode(symbols=True) as mode:
+    with fake_mode() as mode:
         fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments]
         _Propagation(anatomy, rewritten, size).run(*fakes)
 
