@@ -291,11 +291,3 @@ def test_operator():
     member = torch.ones(30, dtype=torch.bool)
     args = (member, torch.tensor([30]), torch.tensor([[5, 6]]))
     torch.library.opcheck(torch.ops.vlm.region_owner.default, args)
-
-
-def test_tokens_of_learned_queries_are_no_grid():
-    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=16, patch_size=4))
-    for thw in (None, torch.tensor([[1, 4, 4]])):
-        assert "an image has 4 tokens, as many as the model has learned queries" in grids(config, [4], thw, queries={4})
-        assert grids(config, [16], thw, queries={16}).tolist() == [[4, 4]], "they may be the positions of its patches"
-        assert grids(config, [4], thw, queries={5, 16}).tolist() == [[2, 2]]

@@ -160,8 +160,7 @@ class Given(NamedTuple):
             ValueError: the encoder's features are wanted, and the images were encoded elsewhere; or the prompts whose
                 end is known are not the call's.
         """
-        program = program_of(graph)
-        merges = program.anatomy.merges
+        merges = (program := program_of(graph)).anatomy.merges
         masks = {m.modality: x for m, x in zip(merges, program.vision_masks(*inputs), strict=True)}
         vision = functools.reduce(operator.or_, masks.values())
         names = {merge.modality: merge.name for merge in merges}
@@ -181,19 +180,18 @@ class Given(NamedTuple):
         padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
         if self.end is not None:
             end, here = hf.prompt_end_in(self.end.to(vision.device), len(vision), vision.shape[1], self.past)
-            ends = None if reads_last else here
-            end = end if bool(here.all()) else None
+            ends, end = None if reads_last else here, end if bool(here.all()) else None
         frames = {m: hf.frame_sizes(n, self.sizes.video_frames() if m == "video" else ()) for m, n in whole.items()}
         some = zip((x.modality for x in merges if x.picked is not None), program.picks(*inputs), strict=True)
         picked = {m: places.flatten() for m, places in some}
         for m, places in picked.items():
             frames[m] = hf.left_of(frames[m], places)
             taken |= {m: taken[m][places]} if m in taken else {}
-        videos = frames.get("video", ())
+        images, videos = (frames.get(m, ()) for m in hf.MODALITIES)
         call = Call(
             vision,
             padding,
-            [*map(sum, frames.get("image", ()))],
+            [*map(sum, images)],
             self.past,
             end,
             ends=ends,
