@@ -10,7 +10,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import vlmrewrite as vr
 from tests.small import crossed
-from vlmrewrite.hf import frame_sizes, left_of
+from vlmrewrite.hf.frames import frame_sizes, left_of
 from vlmrewrite.hf.vision import EncoderOutput
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV, FrameStride, Stride, VidCom2
 from vlmrewrite.report.picture import kept_picture

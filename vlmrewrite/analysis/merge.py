@@ -62,8 +62,7 @@ def _merge(modality: str, named: Mapping[str, Node], attention: Node) -> Merge:
     for node in nx.shortest_path(dominators(features, seeing), features, attention)[1:]:
         x = value(node)
         joins = any(n not in seeing and isinstance(value(n), Tensor) for n in node.all_input_nodes)
-        source = node.all_input_nodes[0]
-        if joins and node.target in PICKS and source in seeing and x.dim() <= value(source).dim():
+        if joins and node.target in PICKS and (of := node.all_input_nodes[0]) in seeing and x.dim() <= value(of).dim():
             picked = node
         elif isinstance(x, Tensor) and x.dim() == 3 and joins:
             length: object = x.shape[1]

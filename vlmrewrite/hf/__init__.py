@@ -14,7 +14,7 @@ from vlmrewrite.hf.decoder import (
     parameter_inputs,
     swap_attention,
 )
-from vlmrewrite.hf.frames import frame_sizes, left_of
+from vlmrewrite.hf.frames import frames_of, in_order
 from vlmrewrite.hf.grid import Sizes, frame_grids, grids, learned_queries
 from vlmrewrite.hf.inner import (
     Projection,
@@ -86,16 +86,16 @@ __all__ = [
     "encoder_features",
     "exchanged",
     "frame_grids",
-    "frame_sizes",
+    "frames_of",
     "grids",
     "hooked",
     "images_of",
+    "in_order",
     "is_checkpointing",
     "is_recurrent",
     "keeping_all_tokens",
     "language_model",
     "learned_queries",
-    "left_of",
     "marked",
     "merged_inside",
     "merged_outside",

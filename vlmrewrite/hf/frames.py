@@ -2,11 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 
 import torch
 from torch import Tensor
+
+from vlmrewrite.hf.vision import MODALITIES
+
+
+def frames_of(
+    lengths: Mapping[str, Sequence[int]], frames: Sequence[int], picked: Mapping[str, Tensor]
+) -> list[list[tuple[int, ...]]]:
+    """Tokens of each frame of the images, and of the videos, of a call.
+
+    Args:
+        lengths: by modality, tokens of each image or video, as the tower gave them.
+        frames: of each video, as far as that is known.
+        picked: by modality, which of them the forward takes; see :func:`left_of`.
+    """
+    sizes = {m: frame_sizes(n, frames if m == "video" else ()) for m, n in lengths.items()}
+    return [left_of(sizes[m], picked[m]) if m in picked else sizes.get(m, []) for m in MODALITIES]
 
 
 def frame_sizes(lengths: Sequence[int], frames: Sequence[int]) -> list[tuple[int, ...]]:
@@ -41,3 +57,12 @@ def left_of(sizes: Sequence[Sequence[int]], places: Tensor) -> list[tuple[int, .
     left = torch.bincount(torch.arange(len(flat)).repeat_interleave(flat)[places], minlength=len(flat)).tolist()
     ends = torch.tensor([0, *map(len, sizes)]).cumsum(0).tolist()
     return [tuple(left[a:b]) for a, b in pairwise(ends) if any(left[a:b])]
+
+
+def in_order(of: dict[str, Tensor], of_videos: Tensor) -> Tensor:
+    """What belongs to the vision tokens of images and of videos, as these stand in the sequence, [F, ...]."""
+    if len(of) == 1:
+        return next(iter(of.values()))
+    out = of["image"].new_empty(len(of_videos), *of["image"].shape[1:])
+    out[~of_videos], out[of_videos] = of["image"], of["video"]
+    return out

@@ -156,21 +156,17 @@ class Call:
             return _on_host(self.counts.sizes(per))
         if name in ("ordinal", "frames"):
             return _on_host(self.counts.numbers(per) if name == "ordinal" else self.counts.frames_of(per))
-        return self._grid(per) if name == "grid" and self.grids is not None else getattr(self, name)
+        return self.grid(per) if name == "grid" else getattr(self, name)
 
-    def _grid(self, per: str) -> Tensor:
-        """Rows and columns of each group's tokens, int64 [I, 2]; a video's frames stand below one another."""
-        assert self.grids is not None
+    def grid(self, per: str = "frame") -> Tensor | None:
+        """Rows and columns of each group's tokens, int64 [I, 2] on the CPU, or None; frames stand below one another."""
+        if self.grids is None:
+            return None
         each, found = iter(self.grids), []
         for n in self.counts.frames_of(per):
             sizes = [next(each) for _ in range(n)]
             found.append((sum(h for h, _ in sizes), sizes[0][1]))
         return _on_host(found).reshape(-1, 2)
-
-    @property
-    def grid(self) -> Tensor | None:
-        """Rows and columns of each frame's tokens, int64 [frames, 2] on the CPU, or None."""
-        return None if self.grids is None else self._grid("frame")
 
     @cached_property
     def lengths(self) -> Tensor:

@@ -181,13 +181,10 @@ class Given(NamedTuple):
         if self.end is not None:
             end, here = hf.prompt_end_in(self.end.to(vision.device), len(vision), vision.shape[1], self.past)
             ends, end = None if reads_last else here, end if bool(here.all()) else None
-        frames = {m: hf.frame_sizes(n, self.sizes.video_frames() if m == "video" else ()) for m, n in whole.items()}
         some = zip((x.modality for x in merges if x.picked is not None), program.picks(*inputs), strict=True)
         picked = {m: places.flatten() for m, places in some}
-        for m, places in picked.items():
-            frames[m] = hf.left_of(frames[m], places)
-            taken |= {m: taken[m][places]} if m in taken else {}
-        images, videos = (frames.get(m, ()) for m in hf.MODALITIES)
+        taken = {m: x[picked[m]] if m in picked else x for m, x in taken.items()}
+        images, videos = hf.frames_of(whole, self.sizes.video_frames(), picked)
         call = Call(
             vision,
             padding,
@@ -202,22 +199,13 @@ class Given(NamedTuple):
             picked=any(len(places) < sum(whole[m]) for m, places in picked.items()),
         )
         if taken and "encoder_features" not in found:
-            call.encoder_features = _in_order(taken, call.of_videos)
+            call.encoder_features = hf.in_order(taken, call.of_videos)
         if "grid" in asks:
             counts = call.counts
             given = counts.each, counts.are_videos, counts.rows, len(vision), self.sizes, call.picked
             found["grid"] = hf.frame_grids(model.config, *given, hf.learned_queries(model))
             call.grids = None if isinstance(found["grid"], str) else found["grid"]
         return call, {name: fact for name, fact in found.items() if isinstance(fact, str)}
-
-
-def _in_order(of: dict[str, Tensor], of_videos: Tensor) -> Tensor:
-    """What belongs to the vision tokens of images and of videos, as these stand in the sequence, [F, ...]."""
-    if len(of) == 1:
-        return next(iter(of.values()))
-    out = of["image"].new_empty(len(of_videos), *of["image"].shape[1:])
-    out[~of_videos], out[of_videos] = of["image"], of["video"]
-    return out
 
 
 class Layout(NamedTuple):
