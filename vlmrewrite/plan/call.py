@@ -152,10 +152,9 @@ class Call:
 
     def fact(self, name: str, per: str = "image") -> Any:
         """A fact of the call by its name; of each frame, image or row, if it is one of groups."""
-        if name == "lengths":
-            return _on_host(self.counts.sizes(per))
-        if name in ("ordinal", "frames"):
-            return _on_host(self.counts.numbers(per) if name == "ordinal" else self.counts.frames_of(per))
+        counted = {"lengths": self.counts.sizes, "ordinal": self.counts.numbers, "frames": self.counts.frames_of}
+        if name in counted:
+            return _on_host(counted[name](per))
         return self.grid(per) if name == "grid" else getattr(self, name)
 
     def grid(self, per: str = "frame") -> Tensor | None:
