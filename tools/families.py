@@ -38,15 +38,18 @@ def overview(kept: Mapping[str, Record]) -> tuple[list[str], list[list[str]]]:
 
 
 def reasons(kept: Mapping[str, Record]) -> Iterator[str]:
-    """For each family that does not do all, what it does not do, and why."""
+    """For each family that does not do all, what it does not do, and why; and which techniques are others there."""
     for name, record in kept.items():
         found: dict[str, dict[str, list[str]]] = {}
         for case, row in record.cells.items():
             for technique, cell in row.items():
                 if cell.status != "ok":
                     found.setdefault(f"{cell.status}: {_code(cell.reason)}", {}).setdefault(case, []).append(technique)
-        if found:
+        if found or record.moved:
             yield f"### {name}"
+        if record.moved:
+            yield f"Some layers have no attention; tried as {', '.join(map(_code, record.moved.values()))}."
+        if found:
             yield "\n".join(f"- {_where(cases, record)}: {said}" for said, cases in found.items())
 
 

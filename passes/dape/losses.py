@@ -130,7 +130,7 @@ def dape_terms(model: nn.Module, given: dict[str, Any], *, target: float | None 
         raise ValueError("no DAPE with matching='learned' is applied, so that there is nothing to train by this loss")
     (edit,) = pools
     member = call.members(edit.tokens, chosen)[call.vision]
-    owner, level = region_owner(member, call.fact("lengths", "frame"), cast(Tensor, call.grid)).unbind(0)
+    owner, level = region_owner(member, call.fact("lengths", "frame"), cast(Tensor, call.grid())).unbind(0)
     features = encoded_images(images).features.flatten(0, -2)
     means = pool(features, owner)[0][member]
     row = call.flat // call.length

@@ -37,8 +37,8 @@ REFUSED = {
 }
 """Families of which no prompt can be made up, with what is said."""
 
-KEPT_AS_IT_IS = {"ernie4_5_vl_moe", "kimi_k25", "mistral3_mistral4"}
-"""Their layers cannot run on some tokens alone."""
+KEPT_AS_IT_IS = {"ernie4_5_vl_moe"}
+"""Its layers cannot run on some tokens alone."""
 
 RECIPE = [STS(keep=5, refine=3, at=1), VISOR([0], [2])]
 

@@ -12,9 +12,10 @@ import vlmrewrite as vr
 from vlmrewrite.bench.clock import peak_of
 from vlmrewrite.cli.prompt import Shape, prompt_inputs
 from vlmrewrite.lower.lowering import Executable, lower
-from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV
+from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.report.memory import LiveBytes, Tail, peak_bytes
 from vlmrewrite.runtime import Layout
+from vlmrewrite.testing.models import HIDDEN, ZOO, Row
 
 CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
 EACH = {
@@ -129,3 +130,14 @@ def test_it_is_that_of_the_call_whatever_is_cast_when_it_is_asked_for():
             model(**inputs)
             cast = vr.report(model, memory=True).memory
         assert vr.report(model, memory=True).memory == cast != plain
+
+
+def test_features_that_are_added_again_where_a_mask_says():
+    """How many that are is a number of the call: counted as all tokens, as much before as after."""
+    tiny = ZOO["qwen3_vl"](layers=3)
+    inputs = tiny.inputs([Row(1, 2, 3), Row(2, 1, 2)])
+    with torch.no_grad(), vr.applied(tiny.model, [Stride(0.25)]):
+        tiny.model(**inputs)
+        memory = vr.report(tiny.model, memory=True).memory
+    tokens, vision = inputs["input_ids"].numel(), int((inputs["input_ids"] == tiny.image_token_id).sum())
+    assert tokens * HIDDEN * 4 < memory["after"] < memory["before"] - vision // 2 * HIDDEN * 4

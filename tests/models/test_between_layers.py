@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 import vlmrewrite as vr
 from vlmrewrite.passes import STS, VISOR, FastV
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
-from vlmrewrite.testing.models import FAMILIES, Row
+from vlmrewrite.testing.models import FAMILIES, ZOO, Row
 
 ROWS = [Row(images=2, before=3, after=4), Row(images=1, before=5, after=2)]
 
@@ -51,3 +51,10 @@ def test_a_recipe_agrees_with_the_oracle(tiny, recipe):
 def test_a_layer_ends_before_what_is_added(tiny):
     layers = vr.trace(tiny.model, tiny.inputs(ROWS)).anatomy.layers
     assert [a.exit is b.entry for a, b in itertools.pairwise(layers)] == [False, False, True]
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "granite4_vision", "cohere_compass"])
+def test_how_many_tokens_are_added_to_need_not_be_known(name):
+    tiny = ZOO[name](layers=3)
+    program = vr.trace(tiny.model, tiny.inputs(ROWS))
+    assert "fastv" in str(vr.rewrite(program, FastV(keep=0.5, at=1), strict=True))

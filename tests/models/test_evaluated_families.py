@@ -30,7 +30,7 @@ class Processor:
         return [" ".join(map(str, row)) for row in ids]
 
 
-@pytest.mark.parametrize("family", ["blip_2", "qwen2_5_vl"])
+@pytest.mark.parametrize("family", ["blip_2", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.filterwarnings("ignore:3 samples. intervals are wide")
 def test_keeping_all_changes_nothing(family: str) -> None:
     tiny, picture = ZOO[family](), Image.new("RGB", (16, 16))

@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 import torch
 
+from vlmrewrite.passes import VISOR
 from vlmrewrite.testing.agreement import Agreement
-from vlmrewrite.testing.matrix.cases import CASES, IMAGES, LAYERS, TECHNIQUES, answers, beams, conversation
-from vlmrewrite.testing.matrix.cells import Cell
+from vlmrewrite.testing.matrix.cases import CASES, IMAGES, LAYERS, TECHNIQUES, answers, beams, conversation, fitted
+from vlmrewrite.testing.matrix.cells import Cell, Record
 from vlmrewrite.testing.matrix.measure import measure, padded, tried, unpadded
 from vlmrewrite.testing.matrix.run import run
+from vlmrewrite.testing.matrix.table import details
 from vlmrewrite.testing.models import VOCABULARY, ZOO, Row, TinyVLM
 
 
@@ -28,16 +30,26 @@ def tiny() -> TinyVLM:
 
 def test_a_family_from_the_first_piece_to_the_last() -> None:
     pieces = list(measure("llava"))
-    first = dict(pieces[:3])
-    assert list(first) == ["versions", "capture_seconds", "graphs"]
+    first = dict(pieces[:4])
+    assert list(first) == ["versions", "capture_seconds", "graphs", "moved"]
+    assert first["moved"] == {}
     assert first["capture_seconds"] > 0
     assert first["graphs"] == (2, 2)
-    cells = {(case, technique): cell for kind, (case, technique, cell) in pieces[3:] if kind == "cell"}
+    cells = {(case, technique): cell for kind, (case, technique, cell) in pieces[4:] if kind == "cell"}
     assert list(cells) == [(case, technique) for case in CASES for technique in TECHNIQUES]
     for (case, _), cell in cells.items():
         assert cell.status == ("absent" if case == "video" else "ok"), cell
         assert (cell.error is not None) == (case not in ("trace", "video"))
     assert {cell.reason for (case, _), cell in cells.items() if case == "video"} == {"the family takes no videos"}
+
+
+def test_techniques_take_layers_that_have_attention() -> None:
+    """Of Qwen3.5 only the last layer of three has attention, of LFM2-VL only the one in the middle."""
+    last, middle = (fitted(ZOO[name](layers=LAYERS)) for name in ("qwen3_5", "lfm2_vl"))
+    assert (last["STS"].at, last["FastV"].at, last["VISOR"]) == (2, 2, TECHNIQUES["VISOR"])
+    assert middle == dict(TECHNIQUES) | {"VISOR": VISOR([0], [1])}
+    told = list(details("some", Record(moved={"FastV": repr(last["FastV"])})))
+    assert told[1].startswith("  some layers have no attention: FastV(keep=0.5, at=2")
 
 
 def test_a_fault_is_wrong(tiny: TinyVLM, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +67,7 @@ def test_a_fault_is_wrong(tiny: TinyVLM, monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(Executable, "run", off)
     for case in ("prefill", "generate", "beams"):
-        cell = tried(tiny, CASES[case], "Stride", [])
+        cell = tried(tiny, CASES[case], TECHNIQUES["Stride"], [])
         assert cell.status == "wrong", f"{case}: {cell}"
         assert cell.error == pytest.approx(0.01, rel=0.1)
 
@@ -84,7 +96,7 @@ def test_what_the_unmodified_model_does_not_do_is_absent(tiny: TinyVLM) -> None:
 
     case = dataclasses.replace(CASES["beams"], check=lambda *_: 1 / 0)
     assert case.amiss(tiny) is None
-    cell = tried(tiny, case, "Stride", [])
+    cell = tried(tiny, case, TECHNIQUES["Stride"], [])
     assert cell.status == "failed"
     assert cell.reason.startswith("ZeroDivisionError: ")
     other = dataclasses.replace(tiny, model=Halved())
@@ -93,10 +105,10 @@ def test_what_the_unmodified_model_does_not_do_is_absent(tiny: TinyVLM) -> None:
     assert unlike.status == "failed"
     assert unlike.reason.endswith("off those of its own forward over the same tokens")
     wrong = dataclasses.replace(case, check=lambda *_: Agreement(1.0, 0.1))
-    assert tried(other, wrong, "Stride", []) == unlike
-    assert tried(other, case, "Stride", []) == cell  # what else goes wrong is told as it is
+    assert tried(other, wrong, TECHNIQUES["Stride"], []) == unlike
+    assert tried(other, case, TECHNIQUES["Stride"], []) == cell  # what else goes wrong is told as it is
     other.model.generate = generate
-    absent = tried(other, case, "Stride", [])
+    absent = tried(other, case, TECHNIQUES["Stride"], [])
     assert absent == Cell("absent", reason="the unmodified model: RuntimeError: no beams here")
 
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tests.small import long
-from vlmrewrite.hf import Sizes, encode_images, encoded_images, grids
+from vlmrewrite.hf import Sizes, encode_images, encoded_images, grids, learned_queries
 from vlmrewrite.passes import DAPE
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import ZOO, Row
@@ -31,6 +32,7 @@ TOLD = {
 UNTOLD = {
     "emu3": r"the image grids \[\[1, 8, 8\], .* do not account for images of \[6, 12, 8\] tokens",
     "hunyuan_vl": r"the image grids \[\[1, 4, 4\], .* do not account for images of \[8, 11, 12\] tokens",
+    **dict.fromkeys(["blip_2", "instructblip"], "an image has 4 tokens, as many as the model has learned queries"),
     "llava_next": "an image has 14 tokens, which is not a square grid of the tower's 2 x 2 patches",
 }
 """Tokens that end each row; tiles with a small picture of the whole in front."""
@@ -41,7 +43,8 @@ def found(name: str) -> Tensor | str:
     inputs = tiny.inputs(ROWS)
     with torch.no_grad():
         image = encoded_images(encode_images(tiny.model, dict(inputs))["mm_encoder_outputs"]["image"])
-    return grids(tiny.model.config, next(iter(image.lengths.values())), Sizes.of(inputs).of_images())
+    lengths, told = next(iter(image.lengths.values())), Sizes.of(inputs).of_images()
+    return grids(tiny.model.config, lengths, told, queries=learned_queries(tiny.model))
 
 
 @pytest.mark.parametrize("name", TOLD)
@@ -57,6 +60,33 @@ def test_grids_that_are_not_told(name: str) -> None:
     reason = found(name)
     assert isinstance(reason, str)
     assert re.match(UNTOLD[name], reason), reason
+
+
+@pytest.mark.parametrize(
+    ("name", "table", "queries"),
+    [
+        ("gemma3", nn.Parameter(torch.ones(9, 8)), True),
+        ("internvl", nn.Parameter(torch.ones(1, 4, 8)), True),
+        ("qwen2_5_vl", nn.Parameter(torch.ones(6, 8)), True),
+        ("gemma3", nn.Parameter(torch.ones(2, 9, 8)), False),
+        ("gemma3", nn.Linear(8, 9), False),
+        ("llava", nn.Parameter(torch.ones(16, 8)), False),
+    ],
+)
+def test_tables_of_as_many_rows_as_an_image_has_tokens(name: str, table: Any, queries: bool) -> None:
+    """Those that a module holds itself, and that are not the positions of its patches, are learned queries."""
+    tiny = ZOO[name](layers=1)
+    tiny.model.base_model.table = table
+    inputs = tiny.inputs(ROWS)
+    with torch.no_grad():
+        image = encoded_images(encode_images(tiny.model, dict(inputs))["mm_encoder_outputs"]["image"])
+    lengths = next(iter(image.lengths.values()))
+    made = grids(tiny.model.config, lengths, Sizes.of(inputs).of_images(), queries=learned_queries(tiny.model))
+    assert isinstance(made, str) == queries, (lengths, made)
+    tiny.model.get_decoder().table = table  # the decoder's are no queries
+    del tiny.model.base_model.table
+    assert isinstance(grids(tiny.model.config, lengths, Sizes.of(inputs).of_images()), Tensor)
+    assert learned_queries(tiny.model) == learned_queries(ZOO[name](layers=1).model)
 
 
 def test_pixels_that_are_not_those_of_the_image_sizes() -> None:

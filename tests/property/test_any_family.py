@@ -31,8 +31,6 @@ REFUSED = {
     "nemotron_h_omni": "keeps nothing, among layers that keep a recurrent state",
     "phi4_multimodal": "has no get_image_features",
     "ernie4_5_vl_moe": "Python branches on a tensor's value",
-    "kimi_k25": "kv_append.* cannot run on",
-    "mistral3_mistral4": "kv_append.* cannot run on",
 }
 """Families that are refused, with what is said."""
 

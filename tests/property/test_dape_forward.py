@@ -59,7 +59,7 @@ def masks_of(model):
     out, before = [], torch.zeros_like(call.vision)
     for layer in last.program.plan.layers:
         run, keys = call.members(layer.run_set, chosen), call.members(layer.keys, chosen)
-        entry = entry_of(run & call.vision, before & call.vision, call.vision, call.grid.tolist())
+        entry = entry_of(run & call.vision, before & call.vision, call.vision, call.grid().tolist())
         out.append(LayerMasks(run, keys, entry=entry))
         before = run
     return out

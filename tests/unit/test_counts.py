@@ -29,7 +29,7 @@ def videos():
         [3, 2, 2],
         videos=of,
         video_lengths=[6, 4, 5],
-        video_frames=[2, 2, 2],
+        video_frames=[(3, 3), (2, 2), (2, 3)],
     )
 
 
@@ -51,7 +51,7 @@ def test_videos_are_counted():
 def test_grids_of_frames_and_of_videos():
     call = videos()
     call.grids = [(1, 3), (3, 1), (3, 1), (1, 2), (1, 2), (1, 2), (1, 3), (2, 1), (1, 2)]
-    assert call.grid.tolist() == [list(x) for x in call.grids]
+    assert call.grid().tolist() == [list(x) for x in call.grids]
     assert call.fact("grid", "image").tolist() == [[1, 3], [6, 1], [2, 2], [2, 2], [2, 1], [1, 2]]
 
 

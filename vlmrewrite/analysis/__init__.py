@@ -3,7 +3,7 @@
 In: a captured graph. Out: an :class:`Anatomy` and numbers.
 """
 
-from vlmrewrite.analysis.anatomy import Anatomy, Layer, analyse
+from vlmrewrite.analysis.anatomy import Anatomy, Layer, analyse, append_of
 from vlmrewrite.analysis.costs import LayerCost, costs
 from vlmrewrite.analysis.experiment import try_operators
 from vlmrewrite.analysis.functional import functional
@@ -22,6 +22,7 @@ __all__ = [
     "Merge",
     "Rows",
     "analyse",
+    "append_of",
     "as_cast",
     "axis",
     "cast",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from vlmrewrite.analysis.graph import dominators, needed, reachable, same, value, where
+from vlmrewrite.analysis.graph import closure, dominators, is_number, needed, reachable, same, value, where
 from vlmrewrite.analysis.merge import Merge, merges_of
 from vlmrewrite.analysis.operators import LINEAR, MATMULS
 from vlmrewrite.ops import ATTENTION, EXPERT_LINEAR, KV_APPEND, RECURRENT
@@ -35,7 +35,8 @@ class Layer:
     Attributes:
         entry, exit: residual stream before and after, [B, T, H].
         attention: its ``vlm::attention`` node; its arguments q, k, v. For a recurrent layer: ``vlm::recurrent``.
-        append: the ``vlm::kv_append`` node behind its keys, or None without a cache, and for a recurrent layer.
+        append: the ``vlm::kv_append`` node behind its keys, or None without a cache, and for a recurrent layer. What is
+            held are the keys and values, or what they are made of.
         owner: the layer that computes the keys and values that it attends to, itself or an earlier one.
         middle: residual stream between the attention half and the MLP half, or None where it has not two such halves.
         heads, kv_heads, head_size, value_size: of the attention; 0 for a recurrent layer.
@@ -141,6 +142,13 @@ def _cache(node: Node) -> Node | None:
     return source if isinstance(source, Node) and source.target in (KV_APPEND, RECURRENT) else None
 
 
+def append_of(k: Node) -> Node | None:
+    """The ``vlm::kv_append`` node that an attention's keys are the result of, or are made of; or None."""
+    found = closure([k], lambda n: () if n.target is KV_APPEND or is_number(n) else n.all_input_nodes)
+    appends = [n for n in found if n.target is KV_APPEND]
+    return appends[0] if len(appends) == 1 else None
+
+
 def _layers(merge: Node, logits: Node, attentions: list[Node]) -> tuple[Layer, ...]:
     after = reachable([merge])
     found = _modules(merge, logits, after, attentions) or _chain(merge, logits, after, attentions)
@@ -212,19 +220,18 @@ def _layer(index: int, owner: int, attention: Node, entry: Node, exit: Node, ins
             index, entry, exit, attention, None, owner, middle, frozenset(region), 0, 0, 0, 0, {}, {}, {}, maps, 0
         )
     q, k, v = cast(tuple[Node, Node, Node], attention.args[:3])
-    append = _cache(k)
-    if append is not None:
-        k, v = cast(tuple[Node, Node], append.args[3:5])
+    append, direct = append_of(k), _cache(k) is not None
+    held = (k, v) if append is None else cast(tuple[Node, Node], append.args[3:5])
     region = reachable([entry]) & needed([exit, *([] if append is None else [append])], {entry}) & (inside | {entry})
     if attention not in region:
         raise ValueError(f"layer {index}: the attention node is not between {where(entry)} and {where(exit)}")
     middle = _middle(attention, entry, exit, region)
-    before = [needed([n], {entry}) & region for n in (q, k, v)]
+    before = [needed([n], {entry}) & region for n in (q, *(held if direct else (k, v)))]
     queries, keys, values = (_linear_maps(nodes) for nodes in before)
     behind = _linear_maps(region.difference(*before))
     heads, kv_heads = (int(value(n).shape[1]) for n in (q, k))
     head_size, value_size = (int(value(n).shape[-1]) for n in (q, v))
-    kv_bytes = kv_heads * (head_size + value_size) * value(k).element_size() * (owner == index)
+    kv_bytes = sum(int(x.shape[1] * x.shape[-1]) * x.element_size() for x in map(value, held)) * (owner == index)
     return Layer(index, entry, exit, attention, append, owner, middle, frozenset(region), heads, kv_heads,
                  head_size, value_size, queries, keys, values, behind, kv_bytes)  # fmt: skip
 

@@ -51,6 +51,9 @@ EXPERTS = {EXPERT_LINEAR}
 
 NORMS, MATMULS = _named("layer_norm rms_norm"), _named("matmul bmm mm")
 
+# Of the rows of the first input, those that another one names.
+PICKS = _named("getitem index_select")
+
 # Operations along a dimension: its place among the arguments, its default (None: all dimensions), their names.
 _DIMENSIONS: list[tuple[int, int | None, str]] = [
     (1, None, "sum nansum mean nanmean prod amax amin max min argmax argmin all any std var std_mean var_mean"),

@@ -17,9 +17,9 @@ from vlmrewrite.capture.alike import Alike
 from vlmrewrite.capture.expand import UnlikeError, reason_of
 from vlmrewrite.capture.graph import Graph
 from vlmrewrite.capture.traces import CALLER, Caller, NotCapturedError, form_of, traces_of
-from vlmrewrite.compat import at_graph_limit, global_hooks, graph_limit, hooks_of, untraceable, untraced
+from vlmrewrite.compat import at_graph_limit, global_hooks, graph_limit, untraceable, untraced
 from vlmrewrite.errors import CaptureError
-from vlmrewrite.hf import Encoded, exchanged, parameter_inputs, scattered
+from vlmrewrite.hf import Encoded, hooked, parameter_inputs, scattered
 from vlmrewrite.kvcache import PositionCache
 
 _LOG = logging.getLogger(__name__)
@@ -129,7 +129,7 @@ class CapturedForward:
         def too_many() -> RuntimeError:
             return RuntimeError(
                 f"{len(self.graphs)} graphs of this model were compiled and the limit is reached; raise"
-                f" torch._dynamo.config.recompile_limit above it{_hooked(whole or model)}. The unrewritten model is not"
+                f" torch._dynamo.config.recompile_limit above it{hooked(whole or model)}. The unrewritten model is not"
                 " run in its place."
             )
 
@@ -179,27 +179,11 @@ class CapturedForward:
             if alike is not None:
                 raise UnlikeError(reason_of(e) or untraced(e)) from None
             of = whole or model
-            why = scattered(of) or untraced(e) + _hooked(of)
+            why = scattered(of) or untraced(e) + hooked(of)
             what = f"the forward of {type(of).__name__} could not be captured as one graph: {why}"
             raise CaptureError(what, str(e)) from None
         finally:
             CALLER.reset(token)
-
-
-def _hooked(model: nn.Module) -> str:
-    """What may have kept a forward from being captured: another one in its place, or hooks, captured with it."""
-    if (name := next((name for name, module in model.named_modules() if exchanged(module)), None)) is not None:
-        who = name or "the model"
-        return f"; the forward of {who} was exchanged on the instance: expected its own, or one that Dynamo can trace"
-    found = []
-    for name, module in model.named_modules():
-        hooks = hooks_of(module)
-        if any(not str(getattr(hook, "__module__", "")).startswith(("transformers.", "vlmrewrite.")) for hook in hooks):
-            found.append(name or "the model")
-    if not found:
-        return ""
-    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
-    return f" (there are hooks on {', '.join(found[:3])}{more}: expected hooks that Dynamo can trace, or none)"
 
 
 class Captures:

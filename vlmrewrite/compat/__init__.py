@@ -44,6 +44,7 @@ from vlmrewrite.compat.modules import (
 )
 from vlmrewrite.compat.operators import (
     assert_scalar,
+    at_most,
     autocast_marks,
     autograd_function,
     dispatch_mode,
@@ -54,7 +55,6 @@ from vlmrewrite.compat.operators import (
     operator_of,
     schema_of,
     taking,
-    unknowable,
 )
 from vlmrewrite.compat.private import TESTED, VersionError
 from vlmrewrite.compat.training import modes_kept, part_trainer
@@ -66,6 +66,7 @@ __all__ = [
     "apply_gate",
     "assert_scalar",
     "at_graph_limit",
+    "at_most",
     "attention_implementation",
     "autocast_marks",
     "autograd_function",
@@ -108,7 +109,6 @@ __all__ = [
     "tree_in",
     "tree_leaves",
     "tree_unflatten",
-    "unknowable",
     "untraceable",
     "untraced",
 ]

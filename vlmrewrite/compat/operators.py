@@ -93,20 +93,15 @@ def assert_scalar() -> Any:
     return attribute(torch.ops, "aten._assert_scalar.default", "torch")
 
 
-def fake_mode(symbols: bool = False) -> Any:
-    """A context in which tensors have no memory; real ones may take part.
-
-    Args:
-        symbols: whether a size that depends on numbers is a symbol; else it raises one of :func:`unknowable`.
-    """
-    shapes = find("torch.fx.experimental.symbolic_shapes", "ShapeEnv")() if symbols else None
+def fake_mode() -> Any:
+    """A context in which tensors have no memory; real ones may take part, sizes that depend on numbers are symbols."""
+    shapes = find("torch.fx.experimental.symbolic_shapes", "ShapeEnv")()
     return find("torch._subclasses.fake_tensor", "FakeTensorMode")(allow_non_fake_inputs=True, shape_env=shapes)
 
 
-def unknowable() -> tuple[type[Exception], ...]:
-    """What a fake tensor raises where the result, or its shape, depends on numbers."""
-    names = ("DynamicOutputShapeException", "DataDependentOutputException")
-    return tuple(find("torch._subclasses.fake_tensor", name) for name in names)
+def at_most(n: Any) -> int:
+    """A number, or the largest that a symbolic one can be, as the size of ``x[mask]`` is the mask's at most."""
+    return n if isinstance(n, int) else int(n.node.shape_env.bound_sympy(n.node.expr).upper)
 
 
 def dispatch_mode() -> Any:

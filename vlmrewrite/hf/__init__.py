@@ -14,7 +14,8 @@ from vlmrewrite.hf.decoder import (
     parameter_inputs,
     swap_attention,
 )
-from vlmrewrite.hf.grid import Sizes, frame_grids, grids
+from vlmrewrite.hf.frames import frames_of, in_order
+from vlmrewrite.hf.grid import Sizes, frame_grids, grids, learned_queries
 from vlmrewrite.hf.inner import (
     Projection,
     decoder_of,
@@ -31,15 +32,16 @@ from vlmrewrite.hf.inputs import (
     keeping_all_tokens,
     named,
     prompt_end,
+    prompt_end_in,
     refuse_packed,
     tidy,
     wants_cache,
     with_tokens,
     without_full_mask,
 )
-from vlmrewrite.hf.mixers import cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
+from vlmrewrite.hf.mixers import attending, cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.pictures import smaller
-from vlmrewrite.hf.placement import exchanged, scattered
+from vlmrewrite.hf.placement import exchanged, hooked, scattered
 from vlmrewrite.hf.support import APPLIED, check_support
 from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
@@ -67,6 +69,7 @@ __all__ = [
     "Sizes",
     "Undo",
     "argument_names",
+    "attending",
     "attention_swapped",
     "base_model_of",
     "cache_argument",
@@ -83,12 +86,16 @@ __all__ = [
     "encoder_features",
     "exchanged",
     "frame_grids",
+    "frames_of",
     "grids",
+    "hooked",
     "images_of",
+    "in_order",
     "is_checkpointing",
     "is_recurrent",
     "keeping_all_tokens",
     "language_model",
+    "learned_queries",
     "marked",
     "merged_inside",
     "merged_outside",
@@ -99,6 +106,7 @@ __all__ = [
     "projected",
     "projections",
     "prompt_end",
+    "prompt_end_in",
     "recurrent_mixers",
     "refuse_packed",
     "run_around",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass(frozen=True)
@@ -81,8 +81,28 @@ def _sides(places: Any) -> Tensor | None:
     return (places.amax(1) + 1).flip(1) if told else None
 
 
+def learned_queries(model: Any) -> frozenset[int]:
+    """How many rows each table [rows, C] has that a model, but for its decoder, holds as a parameter by itself.
+
+    Not those of torch's own modules, its linear maps, convolutions and embeddings. Where an image has as many tokens as
+    such a table has rows, and other than its patches, whose positions it might be, the tokens are what learned queries
+    took from the whole image.
+    """
+    inside = {id(m) for m in model.get_decoder().modules()}
+    own = [m for m in model.modules() if id(m) not in inside and not type(m).__module__.startswith(nn.__name__)]
+    tables = [p for m in own for p in m._parameters.values() if p is not None and p.dim() > 1]
+    return frozenset(p.shape[-2] for p in tables if p.shape[:-2].numel() == 1 and p.shape[-2] > 1)
+
+
 def frame_grids(
-    config: Any, frames: Sequence[Sequence[int]], videos: Sequence[bool], rows: Sequence[int], batch: int, sizes: Sizes
+    config: Any,
+    frames: Sequence[Sequence[int]],
+    videos: Sequence[bool],
+    rows: Sequence[int],
+    batch: int,
+    sizes: Sizes,
+    picked: bool = False,
+    queries: Collection[int] = (),
 ) -> list[tuple[int, int]] | str:
     """Rows and columns of each frame's vision tokens, in row-major order, or the reason why they are not known.
 
@@ -92,10 +112,14 @@ def frame_grids(
         videos: which of them are videos.
         rows, batch: as for :func:`grids`, of images and videos.
         sizes: what the model's inputs say.
+        picked: whether some of the tower's features are not among the tokens.
+        queries: see :func:`learned_queries`.
     """
+    if picked:
+        return "the model leaves out some of the vision tower's features, so that those left form no grid"
     images = [i for i, video in enumerate(videos) if not video]
     lengths, of_rows = [sum(frames[i]) for i in images], [rows[i] for i in images]
-    found = grids(config, lengths, sizes.of_images(), of_rows, batch) if images else torch.empty(0, 2)
+    found = grids(config, lengths, sizes.of_images(), of_rows, batch, queries) if images else torch.empty(0, 2)
     if isinstance(found, str):
         return found
     of_image, of_video = iter(found.tolist()), iter([] if sizes.videos is None else sizes.videos.tolist())
@@ -109,7 +133,7 @@ def frame_grids(
         if merged is not None:
             made += [merged] * t
             continue
-        each = grids(config, of_frames, None)
+        each = grids(config, of_frames, None, queries=queries)
         if isinstance(each, str):
             return f"of a video, {each}"
         made += map(tuple, each.tolist())
@@ -125,7 +149,12 @@ def _merged(rows: int, columns: int, tokens: int) -> tuple[int, int] | None:
 
 
 def grids(
-    config: Any, lengths: Sequence[int], thw: Tensor | None, rows: Sequence[int] = (), batch: int = 0
+    config: Any,
+    lengths: Sequence[int],
+    thw: Tensor | None,
+    rows: Sequence[int] = (),
+    batch: int = 0,
+    queries: Collection[int] = (),
 ) -> Tensor | str:
     """Rows and columns of each image's vision tokens, in row-major order.
 
@@ -136,6 +165,7 @@ def grids(
             int [I, 3], before they are merged; or None. In a call in which each row of the prompt stands several times,
             those of the prompt may be given once.
         rows, batch: the row of each image, and how many rows there are.
+        queries: see :func:`learned_queries`.
 
     Returns:
         int64 [I, 2] on the CPU, or the reason why the tokens of some image do not form a known grid.
@@ -146,6 +176,9 @@ def grids(
         sizes = thw.tolist() if len(thw) == len(lengths) else []
         made = [_merged(h, w, n) for (t, h, w), n in zip(sizes, lengths, strict=False) if t == 1]
         known = [size for size in made if size is not None]
+        for (_, h, w), n in zip(sizes, lengths, strict=False):
+            if n in queries and n != h * w:
+                return _QUERIES.format(n)
         merges = {h // rows for (_, h, _), (rows, _) in zip(sizes, known, strict=False)}
         if len(known) != len(lengths) or len(merges) > 1:
             cut = f"; text stands between the tokens of some of the {len(thw)} images" * (len(thw) < len(lengths))
@@ -157,10 +190,15 @@ def grids(
         return "the vision config names no image_size and patch_size, and no input tells the images' sizes"
     side = image // patch
     for n in lengths:
+        if n in queries and n != side**2:
+            return _QUERIES.format(n)
         if math.isqrt(n) ** 2 != n or side % math.isqrt(n):
             return f"an image has {n} tokens, which is not a square grid of the tower's {side} x {side} patches"
     squares = [(math.isqrt(n), math.isqrt(n)) for n in lengths]
     return torch.tensor(squares, dtype=torch.int64, device="cpu").reshape(-1, 2)
+
+
+_QUERIES = "an image has {} tokens, as many as the model has learned queries, which lie nowhere on it"
 
 
 def _of_copies(thw: Tensor, rows: Sequence[int], batch: int) -> Tensor:

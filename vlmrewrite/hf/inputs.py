@@ -112,6 +112,23 @@ def prompt_end(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor | 
     return torch.full(tokens.shape[:1], columns - 1, device=tokens.device), columns
 
 
+def prompt_end_in(end: Tensor, rows: int, columns: int, past: int) -> tuple[Tensor, Tensor]:
+    """Where prompts end in a call on what a cache holds: the column in it, int64 [rows], and whether that is there.
+
+    Args:
+        end: column of each prompt's last token in the whole sequence, int64 [B].
+        rows, columns: of the call; beams, or several sequences of a prompt, are below one another.
+        past: how many columns the cache holds.
+
+    Raises:
+        ValueError: there are not as many rows, or several times as many, as prompts.
+    """
+    if rows % len(end):
+        raise ValueError(f"ends of {len(end)} prompts were given for a call of {rows} rows")
+    end = end.repeat_interleave(rows // len(end)) - past
+    return end, (end >= 0) & (end < columns)
+
+
 def without_full_mask(kwargs: dict[str, Any]) -> dict[str, Any]:
     """A forward's arguments, with None in place of a mask without padding.
 

@@ -25,6 +25,11 @@ def cache_layers(model: nn.Module) -> list[Any]:
     return DynamicCache(config=model.config).layers  # type: ignore[arg-type]
 
 
+def attending(model: nn.Module) -> list[int]:
+    """The decoder layers that keep keys, and so pay attention."""
+    return [i for i, layer in enumerate(cache_layers(model)) if isinstance(layer, CacheLayerMixin)]
+
+
 def is_recurrent(layer: object) -> bool:
     """Whether a cache layer holds a state of fixed size, and no keys."""
     return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)

@@ -35,6 +35,7 @@ class PositionCache(Cache):
             super().__init__(layer_class_to_replicate=PositionLayer)
         self._shared: Shared = {}
         self._by_keys: dict[int, PositionLayer] = {}
+        self._latest: PositionLayer | None = None
         self._in_use = False
         self.length = 0
 
@@ -56,7 +57,7 @@ class PositionCache(Cache):
         for layer in self.layers[layer_idx : layer_idx + 1]:
             layer.length = self.length
         keys, values = super().update(key_states, value_states, layer_idx, shared=self._shared)
-        self._by_keys[id(keys)] = self.layers[layer_idx]
+        self._by_keys[id(keys)] = self._latest = self.layers[layer_idx]
         return keys, values
 
     @property
@@ -94,6 +95,7 @@ class PositionCache(Cache):
         self._in_use = True
         self._shared.clear()
         self._by_keys.clear()
+        self._latest = None
 
     def end(self) -> None:
         """Called after each uncaptured forward."""
@@ -118,8 +120,10 @@ class PositionCache(Cache):
         return once(self._shared, (layer.positions, mask, visible), look)
 
     def layer_of(self, keys: Tensor) -> PositionLayer | None:
-        """The layer whose last update returned this very tensor."""
-        return self._by_keys.get(id(keys))
+        """The layer whose last update returned this very tensor, or the one updated last, if these are made of its."""
+        latest, self._latest = self._latest, None
+        made = latest is not None and latest.positions.shape[1] == keys.shape[2]
+        return self._by_keys.get(id(keys), latest if made else None)
 
     def kv_lengths(self) -> list[int]:
         """Number of keys each layer holds; 0 for a recurrent one."""

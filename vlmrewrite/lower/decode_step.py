@@ -12,6 +12,7 @@ import torch.fx
 from torch import Tensor
 
 from vlmrewrite import ops
+from vlmrewrite.analysis import append_of
 from vlmrewrite.compat import inductor
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.lower.lowering import lower
@@ -32,12 +33,9 @@ def _positioned(graph: torch.fx.Graph, plain: bool) -> None:
                 node.replace_all_uses_with(every)
                 graph.erase_node(node)
     for node in graph.find_nodes(op="call_function", target=ops.ATTENTION):
-        append: Any = getattr(node.args[1], "args", (None,))[0]
-        if getattr(append, "target", None) is not ops.KV_APPEND:
-            raise RuntimeError(
-                f"the keys of {node.name} did not come from vlmrewrite's cache: this model transforms its keys after"
-                " the cache, which is not supported"
-            )
+        append: Any = append_of(node.args[1])
+        if append is None:
+            raise RuntimeError(f"the keys of {node.name} did not come from vlmrewrite's cache, or from several layers'")
         q, k, v, mask, _, _, scale, _, *rest = node.args
         node.args = (q, k, v, mask, *first[append.args[2]], scale, plain and mask is None, *rest)
 

@@ -31,13 +31,11 @@ GROUPED = ("lengths", "ordinal", "grid", "frames")
 """Facts that are of groups of tokens; see :data:`vlmrewrite.plan.counts.PER`."""
 
 
-def _frames(tokens: Tensor, known: int) -> tuple[int, ...]:
+def _frames(tokens: Tensor, known: Sequence[int]) -> tuple[int, ...]:
     """Tokens of each frame of a video, whose tokens stand there in the sequence."""
     pieces = tokens.tensor_split((tokens[1:] != tokens[:-1] + 1).nonzero()[:, 0] + 1)
-    if len(pieces) > 1 or known < 2:
-        return tuple(map(len, pieces))
-    size, more = divmod(len(tokens), known)
-    return (*[size] * (known - 1), size + more)  # what marks the end of it belongs to the last one
+    whole = len(pieces) == 1 and sum(known) == len(tokens)
+    return tuple(filter(None, known)) if whole else tuple(map(len, pieces))
 
 
 def _on_host(numbers: Sequence[Any]) -> Tensor:
@@ -59,9 +57,11 @@ class Call:
         ends: rows whose last prompt token is in this call, bool [B], or None: all.
         videos: the vision tokens that are videos', bool [B, T], or None without a video.
         video_lengths: tokens of each video.
-        video_frames: frames of each video, where that is known; a video that text cuts has a frame in each piece.
+        video_frames: tokens of each frame of each video, where that is known; a video that text cuts has a frame in
+            each piece.
         sizes: counts of the call that these are some rows of, by which the lengths of sets go; None: its own.
         follows: of a dispatch, the plan that all rows follow, whatever its chooser says; None: as the chooser says.
+        picked: whether some of the tower's features do not stand there.
     """
 
     vision: Tensor
@@ -74,9 +74,10 @@ class Call:
     ends: Tensor | None = None
     videos: Tensor | None = None
     video_lengths: Sequence[int] = ()
-    video_frames: Sequence[int] | None = None
+    video_frames: Sequence[Sequence[int]] | None = None
     sizes: TokenCounts | None = None
     follows: int | None = None
+    picked: bool = False
 
     def __post_init__(self) -> None:
         video = 0 if self.videos is None else int(self.of_videos.sum())
@@ -132,7 +133,7 @@ class Call:
         videos = [bool(x[0]) for x in of_videos.tensor_split(cut) if len(x)]
         known = iter(self.video_frames or ())
         frames = tuple(
-            _frames(image, next(known, 1)) if video else (len(image),)
+            _frames(image, next(known, ())) if video else (len(image),)
             for image, video in zip(images, videos, strict=True)
         )
         *text, overlap = torch.cat([self.text.sum(1), (self.vision & self.text).any()[None]]).tolist()  # at once
@@ -151,25 +152,20 @@ class Call:
 
     def fact(self, name: str, per: str = "image") -> Any:
         """A fact of the call by its name; of each frame, image or row, if it is one of groups."""
-        if name == "lengths":
-            return _on_host(self.counts.sizes(per))
-        if name in ("ordinal", "frames"):
-            return _on_host(self.counts.numbers(per) if name == "ordinal" else self.counts.frames_of(per))
-        return self._grid(per) if name == "grid" and self.grids is not None else getattr(self, name)
+        counted = {"lengths": self.counts.sizes, "ordinal": self.counts.numbers, "frames": self.counts.frames_of}
+        if name in counted:
+            return _on_host(counted[name](per))
+        return self.grid(per) if name == "grid" else getattr(self, name)
 
-    def _grid(self, per: str) -> Tensor:
-        """Rows and columns of each group's tokens, int64 [I, 2]; a video's frames stand below one another."""
-        assert self.grids is not None
+    def grid(self, per: str = "frame") -> Tensor | None:
+        """Rows and columns of each group's tokens, int64 [I, 2] on the CPU, or None; frames stand below one another."""
+        if self.grids is None:
+            return None
         each, found = iter(self.grids), []
         for n in self.counts.frames_of(per):
             sizes = [next(each) for _ in range(n)]
             found.append((sum(h for h, _ in sizes), sizes[0][1]))
         return _on_host(found).reshape(-1, 2)
-
-    @property
-    def grid(self) -> Tensor | None:
-        """Rows and columns of each frame's tokens, int64 [frames, 2] on the CPU, or None."""
-        return None if self.grids is None else self._grid("frame")
 
     @cached_property
     def lengths(self) -> Tensor:

@@ -10,7 +10,7 @@ import torch
 import torch.fx
 from torch import Tensor
 
-from vlmrewrite.compat import dispatch_mode, fake_mode, tree_leaves
+from vlmrewrite.compat import at_most, dispatch_mode, fake_mode, tree_leaves
 from vlmrewrite.lower import lower
 from vlmrewrite.ops import SCRATCH, Along, cut
 from vlmrewrite.runtime import Layout, Session
@@ -56,7 +56,7 @@ class LiveBytes(dispatch_mode()):  # type: ignore[misc]
 def _allocated(x: Tensor) -> int:
     """The bytes that a tensor's memory takes on its device, even if it is a fake one."""
     block = _CUDA_BLOCK if x.device.type == "cuda" else 1
-    return -(-x.untyped_storage().nbytes() // block) * block
+    return -(-at_most(x.untyped_storage().nbytes()) // block) * block
 
 
 class Tail(NamedTuple):
@@ -97,7 +97,8 @@ def peak_bytes(
     """The largest number of bytes that a graph holds at a time, beyond its arguments and weights, without gradients.
 
     What an operator that tracing does not see through uses inside is counted if it was defined with ``scratch``; what a
-    library uses is not. A compiler that fuses operators needs less.
+    library uses is not. What is as long as a mask has tokens counts as long as the mask. A compiler that fuses
+    operators needs less.
 
     Args:
         head: what runs.
@@ -107,7 +108,7 @@ def peak_bytes(
     """
     with fake_mode() as mode:
         graphs = (head, *(t.graph for t in tails))
-        weights = [mode.from_tensor(x) for gm in graphs for x in (*gm.parameters(), *gm.buffers())]
+        weights = [mode.from_tensor(x, static_shapes=True) for gm in graphs for x in (*gm.parameters(), *gm.buffers())]
         given, *more = ([_fake(x, mode) for x in a] for a in (arguments, *(t.arguments for t in tails)))
         live = LiveBytes()
         live.give(weights)

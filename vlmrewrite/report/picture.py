@@ -56,11 +56,12 @@ class KeptTokens:
         return drawing.svg()
 
 
-def kept_picture(config: Any, last: LastCall) -> KeptTokens:
-    """What the picture shows of the last call with an image of a model with this config."""
+def kept_picture(model: Any, last: LastCall) -> KeptTokens:
+    """What the picture shows of the last call with an image of a model."""
     call, counts = last.call, last.call.counts
     sizes = last.given.sizes
-    known = hf.frame_grids(config, counts.each, counts.are_videos, counts.rows, len(call.vision), sizes)
+    given = counts.each, counts.are_videos, counts.rows, len(call.vision), sizes, call.picked
+    known = hf.frame_grids(model.config, *given, hf.learned_queries(model))
     squares = [(-(-n // side), side) for n in counts.sizes("frame") for side in [math.ceil(math.sqrt(n))]]
     each = iter(squares if isinstance(known, str) else known)
     kinds = zip(counts.rows, counts.are_videos, counts.ordinals, strict=True)

@@ -110,7 +110,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         memory=peak_memory(session) if memory else {},
         inner=inner,
     )
-    return made if latest is None else replace(made, kept=kept_picture(model.config, latest))
+    return made if latest is None else replace(made, kept=kept_picture(model, latest))
 
 
 def _captured_inside(model: nn.Module, session: Session) -> str | None:

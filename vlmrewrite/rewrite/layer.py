@@ -40,6 +40,7 @@ class LayerNodes:
         self._swapped: dict[Node, Node] = {}
         self._affected: set[Node] = set()
         self._memo: dict[tuple[Node, TokenSet, object], Node] = {}
+        self._behind: tuple[object, Node] | None = None
         self.made: dict[int, tuple[TokenSet, list[Node], list[Node]]] = {}
         self.past = any(x.append is not None and x.append.args[0] is not None for x in anatomy.layers)
         self.enter(anatomy.layers[0])
@@ -100,6 +101,18 @@ class LayerNodes:
             index = self.emit.call(vlm.relative_index.default, self.sets[held].index, index)
         return new[i] if held == s else self.emit.call(vlm.select.default, new[i], index, 2, on=s)
 
+    def expanded(self, s: TokenSet, *held: Node) -> list[Node]:
+        """What the layer's attention takes for keys and values, of what the cache holds of a set, and held before."""
+        attention, append, memo = self.layer.attention, self.layer.append, self._memo
+        if append is None or self.layer.owner != self.layer.index:
+            return list(held)
+        self._memo, self._behind = dict(memo), (value(append)[0].shape[2], held[0])
+        for item in (n for n in append.users if n.args[1] != 2):
+            self.instead(self.env[item], s, held[cast(int, item.args[1])])
+        made = [self.value(self.argument(attention, i), s) for i in (1, 2)]
+        self._memo, self._behind = memo, None
+        return made
+
     def value(self, node: Node, s: TokenSet) -> Node:
         """The node instantiated for the tokens of a set."""
         if node is self._entry:
@@ -125,7 +138,7 @@ class LayerNodes:
     def _inside(self, node: Node, s: TokenSet) -> Node:
         captured, asked, a = self._captured[node], "not token-wise", self.anatomy
         if s != All and asked not in captured.meta:  # a captured graph does not change
-            captured.meta[asked] = not_token_wise(captured, a.length, a.batch)
+            captured.meta[asked] = not_token_wise(captured, self._behind[0] if self._behind else a.length, a.batch)
         if (reason := hidden_write(captured) if s == All else captured.meta[asked]) is not None:
             raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
         return self._copy(node, s)
@@ -142,6 +155,8 @@ class LayerNodes:
     def _outside(self, node: Node, s: TokenSet) -> Node:
         """A node that does not depend on the layer's stream: a size, a side table, or something without tokens."""
         x, length = value(node), self.anatomy.length
+        if self._behind is not None and isinstance(x, torch.SymInt) and same(x, self._behind[0]):
+            return self.emit.call(torch.ops.aten.sym_size.int, self._behind[1], 2)
         if isinstance(x, torch.SymInt):
             if same(x, length):
                 return self.emit.extra("size", s)
@@ -204,10 +219,12 @@ class GraphInputs:
         assert scores is not None
         keys, nodes, emit = scores(self.tokens), self.nodes, self.nodes.emit
         layer, now, last = nodes.layer, nodes.sets[keys], nodes.sets[Last]
-        q, k, positions = nodes.value(nodes.argument(layer.attention, 0), Last), nodes.new_key(0, keys), now.positions
+        q, positions = nodes.value(nodes.argument(layer.attention, 0), Last), now.positions
+        new = [nodes.new_key(i, keys) for i in range(2)]
         if nodes.past:
-            k = emit.call(torch.cat, [nodes.argument(layer.append, 0), k], 2)
+            new = [emit.call(torch.cat, [nodes.argument(layer.append, i), x], 2) for i, x in enumerate(new)]
             positions = emit.call(torch.cat, [nodes.argument(layer.append, 2), positions], 1)
+        k = nodes.expanded(keys, *new)[0]
         mask, scale, softcap = (nodes.maybe(layer.attention.args[i]) for i in (3, 6, 8))
         read = last.positions, positions, scale, softcap, now.index, now.valid, emit.extra("flat"), emit.extra("length")
         return emit.call(vlm.attention_received.default, q, k, mask, *read, along=TOKENS)

@@ -262,7 +262,7 @@ class _Rewrite:
 
     def _attend(self, run: TokenSet, keys: TokenSet, k: Node, v: Node, k_pos: Node) -> None:
         """The layer's attention node for the queries of one set and the keys of another."""
-        nodes, old = self.nodes, self.nodes.layer.attention
+        nodes, old, (k, v) = self.nodes, self.nodes.layer.attention, self.nodes.expanded(keys, k, v)
         mask, scale, *rest = nodes.maybe(old.args[3]), old.args[6], *map(nodes.maybe, old.args[8:])
         plain: Any = nodes.alone and mask is None and run == keys and self.emit.extra("dense", run)
         q, q_pos = nodes.value(nodes.argument(old, 0), run), self.sets[run].positions

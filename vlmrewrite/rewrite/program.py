@@ -24,6 +24,11 @@ from vlmrewrite.rewrite.verifier import cone_of, propagate_fakes
 from vlmrewrite.text import byte_size, span, table
 
 
+def _places(x: Tensor) -> Tensor:
+    """The numbers of the tokens [..., C], [..., 1]."""
+    return torch.arange(x.shape[:-1].numel(), device=x.device).view(*x.shape[:-1], 1)
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What came out of a run.
@@ -84,6 +89,17 @@ class Program(Shown):
     def vision_masks(self) -> torch.fx.GraphModule:
         """The part of the graph that computes the masks of vision tokens, bool [B, T], one for each merge."""
         return cone_of(self.captured, *(merge.mask for merge in self.anatomy.merges))
+
+    @functools.cached_property
+    def picks(self) -> torch.fx.GraphModule:
+        """The part that computes, of each merge of some features only, which ones it takes: their places, [n, 1]."""
+        gm = cone_of(self.captured, *(merge.picked for merge in self.anatomy.merges if merge.picked is not None))
+        for node in gm.graph.output_node().all_input_nodes:
+            with gm.graph.inserting_before(node):
+                x = node.all_input_nodes[0]
+                node.replace_input_with(x, gm.graph.call_function(_places, (x,)))
+        gm.recompile()
+        return gm
 
     def lacking(self, missing: Mapping[str, str]) -> Program:
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, axis, same, value, where
-from vlmrewrite.compat import fake_mode, unknowable
+from vlmrewrite.compat import fake_mode
 from vlmrewrite.plan import All, TokenSet
 from vlmrewrite.rewrite.legalize import Rewritten
 
@@ -58,15 +58,9 @@ def propagate_fakes(
     on_meta = any(isinstance(x, Tensor) and x.is_meta for x in arguments)
     if on_meta:  # then what the host adds is not there either
         arguments = [x.to("meta") if isinstance(x, Tensor) else x for x in arguments]
-    known: dict[Node, Tensor] = {}
-    while True:
-        with fake_mode(symbols=on_meta) as mode:  # there are no numbers to ask
-            fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments]
-            made = {n: mode.from_tensor(x, static_shapes=True) for n, x in known.items()}
-            stuck = _Propagation(anatomy, rewritten, size, made, not on_meta).stuck_at(fakes)
-        if stuck is None:
-            return
-        (known[stuck],) = cone_of(rewritten.graph_module, stuck)(*arguments)
+    with fake_mode() as mode:
+        fakes = [mode.from_tensor(x, static_shapes=True) if isinstance(x, Tensor) else x for x in arguments]
+        _Propagation(anatomy, rewritten, size).run(*fakes)
 
 
 def cone_of(gm: torch.fx.GraphModule, *nodes: Node) -> torch.fx.GraphModule:
@@ -79,38 +73,16 @@ def cone_of(gm: torch.fx.GraphModule, *nodes: Node) -> torch.fx.GraphModule:
 
 
 class _Propagation(torch.fx.Interpreter):
-    """A run on fake tensors; ``known`` are nodes whose shape depends on numbers, such as ``x[mask]``."""
+    """A run on fake tensors."""
 
-    def __init__(
-        self,
-        anatomy: Anatomy,
-        rewritten: Rewritten,
-        size: Callable[[TokenSet], int],
-        known: dict[Node, Tensor],
-        real: bool,
-    ) -> None:
+    def __init__(self, anatomy: Anatomy, rewritten: Rewritten, size: Callable[[TokenSet], int]) -> None:
         super().__init__(rewritten.graph_module)
         self.length, self.typed, self.size = anatomy.length, rewritten.typed, size
-        self.known, self.waits = known, unknowable() if real else ()
-        self.stuck: Node | None = None
-
-    def stuck_at(self, fakes: Sequence[Any]) -> Node | None:
-        """Run; the node outside of the layers whose shape has to be known first, or None."""
-        try:
-            self.run(*fakes)
-        except self.waits:
-            return self.stuck
-        return None
 
     def run_node(self, n: Node) -> Any:
-        if n in self.known:
-            return self.known[n]
         try:
             out = super().run_node(n)
         except Exception as e:
-            if isinstance(e, self.waits) and n not in self.typed:
-                self.stuck = n
-                raise
             raise ValueError(f"{where(n)} does not take its inputs in the rewritten graph: {e}") from e
         tokens = self.typed.get(n)
         at = None if tokens is None or not isinstance(out, Tensor) else axis(n, self.length)

@@ -144,7 +144,7 @@ class Given(NamedTuple):
         return cls(images, padding, cache.get_seq_length(), held, *known)
 
     def call(
-        self, graph: Graph, inputs: Sequence[Any], asks: Collection[str], reads_last: bool, config: Any
+        self, graph: Graph, inputs: Sequence[Any], asks: Collection[str], reads_last: bool, model: Any
     ) -> tuple[Call | None, dict[str, str]]:
         """The call as its plan needs it, and which of the facts asked for are missing, with the reason.
 
@@ -154,68 +154,58 @@ class Given(NamedTuple):
             graph, inputs: what was captured, and its flat inputs.
             asks: what the recipe's policies and edits ask for.
             reads_last: whether something is read at the last prompt token.
-            config: the model's.
+            model: whose call it is.
 
         Raises:
             ValueError: the encoder's features are wanted, and the images were encoded elsewhere; or the prompts whose
                 end is known are not the call's.
         """
-        program = program_of(graph)
-        masks = {m.modality: x for m, x in zip(program.anatomy.merges, program.vision_masks(*inputs), strict=True)}
+        merges = (program := program_of(graph)).anatomy.merges
+        masks = {m.modality: x for m, x in zip(merges, program.vision_masks(*inputs), strict=True)}
         vision = functools.reduce(operator.or_, masks.values())
-        names = {merge.modality: merge.name for merge in program.anatomy.merges}
-        features = {m: self.images[m].candidates[name] for m, name in names.items()}
-        lengths = {m: self.images[m].lengths[name] for m, name in names.items()}
+        names = {merge.modality: merge.name for merge in merges}
+        whole = {m: self.images[m].lengths[name] for m, name in names.items()}
         found: dict[str, Any] = {}
         taken: dict[str, Tensor] = {}
-        for modality in features if "encoder_features" in asks else ():
-            one = hf.encoder_features(self.encodings, features[modality], lengths[modality])
+        for m, name in names.items() if "encoder_features" in asks else ():
+            one = hf.encoder_features(self.encodings, self.images[m].candidates[name], whole[m])
             if isinstance(one, str):
                 found["encoder_features"] = one
             else:
-                taken[modality] = one
+                taken[m] = one
         if vision.is_meta:
-            found["grid"] = hf.grids(config, lengths.get("image", ()), None)
+            found["grid"] = hf.grids(model.config, whole.get("image", ()), None, queries=hf.learned_queries(model))
             return None, {name: fact for name, fact in found.items() if isinstance(fact, str)}
         end = ends = None
         padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
         if self.end is not None:
-            if len(vision) % len(self.end):
-                raise ValueError(f"ends of {len(self.end)} prompts were given for a call of {len(vision)} rows")
-            copies = len(vision) // len(self.end)  # beams, or several sequences of a prompt
-            end = self.end.to(vision.device).repeat_interleave(copies) - self.past
-            here = (end >= 0) & (end < vision.shape[1])
-            ends = None if reads_last else here
-            end = end if bool(here.all()) else None
-        frames, videos = self.sizes.video_frames(), lengths.get("video", ())
+            end, here = hf.prompt_end_in(self.end.to(vision.device), len(vision), vision.shape[1], self.past)
+            ends, end = None if reads_last else here, end if bool(here.all()) else None
+        some = zip((x.modality for x in merges if x.picked is not None), program.picks(*inputs), strict=True)
+        picked = {m: places.flatten() for m, places in some}
+        taken = {m: x[picked[m]] if m in picked else x for m, x in taken.items()}
+        images, videos = hf.frames_of(whole, self.sizes.video_frames(), picked)
         call = Call(
             vision,
             padding,
-            lengths.get("image", []),
+            [*map(sum, images)],
             self.past,
             end,
             ends=ends,
             videos=masks.get("video"),
-            video_lengths=videos,
-            video_frames=frames if len(frames) == len(videos) else None,
+            video_lengths=[*map(sum, videos)],
+            video_frames=videos,
             follows=self.follows,
+            picked=any(len(places) < sum(whole[m]) for m, places in picked.items()),
         )
         if taken and "encoder_features" not in found:
-            call.encoder_features = _in_order(taken, call.of_videos)
+            call.encoder_features = hf.in_order(taken, call.of_videos)
         if "grid" in asks:
             counts = call.counts
-            found["grid"] = hf.frame_grids(config, counts.each, counts.are_videos, counts.rows, len(vision), self.sizes)
+            given = counts.each, counts.are_videos, counts.rows, len(vision), self.sizes, call.picked
+            found["grid"] = hf.frame_grids(model.config, *given, hf.learned_queries(model))
             call.grids = None if isinstance(found["grid"], str) else found["grid"]
         return call, {name: fact for name, fact in found.items() if isinstance(fact, str)}
-
-
-def _in_order(of: dict[str, Tensor], of_videos: Tensor) -> Tensor:
-    """What belongs to the vision tokens of images and of videos, as these stand in the sequence, [F, ...]."""
-    if len(of) == 1:
-        return next(iter(of.values()))
-    out = of["image"].new_empty(len(of_videos), *of["image"].shape[1:])
-    out[~of_videos], out[of_videos] = of["image"], of["video"]
-    return out
 
 
 class Layout(NamedTuple):

@@ -253,13 +253,13 @@ class Session:
         return out if keep_cache else _without_cache(out)
 
     def _run(self, model: nn.Module, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
-        blocks, config = blocks_of(model), model.config
+        blocks = blocks_of(model)
         again = self.checkpointing if model.training and torch.is_grad_enabled() else None
-        call, missing = given.call(graph, inputs, *self._asked, config)
+        call, missing = given.call(graph, inputs, *self._asked, model)
         assert call is not None, "a call on the meta device runs nothing"
         executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
         if more := executable.program.plan.needs() - self._asked[0]:  # of a pass that makes do with something else
-            call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], config)
+            call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], model)
             assert call is not None
             executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
         result = executable.run(inputs, call)

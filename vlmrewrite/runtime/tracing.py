@@ -83,7 +83,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         raise ValueError(f"the inputs hold no image: {', '.join(inputs)}; expected pixel_values or the like")
     graph, flat = found[0]
     program = program_of(graph)
-    call, missing = givens[0].call(graph, flat, FEATURES, False, model.config)
+    call, missing = givens[0].call(graph, flat, FEATURES, False, model)
     return replace(program.lacking(missing), call=call, inputs=flat, model=model)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vlmrewrite.api import applied
 from vlmrewrite.compiler import rewrite
+from vlmrewrite.hf import attending
 from vlmrewrite.oracle import layer_masks, positioned
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.plan import Pass
@@ -31,6 +32,26 @@ TECHNIQUES: Mapping[str, Pass] = {
     "VISOR": VISOR([0], [2]),
     "DAPE": DAPE(budget=0.6),
 }
+
+
+def fitted(tiny: TinyVLM) -> dict[str, Pass]:
+    """The techniques as a family is tried with them.
+
+    Those that go by the attention that a layer pays, or let text attend to images in it, take the nearest layer that
+    has attention, the later of two, where some layers have none.
+    """
+    there = attending(tiny.model)
+
+    def near(layer: int) -> int:
+        return min(there, key=lambda i: (abs(i - layer), -i), default=layer)
+
+    at = near(1)
+    return dict(TECHNIQUES) | {
+        "STS": STS(keep=5, refine=3, at=at),
+        "FastV": FastV(keep=0.5, at=at),
+        "VISOR": VISOR([0], [near(2)]),
+    }
+
 
 IMAGES = [Row(1, 3, 2), Row(2, 1, 3), Row(0, 4, 1)]
 

@@ -79,12 +79,14 @@ class Record:
         graphs: how many graphs ``generate()`` needs over changing lengths, numbers of images and padding: for batches,
             and for one row; None if that could not be counted.
         cells: by case and technique.
+        moved: configurations of techniques that are tried in other layers here, as some layers have no attention.
     """
 
     versions: str = ""
     capture_seconds: float | None = None
     graphs: tuple[int, int] | None = None
     cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
+    moved: dict[str, str] = field(default_factory=dict)
 
     @property
     def counted(self) -> str:

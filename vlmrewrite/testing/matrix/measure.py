@@ -11,8 +11,9 @@ import transformers
 
 from vlmrewrite.api import applied
 from vlmrewrite.capture import captures_of
+from vlmrewrite.plan import Pass
 from vlmrewrite.runtime import trace
-from vlmrewrite.testing.matrix.cases import CASES, IMAGES, LAYERS, TECHNIQUES, Case
+from vlmrewrite.testing.matrix.cases import CASES, IMAGES, LAYERS, TECHNIQUES, Case, fitted
 from vlmrewrite.testing.matrix.cells import Cell, judged
 from vlmrewrite.testing.models import ZOO, Row, TinyVLM
 
@@ -33,21 +34,23 @@ def measure(name: str) -> Iterator[Piece]:
     yield "versions", VERSIONS
     yield "capture_seconds", capture_seconds(tiny)
     yield "graphs", graphs(tiny)
+    techniques = fitted(tiny)
+    yield "moved", {name: repr(p) for name, p in techniques.items() if p != TECHNIQUES[name]}
     for case_name, case in CASES.items():
         lacking, amiss = case.lacking(tiny), list[Cell | None]()
-        for technique_name in TECHNIQUES:
-            cell = Cell("absent", reason=lacking) if lacking else tried(tiny, case, technique_name, amiss)
+        for technique_name, technique in techniques.items():
+            cell = Cell("absent", reason=lacking) if lacking else tried(tiny, case, technique, amiss)
             yield "cell", (case_name, technique_name, cell)
 
 
-def tried(tiny: TinyVLM, case: Case, technique: str, amiss: list[Cell | None]) -> Cell:
+def tried(tiny: TinyVLM, case: Case, technique: Pass, amiss: list[Cell | None]) -> Cell:
     """One cell.
 
     Args:
         tiny, case, technique: what is tried.
         amiss: what is wrong with the unmodified model; found out when it is first needed, and put here.
     """
-    cell = judged(lambda: case.check(tiny, tiny.inputs(case.rows), TECHNIQUES[technique]))
+    cell = judged(lambda: case.check(tiny, tiny.inputs(case.rows), technique))
     if cell.status != "ok":
         amiss[:] = amiss or [case.amiss(tiny)]
         if amiss[0] is not None and (amiss[0].status == "absent" or cell.status == "wrong"):

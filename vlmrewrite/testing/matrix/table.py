@@ -36,7 +36,7 @@ def read_if_there(path: Path) -> dict[str, Record]:
 def record_data(record: Record) -> dict[str, Any]:
     """A record for JSON."""
     cells = {case: {name: cell_data(cell) for name, cell in row.items()} for case, row in record.cells.items()}
-    return vars(record) | {"cells": cells}
+    return {name: x for name, x in vars(record).items() if x != {}} | {"cells": cells}
 
 
 def _record(data: dict[str, Any]) -> Record:
@@ -53,7 +53,11 @@ def write(families: Mapping[str, Record], path: Path) -> None:
     """
     parts = []
     for name, record in sorted(families.items()):
-        lines = [f"  {json.dumps(key)}: {json.dumps(value)}," for key, value in vars(record).items() if key != "cells"]
+        lines = [
+            f"  {json.dumps(key)}: {json.dumps(value)},"
+            for key, value in vars(record).items()
+            if value != {} and key != "cells"
+        ]
         cases = []
         for case, row in record.cells.items():
             cells = ",\n".join(f"      {json.dumps(t)}: {json.dumps(cell_data(cell))}" for t, cell in row.items())
@@ -117,6 +121,8 @@ def details(name: str, record: Record) -> Iterator[str]:
     """All of a family's cells; techniques that share a reason share a line."""
     seconds = "not captured" if record.capture_seconds is None else f"captured in {record.capture_seconds} s"
     yield f"{name}: {seconds}; graphs of batches + of one row: {record.counted}; {record.versions}"
+    if record.moved:
+        yield f"  some layers have no attention: {', '.join(record.moved.values())}"
     for case, row in record.cells.items():
         for said, group in groupby(row.items(), key=lambda item: str(item[1])):
             yield f"  {case:9} {', '.join(technique for technique, _ in group)}: {said}"

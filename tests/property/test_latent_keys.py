@@ -1,0 +1,117 @@
+"""Layers whose cache holds a latent of each token, which keys and values are made of (multi-head latent attention)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from transformers import DeepseekV2Config, DeepseekV3Config, DynamicCache, Glm4MoeLiteConfig, MiniCPM3Config
+
+import vlmrewrite as vr
+from tests.small import crossed
+from vlmrewrite.oracle import layer_masks, oracle_logits
+from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
+from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
+from vlmrewrite.testing.models import ZOO, Row, TinyVLM
+from vlmrewrite.testing.models.families import llava_of
+from vlmrewrite.testing.models.tiny import HIDDEN, decoder_sizes
+
+ROWS = [Row(1, 3, 2), Row(2, 1, 3), Row(0, 4, 1)]
+
+RANKS = {"kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
+
+EXPERTS = {"moe_intermediate_size": HIDDEN, "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1}
+
+OWN = {
+    "deepseek_v2": (
+        DeepseekV2Config,
+        {"q_lora_rank": None, "n_routed_experts": 4, "first_k_dense_replace": 1} | EXPERTS,
+    ),
+    "deepseek_v3": (
+        DeepseekV3Config,
+        {"q_lora_rank": 16, "n_routed_experts": 4, "first_k_dense_replace": 1, "rope_interleave": False} | EXPERTS,
+    ),
+    "glm4_moe_lite": (Glm4MoeLiteConfig, {"q_lora_rank": 16, "n_routed_experts": 4, "n_shared_experts": 1} | EXPERTS),
+    "minicpm3": (MiniCPM3Config, {"q_lora_rank": 16}),
+}
+"""Decoders of the kind beside those of the families that have a builder."""
+
+RECIPES = {
+    "stride": [Stride(0.5)],
+    "sts": [STS(keep=5, refine=3, at=1)],
+    "fastv": [FastV(keep=0.5, at=1)],
+    "dpvr": [DPVR()],
+    "visor": [VISOR([0], [2])],
+}
+
+
+@functools.cache
+def tiny(name: str) -> TinyVLM:
+    if name not in OWN:
+        return ZOO[name](layers=3)
+    config, own = OWN[name]
+    sizes = decoder_sizes(3, **RANKS, **own) | {"num_key_value_heads": 4}
+    return llava_of(name, config(**sizes), 0)
+
+
+@pytest.mark.parametrize(("name", "recipe"), crossed([*OWN, "kimi_k25"], RECIPES))
+def test_a_recipe_agrees_with_the_oracle(name: str, recipe: str) -> None:
+    model, inputs = tiny(name).model, tiny(name).inputs(ROWS)
+    forward_agreement(model, inputs, RECIPES[recipe]).check()
+    generation_agreement(model, inputs, RECIPES[recipe], new_tokens=3).check()
+
+
+def test_the_cache_holds_latents_and_is_counted_so() -> None:
+    model, inputs = tiny("deepseek_v3").model, tiny("deepseek_v3").inputs([Row(1, 3, 2)])
+    program, tokens = vr.trace(model, inputs), inputs["input_ids"].shape[1]
+    assert {(x.heads, x.kv_heads, x.head_size, x.value_size) for x in program.anatomy.layers} == {(4, 4, 12, 8)}
+    assert {cost.kv_bytes for cost in program.costs(program.call.counts)} == {tokens * (12 + 4) * 4}
+    with torch.no_grad(), vr.applied(model, [Stride(0.5)]):
+        layers = model(**inputs).past_key_values.layers
+    assert {(*x.keys.shape, x.values.shape[-1]) for x in layers} == {(1, 1, tokens - 8, 12, 4)}
+    expanding = program.anatomy.layers[0]
+    assert any(n.name.startswith("linear") for n in expanding.keys.keys() & expanding.values.keys())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("name", "recipe"), crossed(["deepseek_v3", "minicpm3"], ["fastv", "visor"]))
+def test_images_on_a_kept_cache(name: str, recipe: str) -> None:
+    """What is held is expanded with what is new: both turns are those of one sequence under their masks."""
+    model, cache = tiny(name).model, DynamicCache()
+    first = tiny(name).inputs([Row(1, 2, 3), Row(2, 1, 2)], seed=1)
+    then = tiny(name).inputs([Row(1, 4, 2), Row(1, 1, 2)], seed=2)
+    mask = torch.cat([first["attention_mask"], then["attention_mask"]], 1)
+    with vr.applied(model, RECIPES[recipe]):
+        model(**first, past_key_values=cache)
+        masks = layer_masks(model)
+        got = model(**then | {"attention_mask": mask}, past_key_values=cache).logits
+        joined = [
+            dataclasses.replace(a, **{x: torch.cat([getattr(a, x), getattr(b, x)], 1) for x in ("run", "keys")})
+            for a, b in zip(masks, layer_masks(model), strict=True)
+        ]
+    one, two = first["pixel_values"], then["pixel_values"]
+    pixels = torch.cat([one[:1], two[:1], one[1:], two[1:]])  # row by row
+    ids = torch.cat([first["input_ids"], then["input_ids"]], 1)
+    expected = oracle_logits(model, {"input_ids": ids, "attention_mask": mask, "pixel_values": pixels}, joined)
+    real = then["attention_mask"].bool()
+    expected = expected[:, -real.shape[1] :][real]
+    assert float((got[real] - expected).abs().max()) < 1e-4 * float(expected.abs().max())
+
+
+@torch.no_grad()
+def test_a_compiled_decode_step_finds_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The graphs that Inductor would get, run without it."""
+    monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
+    model, inputs = tiny("minicpm3").model, tiny("minicpm3").inputs(ROWS)
+    how = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
+    found = []
+    for backend in ("eager", "inductor"):
+        with vr.applied(model, RECIPES["sts"], backend=backend):
+            found.append(model.generate(**inputs, **how))
+    eager, compiled = found
+    assert torch.equal(eager.sequences, compiled.sequences)
+    scale = float(torch.stack(eager.logits).abs().max())
+    assert all(float((a - b).abs().max()) < 1e-4 * scale for a, b in zip(eager.logits, compiled.logits, strict=True))

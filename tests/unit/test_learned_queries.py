@@ -1,0 +1,17 @@
+"""Tokens that learned queries took from a whole image, which lie nowhere on it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import torch
+
+from vlmrewrite.hf import grids
+
+
+def test_tokens_of_learned_queries_are_no_grid():
+    config = SimpleNamespace(vision_config=SimpleNamespace(image_size=16, patch_size=4))
+    for thw in (None, torch.tensor([[1, 4, 4]])):
+        assert "an image has 4 tokens, as many as the model has learned queries" in grids(config, [4], thw, queries={4})
+        assert grids(config, [16], thw, queries={16}).tolist() == [[4, 4]], "they may be the positions of its patches"
+        assert grids(config, [4], thw, queries={5, 16}).tolist() == [[2, 2]]
