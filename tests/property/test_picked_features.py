@@ -102,7 +102,7 @@ def test_another_order_is_an_error(monkeypatch):
         forward_agreement(tiny.model, inputs, Stride(0.5))
 
 
-@pytest.mark.parametrize("recipe", RECIPES.keys() - {"encoder"})
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "encoder"])
 def test_videos_with_images_beside_them(recipe):
     tiny = ZOO["video_llama_3"](layers=3)
     inputs = tiny.inputs(MIXED, seed=5)
