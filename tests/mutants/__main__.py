@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from tests.mutants.faults import Fault, faults
-from tests.mutants.trial import FORKS, TOO_LATE, copied, run
+from tests.mutants.trial import FORKS, QUICKLY, TOO_LATE, copied, run
 
 QUICK, PROPERTY, KERNELS = ("tests/unit", "tests/graph"), ("tests/property",), ("tests/kernels",)
 
@@ -49,7 +49,8 @@ def judge(fault: Fault, timeout: float) -> Verdict:
     kernels = "/kernels/" in fault.file or any(test.startswith(KERNELS) for test in fault.near)
     with copied(fault) as copy:
         for tests in (fault.near, *[KERNELS] * kernels, QUICK, PROPERTY):
-            found = found or run(copy, tests, timeout - (time.monotonic() - begun))
+            options = [] if tests is fault.near else QUICKLY
+            found = found or run(copy, tests, timeout - (time.monotonic() - begun), options)
     return Verdict(fault, found, time.monotonic() - begun)
 
 

@@ -21,7 +21,10 @@ from tests.mutants.faults import ROOT, Fault
 
 HOUSE = [f"--ignore=tests/unit/{name}.py" for name in ("test_house", "test_packaging", "test_faults")]
 
-PYTEST = [*"-x -q --no-header --tb=no -p no:cacheprovider -p no:xdist -m".split(), "not slow", *HOUSE]
+PYTEST = [*"-x -q --no-header --tb=no -p no:cacheprovider -p no:xdist".split(), *HOUSE]
+
+QUICKLY = ["-m", "not slow"]
+"""Where tests are not named one by one: without those that take long."""
 
 PYTEST += ["-W", "ignore::pytest.PytestAssertRewriteWarning"]  # plugins are imported already
 
@@ -48,14 +51,19 @@ def copied(fault: Fault | None) -> Iterator[Path]:
         yield copy
 
 
-def run(copy: Path, tests: Sequence[str], timeout: float) -> str | None:
+def run(copy: Path, tests: Sequence[str], timeout: float, options: Sequence[str] = ()) -> str | None:
     """The first test of some that fails in a copy, :data:`TOO_LATE`, or None if all pass.
+
+    Args:
+        tests: files, folders or tests.
+        timeout: seconds.
+        options: more for pytest.
 
     Raises:
         RuntimeError: pytest could not run them.
     """
     said = copy / ".said"
-    process = FORKS.Process(target=_pytest, args=(copy, said, tests))
+    process = FORKS.Process(target=_pytest, args=(copy, said, [*options, *tests]))
     process.start()
     try:
         process.join(max(0.0, timeout))
