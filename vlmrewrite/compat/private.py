@@ -8,7 +8,7 @@ import operator
 from collections.abc import Iterator
 from typing import Any
 
-TESTED = {"torch": ">=2.11,<2.14", "transformers": ">=5.23,<5.24", "triton": ">=3.6,<3.10"}
+TESTED = {"torch": ">=2.11,<2.14", "transformers": ">=5.23,<5.24", "triton": ">=3.6,<3.10", "vllm": ">=0.32,<0.33"}
 """The versions that the tests pass with, as in pyproject.toml."""
 
 

@@ -1,0 +1,128 @@
+"""The model's side: rows of features are left out, and kept ones have the positions of the whole prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vlmrewrite.compat import vllm
+from vlmrewrite.serving.placeholders import Layout, Span, original, resolved, table_of, with_columns
+from vlmrewrite.serving.select import BeforeDecoder
+from vlmrewrite.serving.vllm.settings import KEY, LONGER, check_engine, serving_of
+
+_OWN = "vlmrewrite_before"
+
+
+def before_of(model: Any) -> BeforeDecoder | None:
+    """What a loaded model's recipe does before the decoder, or None."""
+    found: BeforeDecoder | None = getattr(model, _OWN, None)
+    return found
+
+
+def pruned(base: Any) -> type:
+    """A class of models that are those of ``base``, and leave tokens of images out if their configuration has a recipe."""
+
+    class Pruned(base):  # type: ignore[misc]
+        def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
+            serving = serving_of(vllm_config.model_config)
+            if serving is None:
+                super().__init__(vllm_config=vllm_config, prefix=prefix)
+                return
+            check_engine(vllm_config)
+            super().__init__(vllm_config=vllm.as_unchanged(vllm_config, KEY, LONGER), prefix=prefix)
+            setattr(self, _OWN, serving.before)
+            self.vlmrewrite_axes = vllm.axes_of(vllm_config.model_config)
+            self.vlmrewrite_width = vllm_config.model_config.get_hidden_size()
+            self.supports_mrope = self.supports_multimodal_pruning = True
+            rows, longest = vllm.rows_of_ropes(self), vllm_config.model_config.max_model_len
+            if rows is not None and rows < LONGER * longest:
+                raise ValueError(
+                    f"max_model_len: expected at most {rows // LONGER} with a recipe of vlmrewrite, got {longest}: tokens"
+                    f" keep the positions of the whole prompt, and the model has {rows}"
+                )
+
+        def embed_multimodal(self, **kwargs: Any) -> Any:
+            """Rows that are kept of each image, with columns that tell where they stood."""
+            layouts = kwargs.pop(KEY, None)
+            features = super().embed_multimodal(**kwargs)
+            before = before_of(self)
+            if before is None or layouts is None:
+                return features
+            return tuple(
+                self._kept(before, rows.flatten(0, -2), Layout.from_tensor(numbers), _alone(kwargs, i, len(layouts)))
+                for i, (rows, numbers) in enumerate(zip(features, layouts, strict=True))
+            )
+
+        def _kept(self, before: BeforeDecoder, rows: Tensor, layout: Layout, arguments: dict[str, Any]) -> Tensor:
+            places = layout.places
+            if len(rows) != len(places):
+                raise ValueError(f"expected {len(places)} features of an image, as its placeholders, got {len(rows)}")
+            axes, at = self.vlmrewrite_axes, places[None]
+            if axes:
+                spans = [Span(0, len(layout.content), layout.mask, None)]
+                at = self._positions(list(layout.content), spans, [(vllm.item(arguments), "image")])[0][:, places]
+            grids = [_grid_of(at)] if before.needs_grids else None
+            seen = rows[:, : self.vlmrewrite_width]
+            [kept] = before.choose([seen], places=[places], grids=grids, earlier=layout.earlier)
+            return with_columns(rows[kept.indices], (at - at[:, :1])[:, kept.indices.to(at.device)])
+
+        def _positions(
+            self, tokens: list[int], spans: Sequence[Span], images: Sequence[tuple[Any, str]]
+        ) -> tuple[Tensor, int]:
+            """Positions of a whole prompt, [A, T], and the one behind it."""
+            if not self.vlmrewrite_axes:
+                return torch.arange(len(tokens))[None], len(tokens)
+            features = [vllm.feature(*one, *span[:3]) for one, span in zip(images, spans, strict=True)]
+            positions, delta = super().get_mrope_input_positions(tokens, features)
+            return positions, len(tokens) + int(delta)
+
+        def get_mrope_input_positions(self, input_tokens: Any, mm_features: Any) -> tuple[Tensor, int]:
+            """A table of positions, as far as they are known before the images are encoded."""
+            if before_of(self) is None:
+                found: tuple[Tensor, int] = super().get_mrope_input_positions(input_tokens, mm_features)
+                return found
+            spans = [_span_of(f) for f in mm_features]
+            prompt = original(input_tokens, spans)
+            whole = self._positions(prompt.tokens, prompt.spans, [(f.data, f.modality) for f in mm_features])
+            table = table_of(prompt, *whole)
+            return table, resolved(table, [], 0)[2]
+
+        def recompute_mrope_positions(
+            self, input_ids: Any, multimodal_embeddings: Any, mrope_positions: Tensor, num_computed_tokens: int
+        ) -> tuple[Any, Tensor, int]:
+            """The table with positions of the images that are encoded now, whose columns are taken off."""
+            if before_of(self) is None:
+                given = input_ids, multimodal_embeddings, mrope_positions, num_computed_tokens
+                found: tuple[Any, Tensor, int] = super().recompute_mrope_positions(*given)
+                return found
+            return resolved(mrope_positions, multimodal_embeddings, num_computed_tokens)
+
+        def forward(self, input_ids: Any, positions: Tensor, *args: Any, **kwargs: Any) -> Any:
+            """The model on positions without the rows of the table that are the engine's."""
+            if before_of(self) is not None:
+                axes = self.vlmrewrite_axes
+                positions = positions[:axes] if axes else positions[0]
+            return super().forward(input_ids, positions, *args, **kwargs)
+
+    Pruned.__name__, Pruned.__qualname__, Pruned.__module__ = base.__name__, base.__qualname__, base.__module__
+    return Pruned
+
+
+def _span_of(feature: Any) -> Span:
+    place, numbers = feature.mm_position, (feature.data or {}).get(KEY)
+    layout = None if numbers is None else Layout.from_tensor(numbers.data)
+    return Span(place.offset, place.length, place.is_embed, layout)
+
+
+def _alone(arguments: dict[str, Any], i: int, n: int) -> dict[str, Any]:
+    """Of arguments for n images, what is of one: those that have an entry for each image."""
+    return {k: v[i] for k, v in arguments.items() if isinstance(v, Tensor | list) and len(v) == n}
+
+
+def _grid_of(positions: Tensor) -> tuple[int, int]:
+    """Rows and columns of an image whose positions go by them, [A, N]."""
+    rows, columns = ((int(x.max()) - int(x.min()) + 1) if len(positions) > 1 else 0 for x in positions[-2:])
+    return rows, columns
