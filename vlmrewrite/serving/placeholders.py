@@ -72,8 +72,8 @@ class Layout:
         """The tokens with only so many placeholders of each piece, and which of them are placeholders, bool."""
         stays = ~self.mask
         for (start, n), k in zip(self.pieces, counts, strict=True):
-            if not 0 <= k <= n:
-                raise ValueError(f"expected to keep 0 to {n} tokens of a piece of an image, got {k}")
+            if not 1 <= k <= n:
+                raise ValueError(f"expected to keep 1 to {n} of {n} tokens of an image, got {k}")
             stays[start : start + k] = True
         return [t for t, here in zip(self.content, stays.tolist(), strict=True) if here], self.mask[stays]
 
@@ -148,21 +148,23 @@ def original(tokens: Sequence[int], spans: Sequence[Span]) -> Original:
     whole, found, at, more = list[int](), dict[int, Span](), 0, 0
     for i in sorted(range(len(spans)), key=lambda i: spans[i].offset):
         offset, length, mask, layout = spans[i]
-        start = offset + more
         if layout is None:
             kind[spans[i].slots] = _OTHER
-            found[i] = Span(start, length, mask, None)
+            found[i] = Span(offset + more, length, mask, None)
             continue
-        slots, text = spans[i].slots, torch.ones(length, dtype=torch.bool)
-        text[slots - offset] = False
-        others = (~layout.mask).nonzero()[:, 0]
-        if len(others) != int(text.sum()) or offset < at:
-            raise ValueError(f"{length} tokens at {offset} do not stand for an image of {len(layout.content)} tokens")
-        whole += [*tokens[at:offset], *layout.content]
-        index[offset : offset + length][text] = others + start
-        index[slots], kind[slots] = start + layout.places[0], 0
-        found[i] = Span(start, len(layout.content), layout.mask, layout)
-        at, more = offset + length, more + len(layout.content) - length
+        slots, places = spans[i].slots, layout.places
+        lead, size = int(places[0]), int(places[-1] - places[0]) + 1  # what is around may be shared by two images
+        offset, length = int(slots[0]), int(slots[-1] - slots[0]) + 1
+        start, others = offset + more, (~layout.mask[lead : lead + size]).nonzero()[:, 0]
+        if len(others) != length - len(slots) or offset < at:
+            raise ValueError(f"{len(slots)} placeholders at {offset} do not stand for an image of {len(places)}")
+        whole += [*tokens[at:offset], *layout.content[lead : lead + size]]
+        kind[slots] = 0
+        inside = slice(offset, offset + length)
+        index[inside][kind[inside] != 0] = others + start
+        index[slots] = start
+        found[i] = Span(start - lead, len(layout.content), layout.mask, layout)
+        at, more = offset + length, more + size - length
         index[at:] = torch.arange(at, len(tokens), device="cpu") + more
     return Original([*whole, *tokens[at:]], [found[i] for i in range(len(spans))], index, kind)
 

@@ -119,7 +119,8 @@ def _span_of(feature: Any) -> Span:
 
 def _alone(arguments: dict[str, Any], i: int, n: int) -> dict[str, Any]:
     """Of arguments for n images, what is of one: those that have an entry for each image."""
-    return {k: v[i] for k, v in arguments.items() if isinstance(v, Tensor | list) and len(v) == n}
+    of_images = {k: v for k, v in arguments.items() if isinstance(v, list) or (isinstance(v, Tensor) and v.dim())}
+    return {k: v[i] for k, v in of_images.items() if len(v) == n}
 
 
 def _grid_of(positions: Tensor) -> tuple[int, int]:

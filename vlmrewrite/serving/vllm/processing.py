@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vlmrewrite.compat import vllm
 from vlmrewrite.serving.placeholders import Layout
-from vlmrewrite.serving.vllm.settings import KEY, Serving, digest, serving_of
+from vlmrewrite.serving.vllm.settings import KEY, LONGER, Serving, digest, serving_of
 
 
 class _Placeholders:
@@ -89,17 +89,17 @@ def _prompt(processor: Any) -> vllm.Wrap:
             tokens, places = make(mm_items, mm_res)
             if _serving(processor) is None:
                 return tokens, places
-            earlier, longer = 0, len(tokens)
+            earlier, left_out = 0, 0
             for i, updates in enumerate(mm_res.prompt_updates.get("image", [])):
                 [layout, *_] = [x for x in map(_layout_of, updates) if x is not None]
-                longer += len(layout.content) - places["image"][i].length
+                left_out += len(layout.content) - places["image"][i].length
                 if (kwargs := mm_res.kwargs["image"][i]) is not None:
                     kwargs[KEY] = vllm.argument(layout.behind(earlier).to_tensor())
                 earlier += len(layout.pieces)
-            if longer > (most := processor.info.ctx.model_config.max_model_len):
+            if left_out > (most := processor.info.ctx.model_config.max_model_len * (LONGER - 1)):
                 raise ValueError(
-                    f"the prompt has {longer} tokens before vlmrewrite leaves some out, and max_model_len is {most}:"
-                    " kept tokens have the positions of the whole prompt, which the model must know"
+                    f"vlmrewrite leaves {left_out} tokens out of the prompt, and kept ones have the positions of the whole"
+                    f" prompt; expected at most {most}: ask with fewer or smaller images, or set a larger max_model_len"
                 )
             return tokens, places
 
