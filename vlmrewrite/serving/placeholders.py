@@ -27,7 +27,8 @@ class Layout:
 
     Attributes:
         content: its tokens: placeholders of features, and what stands between and around them.
-        pieces: first place and length of each run of placeholders in ``content``.
+        pieces: first place and length in ``content`` of each run of placeholders, or of each tile of it: what a budget
+            is of.
         earlier: how many images, or pieces of images, of the prompt come before it.
     """
 
@@ -36,14 +37,24 @@ class Layout:
     earlier: int = 0
 
     @classmethod
-    def of(cls, content: Sequence[int], mask: Tensor | None) -> Self:
-        """The layout of tokens of which those under a mask, bool [len(content)], are placeholders; None: all are."""
+    def of(cls, content: Sequence[int], mask: Tensor | None, tile: int | None = None) -> Self:
+        """The layout of some tokens.
+
+        Args:
+            content: the tokens.
+            mask: which of them are placeholders, bool [len(content)]; None: all.
+            tile: features of a tile, where a budget is of each tile; None: of each run of placeholders.
+        """
         whole = torch.ones(len(content), dtype=torch.bool) if mask is None else mask.bool().cpu()
         if len(whole) != len(content):
             raise ValueError(f"expected a mask of the {len(content)} tokens that an image becomes, got {len(whole)}")
         edges = torch.diff(whole.int(), prepend=torch.zeros(1).int(), append=torch.zeros(1).int())
         starts, ends = (edges == 1).nonzero()[:, 0].tolist(), (edges == -1).nonzero()[:, 0].tolist()
-        return cls(tuple(content), tuple((a, b - a) for a, b in zip(starts, ends, strict=True)))
+        pieces = list[tuple[int, int]]()
+        for start, end in zip(starts, ends, strict=True):
+            size = end - start if tile is None or (end - start) % tile else tile
+            pieces += [(at, size) for at in range(start, end, size)]
+        return cls(tuple(content), tuple(pieces))
 
     @property
     def starts(self) -> list[int]:

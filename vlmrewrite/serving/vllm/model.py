@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -65,9 +66,11 @@ def pruned(base: Any) -> type:
                 spans = [Span(0, len(layout.content), layout.mask, None)]
                 at = self._positions(list(layout.content), spans, [(vllm.item(arguments), "image")])[0][:, places]
             grids = [_grid_of(at)] if before.needs_grids else None
-            seen = rows[:, : self.vlmrewrite_width]
-            [kept] = before.choose([seen], places=[places], grids=grids, earlier=layout.earlier)
-            return with_columns(rows[kept.indices], (at - at[:, :1])[:, kept.indices.to(at.device)])
+            seen = rows[:, : self.vlmrewrite_width].split(layout.lengths)
+            found = before.choose(seen, places=layout.starts, grids=grids, earlier=layout.earlier)
+            firsts = accumulate(layout.lengths, initial=0)
+            kept = torch.cat([x.indices + first for x, first in zip(found, firsts, strict=False)])
+            return with_columns(rows[kept], (at - at[:, :1])[:, kept.to(at.device)])
 
         def _positions(
             self, tokens: list[int], spans: Sequence[Span], images: Sequence[tuple[Any, str]]

@@ -55,7 +55,7 @@ def _updates(processor: Any) -> vllm.Wrap:
 
 def _shrunk(update: Any, serving: Serving) -> Any:
     content = update.content
-    layout = Layout.of(content.full, None if content.is_embed is None else content.is_embed(content.full))
+    layout = Layout.of(content.full, None if content.is_embed is None else content.is_embed(content.full), serving.tile)
     if not layout.pieces:
         return update
     tokens, mask = layout.shrunk(serving.before.counts(layout.lengths, layout.starts))

@@ -22,14 +22,15 @@ class Serving:
 
     Attributes:
         before: what it does before the decoder.
-        digest: hexadecimal digits that differ between recipes.
+        tile: features of a tile of which a budget is, or None.
+        digest: what differs between recipes.
     """
 
-    def __init__(self, recipe: Recipe, depth: int) -> None:
-        self.before = BeforeDecoder(recipe, depth=depth)
+    def __init__(self, recipe: Recipe, depth: int, tile: int | None) -> None:
+        self.before, self.tile = BeforeDecoder(recipe, depth=depth), tile
         if self.before.counts([576]) == [0]:
             raise ValueError("it keeps no vision token: expected a recipe that keeps some of each image")
-        self.digest = f"{recipe.name}-{digest(recipe.to_data()['passes'])}"
+        self.digest = f"{recipe.name}-{digest([recipe.to_data()['passes'], tile])}"
 
 
 def digest(value: Any) -> str:
@@ -37,6 +38,20 @@ def digest(value: Any) -> str:
     import hashlib
 
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def overrides(recipe: Recipe, tile: int | None = None) -> dict[str, Any]:
+    """``hf_overrides`` of an engine.
+
+    Args:
+        recipe: the recipe.
+        tile: how many tokens each tile of an image has, if the model takes tiles that stand side by side for images of
+            their own under transformers, as `vlmrewrite serve-args` finds out; else None.
+
+    Raises:
+        ValueError: a pass of the recipe is not registered.
+    """
+    return {KEY: recipe.to_data() | ({} if tile is None else {"tile": tile})}
 
 
 def serving_recipe(hf_config: Any) -> dict[str, Any] | None:
@@ -65,9 +80,13 @@ def serving_of(model_config: Any) -> Serving | None:
 
 @functools.lru_cache(maxsize=16)
 def _read(written: str, depth: int) -> Serving:
-    recipe = Recipe.of_data(json.loads(written), f"hf_overrides[{KEY!r}]")
+    data, where = json.loads(written), f"hf_overrides[{KEY!r}]"
+    tile = data.pop("tile", None)
+    if tile is not None and (type(tile) is not int or tile < 1):
+        raise ValueError(f"{where}: tile: expected the number of an image's tokens in each of its tiles, got {shown(tile)}")
+    recipe = Recipe.of_data(data, where)
     try:
-        return Serving(recipe, depth)
+        return Serving(recipe, depth, tile)
     except ValueError as e:
         raise ValueError(f"recipe {recipe.name!r} cannot be served: {e}") from None
 
