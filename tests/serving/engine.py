@@ -1,15 +1,18 @@
-"""Engines of vLLM in a process of their own: ``python -m tests.serving.engine ASKED ANSWERED``, both pickles.
+"""Engines of vLLM in a process of their own: ``python -m tests.serving.engine FOLDER``.
 
 vLLM changes classes of transformers, so that a process with an engine cannot judge it.
 """
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import pickle
+import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,35 +27,52 @@ SETTINGS = {
 }
 
 
-def ask(folder: Path, engines: list[dict[str, Any]], *, apart: bool = False, check: bool = True) -> list[Any]:
+@contextlib.contextmanager
+def started(folder: Path, engines: list[dict[str, Any]], *, apart: bool) -> Iterator[subprocess.Popen[str]]:
+    """A process with engines; as the block ends, it and all of its processes are killed, if they are still there."""
+    folder.mkdir(exist_ok=True)
+    (folder / "asked.pickle").write_bytes(pickle.dumps(engines))
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/serving/site"), os.environ.get("PYTHONPATH", "")])
+    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(apart)), "PYTHONPATH": path}
+    command = [sys.executable, "-m", "tests.serving.engine", str(folder)]
+    with (folder / "log").open("w") as log:
+        process = subprocess.Popen(
+            command,
+            env=os.environ | SETTINGS | own,
+            stdout=log,
+            stderr=log,
+            text=True,
+            cwd=ROOT,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def ask(folder: Path, engines: list[dict[str, Any]], *, apart: bool = False) -> list[Any]:
     """What engines answer, one engine after the other.
 
     Args:
         folder: for the files.
-        engines: of each ``model``, ``args`` of ``vllm.LLM`` and ``batches`` of requests; optionally ``tokens``, how many
-            are generated.
+        engines: of each ``model``, ``args`` of ``vllm.LLM`` and ``batches`` of requests; optionally ``tokens``, how
+            many are generated, ``ignore_eos``, and ``metrics``, whether the engine's counters are wanted.
         apart: each engine has a process of its own, as `vllm serve` has; what is kept is not seen then.
-        check: whether the process must end well.
 
     Returns:
         Of each engine ``batches``, and ``kept``, the places that are kept of each image that was encoded; or ``error``.
     """
-    asked, answered = folder / "asked.pickle", folder / "answered.pickle"
-    asked.write_bytes(pickle.dumps(engines))
-    answered.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tests.serving.engine", str(asked), str(answered)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests/serving/site"), os.environ.get("PYTHONPATH", "")])
-    own = {"VLLM_ENABLE_V1_MULTIPROCESSING": str(int(apart)), "PYTHONPATH": path}
-    done = subprocess.run(command, env=os.environ | SETTINGS | own, capture_output=True, text=True, cwd=ROOT)
-    if not answered.exists() and check:
-        raise AssertionError(f"{done.returncode}\n{done.stdout[-4000:]}\n{done.stderr[-8000:]}")
-    found: list[Any] = pickle.loads(answered.read_bytes())
-    for one in found:
-        one["log"] = done.stdout + done.stderr
+    with started(folder, engines, apart=apart) as process:
+        code = process.wait()
+    assert code == 0, (code, (folder / "log").read_text()[-8000:])
+    found: list[Any] = pickle.loads((folder / "answered.pickle").read_bytes())
     return found
 
 
-def _answers(engine: dict[str, Any]) -> dict[str, Any]:
+def _answers(engine: dict[str, Any], folder: Path) -> dict[str, Any]:
     from vllm import LLM, SamplingParams
 
     from vlmrewrite.serving import BeforeDecoder
@@ -76,7 +96,9 @@ def _answers(engine: dict[str, Any]) -> dict[str, Any]:
     kept.clear()
     batches: list[Any] = []
     how = SamplingParams(temperature=0, max_tokens=engine.get("tokens", 8), ignore_eos=engine.get("ignore_eos", True))
-    for requests in engine["batches"]:
+    for i, requests in enumerate(engine["batches"]):
+        if i:
+            (folder / f"batch-{i - 1}").touch()
         try:
             made = llm.generate(requests, how, use_tqdm=False)
         except Exception as e:
@@ -102,9 +124,9 @@ def _answers(engine: dict[str, Any]) -> dict[str, Any]:
 
 
 def _main() -> None:
-    asked, answered = map(Path, sys.argv[1:])
-    found = [_answers(engine) for engine in pickle.loads(asked.read_bytes())]
-    answered.write_bytes(pickle.dumps(found))
+    folder = Path(sys.argv[1])
+    found = [_answers(engine, folder) for engine in pickle.loads((folder / "asked.pickle").read_bytes())]
+    (folder / "answered.pickle").write_bytes(pickle.dumps(found))
 
 
 if __name__ == "__main__":

@@ -92,7 +92,11 @@ def qwen2_5_vl(seed: int = 0) -> Saved:
     config = Qwen2_5_VLConfig(vision_config=see, text_config=text(rope_parameters=rope), **ids)
     size: dict[str, Any] = {"patch_size": 4, "size": {"shortest_edge": 64, "longest_edge": 4096}}
     processor = Qwen2_5_VLProcessor(Qwen2VLImageProcessorPil(**size), tokenizer(**names), Qwen2VLVideoProcessor(**size))
-    return model_of(Qwen2_5_VLForConditionalGeneration, config, seed), processor, "<|vision_start|><|image_pad|><|vision_end|>"
+    return (
+        model_of(Qwen2_5_VLForConditionalGeneration, config, seed),
+        processor,
+        "<|vision_start|><|image_pad|><|vision_end|>",
+    )
 
 
 def internvl(seed: int = 0) -> Saved:
@@ -119,7 +123,9 @@ def gemma3(seed: int = 0) -> Saved:
     kinds = [("sliding_attention", "full_attention")[i % 2] for i in range(4)]
     config = Gemma3Config(
         vision_config=SiglipVisionConfig(**tower(image_size=32, vision_use_head=False)),
-        text_config=Gemma3TextConfig(**text(head_dim=HEAD, query_pre_attn_scalar=HEAD, sliding_window=256, layer_types=kinds)),
+        text_config=Gemma3TextConfig(
+            **text(head_dim=HEAD, query_pre_attn_scalar=HEAD, sliding_window=256, layer_types=kinds)
+        ),
         mm_tokens_per_image=16,
         image_token_index=IMAGE,
         boi_token_index=START,
@@ -155,14 +161,16 @@ def llava_onevision(seed: int = 0) -> Saved:
 FAMILIES: dict[str, Callable[[], Saved]] = {f.__name__: f for f in (qwen2_5_vl, internvl, gemma3, llava_onevision)}
 
 
-def saved(name: str, folder: Path) -> Saved:
-    """A tiny model, written with its processor into a folder, with the names of weights that an engine expects."""
+def saved(name: str, folder: Path, *, engine: bool = True) -> Saved:
+    """A tiny model, written with its processor into a folder; with the names of weights of an engine's own class."""
     model, processor, image = FAMILIES[name]()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     file, tower = folder / "model.safetensors", "vision_tower."
     weights = load_file(file)
-    if hasattr(model.config.vision_config, "vision_use_head"):  # older files have one more part in these names
+    if engine and hasattr(
+        model.config.vision_config, "vision_use_head"
+    ):  # older files have one more part in these names
         weights = {k.replace(tower, f"{tower}vision_model."): v for k, v in weights.items()}
     save_file(weights, file, metadata={"format": "pt"})
     return model, processor, image

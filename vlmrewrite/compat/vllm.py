@@ -98,8 +98,8 @@ def install(
 
     Args:
         change: takes the class that vLLM chose for a model and the ``ModelConfig``; returns the class that is used.
-        axes: takes a ``ModelConfig`` and how many axes its positions have (0: they are no M-RoPE); returns how many rows
-            the engine keeps for a position.
+        axes: takes a ``ModelConfig`` and how many axes its positions have (0: they are no M-RoPE); returns how many
+            rows the engine keeps for a position.
         positions_again: of a loaded model, whether it is asked for positions again when images were encoded.
 
     Raises:
@@ -162,8 +162,7 @@ def _second_runner(positions_again: Callable[[Any], bool]) -> None:
 
 def axes_of(model_config: Any) -> int:
     """Axes of an unchanged model's positions: 0 without M-RoPE."""
-    config = find("vllm.transformers_utils.config", "uses_mrope"), find("vllm.transformers_utils.config", "mrope_num_dims")
-    uses, rows = config
+    uses, rows = (find("vllm.transformers_utils.config", name) for name in ("uses_mrope", "mrope_num_dims"))
     return int(rows(model_config.hf_config)) if uses(model_config.hf_config) else 0
 
 

@@ -133,14 +133,14 @@ class Original(NamedTuple):
     Attributes:
         tokens: its ids.
         spans: of the images, videos and sounds, in the order in which they were given.
-        index: where each token of the prompt with fewer placeholders stands in it; of an image's, where its first
+        places: where each token of the prompt with fewer placeholders stands in it; of an image's, where its first
             feature stands. int64 [P].
-        kind: of the same tokens: 0 of an image with a layout, else ``-1`` text and ``-2`` other placeholders. int64 [P].
+        kind: of the same tokens: 0 an image with a layout, else ``-1`` text and ``-2`` other placeholders. int64 [P].
     """
 
     tokens: list[int]
     spans: list[Span]
-    index: Tensor
+    places: Tensor
     kind: Tensor
 
 
@@ -192,7 +192,7 @@ def table_of(prompt: Original, positions: Tensor, following: int) -> Tensor:
         int64 [2A + 1, P]: positions; where the image begins, of an image's slots, and of others a negative number in
         the first of these rows; ``following``. What stands in the first A rows for an image's slots is where it begins.
     """
-    now, image = positions[:, prompt.index], prompt.kind == 0
+    now, image = positions[:, prompt.places], prompt.kind == 0
     begin = torch.where(image, now, prompt.kind)
     return torch.cat([now, begin, torch.full_like(now[:1], following)]).contiguous()
 
@@ -205,8 +205,8 @@ def rows_of(axes: int) -> int:
 def with_columns(features: Tensor, relative: Tensor) -> Tensor:
     """Features, [k, C], with what their places relative to the image's first feature, int64 [A, k], are made of."""
     if relative.numel() and not 0 <= int(relative.min()) <= int(relative.max()) < _BASE**_DIGITS:
-        raise ValueError(f"expected places of features from 0 to {_BASE**_DIGITS - 1}, got {int(relative.min())} to"
-                         f" {int(relative.max())}")  # fmt: skip
+        most, got = _BASE**_DIGITS - 1, f"{int(relative.min())} to {int(relative.max())}"
+        raise ValueError(f"expected places of features from 0 to {most}, got {got}")
     digits = [relative // _BASE**i % _BASE for i in range(_DIGITS)]
     return torch.cat([features, torch.cat(digits).T.to(features)], 1)
 
@@ -231,12 +231,10 @@ def resolved(table: Tensor, embeddings: Sequence[Tensor], computed: int) -> tupl
     axes, made, clean = len(table) // 2, table, list[Tensor]()
     if embeddings:
         made = table.clone()
-        slots = (table[axes, computed:] != _TEXT).nonzero()[:, 0] + computed
-        if sum(map(len, embeddings)) > len(slots):
-            got = sum(map(len, embeddings))
-            raise ValueError(f"expected embeddings of at most {len(slots)} placeholders, got {got}")
-        for rows, here in zip(embeddings, slots.split([len(x) for x in embeddings]
-                                                      + [len(slots) - sum(map(len, embeddings))]), strict=False):  # fmt: skip
+        slots, sizes = (table[axes, computed:] != _TEXT).nonzero()[:, 0] + computed, [len(x) for x in embeddings]
+        if (given := sum(sizes)) > len(slots):
+            raise ValueError(f"expected embeddings of at most {len(slots)} placeholders, got {given}")
+        for rows, here in zip(embeddings, slots[:given].split(sizes), strict=True):
             if int(table[axes, here[0]]) == _OTHER:
                 clean.append(rows)
                 continue

@@ -24,7 +24,7 @@ def before_of(model: Any) -> BeforeDecoder | None:
 
 
 def pruned(base: Any) -> type:
-    """A class of models that are those of ``base``, and leave tokens of images out if their configuration has a recipe."""
+    """A class of models like those of ``base`` that leave tokens of images out if their configuration has a recipe."""
 
     class Pruned(base):  # type: ignore[misc]
         def __init__(self, *, vllm_config: Any, prefix: str = "") -> None:
@@ -41,8 +41,8 @@ def pruned(base: Any) -> type:
             rows, longest = vllm.rows_of_ropes(self), vllm_config.model_config.max_model_len
             if rows is not None and rows < LONGER * longest:
                 raise ValueError(
-                    f"max_model_len: expected at most {rows // LONGER} with a recipe of vlmrewrite, got {longest}: tokens"
-                    f" keep the positions of the whole prompt, and the model has {rows}"
+                    f"max_model_len: expected at most {rows // LONGER} with a recipe of vlmrewrite, got {longest}:"
+                    f" tokens keep the positions of the whole prompt, and the model has {rows}"
                 )
 
         def embed_multimodal(self, **kwargs: Any) -> Any:
@@ -78,7 +78,10 @@ def pruned(base: Any) -> type:
             """Positions of a whole prompt, [A, T], and the one behind it."""
             if not self.vlmrewrite_axes:
                 return torch.arange(len(tokens))[None], len(tokens)
-            features = [vllm.feature(*one, *span[:3]) for one, span in zip(images, spans, strict=True)]
+            features = [
+                vllm.feature(data, modality, span.offset, span.length, span.mask)
+                for (data, modality), span in zip(images, spans, strict=True)
+            ]
             positions, delta = super().get_mrope_input_positions(tokens, features)
             return positions, len(tokens) + int(delta)
 

@@ -1,4 +1,4 @@
-"""The processor's side: an image takes as many placeholders as will be kept of it, and has a key of its own in caches."""
+"""The processor's side: an image takes as many placeholders as will be kept, and has a key of its own in caches."""
 
 from __future__ import annotations
 
@@ -58,6 +58,7 @@ def _shrunk(update: Any, serving: Serving) -> Any:
     layout = Layout.of(content.full, None if content.is_embed is None else content.is_embed(content.full), serving.tile)
     if not layout.pieces:
         return update
+    serving.tell(layout.lengths[0])
     tokens, mask = layout.shrunk(serving.before.counts(layout.lengths, layout.starts))
     return update.with_content(vllm.placeholders(tokens, _Placeholders(mask, layout)))
 
@@ -98,8 +99,8 @@ def _prompt(processor: Any) -> vllm.Wrap:
                 earlier += len(layout.pieces)
             if left_out > (most := processor.info.ctx.model_config.max_model_len * (LONGER - 1)):
                 raise ValueError(
-                    f"vlmrewrite leaves {left_out} tokens out of the prompt, and kept ones have the positions of the whole"
-                    f" prompt; expected at most {most}: ask with fewer or smaller images, or set a larger max_model_len"
+                    f"vlmrewrite leaves {left_out} tokens out of the prompt, and kept ones have the positions of the"
+                    f" whole prompt; expected at most {most}: give fewer or smaller images, or a larger max_model_len"
                 )
             return tokens, places
 

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
 from typing import Any
 
+from vlmrewrite.compat import vllm
 from vlmrewrite.errors import shown
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.serving.select import BeforeDecoder
@@ -30,13 +32,19 @@ class Serving:
         self.before, self.tile = BeforeDecoder(recipe, depth=depth), tile
         if self.before.counts([576]) == [0]:
             raise ValueError("it keeps no vision token: expected a recipe that keeps some of each image")
+        self._told = False
         self.digest = f"{recipe.name}-{digest([recipe.to_data()['passes'], tile])}"
+
+    def tell(self, tokens: int) -> None:
+        """Say in the engine's log, once, what of the recipe runs, with the numbers of an image of so many tokens."""
+        if not self._told:
+            for line in self.before.told(tokens):
+                vllm.log(f"vlmrewrite: {line}")
+        self._told = True
 
 
 def digest(value: Any) -> str:
     """16 hexadecimal digits of what JSON can hold."""
-    import hashlib
-
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -62,7 +70,9 @@ def serving_recipe(hf_config: Any) -> dict[str, Any] | None:
     """
     found = getattr(hf_config, KEY, None)
     if found is not None and not isinstance(found, dict):
-        raise ValueError(f"hf_overrides[{KEY!r}]: expected a recipe as `vlmrewrite serve-args` prints it, got {shown(found)}")
+        raise ValueError(
+            f"hf_overrides[{KEY!r}]: expected a recipe as `vlmrewrite serve-args` prints it, got {shown(found)}"
+        )
     return found
 
 
@@ -83,7 +93,7 @@ def _read(written: str, depth: int) -> Serving:
     data, where = json.loads(written), f"hf_overrides[{KEY!r}]"
     tile = data.pop("tile", None)
     if tile is not None and (type(tile) is not int or tile < 1):
-        raise ValueError(f"{where}: tile: expected the number of an image's tokens in each of its tiles, got {shown(tile)}")
+        raise ValueError(f"{where}: tile: expected how many of an image's tokens a tile has, got {shown(tile)}")
     recipe = Recipe.of_data(data, where)
     try:
         return Serving(recipe, depth, tile)
@@ -135,7 +145,9 @@ def check_engine(vllm_config: Any) -> None:
     if vllm_config.speculative_config is not None:
         wrong.append("speculative_config: expected None, drafts do not know the positions of kept tokens")
     if (stages := vllm_config.parallel_config.pipeline_parallel_size) > 1:
-        wrong.append(f"pipeline_parallel_size: expected 1, got {stages}: later stages do not learn which tokens are kept")
+        wrong.append(
+            f"pipeline_parallel_size: expected 1, got {stages}: later stages do not learn which tokens are kept"
+        )
     if vllm_config.compilation_config.cudagraph_mm_encoder:
         wrong.append("compilation_config.cudagraph_mm_encoder: expected False, such a graph goes round the selection")
     if wrong:
