@@ -31,8 +31,7 @@ def serve_args(
 
     from vlmrewrite.cli.config import config_file, local, read_config, skeleton
     from vlmrewrite.cli.prompt import made_up_shape
-    from vlmrewrite.serving import BeforeDecoder
-    from vlmrewrite.serving.vllm import overrides
+    from vlmrewrite.serving import BeforeDecoder, vllm
 
     given, model = model, local(model)
     config, written = read_config(model)
@@ -40,7 +39,7 @@ def serve_args(
     before = BeforeDecoder(chosen, depth=depth)
     shape, source = made_up_shape(config, written, image_tokens, {}, picture, model)
     tile = _tile(skeleton(config, torch.float32, config_file(model)), config)
-    args: dict[str, Any] = {"hf_overrides": overrides(chosen, tile)}
+    args: dict[str, Any] = {"hf_overrides": vllm.overrides(chosen, tile)}
     if before.by_row:
         args["limit_mm_per_prompt"] = {"image": 1}
     if as_json:

@@ -228,7 +228,7 @@ def as_unchanged(vllm_config: Any, mark: str, longer: int) -> Any:
     vars(whole).pop(mark, None)
     copied = whole if text is model.hf_config else copy.copy(text)
     rope = getattr(text, "rope_parameters", None) or {}
-    if rope.get("rope_type", "default") in ("default", "llama3") and hasattr(text, "max_position_embeddings"):
+    if rope.get("rope_type", "default") == "default" and hasattr(text, "max_position_embeddings"):
         copied.max_position_embeddings = longer * text.max_position_embeddings
     for name, value in vars(whole).items():
         if value is text:
