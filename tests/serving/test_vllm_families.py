@@ -20,6 +20,7 @@ RECIPES = [
     Recipe(name="random", passes=(Random(5),)),
     Recipe(name="two", passes=(Stride(0.75), DivPrune(0.5))),
 ]
+STEPS, EACH = 4, 8
 CLOSE = 0.02
 """Of logits between 3 and 5; what other kernels of attention make of them differs by up to a hundredth."""
 
@@ -41,7 +42,7 @@ def generated(model: Any, inputs: Any) -> tuple[int, list[int], float]:
     """How many tokens a prompt has, those that transformers generates, and by how much the closest choice was won."""
     with torch.no_grad():
         made = model.generate(
-            **inputs, max_new_tokens=8, do_sample=False, output_scores=True, return_dict_in_generate=True
+            **inputs, max_new_tokens=STEPS, do_sample=False, output_scores=True, return_dict_in_generate=True
         )
     n = inputs["input_ids"].shape[1]
     best = torch.stack(made.scores).topk(2).values
@@ -51,13 +52,13 @@ def generated(model: Any, inputs: Any) -> tuple[int, list[int], float]:
 def clear_rows(model: Any, processor: Any, image: str, marked: bool) -> Any:
     """Rows with 0 to 3 images, and what transformers makes of them without and with each recipe.
 
-    Of three rows that each may be, the one whose closest choice is the least close: the rounding of other kernels must
+    Of the rows that each may be, the one whose closest choice is the least close: the rounding of other kernels must
     not decide any.
     """
     shapes = [(1, ""), (2, " w19 "), (0, ""), (1, " w19 "), (3, ""), (2, "")]
     rows, inputs = [], []
     for i, (images, between) in enumerate(shapes):
-        for seed in range(i, 3 * len(shapes), len(shapes)):
+        for seed in range(i, EACH * len(shapes), len(shapes)):
             row = prompt(image, images, " w19 " if marked else between, seed)
             own = [row[1]] if marked and images else row[1] or None  # a processor may want images by row
             rows.append(row)
@@ -68,9 +69,9 @@ def clear_rows(model: Any, processor: Any, image: str, marked: bool) -> Any:
     for recipe in RECIPES:
         with vr.applied(model, recipe):
             found.append([generated(model, x) for x in inputs])
-    margins = torch.tensor([[margin for *_, margin in each] for each in found]).amin(0).reshape(len(shapes), 3)
+    margins = torch.tensor([[margin for *_, margin in each] for each in found]).amin(0).reshape(len(shapes), EACH)
     assert float(margins.amax(1).min()) > CLOSE, margins
-    chosen = [3 * i + j for i, j in enumerate(margins.argmax(1).tolist())]
+    chosen = [EACH * i + j for i, j in enumerate(margins.argmax(1).tolist())]
     return [rows[i] for i in chosen], [[each[i] for i in chosen] for each in found]
 
 
@@ -91,7 +92,9 @@ def test_greedy_tokens(family: str, tmp_path: Path) -> None:
     ways = [("own", "auto")] + ([("plain", "transformers")] if family != "gemma3" else [])
     for name, implementation in ways:
         how = {"model_impl": implementation}
-        engines = [{"model": tmp_path / name, "args": a | how, "batches": [requests(rows)]} for a in given]
+        engines = [
+            {"model": tmp_path / name, "args": a | how, "batches": [requests(rows)], "tokens": STEPS} for a in given
+        ]
         found = ask(tmp_path, engines)
         for one, rows_expected in zip(found, expected, strict=True):
             assert "error" not in one, one.get("error")
