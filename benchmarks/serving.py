@@ -41,8 +41,18 @@ def save_model(folder: Path) -> None:
     )
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-    tower = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2, "num_attention_heads": 4}
-    text = {"hidden_size": WIDTH, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 12}
+    tower: dict[str, Any] = {
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
+    text: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2048,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 12,
+    }
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(image_size=SIDE, patch_size=14, **tower),
         text_config=LlamaConfig(vocab_size=256, max_position_embeddings=2048, **text),
@@ -67,7 +77,7 @@ def measure(folder: Path, overrides: dict[str, Any], requests: int) -> dict[str,
     """Of each level of concurrency: requests per second, and the median time to the first token in seconds."""
     import numpy as np
     from PIL import Image
-    from vllm import LLM, SamplingParams  # type: ignore[attr-defined]
+    from vllm import LLM, SamplingParams
 
     noise, found = np.random.default_rng(0), {}
     settings: dict[str, Any] = {"dtype": "float32", "enforce_eager": True, "max_model_len": 700, "block_size": 32}
