@@ -38,7 +38,15 @@ def pruned(base: Any) -> type:
             self.vlmrewrite_axes = vllm.axes_of(vllm_config.model_config)
             self.vlmrewrite_width = vllm_config.model_config.get_hidden_size()
             self.supports_mrope = self.supports_multimodal_pruning = True
+            if serving.before.needs_grids and not self.vlmrewrite_axes:
+                raise ValueError(
+                    "a pass asks for the rows and columns of images, which an engine knows of models with M-RoPE alone"
+                )
             rows, longest = vllm.rows_of_ropes(self), vllm_config.model_config.max_model_len
+            text = vllm_config.model_config.hf_config.get_text_config()
+            window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
+            if window is not None and window < longest:
+                vllm.warn(f"with a recipe of vlmrewrite, sliding windows of {window} tokens count those that are left")
             if rows is not None and rows < LONGER * longest:
                 raise ValueError(
                     f"max_model_len: expected at most {rows // LONGER} with a recipe of vlmrewrite, got {longest}:"
@@ -119,6 +127,8 @@ def pruned(base: Any) -> type:
 
 def _span_of(feature: Any) -> Span:
     place, numbers = feature.mm_position, (feature.data or {}).get(KEY)
+    if numbers is None and feature.modality == "image":
+        raise ValueError(f"the image at {place.offset} came without what vlmrewrite put beside it; got {feature.data}")
     layout = None if numbers is None else Layout.from_tensor(numbers.data)
     return Span(place.offset, place.length, place.is_embed, layout)
 
