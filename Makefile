@@ -24,6 +24,8 @@ override OLDEST_PINS := torch==2.11.0 transformers==5.23.0 triton==3.6.0
 override OLDEST_TESTS := $(addprefix tests/,graph/test_compat.py graph/test_compat_dynamo.py unit/test_compat_operators.py \
 	graph/test_capture.py graph/test_threads.py models/test_families.py unit/test_ops.py kernels/test_contract.py)
 override ECOSYSTEM := .venv-ecosystem
+override SERVING := .venv-serving
+override RAY_TESTS := tests/unit/test_actors.py tests/cli/test_map.py
 override QUICK := tests/unit tests/graph
 SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-packages")))
 
@@ -31,7 +33,7 @@ SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-package
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick aot mutants families oldest ecosystem lint format typecheck docs wheel clean
+.PHONY: help demo test quick aot mutants families oldest ecosystem serving lint format typecheck docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -59,6 +61,9 @@ oldest: $(OLDEST)/.vlmrewrite ## quick tests with the oldest torch, transformers
 
 ecosystem: $(ECOSYSTEM)/.vlmrewrite ## recipes on models of PEFT, bitsandbytes, torchao (an environment of its own)
 	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem $(ARGS)
+
+serving: $(SERVING)/.vlmrewrite ## recipes in vLLM and over Ray, on CPUs (an environment of its own; 20 minutes)
+	PYTHONPATH="$(CURDIR)/tests/serving/site:$(PYTHONPATH)" $(SERVING)/bin/python -m pytest tests/serving $(RAY_TESTS) $(ARGS)
 
 lint: $(READY) ## ruff: rules and format; who imports whom; the compiler's lines of code
 	$(BIN)/python -m ruff check .
@@ -132,4 +137,16 @@ $(ECOSYSTEM)/.vlmrewrite: tests/ecosystem/requirements.txt $(READY)
 	cp "$(VENV)/constraints.txt" "$(ECOSYSTEM)/constraints.txt"
 	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^(torch|transformers|triton|numpy)==' | cut -d+ -f1 >> "$(ECOSYSTEM)/constraints.txt"
 	$(ECOSYSTEM)/bin/python -m pip install -c "$(ECOSYSTEM)/constraints.txt" -r tests/ecosystem/requirements.txt
+	touch "$@"
+
+# Borrows what $(VENV) has. What vLLM names beside that is in requirements.txt; of the packages of apart.txt what they ask
+# for is not installed: it is other builds of torch, and another transformers.
+$(SERVING)/.vlmrewrite: tests/serving/requirements.txt tests/serving/apart.txt $(READY)
+	$(BIN)/python -c 'import torch; v = torch.__version__; assert v.startswith("2.13."), f"vLLM for CPUs is built for torch 2.13, got {v}"'
+	$(BIN)/python -m venv "$(SERVING)"
+	$(BIN)/python -c '$(SITES)' > "$$($(SERVING)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
+	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^(torch|transformers|triton)==' | cut -d+ -f1 > "$(SERVING)/constraints.txt"
+	$(SERVING)/bin/python -m pip install --no-deps -r tests/serving/apart.txt
+	$(SERVING)/bin/python -m pip install -c "$(SERVING)/constraints.txt" -r tests/serving/requirements.txt
+	$(SERVING)/bin/python -m pip install --no-deps --no-build-isolation -e .
 	touch "$@"

@@ -96,7 +96,7 @@ def test_every_recipe_is_shown() -> None:
 def test_every_command_and_option_is_told() -> None:
     text = pages.commands()
     group = typer.main.get_command(app)
-    assert list(group.commands) == re.findall(r"^## (\w+)$", text, re.MULTILINE)
+    assert list(group.commands) == re.findall(r"^## ([\w-]+)$", text, re.MULTILINE)
     for name, command in group.commands.items():
         section = text.partition(f"## {name}\n")[2].partition("\n## ")[0]
         assert f"vlmrewrite {name} [OPTIONS]" in section

@@ -1,9 +1,10 @@
-"""Private interfaces of torch, transformers and Triton that are used, each behind one function with a test of its own.
+"""Private interfaces of torch, transformers, Triton and vLLM that are used, each in a function with a test of its own.
 
 They may change with any release. Where one is missing, the error names it and the version that is installed; what the
 functions do is checked in ``tests/*/test_compat*.py``, which `make oldest` runs with the oldest versions too.
 """
 
+from vlmrewrite.compat import vllm
 from vlmrewrite.compat.apart import Apart, tree_in
 from vlmrewrite.compat.dynamo import (
     at_graph_limit,
@@ -111,4 +112,5 @@ __all__ = [
     "tree_unflatten",
     "untraceable",
     "untraced",
+    "vllm",
 ]

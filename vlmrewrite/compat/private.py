@@ -12,17 +12,22 @@ TESTED = {"torch": ">=2.11,<2.14", "transformers": ">=5.23,<5.24", "triton": ">=
 """The versions that the tests pass with, as in pyproject.toml."""
 
 
+BESIDE = {"vllm": ">=0.32,<0.33"}
+"""Versions of what is no dependency: it is beside vlmrewrite where somebody put it there."""
+
+
 class VersionError(RuntimeError):
-    """Something private that is needed is not in the installed version of torch, transformers or Triton."""
+    """Something private that is needed is not in the installed version of a library, or the library is not there."""
 
 
 def lacking(package: str, what: str) -> VersionError:
     """The error that a package, as it is installed, does not have something."""
+    bounds = (TESTED | BESIDE)[package]
     try:
         found = f"{package} {getattr(importlib.import_module(package), '__version__', 'of an unknown version')}"
     except ImportError:
-        return VersionError(f"{package} is not installed, and {what} is needed: install {package}{TESTED[package]}")
-    return VersionError(f"{found} has no {what} as vlmrewrite needs it: install {package}{TESTED[package]}")
+        return VersionError(f"{package} is not installed, and {what} is needed: install {package}{bounds}")
+    return VersionError(f"{found} has no {what} as vlmrewrite needs it: install {package}{bounds}")
 
 
 def find(module: str, name: str) -> Any:

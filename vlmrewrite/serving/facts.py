@@ -18,10 +18,12 @@ class Facts(NamedTuple):
     call: Call
     whole: Tensor
     per: str
+    earlier: int
 
     def fact(self, name: str) -> Any:
         """A fact about the images."""
-        return self.call.fact(name, self.per)
+        found = self.call.fact(name, self.per)
+        return found + self.earlier if name == "ordinal" and self.per != "row" else found
 
     def features(self) -> Tensor:
         """What enters the decoder, [F, C]."""

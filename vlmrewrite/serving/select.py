@@ -155,6 +155,8 @@ class BeforeDecoder:
         passes: what of each of its passes runs.
         vision: the vision tokens that it keeps, as a set.
         by_image: whether what is kept of an image depends on it alone, so that a cache of encoded images can hold it.
+        by_row: whether a budget is of all images of a prompt together.
+        needs_grids: whether a pass asks for the rows and columns of an image's tokens.
     """
 
     def __init__(self, recipe: Any, *, depth: int) -> None:
@@ -174,7 +176,9 @@ class BeforeDecoder:
         plan = Plan(1)
         plan.layers[0].run_on(Text | self.vision)
         self._selections = plan.selections()
-        self.by_image = not any(s.per == "row" or "ordinal" in s.policy.needs for s in self._selections)
+        self.by_row = any(s.per == "row" for s in self._selections)
+        self.by_image = not self.by_row and not any("ordinal" in s.policy.needs for s in self._selections)
+        self.needs_grids = any("grid" in s.policy.needs for s in self._selections)
 
     def told(self, tokens: int) -> list[str]:
         """A line for each pass, with how many tokens of an image of so many are left behind it."""
@@ -212,6 +216,7 @@ class BeforeDecoder:
         *,
         places: Sequence[int | Tensor] | None = None,
         grids: Sequence[tuple[int, int]] | None = None,
+        earlier: int = 0,
     ) -> list[Kept]:
         """What is kept of each image of a prompt, whose last token is taken to be text.
 
@@ -221,6 +226,7 @@ class BeforeDecoder:
                 where others stand between them: what these cut is an image of its own for a budget, as it is under
                 transformers. None: one behind the other from 0, each with a budget of its own.
             grids: rows and columns of each image's tokens, where a pass asks for them.
+            earlier: how many images of the prompt come before these, for passes that go by an image's number.
 
         Raises:
             ValueError: features, places or grids do not fit, or a pass does not choose what it is asked for.
@@ -232,11 +238,11 @@ class BeforeDecoder:
         call, at = call_of(lengths, places, each[0].device if each else torch.device("cpu"))
         if call is None:
             return [Kept(x, x) for x in at]
-        if any("grid" in s.policy.needs for s in self._selections):
+        if self.needs_grids:
             call.grids = checked_grids(grids, lengths, call.counts)
         whole, chosen = torch.cat(each), dict[Selection, Tensor]()
         for s in self._selections:
-            facts = Facts(call, whole, s.per)
+            facts = Facts(call, whole, s.per, earlier)
             member = call.members(s.source, chosen)[call.vision]
             given = member, call.fact("lengths", s.per), call.fill(Extra("keep", s, s.per))
             inputs = [NEEDS[need].make(facts) for need in s.policy.needs]
