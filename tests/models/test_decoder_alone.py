@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import warnings
 
 import pytest
@@ -17,7 +18,7 @@ from vlmrewrite.hf import Encoded, decoder_of, language_model, merged_outside
 from vlmrewrite.hf.vision import EncoderOutput
 from vlmrewrite.passes import STS, DivPrune, Stride
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
-from vlmrewrite.testing.models import Row
+from vlmrewrite.testing.models import ZOO, Row
 
 SEEN = [Row(1, 3, 2), Row(2, 1, 3), Row(1, 4, 1)]
 """Prompts that all have an image."""
@@ -234,3 +235,24 @@ def test_a_generate_of_its_own_is_what_counts():
     assert type(build("blip_2").model).generate is not GenerationMixin.generate
     assert language_model(build("blip_2").model) is build("blip_2").model.language_model
     assert language_model(build("ovis2").model) is None
+
+
+@torch.no_grad()
+def test_a_decoder_that_somebody_has_exchanged_is_an_error():
+    tiny = ZOO["blip_2"](layers=2)
+    model, decoder, inputs = tiny.model, decoder_of(tiny.model), tiny.inputs(SEEN)
+    decoder.forward = functools.partial(type(decoder).forward, decoder)
+    with vr.applied(model, [Stride(0.25)]), pytest.raises(RuntimeError, match="no rewritten forward ran in it"):
+        model(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["llava", "blip_2"])
+def test_what_somebody_puts_around_a_watched_decoder_stays(name):
+    tiny = ZOO[name](layers=2)
+    decoder = decoder_of(tiny.model)
+    vr.apply(tiny.model, [Stride(0.25)])
+    decoder.forward = mine = functools.partial(decoder.forward)
+    vr.restore(tiny.model)
+    assert decoder.forward is mine
+    tiny.model(**tiny.inputs(SEEN))

@@ -8,6 +8,8 @@ import functools
 import pytest
 import torch
 from transformers import DeepseekV2Config, DeepseekV3Config, DynamicCache, Glm4MoeLiteConfig, MiniCPM3Config
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 import vlmrewrite as vr
 from tests.small import crossed
@@ -115,3 +117,49 @@ def test_a_compiled_decode_step_finds_the_positions(monkeypatch: pytest.MonkeyPa
     assert torch.equal(eager.sequences, compiled.sequences)
     scale = float(torch.stack(eager.logits).abs().max())
     assert all(float((a - b).abs().max()) < 1e-4 * scale for a, b in zip(eager.logits, compiled.logits, strict=True))
+
+
+class Held(LlamaAttention):
+    """Makes keys of what the cache holds, in one of several ways."""
+
+    def forward(self, hidden_states, position_embeddings, attention_mask, past_key_values=None, **kwargs):
+        shape = (*hidden_states.shape[:-1], -1, self.head_dim)
+        q, k, v = (f(hidden_states).view(shape).transpose(1, 2) for f in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = apply_rotary_pos_emb(q, k, *position_embeddings)
+        if past_key_values is not None and not self.shares:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        k = k / (k.norm(dim=-1, keepdim=True) + 1)
+        if self.counts:
+            k = k * (1 + torch.arange(k.shape[2])[None] / 20)[:, None, :, None]
+        k, v = self.store.pop() if self.shares else (k, v)
+        self.store.extend([(k, v)] * self.lends)
+        attend = ALL_ATTENTION_FUNCTIONS[self.config._attn_implementation]
+        out, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(out.reshape(*hidden_states.shape[:-1], -1)), weights
+
+
+def holding(counts=False, shares=False):
+    made, store = ZOO["llava"](layers=3), []
+    for i, layer in enumerate(made.model.get_decoder().layers):
+        own = layer.self_attn
+        own.__class__, own.store, own.counts = Held, store, counts
+        own.shares, own.lends = shares and i == 1, shares and i == 0
+    return made
+
+
+@pytest.mark.parametrize("recipe", ["stride", "fastv", "visor"])
+def test_keys_that_are_made_of_what_is_held_alone(recipe):
+    made = holding()
+    generation_agreement(made.model, made.inputs(ROWS), RECIPES[recipe], new_tokens=3).check()
+
+
+def test_places_of_held_keys_are_no_positions():
+    made = holding(counts=True)
+    with pytest.raises(ValueError, match="makes keys or values of what the cache holds and of .* tokens of its own"):
+        forward_agreement(made.model, made.inputs(ROWS), RECIPES["stride"])
+
+
+def test_a_layer_that_attends_to_what_another_made_of_its_keys_is_refused():
+    made = holding(shares=True)
+    with pytest.raises(ValueError, match="layer 1 attends to what layer 0 made of the keys that it holds"):
+        forward_agreement(made.model, made.inputs(ROWS), RECIPES["stride"])

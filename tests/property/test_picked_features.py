@@ -35,7 +35,24 @@ PICKS = {
     "mask of rows": lambda x, keep: x[keep, :],
     "numbers": lambda x, keep: x[keep.nonzero()[:, 0]],
     "index_select": lambda x, keep: x.index_select(0, keep.nonzero().flatten()),
+    "twice": lambda x, keep: x[order := _order(keep)][order.argsort()][keep],
+    "channels first": lambda x, keep: x[:, _order(x[0])].index_select(-1, _order(x[0]).argsort())[keep],
 }
+
+OTHERS = {
+    "backwards": (lambda x, keep: x[keep.nonzero().flatten().flip(0)], "in another order, or some of them several"),
+    "one more": (
+        lambda x, keep: torch.cat([x[:1], x])[torch.cat([keep[:1], keep])],
+        "some of .* where the vision tower",
+    ),
+    "pooled": (lambda x, keep: x.unflatten(0, (-1, 2)).mean(1).repeat(2, 1)[:-1][keep[:-1]], "where the vision tower"),
+}
+"""What is no choice among the features as they were made, with what is said of it."""
+
+
+def _order(x):
+    """An order of the rows of a tensor."""
+    return torch.arange(len(x)).roll(3).flip(0)
 
 
 def picking(family, how):
@@ -73,12 +90,12 @@ def test_some_features_are_taken(family, how):
         forward_agreement(tiny.model, inputs, RECIPES[recipe]).check()
     call = vr.trace(tiny.model, inputs).call
     assert call.picked and len(call.flat) == int(keep.sum()) < len(keep)
+    encoded = tiny.model.model.get_image_features(inputs["pixel_values"]).pooler_output
+    assert call.feature_lengths == [int(own.sum()) for own in keep.split([len(x) for x in encoded])]
     if family == "llava":
         taken = []
         tiny.model.model.multi_modal_projector.register_forward_pre_hook(lambda _, args: taken.append(args[0]))
-        encoded = tiny.model.model.get_image_features(inputs["pixel_values"]).pooler_output
-        sizes = [len(x) for x in encoded]
-        assert call.feature_lengths == [int(own.sum()) for own in keep.split(sizes)]
+        tiny.model.model.get_image_features(inputs["pixel_values"])
         assert torch.equal(call.encoder_features, taken[0].flatten(0, 1)[keep])
 
 
@@ -95,10 +112,12 @@ def test_all_that_are_taken_are_as_if_none_were_chosen():
     assert picture.unknown is not None and sum(map(sum, picture.sizes)) == int(keep.sum())
 
 
-def test_another_order_is_an_error(monkeypatch):
-    monkeypatch.setitem(PICKS, "backwards", lambda x, keep: x[keep.nonzero().flatten().flip(0)])
-    tiny, inputs, _ = picking("llava", "backwards")
-    with pytest.raises(ValueError, match="in another order, or some of them several times: expected each"):
+@pytest.mark.parametrize("how", OTHERS)
+def test_what_is_no_choice_is_an_error(monkeypatch, how):
+    pick, said = OTHERS[how]
+    monkeypatch.setitem(PICKS, how, pick)
+    tiny, inputs, _ = picking("llava", how)
+    with pytest.raises(ValueError, match=said):
         forward_agreement(tiny.model, inputs, Stride(0.5))
 
 

@@ -221,6 +221,11 @@ def _layer(index: int, owner: int, attention: Node, entry: Node, exit: Node, ins
         )
     q, k, v = cast(tuple[Node, Node, Node], attention.args[:3])
     append, direct = append_of(k), _cache(k) is not None
+    if owner != index and append is not None and not direct:
+        raise ValueError(
+            f"layer {index} attends to what layer {owner} made of the keys that it holds: expected a layer that attends"
+            " to keys as they are held, or makes its own"
+        )
     held = (k, v) if append is None else cast(tuple[Node, Node], append.args[3:5])
     region = reachable([entry]) & needed([exit, *([] if append is None else [append])], {entry}) & (inside | {entry})
     if attention not in region:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Node
 
 from vlmrewrite.analysis.graph import dominators, reachable, same, value, where
-from vlmrewrite.analysis.operators import PICKS, set_item
+from vlmrewrite.analysis.operators import PICKS, set_item, takes_channels
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Merge:
         merged: the features as they are written into the stream, same tokens.
         node: what writes them, [B, T, H].
         mask: where, bool [B, T].
-        picked: what takes some of the features, before they are written; None: all of them are.
+        picks: what takes some of the features before they are written, one behind the other; mostly nothing.
     """
 
     modality: str
@@ -34,7 +34,7 @@ class Merge:
     merged: Node
     node: Node
     mask: Node
-    picked: Node | None = None
+    picks: tuple[Node, ...] = ()
 
 
 def merges_of(gm: GraphModule, features: Mapping[str, Mapping[str, int]], attention: Node) -> tuple[Merge, ...]:
@@ -58,18 +58,19 @@ def _merge(modality: str, named: Mapping[str, Node], attention: Node) -> Merge:
     name = next((name for name, n in named.items() if attention in reachable([n])), None)
     if name is None:
         raise ValueError(f"the first attention node does not depend on the vision features: {where(attention)}")
-    seeing, picked = reachable([features := named[name]]), None
+    seeing, picks = reachable([features := named[name]]), list[Node]()
     for node in nx.shortest_path(dominators(features, seeing), features, attention)[1:]:
         x = value(node)
         joins = any(n not in seeing and isinstance(value(n), Tensor) for n in node.all_input_nodes)
-        if joins and node.target in PICKS and (of := node.all_input_nodes[0]) in seeing and x.dim() <= value(of).dim():
-            picked = node
+        if joins and node.target in PICKS:
+            of = node.all_input_nodes[0]
+            picks += [node] * (of in seeing and x.dim() <= value(of).dim() and not takes_channels(node))
         elif isinstance(x, Tensor) and x.dim() == 3 and joins:
             length: object = x.shape[1]
             if not isinstance(length, torch.SymInt):
                 raise ValueError(f"the token axis was specialised to {length} in the graph at {where(node)}")
             merged = next(n for n in node.all_input_nodes if n in seeing)
-            return Merge(modality, name, features, merged, node, _vision(node, seeing, length), picked)
+            return Merge(modality, name, features, merged, node, _vision(node, seeing, length), tuple(picks))
     raise ValueError(f"found no node that writes the vision features ({where(features)}) into a [B, T, H] stream")
 
 

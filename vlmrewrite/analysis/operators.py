@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Node
 
-from vlmrewrite.analysis.graph import is_number
+from vlmrewrite.analysis.graph import is_number, value
 from vlmrewrite.compat import nn_functions, schema_of
 from vlmrewrite.ops import EXPERT_LINEAR
 
@@ -53,6 +53,23 @@ NORMS, MATMULS = _named("layer_norm rms_norm"), _named("matmul bmm mm")
 
 # Of the rows of the first input, those that another one names.
 PICKS = _named("getitem index_select")
+
+
+def takes_channels(node: Node) -> bool:
+    """Whether one of :data:`PICKS` takes some of the last axis."""
+    dim = value(node.all_input_nodes[0]).dim()
+    if node.target is not operator.getitem:
+        along: Any = node.kwargs.get("dim", node.args[1] if len(node.args) > 1 else 0)
+        return bool(along % dim == dim - 1)
+    at, index = 0, node.args[1]
+    for i in index if isinstance(index, tuple) else (index,):
+        named = value(i) if isinstance(i, Node) else None
+        axes = named.dim() if isinstance(named, Tensor) and named.dtype == torch.bool else i is not None
+        if i is Ellipsis or (isinstance(named, Tensor) and at + axes >= dim):
+            return True
+        at += axes
+    return False
+
 
 # Operations along a dimension: its place among the arguments, its default (None: all dimensions), their names.
 _DIMENSIONS: list[tuple[int, int | None, str]] = [

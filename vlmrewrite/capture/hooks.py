@@ -61,8 +61,9 @@ def attention_forward(
     if cache is None or layer is None:
         if query.shape[2] != key.shape[2]:
             raise RuntimeError(
-                f"{key.shape[2]} keys for {query.shape[2]} queries that are not those of vlmrewrite's cache: expected"
-                " a model that attends to what its cache holds, or one that shares its decoder with no rewritten one"
+                f"{key.shape[2]} keys for {query.shape[2]} queries that are not those of vlmrewrite's cache: this model"
+                " attends to other keys than those that its cache holds, or it is not rewritten and shares its decoder"
+                " with one that is (call vlmrewrite.restore on that one)"
             )
         return ops.attention(*given, dropout), None
     if kernels is not None and unfit(query, value, dropout, kernels, f"layer {module.layer_idx}") is None:

@@ -14,7 +14,8 @@ from vlmrewrite.hf.decoder import (
     parameter_inputs,
     swap_attention,
 )
-from vlmrewrite.hf.frames import frames_of, in_order
+from vlmrewrite.hf.exchanged import drop_forward, exchanged, hooked
+from vlmrewrite.hf.frames import frames_of, in_order, picked_of
 from vlmrewrite.hf.grid import Sizes, frame_grids, grids, learned_queries
 from vlmrewrite.hf.inner import (
     Projection,
@@ -41,7 +42,7 @@ from vlmrewrite.hf.inputs import (
 )
 from vlmrewrite.hf.mixers import attending, cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
 from vlmrewrite.hf.pictures import smaller
-from vlmrewrite.hf.placement import exchanged, hooked, scattered
+from vlmrewrite.hf.placement import scattered
 from vlmrewrite.hf.support import APPLIED, check_support
 from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
@@ -81,6 +82,7 @@ __all__ = [
     "decoder_of",
     "dequantise",
     "drop",
+    "drop_forward",
     "encode_images",
     "encoded_images",
     "encoder_features",
@@ -103,6 +105,7 @@ __all__ = [
     "named",
     "on_base_model",
     "parameter_inputs",
+    "picked_of",
     "projected",
     "projections",
     "prompt_end",

@@ -25,6 +25,28 @@ def frames_of(
     return [left_of(sizes[m], picked[m]) if m in picked else sizes.get(m, []) for m in MODALITIES]
 
 
+def picked_of(lengths: Mapping[str, int], taken: Sequence[tuple[str, tuple[Tensor, Tensor]]]) -> dict[str, Tensor]:
+    """Which of the tower's features a forward writes, by modality, int64 [n], of those of which it takes some.
+
+    Args:
+        lengths: how many features there are.
+        taken: each time that some are taken: of which modality, the places of these, and of all there are then.
+
+    Raises:
+        ValueError: there are other features then than those that are left.
+    """
+    picked: dict[str, Tensor] = {}
+    for modality, (places, every) in taken:
+        before = picked.get(modality, torch.arange(lengths[modality], device=places.device))
+        if every.numel() != len(before):
+            raise ValueError(
+                f"the forward takes some of {every.numel()} {modality} features into the stream, where the vision tower"
+                f" made {len(before)}: expected that each one is written or left out as it was made"
+            )
+        picked[modality] = before[places.flatten()]
+    return picked
+
+
 def frame_sizes(lengths: Sequence[int], frames: Sequence[int]) -> list[tuple[int, ...]]:
     """Tokens of each frame of each image, or video.
 
@@ -48,10 +70,12 @@ def left_of(sizes: Sequence[Sequence[int]], places: Tensor) -> list[tuple[int, .
         ValueError: they are taken in another order, or several times.
     """
     places = places.cpu()
-    if bool((places.diff() <= 0).any()):
+    if bool((back := places.diff() <= 0).any()):
+        at = int(back.nonzero()[0, 0])
         raise ValueError(
             "the forward writes the vision tower's features into the stream in another order, or some of them several"
-            " times: expected each of those that it takes once, in order"
+            f" times (number {int(places[at + 1])} behind number {int(places[at])}): expected each of those that it"
+            " takes once, in order"
         )
     flat = torch.tensor([n for image in sizes for n in image], dtype=torch.int64)
     left = torch.bincount(torch.arange(len(flat)).repeat_interleave(flat)[places], minlength=len(flat)).tolist()

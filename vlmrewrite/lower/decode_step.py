@@ -35,7 +35,7 @@ def _positioned(graph: torch.fx.Graph, plain: bool) -> None:
     for node in graph.find_nodes(op="call_function", target=ops.ATTENTION):
         append: Any = append_of(node.args[1])
         if append is None:
-            raise RuntimeError(f"the keys of {node.name} did not come from vlmrewrite's cache, or from several layers'")
+            raise RuntimeError(f"the keys of {node.name} are not made of what one layer of the cache holds")
         q, k, v, mask, _, _, scale, _, *rest = node.args
         node.args = (q, k, v, mask, *first[append.args[2]], scale, plain and mask is None, *rest)
 

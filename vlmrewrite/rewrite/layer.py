@@ -164,6 +164,11 @@ class LayerNodes:
             sized = node.op == "call_function" and x.node.expr.free_symbols & symbols
             return self._copy(node, s) if sized else node
         at = axis(node, length)
+        if self._behind is not None and (at is not None or axis(node, self._behind[0]) is not None):
+            raise ValueError(
+                f"layer {self.layer.index} makes keys or values of what the cache holds and of {where(node)}, which has"
+                " tokens of its own; expected them to be made of what is held alone"
+            )
         if at is None:
             return self._copy(node, s) if node in self._affected else node
         if node.op == "call_method" and node.target in _VIEWS:

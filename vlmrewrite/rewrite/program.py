@@ -29,6 +29,17 @@ def _places(x: Tensor) -> Tensor:
     return torch.arange(x.shape[:-1].numel(), device=x.device).view(*x.shape[:-1], 1)
 
 
+def _taking(gm: torch.fx.GraphModule) -> torch.fx.GraphModule:
+    """Of a graph whose result takes some tokens of a tensor, the same for the tokens' numbers, and all of these."""
+    (node,) = gm.graph.output_node().all_input_nodes
+    with gm.graph.inserting_before(node):
+        places = gm.graph.call_function(_places, (x := node.all_input_nodes[0],))
+    node.replace_input_with(x, places)
+    gm.graph.output_node().args = ((node, places),)
+    gm.recompile()
+    return gm
+
+
 @dataclass(frozen=True)
 class RunResult:
     """What came out of a run.
@@ -91,15 +102,12 @@ class Program(Shown):
         return cone_of(self.captured, *(merge.mask for merge in self.anatomy.merges))
 
     @functools.cached_property
-    def picks(self) -> torch.fx.GraphModule:
-        """The part that computes, of each merge of some features only, which ones it takes: their places, [n, 1]."""
-        gm = cone_of(self.captured, *(merge.picked for merge in self.anatomy.merges if merge.picked is not None))
-        for node in gm.graph.output_node().all_input_nodes:
-            with gm.graph.inserting_before(node):
-                x = node.all_input_nodes[0]
-                node.replace_input_with(x, gm.graph.call_function(_places, (x,)))
-        gm.recompile()
-        return gm
+    def picks(self) -> list[tuple[str, torch.fx.GraphModule]]:
+        """What takes some features before a merge, in order: of which modality, and the part of the graph of it.
+
+        It computes the places that are taken, and all, int64 [..., 1] both.
+        """
+        return [(m.modality, _taking(cone_of(self.captured, node))) for m in self.anatomy.merges for node in m.picks]
 
     def lacking(self, missing: Mapping[str, str]) -> Program:
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""

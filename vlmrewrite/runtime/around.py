@@ -37,8 +37,8 @@ def watched_for(undo: hf.Undo, decoder: nn.Module) -> None:
     """Let calls of a decoder's forward go where :func:`in_place_of` says; elsewhere they are what they were."""
     if "forward" not in vars(decoder):
         own = functools.wraps(type(decoder).forward)  # generate() looks at the names of a forward's arguments
-        method = types.MethodType(own(lambda *args, **kwargs: handed_on(*args, **kwargs)), decoder)
-        undo.put(decoder, "forward", method)
+        vars(decoder)["forward"] = types.MethodType(own(lambda *args, **kwargs: handed_on(*args, **kwargs)), decoder)
+        undo.callback(hf.drop_forward, decoder)
 
 
 def handed_on(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -47,6 +47,23 @@ def handed_on(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     if current is None or current[0] is not self:
         return type(self).forward(self, *args, **kwargs)
     return current[1](hf.named(self, args, kwargs))
+
+
+def refuse_unrewritten(model: nn.Module, what: str, given: Sequence[str], prompt: Prompt | None) -> None:
+    """Behind a call that was given images: raise if no rewritten forward ran in it.
+
+    Args:
+        model: that was called.
+        what: the method's name.
+        given: its arguments that are images.
+        prompt: the call's.
+    """
+    if given and prompt is not None and prompt.made is None:
+        raise RuntimeError(
+            f"{what}() of {type(model).__name__} was given {', '.join(given)}, and no rewritten forward ran in it, so"
+            " that what comes out is that of the unmodified model: expected one that calls the forward of the"
+            " model, or that of its decoder, with the images (vlmrewrite.restore(model) gives the unmodified model)"
+        )
 
 
 def entering(

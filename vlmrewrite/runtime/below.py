@@ -33,7 +33,8 @@ def put_below(undo: hf.Undo, model: nn.Module, session: Session | None) -> None:
     """
     base: Any = model.base_model
     if base is not model and "forward" not in vars(base):
-        undo.put(base, "forward", types.MethodType(in_place(type(base).forward, _below(session, model)), base))
+        vars(base)["forward"] = types.MethodType(in_place(type(base).forward, _below(session, model)), base)
+        undo.callback(hf.drop_forward, base)
     watched_for(undo, hf.decoder_of(model))
 
 

@@ -181,8 +181,7 @@ class Given(NamedTuple):
         if self.end is not None:
             end, here = hf.prompt_end_in(self.end.to(vision.device), len(vision), vision.shape[1], self.past)
             ends, end = None if reads_last else here, end if bool(here.all()) else None
-        some = zip((x.modality for x in merges if x.picked is not None), program.picks(*inputs), strict=True)
-        picked = {m: places.flatten() for m, places in some}
+        picked = hf.picked_of({m: sum(n) for m, n in whole.items()}, [(m, gm(*inputs)) for m, gm in program.picks])
         taken = {m: x[picked[m]] if m in picked else x for m, x in taken.items()}
         images, videos = hf.frames_of(whole, self.sizes.video_frames(), picked)
         call = Call(

@@ -24,6 +24,7 @@ from vlmrewrite.kvcache import adopt
 from vlmrewrite.ops import swap_mixers
 from vlmrewrite.plan import ATTRIBUTE, Call, Selection
 from vlmrewrite.rewrite import Program
+from vlmrewrite.runtime.around import refuse_unrewritten
 from vlmrewrite.runtime.below import behind_compile, in_place, put_below
 from vlmrewrite.runtime.facts import ARGUMENT, Prompt, Stage, current_prompt, prompt_of
 from vlmrewrite.runtime.session import SESSIONS, Session, session_of
@@ -148,12 +149,7 @@ def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
             cache.__class__, cache.__dict__ = before
         raise
     given = hf.images_of(inspect.signature(generate).bind_partial(self, *args, **kwargs).arguments | kwargs)
-    if given and prompt.made is None:
-        raise RuntimeError(
-            f"generate() of {type(self).__name__} was given {', '.join(given)}, and no rewritten forward ran in it, so"
-            " that its tokens are those of the unmodified model: expected a generate() that calls the forward of the"
-            " model, or that of its decoder, with the images (vlmrewrite.restore(model) gives the unmodified model)"
-        )
+    refuse_unrewritten(self, "generate", given, prompt)
     return out
 
 

@@ -28,7 +28,7 @@ from vlmrewrite.lower import DecodeStep
 from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
 from vlmrewrite.plan import All, Plan, blocks_of
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.runtime.around import entering, in_place_of
+from vlmrewrite.runtime.around import entering, in_place_of, refuse_unrewritten
 from vlmrewrite.runtime.executables import Executables
 from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, encoded_in, prompt_of
 from vlmrewrite.runtime.latest import Latest
@@ -130,7 +130,9 @@ class Session:
     def _forward(self, model: nn.Module, prompt: Prompt, kwargs: dict[str, Any]) -> Any:
         if self.inner:
             with self.around(model, prompt):
-                return type(model).forward(model, return_dict=True, **kwargs)
+                out = type(model).forward(model, return_dict=True, **kwargs)
+            refuse_unrewritten(model, "forward", hf.images_of(kwargs), current_prompt((self, "call")))
+            return out
         past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
         with adopted(past, model) as cache:
             keep = past is not None or wants_cache(model, use_cache)

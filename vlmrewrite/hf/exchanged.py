@@ -1,0 +1,41 @@
+"""Whose forwards and hooks a model runs: its classes', a recipe's, or somebody else's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from vlmrewrite.compat import hooks_of
+from vlmrewrite.hf.undo import drop
+
+_HERE = Path(__file__).parents[1]
+
+
+def exchanged(module: nn.Module) -> bool:
+    """Whether a module's forward was exchanged on the instance, by somebody else than a recipe."""
+    forward = vars(module).get("forward")
+    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
+    return forward is not None and (code is None or not Path(code.co_filename).is_relative_to(_HERE))
+
+
+def hooked(model: nn.Module) -> str:
+    """What may have kept a forward from being captured: another one in its place, or hooks, captured with it."""
+    if (name := next((name for name, module in model.named_modules() if exchanged(module)), None)) is not None:
+        who = name or "the model"
+        return f"; the forward of {who} was exchanged on the instance: expected its own, or one that Dynamo can trace"
+    found = []
+    for name, module in model.named_modules():
+        hooks = hooks_of(module)
+        if any(not str(getattr(hook, "__module__", "")).startswith(("transformers.", "vlmrewrite.")) for hook in hooks):
+            found.append(name or "the model")
+    if not found:
+        return ""
+    more = f" and {len(found) - 3} more" if len(found) > 3 else ""
+    return f" (there are hooks on {', '.join(found[:3])}{more}: expected hooks that Dynamo can trace, or none)"
+
+
+def drop_forward(module: nn.Module) -> None:
+    """Take off a forward that a recipe put on a module, unless somebody has put another in its place meanwhile."""
+    if not exchanged(module):
+        drop(module, "forward")
