@@ -31,8 +31,8 @@ def test_on_a_kept_cache_prompts_end_so_many_tokens_later(copies, monkeypatch):
     features, lengths = {"x": torch.zeros(2 * copies, 8)}, {"x": [1] * 2 * copies}
     images = {"image": Encoded(EncoderOutput({}), features, lengths)}
     given = Given(images, None, 6, (), Sizes(), torch.tensor([9, 7]), [])
-    merge = SimpleNamespace(modality="image", name="x", picked=None)
-    program = SimpleNamespace(anatomy=SimpleNamespace(merges=[merge]), vision_masks=lambda: [vision], picks=lambda: ())
+    merge = SimpleNamespace(modality="image", name="x")
+    program = SimpleNamespace(anatomy=SimpleNamespace(merges=[merge]), vision_masks=lambda: [vision], picks=[])
     monkeypatch.setattr("vlmrewrite.runtime.facts.program_of", lambda _: program)
     call, missing = given.call(None, (), (), True, None)
     assert not missing
