@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from vlmrewrite.capture.expand import UnlikeError, expand, stands_in, traced
-from vlmrewrite.hf import APPLIED, cache_layers, decoder_layers, is_recurrent
+from vlmrewrite.hf import APPLIED, cache_layers, decoder_layers, goes_by_number, is_recurrent
 
 _PLAIN = (int, float, str, bool, type(None), set, frozenset, torch.dtype, torch.device)
 
@@ -217,7 +217,10 @@ def _alike(a: nn.Module, b: nn.Module, i: int, k: int) -> bool:
         elif name == "_modules":
             if p.keys() != q.keys() or not all(_alike(p[n], q[n], i, k) for n in p if p[n] is not q[n]):
                 return False
-        elif (name.endswith("_hooks") and (p or q)) or not (_same(p, q) or (type(p) is int and (p, q) == (i, k))):
+        elif name.endswith("_hooks"):
+            if p or q:
+                return False
+        elif not _same(p, q) and (type(p) is not int or (p, q) != (i, k) or goes_by_number(type(a), name)):  # type: ignore[arg-type]
             return False
     return True
 

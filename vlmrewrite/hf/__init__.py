@@ -41,6 +41,7 @@ from vlmrewrite.hf.inputs import (
     without_full_mask,
 )
 from vlmrewrite.hf.mixers import attending, cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
+from vlmrewrite.hf.numbers import goes_by_number
 from vlmrewrite.hf.pictures import smaller
 from vlmrewrite.hf.placement import scattered
 from vlmrewrite.hf.support import APPLIED, check_support
@@ -89,6 +90,7 @@ __all__ = [
     "exchanged",
     "frame_grids",
     "frames_of",
+    "goes_by_number",
     "grids",
     "hooked",
     "images_of",
