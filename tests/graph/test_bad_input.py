@@ -137,7 +137,7 @@ def test_an_apply_that_fails_half_way_undoes_itself(unchanged, monkeypatch):
     def fail(*_):
         raise MemoryError("half-way")
 
-    monkeypatch.setattr("vlmrewrite.runtime.install._in_place_of", fail)
+    monkeypatch.setattr("vlmrewrite.runtime.install.in_place", fail)
     with pytest.raises(MemoryError, match="half-way"):
         vr.apply(unchanged.model, [STS(features="encoder")])
 
