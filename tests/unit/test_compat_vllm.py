@@ -44,12 +44,18 @@ def test_how_many_positions_ropes_have() -> None:
             self.register_buffer("cos_sin_cache", torch.zeros(rows, 4))
 
     assert vllm.rows_of_ropes(nn.Sequential(nn.Linear(1, 1))) is None
-    assert vllm.rows_of_ropes(nn.Sequential(Rope(9), nn.Sequential(Rope(7)))) == 7
+    text, tower = nn.Sequential(Rope(9), nn.Sequential(Rope(7))), Rope(5)
+    assert vllm.rows_of_ropes(text) == 7
+    model = nn.ModuleDict({"text": text, "tower": tower})
+    assert vllm.rows_of_ropes(model) == 5
+    model.get_language_model = lambda: text
+    assert vllm.rows_of_ropes(model) == 7
+    text[0].register_buffer("long_short_cos_sin_cache", torch.zeros(20, 4))
+    with pytest.raises(ValueError, match=r"got Rope\.long_short_cos_sin_cache"):
+        vllm.rows_of_ropes(model)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
 def test_vllm_that_is_not_there() -> None:
-    with pytest.raises(
-        compat.VersionError, match=r"^vllm is not installed, and vllm is needed: install vllm>=0.32,<0.33$"
-    ):
+    with pytest.raises(compat.VersionError, match=r"^vllm is not installed: install vllm>=0.32,<0.33$"):
         vllm.versions()
