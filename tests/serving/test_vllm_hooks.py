@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from examples.digits.model import CHECKPOINT
 from examples.digits.scenes import held_out_questions
-from tests.serving.engine import ask
+from tests.serving.engine import ROOT, ask
 from vlmrewrite import compat
 from vlmrewrite.compat import vllm
 from vlmrewrite.passes import STS, DivPrune, FastV
@@ -101,6 +104,36 @@ def test_what_is_changed_in_vllm(gone: str | None, monkeypatch: pytest.MonkeyPat
     register()
     assert after == [getattr(of, name, None) for of, name in places]
     assert vllm.versions() in vllm.TESTED_PAIRS and len(said) == (gone is not None)
+
+
+def state(process: int) -> str:
+    """Of a process, a letter; of one that is gone, Z."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked at in /proc")
+def test_engines_end_with_who_asks_them(tmp_path: Path) -> None:
+    """Also if that is killed, while engines start."""
+    asking = (
+        "import sys, time; from pathlib import Path; from tests.serving.engine import started\n"
+        "with started(Path(sys.argv[1]), [dict(model='x', args={}, batches=[])], apart=False) as process:\n"
+        "    print(process.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", asking, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as who:
+        assert who.stdout is not None
+        engine = int(who.stdout.readline())
+        assert state(engine) != "Z"
+        who.kill()
+    for _ in range(600):
+        if state(engine) == "Z":
+            break
+        time.sleep(0.1)
+    assert state(engine) == "Z" and not (tmp_path / "answered.pickle").exists()
 
 
 def test_classes_of_the_registry() -> None:
