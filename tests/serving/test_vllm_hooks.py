@@ -32,6 +32,11 @@ LACKS = [
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.load_model", None),
     ("vllm.model_executor.models.interfaces", "SupportsMRoPE.get_mrope_input_positions", None),
     ("vllm.multimodal.inputs", "PlaceholderRange", "vllm.multimodal.inputs.PlaceholderRange"),
+    (
+        "vllm.v1.worker.gpu.model_states.default",
+        "maybe_create_mm_pruner",
+        "vllm.v1.worker.gpu.model_states.default.maybe_create_mm_pruner",
+    ),
     ("vllm.multimodal.registry", "_ProcessorFactories", "vllm.multimodal.registry._ProcessorFactories"),
 ]
 

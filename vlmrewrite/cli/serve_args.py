@@ -35,16 +35,16 @@ def serve_args(
 
     from vlmrewrite.cli.config import config_file, local, read_config, skeleton
     from vlmrewrite.cli.prompt import made_up_shape
-    from vlmrewrite.serving.vllm.settings import Serving, overrides
+    from vlmrewrite.serving import vllm
 
     _warn_if_not_found()
     given, model = model, local(model)
     config, written = read_config(model)
     depth = config.get_text_config(decoder=True).num_hidden_layers
-    before = Serving(chosen, depth, None).before
+    before = vllm.Serving(chosen, depth, None).before
     shape, source = made_up_shape(config, written, image_tokens, {}, picture, model)
     tile = _tile(skeleton(config, torch.float32, config_file(model)), config)
-    args: dict[str, Any] = {"hf_overrides": overrides(chosen, tile)}
+    args: dict[str, Any] = {"hf_overrides": vllm.overrides(chosen, tile)}
     if before.by_row:
         args["limit_mm_per_prompt"] = {"image": 1}
     if as_json:

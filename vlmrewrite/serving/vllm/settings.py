@@ -172,7 +172,7 @@ def check_engine(vllm_config: Any) -> None:
         )
     if vllm_config.compilation_config.cudagraph_mm_encoder:
         wrong.append("compilation_config.cudagraph_mm_encoder: expected False, such a graph goes round the selection")
-    if vllm_config.model_config.multimodal_config.mm_processor_cache_type == "shm":
+    if getattr(vllm_config.model_config.multimodal_config, "mm_processor_cache_type", None) == "shm":
         wrong.append('mm_processor_cache_type: expected "lru", got "shm": what is known of an image would be lost')
     if vllm_config.model_config.enable_prompt_embeds:
         wrong.append("enable_prompt_embeds: expected False, embeddings of a prompt do not tell where images stand")
