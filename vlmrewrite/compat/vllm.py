@@ -116,7 +116,7 @@ def second_runner() -> str | None:
     try:
         importlib.import_module(PRUNER[0])
     except ModuleNotFoundError as error:
-        if (error.name or "").startswith("vllm"):
+        if error.name and PRUNER[0].startswith(error.name):
             raise lacking("vllm", PRUNER[0]) from error
         return str(error)
     except (ImportError, OSError, RuntimeError) as error:  # of a device's libraries that are not there
@@ -222,13 +222,12 @@ def rows_of_ropes(model: torch.nn.Module) -> int | None:
         ValueError: a rope looks positions up in another way.
     """
     text = model
-    with suppress(NotImplementedError, AttributeError):
-        text = model.get_language_model()  # type: ignore[operator]
-    tables = dict[str, Tensor]()
+    if hasattr(model, "get_language_model"):
+        with suppress(NotImplementedError):
+            text = model.get_language_model()  # type: ignore[operator]
     for m in text.modules():
-        tables |= {f"{type(m).__name__}.{k}": v for k, v in m.named_buffers(recurse=False) if "cos_sin" in k}
-        if isinstance(table := getattr(m, "cos_sin_cache", None), Tensor):
-            tables[f"{type(m).__name__}.cos_sin_cache"] = table
-    if other := sorted(k for k in tables if not k.endswith(".cos_sin_cache")):
-        raise ValueError(f"with a recipe: expected ropes with one table of positions, cos_sin_cache, got {other[0]}")
-    return min((len(t) for t in tables.values()), default=None)
+        if other := sorted(k for k, _ in m.named_buffers(recurse=False) if "cos_sin" in k and k != "cos_sin_cache"):
+            got = f"{type(m).__name__}.{other[0]}"
+            raise ValueError(f"with a recipe: expected ropes with one table of positions, cos_sin_cache, got {got}")
+    tables = [getattr(m, "cos_sin_cache", None) for m in text.modules()]
+    return min((len(t) for t in tables if isinstance(t, Tensor)), default=None)
