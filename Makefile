@@ -63,6 +63,8 @@ ecosystem: $(ECOSYSTEM)/.vlmrewrite ## recipes on models of PEFT, bitsandbytes, 
 	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem $(ARGS)
 
 serving: $(SERVING)/.vlmrewrite ## recipes in vLLM and over Ray, on CPUs (an environment of its own; 20 minutes)
+	@PYTHONPATH="$(CURDIR)/tests/serving/site:$(PYTHONPATH)" $(SERVING)/bin/python -c 'import vllm, ray' || \
+		{ echo "make: vLLM or Ray cannot be imported in $(SERVING): remove the folder, and make serving again" >&2; exit 1; }
 	PYTHONPATH="$(CURDIR)/tests/serving/site:$(PYTHONPATH)" $(SERVING)/bin/python -m pytest tests/serving $(RAY_TESTS) $(ARGS)
 
 lint: $(READY) ## ruff: rules and format; who imports whom; the compiler's lines of code

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from vlmrewrite.cli import app
-from vlmrewrite.passes import DivPrune
+from vlmrewrite.passes import VTW, DivPrune
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.serving.vllm import overrides
 from vlmrewrite.testing.models import FAMILIES
@@ -22,17 +22,18 @@ LLAVA = CONFIGS / "llava-1.5-7b.json"
 def said(*args: object) -> str:
     done = CliRunner().invoke(app, ["serve-args", *map(str, args)], catch_exceptions=False)
     assert done.exit_code == 0, done.output
-    return done.output
+    return done.stdout
 
 
 def test_what_is_printed() -> None:
-    told, of, _, command = said(LLAVA, "--recipe", "sts-128").splitlines()
+    told, of, folder, _, command = said(LLAVA, "--recipe", "sts-128").splitlines()
     assert told == (
         "STS: stage 1 only, 192 of 576; left out: policy 'relevance' at layer 16 chooses inside the decoder"
     )
     assert of == "of an image of 576 tokens: image_seq_length"
+    assert folder == f"write the model's folder or name for MODEL: {LLAVA} is a configuration alone"
     *start, option, value = shlex.split(command)
-    assert start == ["vllm", "serve", str(LLAVA)] and option == "--hf-overrides"
+    assert start == ["vllm", "serve", "MODEL"] and option == "--hf-overrides"
     assert json.loads(value) == overrides(Recipe.load("sts-128"), 576)
 
 
@@ -58,6 +59,32 @@ def test_tiles_are_found_by_the_encoder(family: str, tile: int | None, tmp_path:
     FAMILIES[family](2).model.config.save_pretrained(tmp_path)
     made = json.loads(said(tmp_path, "--recipe", "stride-half", "--image-tokens", 16, "--json"))
     assert made["hf_overrides"]["vlmrewrite"].get("tile") == tile
+
+
+def test_a_folder_is_served_by_its_name(tmp_path: Path) -> None:
+    FAMILIES["llava"](2).model.config.save_pretrained(tmp_path)
+    *_, command = said(tmp_path, "--recipe", "stride-half", "--image-tokens", 16).splitlines()
+    assert shlex.split(command)[:3] == ["vllm", "serve", str(tmp_path)]
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_plug_in_that_vllm_would_not_find(there: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vlmrewrite.cli.serve_args.entry_points", lambda *, group, name: [name] if there else [])
+    done = CliRunner().invoke(app, ["serve-args", str(LLAVA), "--recipe", "stride-half", "--json"])
+    assert done.exit_code == 0 and json.loads(done.stdout)
+    assert done.stderr.startswith("warning: the installed vlmrewrite has no entry point") != there
+
+
+def test_why_tiles_are_no_images(tmp_path: Path) -> None:
+    FAMILIES["llava_next"](2).model.config.save_pretrained(tmp_path)
+    args = ["serve-args", str(tmp_path), "--recipe", "stride-half", "--image-tokens", "16", "--json"]
+    assert "note: budgets are of images, as tiles alone are not encoded (" in CliRunner().invoke(app, args).stderr
+
+
+def test_a_recipe_that_keeps_nothing(tmp_path: Path) -> None:
+    Recipe(name="none", passes=(VTW(at=0),)).to_yaml(tmp_path / "none.yaml")
+    done = CliRunner().invoke(app, ["serve-args", str(LLAVA), "--recipe", str(tmp_path / "none.yaml")])
+    assert done.exit_code == 2 and "error: it keeps no vision token: expected a recipe that keeps some" in done.output
 
 
 @pytest.mark.parametrize(

@@ -12,9 +12,13 @@ import pickle
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+
+LIMIT = 900
+"""Seconds that the engines of one call may take; a test's take up to 300 on two cores."""
 
 ROOT = Path(__file__).parents[2]
 SETTINGS = {
@@ -29,7 +33,10 @@ SETTINGS = {
 
 @contextlib.contextmanager
 def started(folder: Path, engines: list[dict[str, Any]], *, apart: bool) -> Iterator[subprocess.Popen[str]]:
-    """A process with engines; as the block ends, it and all of its processes are killed, if they are still there."""
+    """A process with engines; as the block ends, it and all of its processes are killed, if they are still there.
+
+    They end as well if this process is killed: what is written to the other's standard input comes to an end then.
+    """
     folder.mkdir(exist_ok=True)
     (folder / "asked.pickle").write_bytes(pickle.dumps(engines))
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests/serving/site"), os.environ.get("PYTHONPATH", "")])
@@ -39,6 +46,7 @@ def started(folder: Path, engines: list[dict[str, Any]], *, apart: bool) -> Iter
         process = subprocess.Popen(
             command,
             env=os.environ | SETTINGS | own,
+            stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
             text=True,
@@ -50,7 +58,8 @@ def started(folder: Path, engines: list[dict[str, Any]], *, apart: bool) -> Iter
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(LIMIT)
+            process.stdin.close()  # type: ignore[union-attr]
 
 
 def ask(folder: Path, engines: list[dict[str, Any]], *, apart: bool = False) -> list[Any]:
@@ -66,7 +75,10 @@ def ask(folder: Path, engines: list[dict[str, Any]], *, apart: bool = False) -> 
         Of each engine ``batches``, and ``kept``, the places that are kept of each image that was encoded; or ``error``.
     """
     with started(folder, engines, apart=apart) as process:
-        code = process.wait()
+        try:
+            code = process.wait(LIMIT)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"no answer after {LIMIT} s: {(folder / 'log').read_text()[-8000:]}") from None
     assert code == 0, (code, (folder / "log").read_text()[-8000:])
     found: list[Any] = pickle.loads((folder / "answered.pickle").read_bytes())
     return found
@@ -123,7 +135,15 @@ def _answers(engine: dict[str, Any], folder: Path) -> dict[str, Any]:
     return {"batches": batches, "kept": kept, "metrics": metrics}
 
 
+def _end_with_the_test() -> None:
+    """Kill this process and its own when there is nobody left to ask it."""
+    with open(0, "rb", closefd=False) as nothing:
+        nothing.read()
+    os.killpg(0, signal.SIGKILL)
+
+
 def _main() -> None:
+    threading.Thread(target=_end_with_the_test, daemon=True).start()
     folder = Path(sys.argv[1])
     found = [_answers(engine, folder) for engine in pickle.loads((folder / "asked.pickle").read_bytes())]
     (folder / "answered.pickle").write_bytes(pickle.dumps(found))

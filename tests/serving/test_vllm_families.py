@@ -41,11 +41,11 @@ def prompt(image: str, images: int, between: str, seed: int) -> tuple[str, list[
     return text, [picture(10 * seed + i, SIZES[(seed + i) % 4]) for i in range(images)]
 
 
-def generated(model: Any, inputs: Any) -> tuple[int, list[int], float]:
+def generated(model: Any, inputs: Any, steps: int = STEPS) -> tuple[int, list[int], float]:
     """How many tokens a prompt has, those that transformers generates, and by how much the closest choice was won."""
     with torch.no_grad():
         made = model.generate(
-            **inputs, max_new_tokens=STEPS, do_sample=False, output_scores=True, return_dict_in_generate=True
+            **inputs, max_new_tokens=steps, do_sample=False, output_scores=True, return_dict_in_generate=True
         )
     n = inputs["input_ids"].shape[1]
     best = torch.stack(made.scores).topk(2).values

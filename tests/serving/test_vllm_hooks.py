@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import importlib
 import re
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,7 @@ import pytest
 
 from examples.digits.model import CHECKPOINT
 from examples.digits.scenes import held_out_questions
-from tests.serving.engine import ask
+from tests.serving.engine import ROOT, ask
 from vlmrewrite import compat
 from vlmrewrite.compat import vllm
 from vlmrewrite.passes import STS, DivPrune, FastV
@@ -29,6 +32,11 @@ LACKS = [
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner.load_model", None),
     ("vllm.model_executor.models.interfaces", "SupportsMRoPE.get_mrope_input_positions", None),
     ("vllm.multimodal.inputs", "PlaceholderRange", "vllm.multimodal.inputs.PlaceholderRange"),
+    (
+        "vllm.v1.worker.gpu.model_states.default",
+        "maybe_create_mm_pruner",
+        "vllm.v1.worker.gpu.model_states.default.maybe_create_mm_pruner",
+    ),
     ("vllm.multimodal.registry", "_ProcessorFactories", "vllm.multimodal.registry._ProcessorFactories"),
 ]
 
@@ -64,16 +72,95 @@ def test_a_method_that_takes_other_arguments(monkeypatch: pytest.MonkeyPatch) ->
         vllm.hooks()
 
 
-def test_versions_that_were_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+PATCHED = [
+    ("vllm.model_executor.models.registry", "ModelRegistry", "resolve_model_cls"),
+    ("vllm.config", "ModelConfig", "uses_mrope"),
+    ("vllm.config", "ModelConfig", "mrope_num_dims"),
+    ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner", "load_model"),
+    ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner", "load_model"),
+    ("vllm.v1.worker.gpu.model_states.default", None, "maybe_create_mm_pruner"),
+]
+
+
+@pytest.mark.parametrize("gone", [None, *(f"{module}:{path}" for module, path, _ in LACKS[1:])])
+def test_what_is_changed_in_vllm(gone: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All, or, where something is gone, nothing but what refuses recipes."""
     said: list[str] = []
-    monkeypatch.setattr(vllm, "install", lambda *_: None)
     monkeypatch.setattr(vllm, "warn", said.append)
+    modules = [(importlib.import_module(module), owner, name) for module, owner, name in PATCHED]
+    places = [(of if owner is None else getattr(of, owner), name) for of, owner, name in modules]
+    for of, name in places:
+        monkeypatch.setattr(of, name, vars(of).get(name, getattr(of, name)))
+    registry, _ = places[0]
+    monkeypatch.setattr(registry, "_vlmrewrite", True, raising=False)
+    monkeypatch.delattr(registry, "_vlmrewrite")
+    if gone is not None:
+        module, path = gone.split(":")
+        *outer, name = path.split(".")
+        of: Any = importlib.import_module(module)
+        for part in outer:
+            of = getattr(of, part)
+        monkeypatch.delattr(of, name)
+    before = [getattr(of, name, None) for of, name in places]
     register()
-    assert vllm.versions() in vllm.TESTED_PAIRS and not said
-    monkeypatch.setattr(vllm, "versions", lambda: ("0.99.0", "5.19.0"))
+    changed = [getattr(of, name, None) != was for (of, name), was in zip(places, before, strict=True)]
+    assert changed == [True, *[gone is None] * (len(places) - 1)]
+    after = [getattr(of, name, None) for of, name in places]
     register()
-    tested = "; ".join(f"vLLM {a} with transformers {b}" for a, b in vllm.TESTED_PAIRS)
-    assert said == [f"vlmrewrite was tested with {tested}; these are vLLM 0.99.0 and transformers 5.19.0"]
+    assert after == [getattr(of, name, None) for of, name in places]
+    assert vllm.versions() in vllm.TESTED_PAIRS and len(said) == (gone is not None)
+
+
+def state(process: int) -> str:
+    """Of a process, a letter; of one that is gone, Z."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are looked at in /proc")
+def test_engines_end_with_who_asks_them(tmp_path: Path) -> None:
+    """Also if that is killed, while engines start."""
+    asking = (
+        "import sys, time; from pathlib import Path; from tests.serving.engine import started\n"
+        "with started(Path(sys.argv[1]), [dict(model='x', args={}, batches=[])], apart=False) as process:\n"
+        "    print(process.pid, flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    command = [sys.executable, "-c", asking, str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as who:
+        assert who.stdout is not None
+        engine = int(who.stdout.readline())
+        assert state(engine) != "Z"
+        who.kill()
+    for _ in range(600):
+        if state(engine) == "Z":
+            break
+        time.sleep(0.1)
+    assert state(engine) == "Z" and not (tmp_path / "answered.pickle").exists()
+
+
+def test_classes_of_the_registry() -> None:
+    """Each is changed, or is itself: drafts that take images have no processor, some classes make others."""
+    from vllm.model_executor.models.registry import ModelRegistry
+
+    from tests.unit.test_served_recipes import config
+    from vlmrewrite.serving.vllm import plugin
+
+    same, changed, missing = set[str](), set[str](), dict[str, str]()
+    for name, known in ModelRegistry.models.items():
+        try:
+            chosen = known.load_model_cls()
+        except (ImportError, RuntimeError, AttributeError) as e:  # of kernels that this machine has not
+            missing[name] = f"{type(e).__name__}: {e}"
+            continue
+        if hasattr(chosen, "embed_multimodal"):
+            made = plugin._changed(chosen, config(None))
+            (same if made is chosen else changed).add(name)
+            assert (made is chosen) == (not hasattr(chosen, "_processor_factory") or "__new__" in vars(chosen)), name
+    assert len(missing) < 20, missing
+    assert same and len(changed) > 50
 
 
 def test_what_an_engine_refuses_and_takes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -101,7 +188,11 @@ def test_what_an_engine_refuses_and_takes(tmp_path: Path, monkeypatch: pytest.Mo
     engines = [
         {"model": CHECKPOINT, "args": ARGS | {"hf_overrides": o}, "batches": batches, "tokens": 2} for o in given
     ]
-    inside_refused, row_refused, first, few = ask(tmp_path, engines)
+    wrong = {"mm_processor_cache_type": "shm", "enable_prompt_embeds": True}
+    engines += [{"model": CHECKPOINT, "args": engines[-1]["args"] | wrong, "batches": []}]
+    inside_refused, row_refused, first, few, wrong_refused = ask(tmp_path, engines)
+    assert 'mm_processor_cache_type: expected "lru", got "shm"' in wrong_refused["error"]
+    assert "enable_prompt_embeds: expected False" in wrong_refused["error"]
     assert "FastV: policy 'fastv' at layer 2 chooses inside the decoder" in inside_refused["error"]
     assert 'set limit_mm_per_prompt={"image": 1}' in row_refused["error"]
     assert first["kept"][0] == list(range(36))

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from vlmrewrite.compat import vllm
 from vlmrewrite.passes import STS, VTW, DivPrune, FastV, Random
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.serving.vllm import overrides
@@ -91,6 +92,16 @@ def test_what_is_no_recipe_for_an_engine(recipe: Any, message: str) -> None:
         ),
         ({}, {"is_encoder_decoder": True}, "its decoder attends to the image from outside of the prompt"),
         ({}, {"text": {"rope_parameters": None}}, "its text model has no rotary positions, so that kept tokens cannot"),
+        (
+            {"__new__": object.__new__},
+            {},
+            "it has a __new__ of its own, so that what is loaded may be of another class",
+        ),
+        (
+            {},
+            {"text": {"rope_parameters": {"full": {"rope_type": "default"}, "near": {"rope_type": "longrope"}}}},
+            "its rope type 'longrope' goes by the length of a prompt",
+        ),
         ({}, {"rate": 0.5, "images": 1}, "video_pruning_rate=0.5 uses what a recipe needs; leave it out"),
         (
             {},
@@ -111,21 +122,40 @@ def test_models_that_can_be_served() -> None:
     check_model(Model, config(written(DivPrune(3), Random(2))))
 
 
-def test_settings_of_an_engine() -> None:
-    def engine(drafts: Any = None, stages: int = 1, graph: bool = False) -> Any:
-        graphs, stage = SimpleNamespace(cudagraph_mm_encoder=graph), SimpleNamespace(pipeline_parallel_size=stages)
-        return SimpleNamespace(speculative_config=drafts, parallel_config=stage, compilation_config=graphs)
+def engine(**more: Any) -> Any:
+    """An engine's settings; each argument is one of them."""
+    given = {"drafts": None, "stages": 1, "graph": False, "cache": "lru", "embeds": False, "lora": None} | more
+    images = SimpleNamespace(mm_processor_cache_type=given["cache"])
+    return SimpleNamespace(
+        speculative_config=given["drafts"],
+        parallel_config=SimpleNamespace(pipeline_parallel_size=given["stages"]),
+        compilation_config=SimpleNamespace(cudagraph_mm_encoder=given["graph"]),
+        model_config=SimpleNamespace(multimodal_config=images, enable_prompt_embeds=given["embeds"]),
+        lora_config=given["lora"],
+        use_v2_model_runner=given.get("second", False),
+    )
 
-    check_engine(engine())
+
+def test_settings_of_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    check_engine(engine(lora=SimpleNamespace(enable_tower_connector_lora=False)))
+    monkeypatch.setattr(vllm, "second_runner", lambda: "No module named 'some'")
+    tower = SimpleNamespace(enable_tower_connector_lora=True)
+    all_wrong = engine(drafts="draft", stages=2, graph=True, cache="shm", embeds=True, lora=tower, second=True)
     with pytest.raises(ValueError, match="^with a recipe of vlmrewrite: ") as caught:
-        check_engine(engine("draft", 2, True))
+        check_engine(all_wrong)
     assert [
         x.split(": expected ")[0] for x in str(caught.value).removeprefix("with a recipe of vlmrewrite: ").split("; ")
     ] == [
         "speculative_config",
         "pipeline_parallel_size",
         "compilation_config.cudagraph_mm_encoder",
+        "mm_processor_cache_type",
+        "enable_prompt_embeds",
+        "enable_tower_connector_lora",
+        "VLLM_USE_V2_MODEL_RUNNER",
     ]
+    monkeypatch.setattr(vllm, "second_runner", lambda: None)
+    check_engine(engine(second=True))
 
 
 def keys(recipe: Any, images: list[str]) -> list[str]:

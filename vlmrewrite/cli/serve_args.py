@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+from importlib.metadata import entry_points
 from typing import Annotated, Any
 
 import typer
 
 from vlmrewrite.cli.app import app
 from vlmrewrite.cli.options import ImageSize, ImageTokens, Model, pixels, recipe_named
+
+_FOLDER = "MODEL"
+"""In the command, in place of a model of which there is a configuration alone."""
 
 
 @app.command("serve-args")
@@ -22,7 +26,7 @@ def serve_args(
 ) -> None:
     """Print what vLLM needs to serve a model with a recipe, and what of the recipe will run there. No weights are read.
 
-    A pass of which nothing can run there is an error that says why.
+    A pass of which nothing can run there is an error that says why. Warnings go to the standard error.
     """
     if image_tokens is not None and image_size is not None:
         raise ValueError("expected one of --image-size and --image-tokens")
@@ -31,12 +35,13 @@ def serve_args(
 
     from vlmrewrite.cli.config import config_file, local, read_config, skeleton
     from vlmrewrite.cli.prompt import made_up_shape
-    from vlmrewrite.serving import BeforeDecoder, vllm
+    from vlmrewrite.serving import vllm
 
+    _warn_if_not_found()
     given, model = model, local(model)
     config, written = read_config(model)
     depth = config.get_text_config(decoder=True).num_hidden_layers
-    before = BeforeDecoder(chosen, depth=depth)
+    before = vllm.Serving(chosen, depth, None).before
     shape, source = made_up_shape(config, written, image_tokens, {}, picture, model)
     tile = _tile(skeleton(config, torch.float32, config_file(model)), config)
     args: dict[str, Any] = {"hf_overrides": vllm.overrides(chosen, tile)}
@@ -52,10 +57,22 @@ def serve_args(
         print(f"an image of several tiles: of each tile of {tile} tokens")
     if not before.by_image:
         print("what is kept of an image depends on those in front of it: the same image elsewhere is encoded anew")
-    command = ["vllm", "serve", str(given)]
+    if model.is_file():
+        print(f"write the model's folder or name for {_FOLDER}: {given} is a configuration alone")
+    command = ["vllm", "serve", _FOLDER if model.is_file() else str(given)]
     for name, value in args.items():
         command += [f"--{name.replace('_', '-')}", json.dumps(value)]
     print(f"\n{shlex.join(command)}")
+
+
+def _warn_if_not_found() -> None:
+    """Say so if an engine would not find the plug-in by what is installed of vlmrewrite."""
+    if not entry_points(group="vllm.general_plugins", name="vlmrewrite"):
+        typer.echo(
+            "warning: the installed vlmrewrite has no entry point in vllm.general_plugins, so that vLLM does not load"
+            " it in this environment and would IGNORE the recipe: install vlmrewrite again",
+            err=True,
+        )
 
 
 def _tile(model: Any, config: Any) -> int | None:
@@ -75,6 +92,8 @@ def _tile(model: Any, config: Any) -> int | None:
         with torch.no_grad():
             made = encode_images(model, {"input_ids": ids, "pixel_values": pixels})["mm_encoder_outputs"]["image"]
             lengths = next(iter(encoded_images(made).lengths.values()))
-    except Exception:  # it takes more than tiles, such as sizes or grids, and so knows which belong together
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, RuntimeError) as e:
+        # it takes more than tiles, such as sizes or grids, and so knows which belong together
+        typer.echo(f"note: budgets are of images, as tiles alone are not encoded ({type(e).__name__}: {e})", err=True)
         return None
     return lengths[0] if len(lengths) == 2 and lengths[0] == lengths[1] else None

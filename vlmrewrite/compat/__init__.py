@@ -4,7 +4,7 @@ They may change with any release. Where one is missing, the error names it and t
 functions do is checked in ``tests/*/test_compat*.py``, which `make oldest` runs with the oldest versions too.
 """
 
-from vlmrewrite.compat import vllm
+from vlmrewrite.compat import vllm, vllm_patch
 from vlmrewrite.compat.apart import Apart, tree_in
 from vlmrewrite.compat.dynamo import (
     at_graph_limit,
@@ -113,4 +113,5 @@ __all__ = [
     "untraceable",
     "untraced",
     "vllm",
+    "vllm_patch",
 ]

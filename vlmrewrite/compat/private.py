@@ -20,13 +20,14 @@ class VersionError(RuntimeError):
     """Something private that is needed is not in the installed version of a library, or the library is not there."""
 
 
-def lacking(package: str, what: str) -> VersionError:
-    """The error that a package, as it is installed, does not have something."""
+def lacking(package: str, what: str | None = None) -> VersionError:
+    """The error that a package, as it is installed, does not have something; None: that it is not installed."""
     bounds = (TESTED | BESIDE)[package]
     try:
         found = f"{package} {getattr(importlib.import_module(package), '__version__', 'of an unknown version')}"
     except ImportError:
-        return VersionError(f"{package} is not installed, and {what} is needed: install {package}{bounds}")
+        needed = "" if what is None else f", and {what} is needed"
+        return VersionError(f"{package} is not installed{needed}: install {package}{bounds}")
     return VersionError(f"{found} has no {what} as vlmrewrite needs it: install {package}{bounds}")
 
 

@@ -10,7 +10,9 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,14 +23,17 @@ from vlmrewrite.compat.private import attribute, find, lacking
 TESTED_PAIRS = (("0.32.0", "5.23.0"),)
 """Versions of vLLM and transformers that ``tests/serving`` passed with, together."""
 
-_RUNNERS = (
+RUNNERS = (
     ("vllm.v1.worker.gpu_model_runner", "GPUModelRunner"),
     ("vllm.v1.worker.cpu_model_runner", "CPUModelRunner"),
 )
 """What runs a model: each sets, when it has loaded one, whether positions are asked for again."""
 
-_PRUNER = ("vllm.v1.worker.gpu.model_states.default", "maybe_create_mm_pruner")
-"""The same in the second model runner; Triton is imported with it."""
+PRUNER = ("vllm.v1.worker.gpu.model_states.default", "maybe_create_mm_pruner")
+"""The same in the second model runner, which can be imported where what it needs is installed."""
+
+REGISTRY = ("vllm.model_executor.models.registry", "ModelRegistry")
+"""What chooses the class of a model."""
 
 _PROCESSOR = ("_get_mm_prompt_updates", "_get_mm_hashes", "_maybe_apply_prompt_updates")
 
@@ -39,22 +44,27 @@ def _vllm() -> Any:
     try:
         return importlib.import_module("vllm")
     except ImportError:
-        raise lacking("vllm", "vllm") from None
+        raise lacking("vllm") from None
 
 
 def versions() -> tuple[str, str]:
     """The versions of vLLM and transformers that are installed."""
-    return _vllm().__version__, importlib.import_module("transformers").__version__
+    return getattr(_vllm(), "__version__", "of an unknown version"), importlib.import_module("transformers").__version__
 
 
+_LOG = logging.getLogger("vllm.vlmrewrite")
+
+
+@functools.cache
 def log(text: str) -> None:
     """A line in vLLM's log, once a process."""
-    find("vllm.logger", "init_logger")("vllm.vlmrewrite").info_once("%s", text)
+    _LOG.info("%s", text)
 
 
+@functools.cache
 def warn(text: str) -> None:
     """A warning in vLLM's log, once a process."""
-    find("vllm.logger", "init_logger")("vllm.vlmrewrite").warning_once("%s", text)
+    _LOG.warning("%s", text)
 
 
 def hooks() -> dict[str, Any]:
@@ -63,17 +73,16 @@ def hooks() -> dict[str, Any]:
     Raises:
         VersionError: one is missing, or takes other arguments than it did.
     """
-    registry = find("vllm.model_executor.models.registry", "ModelRegistry")
     config = find("vllm.config", "ModelConfig")
     processor = find("vllm.multimodal.processing", "BaseMultiModalProcessor")
-    found = {"ModelRegistry.resolve_model_cls": attribute(registry, "resolve_model_cls", "vllm")}
+    found = {"ModelRegistry.resolve_model_cls": attribute(find(*REGISTRY), "resolve_model_cls", "vllm")}
     for name in ("uses_mrope", "mrope_num_dims"):
         found[f"ModelConfig.{name}"] = attribute(config, name, "vllm")
         if not isinstance(found[f"ModelConfig.{name}"], property):
             raise lacking("vllm", f"ModelConfig.{name} that is a property")
     for name in _PROCESSOR:
         found[f"BaseMultiModalProcessor.{name}"] = attribute(processor, name, "vllm")
-    for module, name in _RUNNERS:
+    for module, name in RUNNERS:
         found[f"{name}.load_model"] = attribute(find(module, name), "load_model", "vllm")
     pruning = find("vllm.model_executor.models.interfaces", "SupportsMultiModalPruning")
     again = attribute(pruning, "recompute_mrope_positions", "vllm")
@@ -88,76 +97,42 @@ def hooks() -> dict[str, Any]:
     if "keep_on_cpu" not in inspect.signature(find("vllm.multimodal.inputs", "MultiModalBatchedField")).parameters:
         raise lacking("vllm", "MultiModalBatchedField(keep_on_cpu=)")
     find("vllm.multimodal.processing", "PromptUpdateDetails")
+    attribute(find("vllm.multimodal", "MULTIMODAL_REGISTRY"), "get_processing_info", "vllm")
+    for name in ("uses_mrope", "mrope_num_dims"):
+        find("vllm.transformers_utils.config", name)
+    if second_runner() is None:
+        found["maybe_create_mm_pruner"] = find(*PRUNER)
+        find("vllm.v1.worker.gpu.model_states.mm_pruning", "MultiModalPruner")
     return found
 
 
-def install(
-    change: Callable[[type, Any], type], axes: Callable[[Any, int], int], positions_again: Callable[[Any], bool]
-) -> None:
-    """Put functions between vLLM and its models. Called again, it changes nothing.
-
-    Args:
-        change: takes the class that vLLM chose for a model and the ``ModelConfig``; returns the class that is used.
-        axes: takes a ``ModelConfig`` and how many axes its positions have (0: they are no M-RoPE); returns how many
-            rows the engine keeps for a position.
-        positions_again: of a loaded model, whether it is asked for positions again when images were encoded.
+@functools.cache
+def second_runner() -> str | None:
+    """Why vLLM's second model runner cannot be imported here; None: it can.
 
     Raises:
-        VersionError: something that is needed is missing. Nothing is changed then.
+        VersionError: it is not where it was.
     """
-    found = hooks()
-    registry, config = find("vllm.model_executor.models.registry", "ModelRegistry"), find("vllm.config", "ModelConfig")
-    if hasattr(registry, "_vlmrewrite"):
-        return
-    registry._vlmrewrite = True
-    resolve = found["ModelRegistry.resolve_model_cls"]
-
-    @functools.wraps(resolve)
-    def resolve_model_cls(architectures: Any, model_config: Any) -> tuple[type, str]:
-        chosen, name = resolve(architectures, model_config=model_config)
-        return change(chosen, model_config), name
-
-    registry.resolve_model_cls = resolve_model_cls
-    uses, rows = found["ModelConfig.uses_mrope"].fget, found["ModelConfig.mrope_num_dims"].fget
-
-    def now(self: Any) -> int:
-        return axes(self, rows(self) if uses(self) else 0)
-
-    config.uses_mrope = property(lambda self: now(self) > 0)
-    config.mrope_num_dims = property(now)
-    for module, name in _RUNNERS:
-        kind = find(module, name)
-        kind.load_model = _asked_again(found[f"{name}.load_model"], positions_again)
-    _second_runner(positions_again)
-
-
-def _asked_again(load: Callable[..., Any], positions_again: Callable[[Any], bool]) -> Callable[..., Any]:
-    @functools.wraps(load)
-    def load_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        made = load(self, *args, **kwargs)
-        if positions_again(self.get_model()):
-            self.is_multimodal_pruning_enabled = True
-        return made
-
-    return load_model
-
-
-def _second_runner(positions_again: Callable[[Any], bool]) -> None:
-    """The same in vLLM's second model runner, where it can be imported."""
-    module, name = _PRUNER
     try:
-        place = importlib.import_module(module)
-    except Exception:  # it needs Triton and a device of its own; the first runner is used then
-        return
-    make, kind = find(module, name), find("vllm.v1.worker.gpu.model_states.mm_pruning", "MultiModalPruner")
+        importlib.import_module(PRUNER[0])
+    except ModuleNotFoundError as error:
+        if error.name and PRUNER[0].startswith(error.name):
+            raise lacking("vllm", PRUNER[0]) from error
+        return str(error)
+    except (ImportError, OSError, RuntimeError) as error:  # of a device's libraries that are not there
+        return f"{type(error).__name__}: {error}"
+    return None
 
-    @functools.wraps(make)
-    def maybe_create_mm_pruner(model_config: Any, model: Any, rope_state: Any, encoder_cache: Any) -> Any:
-        if rope_state is None or encoder_cache is None or not positions_again(model):
-            return make(model_config, model, rope_state, encoder_cache)
-        return kind(model, rope_state, encoder_cache, model_config.get_inputs_embeds_size())
 
-    setattr(place, name, maybe_create_mm_pruner)
+def uses_second_runner(vllm_config: Any) -> bool:
+    """Whether an engine's model is run by vLLM's second model runner."""
+    return bool(getattr(vllm_config, "use_v2_model_runner", False))
+
+
+def modalities(model_config: Any) -> list[str]:
+    """What a model takes beside text, as its processor names it."""
+    info = find("vllm.multimodal", "MULTIMODAL_REGISTRY").get_processing_info(model_config)
+    return sorted(attribute(info, "get_supported_mm_limits", "vllm")())
 
 
 def axes_of(model_config: Any) -> int:
@@ -239,6 +214,20 @@ def as_unchanged(vllm_config: Any, mark: str, longer: int) -> Any:
 
 
 def rows_of_ropes(model: torch.nn.Module) -> int | None:
-    """How many positions the tables of a model's ropes have; None if it has no tables."""
-    tables = [getattr(m, "cos_sin_cache", None) for m in model.modules()]
+    """How many positions the tables of a model's ropes have; None if it has no tables.
+
+    Of its language model, where it can say which that is; else of the whole model, whose tower may have fewer.
+
+    Raises:
+        ValueError: a rope looks positions up in another way.
+    """
+    text = model
+    if hasattr(model, "get_language_model"):
+        with suppress(NotImplementedError):
+            text = model.get_language_model()  # type: ignore[operator]
+    for m in text.modules():
+        if other := sorted(k for k, _ in m.named_buffers(recurse=False) if "cos_sin" in k and k != "cos_sin_cache"):
+            got = f"{type(m).__name__}.{other[0]}"
+            raise ValueError(f"with a recipe: expected ropes with one table of positions, cos_sin_cache, got {got}")
+    tables = [getattr(m, "cos_sin_cache", None) for m in text.modules()]
     return min((len(t) for t in tables if isinstance(t, Tensor)), default=None)

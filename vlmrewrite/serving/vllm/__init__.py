@@ -7,6 +7,6 @@ the scheduler, the caches and the decoder alike; kept tokens have the positions 
 """
 
 from vlmrewrite.serving.vllm.plugin import register
-from vlmrewrite.serving.vllm.settings import KEY, overrides
+from vlmrewrite.serving.vllm.settings import KEY, Serving, overrides
 
-__all__ = ["KEY", "overrides", "register"]
+__all__ = ["KEY", "Serving", "overrides", "register"]

@@ -12,7 +12,7 @@ from torch import Tensor
 from vlmrewrite.compat import vllm
 from vlmrewrite.serving.placeholders import Layout, Span, original, resolved, table_of, with_columns
 from vlmrewrite.serving.select import BeforeDecoder
-from vlmrewrite.serving.vllm.settings import KEY, LONGER, check_engine, serving_of
+from vlmrewrite.serving.vllm.settings import KEY, LONGER, check_engine, check_model, serving_of
 
 _OWN = "vlmrewrite_before"
 
@@ -32,7 +32,10 @@ def pruned(base: Any) -> type:
             if serving is None:
                 super().__init__(vllm_config=vllm_config, prefix=prefix)
                 return
+            check_model(base, vllm_config.model_config)
             check_engine(vllm_config)
+            if "image" not in (known := vllm.modalities(vllm_config.model_config)):
+                raise ValueError(f"expected a model whose processor takes what it calls 'image', got one of {known}")
             super().__init__(vllm_config=vllm.as_unchanged(vllm_config, KEY, LONGER), prefix=prefix)
             setattr(self, _OWN, serving.before)
             self.vlmrewrite_axes = vllm.axes_of(vllm_config.model_config)
@@ -47,6 +50,10 @@ def pruned(base: Any) -> type:
             window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
             if window is not None and window < longest:
                 vllm.warn(f"with a recipe of vlmrewrite, sliding windows of {window} tokens count those that are left")
+            vllm.log(
+                "vlmrewrite: kept tokens have the positions of the whole prompt, which may lie behind max_model_len,"
+                f" {longest}: up to {LONGER * longest}"
+            )
             if rows is not None and rows < LONGER * longest:
                 raise ValueError(
                     f"max_model_len: expected at most {rows // LONGER} with a recipe of vlmrewrite, got {longest}:"

@@ -101,6 +101,15 @@ def _read(written: str, depth: int) -> Serving:
         raise ValueError(f"recipe {recipe.name!r} cannot be served: {e}") from None
 
 
+def takes_images(chosen: Any) -> bool:
+    """Whether a class of vLLM's encodes images apart from its prompt, with a processor, and makes what it says."""
+    return hasattr(chosen, "embed_multimodal") and hasattr(chosen, "_processor_factory") and not _makes_another(chosen)
+
+
+def _makes_another(chosen: Any) -> bool:
+    return "__new__" in vars(chosen)
+
+
 def check_model(chosen: Any, model_config: Any) -> None:
     """Whether a recipe can be served with a model.
 
@@ -116,12 +125,17 @@ def check_model(chosen: Any, model_config: Any) -> None:
 def _unfit_model(chosen: Any, model_config: Any, serving: Serving) -> str | None:
     if not hasattr(chosen, "embed_multimodal") or not hasattr(chosen, "_processor_factory"):
         return "vLLM knows no images for it; expected a model that takes images and a processor for them"
+    if _makes_another(chosen):
+        return "it has a __new__ of its own, so that what is loaded may be of another class"
     if getattr(chosen, "supports_multimodal_raw_input_only", False):
         return "it encodes images inside its forward pass, where no token can be left out"
     if getattr(chosen, "is_encoder_decoder", False) or model_config.is_encoder_decoder:
         return "its decoder attends to the image from outside of the prompt"
-    if not _ropes(model_config.hf_config.get_text_config()):
+    kinds = _ropes(model_config.hf_config.get_text_config())
+    if not kinds:
         return "its text model has no rotary positions, so that kept tokens cannot have those of the whole prompt"
+    if by_length := sorted(kinds & _BY_LENGTH):
+        return f"its rope type {by_length[0]!r} goes by the length of a prompt, which is another one with a recipe"
     images = model_config.multimodal_config
     if serving.before.by_row and (images is None or images.get_limit_per_prompt("image") != 1):
         return 'a budget per="row" is of all images of a prompt together; set limit_mm_per_prompt={"image": 1}'
@@ -130,9 +144,17 @@ def _unfit_model(chosen: Any, model_config: Any, serving: Serving) -> str | None
     return None
 
 
-def _ropes(text: Any) -> bool:
-    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)
-    return bool(found)
+_BY_LENGTH = {"dynamic", "longrope", "su"}
+"""Types of ropes whose frequencies or tables are others for longer prompts."""
+
+
+def _ropes(text: Any) -> set[str]:
+    """The types of a text model's ropes, which may have one for each kind of layer."""
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
+    if not found:
+        return {"default"} if getattr(text, "rope_theta", None) else set()
+    each = [x for x in found.values() if isinstance(x, dict)] or [found]
+    return {str(x.get("rope_type", x.get("type", "default"))) for x in each}
 
 
 def check_engine(vllm_config: Any) -> None:
@@ -150,5 +172,13 @@ def check_engine(vllm_config: Any) -> None:
         )
     if vllm_config.compilation_config.cudagraph_mm_encoder:
         wrong.append("compilation_config.cudagraph_mm_encoder: expected False, such a graph goes round the selection")
+    if getattr(vllm_config.model_config.multimodal_config, "mm_processor_cache_type", None) == "shm":
+        wrong.append('mm_processor_cache_type: expected "lru", got "shm": what is known of an image would be lost')
+    if vllm_config.model_config.enable_prompt_embeds:
+        wrong.append("enable_prompt_embeds: expected False, embeddings of a prompt do not tell where images stand")
+    if getattr(vllm_config.lora_config, "enable_tower_connector_lora", False):
+        wrong.append("enable_tower_connector_lora: expected False, it counts an image's tokens by its placeholders")
+    if vllm.uses_second_runner(vllm_config) and (why := vllm.second_runner()) is not None:
+        wrong.append(f"VLLM_USE_V2_MODEL_RUNNER: expected 0, the second model runner cannot be imported here: {why}")
     if wrong:
         raise ValueError("with a recipe of vlmrewrite: " + "; ".join(wrong))
