@@ -14,7 +14,6 @@ import vlmrewrite as vr
 from examples.digits.model import CHECKPOINT, load
 from examples.digits.scenes import held_out_questions
 from tests.serving.engine import ask, started
-from tests.serving.folders import saved
 from tests.serving.test_vllm_families import CLOSE, generated, picture, prompt, requests
 from vlmrewrite.passes import DivPrune
 from vlmrewrite.recipe import Recipe
@@ -79,6 +78,8 @@ def test_prompts_that_are_preempted(tmp_path: Path) -> None:
 
     A model that never ends; the rows whose choices are the clearest, of several.
     """
+    from tests.serving.folders import saved
+
     model, processor, image = saved("qwen2_5_vl", tmp_path / "model")
     rows = [prompt(image, 1 + seed % 2, " w19 ", seed) for seed in range(ROWS)]
     with vr.applied(model, RECIPE):
@@ -115,6 +116,8 @@ def test_an_engine_that_is_killed_and_started_again(asked: Any, tmp_path: Path) 
 
 def test_videos_are_left_as_they_are(tmp_path: Path) -> None:
     """As in an engine without a recipe; also beside images from which tokens are left out."""
+    from tests.serving.folders import saved
+
     _, _, image = saved("qwen2_5_vl", tmp_path / "model")
     video = image.replace("image_pad", "video_pad")
     frames = np.stack([np.asarray(picture(i, (32, 32))) for i in range(4)])
