@@ -12,9 +12,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, apply_rotary_pos_emb
 
 import vlmrewrite as vr
-from tests.small import crossed
+from tests.small import ONE_EACH, crossed
 from vlmrewrite.oracle import layer_masks, oracle_logits
-from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
+from vlmrewrite.passes import Stride
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import ZOO, Row, TinyVLM
 from vlmrewrite.testing.models.families import llava_of
@@ -40,14 +40,6 @@ OWN = {
 }
 """Decoders of the kind beside those of the families that have a builder."""
 
-RECIPES = {
-    "stride": [Stride(0.5)],
-    "sts": [STS(keep=5, refine=3, at=1)],
-    "fastv": [FastV(keep=0.5, at=1)],
-    "dpvr": [DPVR()],
-    "visor": [VISOR([0], [2])],
-}
-
 
 @functools.cache
 def tiny(name: str) -> TinyVLM:
@@ -58,11 +50,11 @@ def tiny(name: str) -> TinyVLM:
     return llava_of(name, config(**sizes), 0)
 
 
-@pytest.mark.parametrize(("name", "recipe"), crossed([*OWN, "kimi_k25"], RECIPES))
+@pytest.mark.parametrize(("name", "recipe"), crossed([*OWN, "kimi_k25"], ONE_EACH))
 def test_a_recipe_agrees_with_the_oracle(name: str, recipe: str) -> None:
     model, inputs = tiny(name).model, tiny(name).inputs(ROWS)
-    forward_agreement(model, inputs, RECIPES[recipe]).check()
-    generation_agreement(model, inputs, RECIPES[recipe], new_tokens=3).check()
+    forward_agreement(model, inputs, ONE_EACH[recipe]).check()
+    generation_agreement(model, inputs, ONE_EACH[recipe], new_tokens=3).check()
 
 
 def test_the_cache_holds_latents_and_is_counted_so() -> None:
@@ -85,7 +77,7 @@ def test_images_on_a_kept_cache(name: str, recipe: str) -> None:
     first = tiny(name).inputs([Row(1, 2, 3), Row(2, 1, 2)], seed=1)
     then = tiny(name).inputs([Row(1, 4, 2), Row(1, 1, 2)], seed=2)
     mask = torch.cat([first["attention_mask"], then["attention_mask"]], 1)
-    with vr.applied(model, RECIPES[recipe]):
+    with vr.applied(model, ONE_EACH[recipe]):
         model(**first, past_key_values=cache)
         masks = layer_masks(model)
         got = model(**then | {"attention_mask": mask}, past_key_values=cache).logits
@@ -111,7 +103,7 @@ def test_a_compiled_decode_step_finds_the_positions(monkeypatch: pytest.MonkeyPa
     how = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
     found = []
     for backend in ("eager", "inductor"):
-        with vr.applied(model, RECIPES["sts"], backend=backend):
+        with vr.applied(model, ONE_EACH["sts"], backend=backend):
             found.append(model.generate(**inputs, **how))
     eager, compiled = found
     assert torch.equal(eager.sequences, compiled.sequences)
@@ -150,16 +142,16 @@ def holding(counts=False, shares=False):
 @pytest.mark.parametrize("recipe", ["stride", "fastv", "visor"])
 def test_keys_that_are_made_of_what_is_held_alone(recipe):
     made = holding()
-    generation_agreement(made.model, made.inputs(ROWS), RECIPES[recipe], new_tokens=3).check()
+    generation_agreement(made.model, made.inputs(ROWS), ONE_EACH[recipe], new_tokens=3).check()
 
 
 def test_places_of_held_keys_are_no_positions():
     made = holding(counts=True)
     with pytest.raises(ValueError, match="makes keys or values of what the cache holds and of .* tokens of its own"):
-        forward_agreement(made.model, made.inputs(ROWS), RECIPES["stride"])
+        forward_agreement(made.model, made.inputs(ROWS), ONE_EACH["stride"])
 
 
 def test_a_layer_that_attends_to_what_another_made_of_its_keys_is_refused():
     made = holding(shares=True)
     with pytest.raises(ValueError, match="layer 1 attends to what layer 0 made of the keys that it holds"):
-        forward_agreement(made.model, made.inputs(ROWS), RECIPES["stride"])
+        forward_agreement(made.model, made.inputs(ROWS), ONE_EACH["stride"])

@@ -93,12 +93,14 @@ def _unguarded(name: str) -> None:
     """
     context = find("torch._guards", "TracingContext").get()
     guards = attribute(context, "guards_context.dynamo_guards", "torch")
-    for guard in [*guards]:
+    read = set()
+    for guard in guards:
         source = guard.originating_source
         while source is not None and getattr(source, "member", None) != name:
             source = getattr(source, "base", None)
-        if source is not None:
-            attribute(guards, "remove_guards_with_source", "torch")(source)
+        read |= {source} - {None}
+    for source in read:
+        attribute(guards, "remove_guards_with_source", "torch")(source)
 
 
 def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
