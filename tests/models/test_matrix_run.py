@@ -28,7 +28,7 @@ def tiny() -> TinyVLM:
     return ZOO["llava"](layers=LAYERS)
 
 
-def test_a_family_from_the_first_piece_to_the_last() -> None:
+def test_a_family_from_the_first_piece_to_the_last(unshared: None) -> None:
     pieces = list(measure("llava"))
     first = dict(pieces[:4])
     assert list(first) == ["versions", "capture_seconds", "graphs", "moved"]
