@@ -33,7 +33,7 @@ SITES := import sys; print("\n".join(p for p in sys.path if p.endswith("-package
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test quick aot mutants families oldest ecosystem serving lint format typecheck docs wheel clean
+.PHONY: help demo test quick aot mutants properties families oldest ecosystem serving lint format typecheck docs wheel clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -52,6 +52,9 @@ aot: $(READY) ## compile all kernels for GPUs that are not there, in every confi
 
 mutants: $(READY) ## seeded faults, one at a time: which do the tests find? (hours; ARGS="--sample 3 --seed 1")
 	$(BIN)/python -m tests.mutants $(ARGS)
+
+properties: $(READY) ## thousands of examples over all families, each judged by the oracle (an hour; ARGS="--examples 5000")
+	$(BIN)/python -m tests.property.many $(ARGS)
 
 families: $(READY) ## which technique works with which family of models (ARGS="--run" finds out anew)
 	$(BIN)/python -m vlmrewrite families $(ARGS)

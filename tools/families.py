@@ -45,10 +45,12 @@ def reasons(kept: Mapping[str, Record]) -> Iterator[str]:
             for technique, cell in row.items():
                 if cell.status != "ok":
                     found.setdefault(f"{cell.status}: {_code(cell.reason)}", {}).setdefault(case, []).append(technique)
-        if found or record.moved:
+        if found or record.moved or record.alone:
             yield f"### {name}"
         if record.moved:
             yield f"Some layers have no attention; tried as {', '.join(map(_code, record.moved.values()))}."
+        if record.alone:
+            yield f"Videos are tried without images: with both, the unmodified model raises {_code(record.alone)}"
         if found:
             yield "\n".join(f"- {_where(cases, record)}: {said}" for said, cases in found.items())
 

@@ -52,6 +52,17 @@ def test_techniques_take_layers_that_have_attention() -> None:
     assert told[1].startswith("  some layers have no attention: FastV(keep=0.5, at=2")
 
 
+def test_videos_go_alone_where_the_model_takes_no_images_beside_them() -> None:
+    """GLM-4.1V's image and video tokens are one."""
+    apart, why = CASES["video"].fitting(ZOO["glm4v"](layers=LAYERS))
+    assert why is not None
+    assert why.startswith("ValueError: Image features and image tokens do not match")
+    assert any(row.videos for row in apart.rows)
+    assert not any(row.images for row in apart.rows)
+    assert CASES["video"].fitting(ZOO["qwen2_vl"](layers=LAYERS)) == (CASES["video"], None)
+    assert "  videos are tried without images beside them" in list(details("glm4v", Record(alone=why)))[1]
+
+
 def test_a_fault_is_wrong(tiny: TinyVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compared is what the rewritten model gave."""
     from vlmrewrite.lower import Executable

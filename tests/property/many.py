@@ -11,9 +11,13 @@ import functools
 import gc
 import json
 import multiprocessing
+import os
 import sys
 import time
 from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import torch
 from hypothesis import HealthCheck, assume, given, seed, settings
@@ -55,7 +59,7 @@ def main() -> int:
     parser.add_argument("--examples", type=int, default=5000, help="in all (default: 5000)")
     parser.add_argument("--seed", type=int, default=0, help="of what is drawn (default: 0)")
     parser.add_argument("--jobs", type=int, default=1, help="families at a time (default: 1)")
-    parser.add_argument("--log", type=Path, help="a line of JSON for each family; those that are there do not run again")
+    parser.add_argument("--log", type=Path, help="a line of JSON a family; what is there does not run again")
     args = parser.parse_args()
     there = [json.loads(line) for line in args.log.read_text().splitlines()] if args.log and args.log.exists() else []
     left = [name for name in NAMES if name not in {one["family"] for one in there}]
@@ -68,7 +72,8 @@ def main() -> int:
                 with args.log.open("a") as file:
                     print(json.dumps(found), file=file)
     wrong = [one["family"] for one in there if one["wrong"]]
-    print(f"{sum(one['ran'] for one in there)} examples over {len(there)} families ran; disagreements: {wrong or 'none'}")
+    ran = sum(one["ran"] for one in there)
+    print(f"{ran} examples over {len(there)} families ran; disagreements: {', '.join(wrong) or 'none'}")
     return int(bool(wrong))
 
 

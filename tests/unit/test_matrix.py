@@ -108,6 +108,7 @@ def test_what_is_worse_in_a_record() -> None:
 def test_what_is_kept_is_what_was_measured(tmp_path: Path) -> None:
     path = tmp_path / "kept.json"
     families = {"b": record(None, Stride=OK, STS=WRONG), "a": record(Stride=Cell("ok"), STS=ABSENT)}
+    families["b"].alone = "ValueError: not both"
     table.write(families, path)
     assert table.read(path) == families
     assert list(table.read(path)) == ["a", "b"]

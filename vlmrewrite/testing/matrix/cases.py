@@ -57,6 +57,9 @@ IMAGES = [Row(1, 3, 2), Row(2, 1, 3), Row(0, 4, 1)]
 
 VIDEOS = [Row(0, 2, 2, videos=1), Row(2, 1, 3, videos=1), Row(0, 4, 1)]
 
+ALONE = [Row(0, 2, 2, videos=1), Row(0, 1, 3, videos=2), Row(0, 4, 1)]
+"""Videos for models that take no images beside them."""
+
 ONE_EACH = [Row(1, 3, 2), Row(1, 1, 5)]  # generate() gives the beams of a row with several images the wrong ones
 
 NEW, BEAMS = 3, 2
@@ -76,12 +79,25 @@ class Case:
         rows: the prompts.
         check: compares a rewritten model with the oracle; None where there is nothing to compare.
         unmodified: the same with the unmodified model, whose answer must be its own forward's.
+        instead: the prompts for models that raise for `rows`; none: there are no others.
     """
 
     what: str
     rows: Sequence[Row]
     check: Callable[[TinyVLM, dict[str, Any], Pass], Agreement | None]
     unmodified: Callable[[TinyVLM, dict[str, Any]], Answered | None]
+    instead: Sequence[Row] = ()
+
+    @torch.no_grad()
+    def fitting(self, tiny: TinyVLM) -> tuple[Case, str | None]:
+        """The case with prompts that the unmodified model takes; where they are the others, why."""
+        if not self.instead:
+            return self, None
+        try:
+            tiny.model(**tiny.inputs(self.rows))
+        except Exception as e:
+            return replace(self, rows=self.instead), one_line(f"{type(e).__name__}: {e}")
+        return self, None
 
     def lacking(self, tiny: TinyVLM) -> str | None:
         """Why the family cannot be tried in this case at all, or None."""
@@ -193,7 +209,8 @@ CASES: Mapping[str, Case] = {
     "trace": Case("vr.rewrite(vr.trace(...)): captured and rewritten, not run", IMAGES, _trace, _forward),
     "prefill": Case("a forward over a padded batch, one to two images a row and none", IMAGES, _prefill, _forward),
     "generate": Case("generate() for that batch, with a cache", IMAGES, _generate, _whole(answers)),
-    "video": Case("prefill and generate() with videos, and images beside them", VIDEOS, _video, _whole(answers)),
+    "video": Case("prefill and generate() with videos, and images beside them", VIDEOS, _video, _whole(answers),
+                  ALONE),
     "turns": Case("generate() for that batch, then a second question on the kept cache", IMAGES, _turns,
                   _whole(conversation)),
     "beams": Case(f"generate() with {BEAMS} beams for a padded batch", ONE_EACH, _beams, _whole(beams)),

@@ -80,6 +80,7 @@ class Record:
             and for one row; None if that could not be counted.
         cells: by case and technique.
         moved: configurations of techniques that are tried in other layers here, as some layers have no attention.
+        alone: what the unmodified model raises for videos with images beside them, if so; they are tried without.
     """
 
     versions: str = ""
@@ -87,6 +88,7 @@ class Record:
     graphs: tuple[int, int] | None = None
     cells: dict[str, dict[str, Cell]] = field(default_factory=dict)
     moved: dict[str, str] = field(default_factory=dict)
+    alone: str = ""
 
     @property
     def counted(self) -> str:

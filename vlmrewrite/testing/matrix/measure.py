@@ -38,6 +38,9 @@ def measure(name: str) -> Iterator[Piece]:
     yield "moved", {name: repr(p) for name, p in techniques.items() if p != TECHNIQUES[name]}
     for case_name, case in CASES.items():
         lacking, amiss = case.lacking(tiny), list[Cell | None]()
+        case, why = (case, None) if lacking else case.fitting(tiny)
+        if why is not None:
+            yield "alone", why
         for technique_name, technique in techniques.items():
             cell = Cell("absent", reason=lacking) if lacking else tried(tiny, case, technique, amiss)
             yield "cell", (case_name, technique_name, cell)

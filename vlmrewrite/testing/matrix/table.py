@@ -36,7 +36,7 @@ def read_if_there(path: Path) -> dict[str, Record]:
 def record_data(record: Record) -> dict[str, Any]:
     """A record for JSON."""
     cells = {case: {name: cell_data(cell) for name, cell in row.items()} for case, row in record.cells.items()}
-    return {name: x for name, x in vars(record).items() if x != {}} | {"cells": cells}
+    return {name: x for name, x in vars(record).items() if x not in ({}, "")} | {"cells": cells}
 
 
 def _record(data: dict[str, Any]) -> Record:
@@ -56,7 +56,7 @@ def write(families: Mapping[str, Record], path: Path) -> None:
         lines = [
             f"  {json.dumps(key)}: {json.dumps(value)},"
             for key, value in vars(record).items()
-            if value != {} and key != "cells"
+            if value not in ({}, "") and key != "cells"
         ]
         cases = []
         for case, row in record.cells.items():
@@ -123,6 +123,8 @@ def details(name: str, record: Record) -> Iterator[str]:
     yield f"{name}: {seconds}; graphs of batches + of one row: {record.counted}; {record.versions}"
     if record.moved:
         yield f"  some layers have no attention: {', '.join(record.moved.values())}"
+    if record.alone:
+        yield f"  videos are tried without images beside them; with some, the unmodified model raises {record.alone}"
     for case, row in record.cells.items():
         for said, group in groupby(row.items(), key=lambda item: str(item[1])):
             yield f"  {case:9} {', '.join(technique for technique, _ in group)}: {said}"
