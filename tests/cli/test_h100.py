@@ -1,21 +1,19 @@
 """The end-to-end measurement for a GPU runs, on tiny models, without one."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "h100.py"
+from tests import scripts
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
 @pytest.mark.slow
 def test_dry(tmp_path: Path) -> None:
     options = ["--dry", "--model", "llava-next-7b", "--batch", "2", "--new-tokens", "2"]
-    command = [sys.executable, str(SCRIPT), *options, "--json", str(tmp_path / "out.json")]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stdout + done.stderr
+    printed = scripts.run(EXAMPLES, "h100.py", *options, "--json", tmp_path / "out.json")
     [run] = json.loads((tmp_path / "out.json").read_text())
     assert [row["name"] for row in run["rows"]] == ["unmodified", "sts-64", "visor-cross"]
     for row in run["rows"][1:]:
@@ -25,4 +23,4 @@ def test_dry(tmp_path: Path) -> None:
     said = [check["what"].partition(": ")[2] for check in run["checks"] if check["what"].startswith("sts-64")]
     for what in ("K/V bytes with it", "decoding, times unmodified", "sampling, of its prefill"):
         assert any(what in line for line in said)
-    assert "K/V bytes with it, as the report says" in done.stdout and "FALLS SHORT" not in done.stdout
+    assert "K/V bytes with it, as the report says" in printed and "FALLS SHORT" not in printed
