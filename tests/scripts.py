@@ -1,4 +1,4 @@
-"""Scripts run in this process, where what they import is there already: importing it again takes longer than they do."""
+"""Scripts run in this process: what they import is there, and importing it again takes longer than they do."""
 
 from __future__ import annotations
 
@@ -19,10 +19,12 @@ def _as_called(folder: Path, arguments: list[str]) -> Iterator[io.StringIO]:
     before, threads, out = (sys.argv, [*sys.path], {*sys.modules}), torch.get_num_threads(), io.StringIO()
     sys.argv, sys.path = arguments, [str(folder), *sys.path]
     try:
-        with torch.random.fork_rng(), contextlib.chdir(folder), contextlib.redirect_stdout(out):
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                yield out
+        with contextlib.ExitStack() as stack:
+            for context in (torch.random.fork_rng(), contextlib.chdir(folder), contextlib.redirect_stdout(out)):
+                stack.enter_context(context)
+            stack.enter_context(warnings.catch_warnings())
+            warnings.simplefilter("ignore")
+            yield out
     finally:
         sys.argv, sys.path = before[:2]
         torch.set_num_threads(threads)
@@ -50,5 +52,6 @@ def run(folder: Path, *arguments: object) -> str:
             else:
                 runpy.run_path(str(folder / name), run_name="__main__")
         except SystemExit as e:
-            assert not e.code, f"{out.getvalue()}\nended with {e.code}"
+            if e.code:
+                raise AssertionError(f"{out.getvalue()}\nended with {e.code}") from e
     return out.getvalue()

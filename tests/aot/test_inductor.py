@@ -92,6 +92,7 @@ def test_first_calls_of_two_threads_at_once(quiet, unshared):
 EACH = FAMILIES if long() else ("llava", "qwen2_5_vl", "gemma3")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("name", "side"), [("llava", "right"), *((name, "left") for name in EACH)])
 def test_graphs_of_decode_steps_agree_with_the_oracle(as_they_are, quiet, name, side):
     tiny = of(name)

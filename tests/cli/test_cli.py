@@ -83,6 +83,7 @@ def test_recipes() -> None:
 # ---- inspect
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("family", "tokens", "source"),
     [

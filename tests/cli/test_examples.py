@@ -81,6 +81,7 @@ def test_recipes(tmp_path):
 CHAIN = [{"cross_layers": [0, 1, 2]}, {"self_layers": [0, 1, 2], "cross_layers": [3]}, {"self_layers": 1.0}]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("technique", "rate"),
     [

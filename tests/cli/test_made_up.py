@@ -49,6 +49,7 @@ def operations(program: vr.Program) -> collections.Counter[str]:
     return collections.Counter(str(n.target) for n in program.graph_module.graph.nodes if n.op != "placeholder")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", AGAIN + (OTHERWISE if long() else OTHERWISE[1::3]))
 def test_the_graph_is_that_of_a_call_with_images(name: str) -> None:
     tiny = ZOO[name](layers=4)
@@ -67,6 +68,7 @@ def test_the_graph_is_that_of_a_call_with_images(name: str) -> None:
     assert all(outcome.reason is None for outcome in planned.outcomes) is (name != "qwen3_5")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", WORKING if long() else WORKING[::16])
 def test_a_prompt_is_made_up(name: str) -> None:
     program, _ = captured_prompt(ZOO[name](layers=3).model.to("meta"), Shape(8, text=20))

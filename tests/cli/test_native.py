@@ -57,6 +57,7 @@ def test_the_loop_does_what_a_recipe_does(name: str) -> None:
     assert "forward" not in vars(tiny.model.get_decoder())
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["llava_qwen2", "qwen2_5_vl", "internvl", "smolvlm"])
 def test_families_whose_layers_are_the_usual_ones(name: str) -> None:
     tiny = family(name)

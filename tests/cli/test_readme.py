@@ -116,6 +116,7 @@ def test_other_blocks_are_trained(technique):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learned.values())
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "technique",
     [passes.DAPE(budget=0.5, matching="learned"), passes.VISOR(policy="router", chain=CHAIN)],

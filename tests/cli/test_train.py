@@ -98,6 +98,7 @@ def test_a_seed_gives_the_same_blocks(digits: Any, questions: Path, tmp_path: Pa
     assert not same(a, c)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("passes", "parts"),
     [

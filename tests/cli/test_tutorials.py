@@ -47,6 +47,7 @@ def test_pyramiddrop_is_refused_where_nothing_is_left() -> None:
     assert outcome.reason == "an earlier pass leaves no vision tokens from layer 8 on"
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("family", ["llava", "qwen2_5_vl"])
 def test_pyramiddrop_agrees_with_the_oracle(family: str) -> None:
     tiny = FAMILIES[family](layers=4)

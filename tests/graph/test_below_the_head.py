@@ -16,6 +16,7 @@ from vlmrewrite.testing.models import FAMILIES, ZOO, Row
 ROWS = [Row(1, 3, 4), Row(2, 5, 6)]
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "recipe"), crossed(FAMILIES, ONE_EACH))
 def test_it_runs_as_it_does_in_the_model(name, recipe):

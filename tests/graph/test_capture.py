@@ -62,6 +62,7 @@ def test_models_do_not_share_a_limit():
     assert counts == [1, 1, 1]
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 def test_a_model_like_one_that_is_there_captures_nothing(name):
@@ -123,6 +124,7 @@ def test_no_option_is_left_changed(llava):
     assert llava.model.config.text_config._attn_implementation in ("sdpa", "eager")
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "llava_next", "qwen2_5_vl", "gemma3"])
 def test_a_rewritten_graph_never_waits_for_the_device(name):

@@ -46,6 +46,7 @@ def layers_of(model):
     return [layer.gradient_checkpointing for layer in model.get_decoder().layers]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("recipe", "reentrant"), crossed([*ONE_EACH, "dispatch"], [False, True]))
 def test_the_gradients_are_the_same_and_less_is_kept(tiny, recipe, reentrant):
     model, inputs = tiny.model, tiny.inputs(ROWS)

@@ -41,6 +41,7 @@ def tiny():
     return FAMILIES["llava"](layers=4)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("recipe", [ENCODER, BLOCKS], ids=["encoder", "blocks"])
 @pytest.mark.parametrize("way", WAYS)
 def test_a_copy_is_rewritten_by_itself(tiny, recipe, way):
@@ -132,6 +133,7 @@ def test_a_copy_has_configs_of_its_own(tiny):
     assert model.get_decoder().config._attn_implementation == "sdpa"
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("way", WAYS)

@@ -70,6 +70,7 @@ PASSES = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "phi"])
 @pytest.mark.parametrize("passes", PASSES.values(), ids=PASSES)

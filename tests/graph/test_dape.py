@@ -170,6 +170,7 @@ def test_a_budget_that_a_grid_cannot_meet():
 # ---- numerics, against an oracle that looks for the regions itself
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("rows", [[Row(1)], BATCH], ids=["one row", "padded batch"])
 @pytest.mark.parametrize(
     "dape", [DAPE(budget=36), DAPE(budget=99, matching="learned"), DAPE(budget=36, mode="inject"), DAPE(budget=1.0)]

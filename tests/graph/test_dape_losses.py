@@ -83,6 +83,7 @@ def test_the_soft_count_is_about_the_count_of_the_rule():
 # ---- a model
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl", "gemma3"])
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -186,6 +187,7 @@ def digits():
     return model, scenes
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize(("seed", "rate"), [(0, 3e-2), (1, 3e-2), (0, 1e-3)])
 def test_three_steps_on_the_bundled_model_reduce_the_loss(digits, seed, rate):

@@ -26,6 +26,7 @@ def family():
     return with_grid("llava")
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=RECIPES)
 def test_every_tensor_says_where_it_is(recipe):

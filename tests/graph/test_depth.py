@@ -48,6 +48,7 @@ def agrees(tiny: TinyVLM, model: nn.Module, **options: Any) -> None:
             assert torch.equal(got, whole(**tiny.inputs(ROWS, **options)).logits)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "copies"),
     [
@@ -154,6 +155,7 @@ def test_a_hook_on_all_modules_is_called_for_each(deep: TinyVLM) -> None:
     assert {id(layer.mlp) for layer in layers} <= {*seen}
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_a_forward_of_its_own(deep: TinyVLM, at: int) -> None:
     layer: Any = deep.model.get_decoder().layers[at]

@@ -47,6 +47,7 @@ def test_plan():
     )
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("which", [0, 1, 2])
 def test_a_policy_chooses_and_later_passes_hold_for_every_plan(which):
@@ -260,6 +261,7 @@ def test_vision_without_the_mlp():
         generation_agreement(tiny.model, tiny.inputs(ROWS), [*passes, Random(keep=3, at=2)]).check()
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("threshold", [0.15, 0.2, 0.5])
 def test_confidence_is_that_of_the_first_token(threshold):

@@ -67,6 +67,7 @@ def gradients(model, inputs):
     return found
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("layers", [3, 6])
 def test_gradients_are_those_of_its_own_backward(layers):
     tiny = model_of(Doubled, layers)

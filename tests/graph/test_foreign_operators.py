@@ -91,6 +91,7 @@ def quantised(name="llava", **how):
     return tiny
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_recipes_agree_with_the_oracle(name):
     tiny = quantised(name)
@@ -107,6 +108,7 @@ def test_tokens_that_are_rounded_together_are_refused():
         forward_agreement(tiny.model, tiny.inputs(ROWS), Stride(keep=0.5))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("buffers", [False, True])
 def test_a_copy_that_is_trained_has_plain_weights(buffers):
     tiny = quantised(buffers=buffers)

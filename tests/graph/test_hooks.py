@@ -59,6 +59,7 @@ def put(model, kind):
     return getattr(model.get_submodule(name), how)(hook, **options)
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("kind", HOOKS)
@@ -128,6 +129,7 @@ def test_a_hook_that_cannot_be_captured_is_named_in_the_error(tiny, inputs):
 # ---- what a rewritten model refuses, and says
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 @pytest.mark.parametrize("how", [{}, {"mode": "reduce-overhead"}, {"backend": "eager"}, None], ids=str)

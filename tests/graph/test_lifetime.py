@@ -140,6 +140,7 @@ def test_where_torch_compile_does_nothing_the_model_says_so(llava):
         llava.model(**inputs)
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(
     "off", [lambda: FlopCounterMode(display=False), lambda: torch.compiler.set_stance("force_eager")]

@@ -48,6 +48,7 @@ def allocated(run):
     return peak_of(run, torch.device("cpu"))
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [1, 3])
 @pytest.mark.parametrize("name", EACH)

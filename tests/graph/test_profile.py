@@ -50,6 +50,7 @@ def tokens(inputs: dict[str, Any], image: int = IMAGE) -> tuple[Tensor, Tensor]:
 # ---- against others
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "gemma3"])
 def test_attention_mass_and_cosines_are_those_of_hugging_face(family: str) -> None:
@@ -79,6 +80,7 @@ def oracle_next_tokens(model: Any, inputs: dict[str, Any], hide: bool) -> Tensor
     return logits.double().log_softmax(-1)
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @pytest.mark.parametrize("family", ["llava", "gemma3", "qwen2_5_vl"])
 def test_kls_are_those_of_the_oracle(family: str) -> None:

@@ -63,6 +63,7 @@ def both(model, inputs, put):
     return found, expected
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(("read", "passes"), [*crossed(["derived"], PASSES), ("as it is", "fastv")])
 def test_a_hook_that_reads_a_layer_is_given_the_stream_of_the_rewritten_model(tiny, inputs, passes, read):
@@ -89,6 +90,7 @@ def test_a_hook_that_reads_a_layer_is_given_the_stream_of_the_rewritten_model(ti
     assert torch.equal(model(**inputs).logits, plain)
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("where", "read"), crossed(["mlp", "self_attn.q_proj", "self_attn.v_proj", "input_layernorm"], READ)
@@ -109,6 +111,7 @@ def test_a_hook_that_reads_inside_a_rewritten_layer_is_refused(tiny, inputs, whe
     assert torch.equal(model(**inputs).logits, plain)
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["layers.0.mlp", "layers.0.self_attn.q_proj", "norm", "layers.1.input_layernorm in"])
 def test_a_hook_that_reads_around_the_rewritten_layers_is_given_what_is_there(tiny, inputs, where):

@@ -38,6 +38,7 @@ class Inside(LogitsProcessor):
         return scores
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", [[FastV(keep=2, at=1)], [STS(keep=6, refine=2, at=1)], [DAPE(budget=0.5)]])
@@ -186,6 +187,7 @@ def test_a_second_model_of_the_same_config_is_not_touched(llava):
 # ---- several sequences of a prompt
 
 
+@pytest.mark.wide
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
@@ -257,6 +259,7 @@ PASSES = {
 }
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize("name", PASSES)
 def test_one_row_that_is_not_finite_leaves_the_others_as_they_are(llava, name):

@@ -44,6 +44,7 @@ def chat(model, turns, given, new=2, **how):
     return told
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:inputs_embeds were given without images")
 @pytest.mark.parametrize("name", TURNS)
@@ -60,6 +61,7 @@ def test_new_tokens_on_a_kept_cache_are_as_the_whole_conversation(llava, name):
                 assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize("name", TURNS)
 def test_every_beam_keeps_what_the_row_keeps_alone(llava, name):
