@@ -142,6 +142,9 @@ def test_one_key_too_few_is_seen(name):
 class Attention(nn.Module):
     layer_idx, head_dim, num_key_value_groups, training = 0, 8, 2, False
 
+    def forward(self, hidden_states, attention_mask):
+        """Never called."""
+
 
 @pytest.fixture
 def qkv():
@@ -252,6 +255,8 @@ def test_an_mlp_must_be_one_child():
                 setattr(self, name, child)
 
     layer = Layer(act=nn.SiLU(), ff=nn.Linear(2, 2))
+    assert mlp_of(layer) is layer.ff
+    layer.ff.layer_idx = 3  # that of HunYuan-VL knows its layer
     assert mlp_of(layer) is layer.ff
     with pytest.raises(ValueError, match=r"one child of Layer to be its MLP, found \['fc1', 'fc2'\]"):
         mlp_of(Layer(fc1=nn.Linear(2, 2), fc2=nn.Linear(2, 2)))

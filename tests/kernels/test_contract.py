@@ -54,6 +54,7 @@ def _close(got, wanted):
         torch.testing.assert_close(x, y, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.wide
 @pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # Inductor's
 @pytest.mark.parametrize("name", CALLS)
 def test_compiled_and_exported_it_is_the_kernel_still(device, name):

@@ -37,6 +37,7 @@ SOME = {
 EACH_OF = dict.fromkeys(NAMES, EACH) if long() else SOME
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("name", "passes"), [(n, p) for n in EACH_OF for p in EACH_OF[n]])
 def test_generation_by_kernels_agrees_with_the_oracle(name, passes):
     tiny = family(name)

@@ -41,6 +41,7 @@ def tiny():
     return made
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("recipe", [STS(keep=5, refine=3, at=1), FastV(), VISOR([0, 2], [3])], ids=repr)
 def test_a_recipe_agrees_with_the_oracle(tiny, recipe):
     forward_agreement(tiny.model, tiny.inputs(ROWS), [recipe]).check()
@@ -53,6 +54,7 @@ def test_a_layer_ends_before_what_is_added(tiny):
     assert [a.exit is b.entry for a, b in itertools.pairwise(layers)] == [False, False, True]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ["qwen3_vl", "granite4_vision", "cohere_compass"])
 def test_how_many_tokens_are_added_to_need_not_be_known(name):
     tiny = ZOO[name](layers=3)

@@ -41,6 +41,7 @@ def _right_padding_is_meant():
         yield
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("name", "recipe"), crossed(ROWS, ONE_EACH))
 def test_agrees_with_the_oracle(name, recipe):
     tiny = build(name)
@@ -50,6 +51,7 @@ def test_agrees_with_the_oracle(name, recipe):
         generation_agreement(tiny.model, inputs, ONE_EACH[recipe], new_tokens=3).check()
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", ROWS if long() else KINDS)
 def test_keeping_all_changes_nothing(name):
     tiny = build(name)

@@ -70,6 +70,7 @@ def test_experts_of_the_interface_s_form_that_do_not_go_through_it() -> None:
     assert [dict(vars(m)) for m in found] == before
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("change", ["bias", "forward", "gate"])
 def test_experts_of_another_form_are_left_alone(change: str) -> None:
     tiny = ZOO["step3p7"](layers=2)
@@ -84,6 +85,7 @@ def test_experts_of_another_form_are_left_alone(change: str) -> None:
         vr.trace(tiny.model, tiny.inputs(ROWS))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("kind", "recipe"), [*zip(TEXTS, RECIPES, strict=False), ("by expert", RECIPES[4])])
 def test_experts(kind: str, recipe: Any) -> None:
     tiny = of(kind)

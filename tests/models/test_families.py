@@ -88,6 +88,7 @@ def test_rows_must_hold_something() -> None:
 # ---- anatomy
 
 
+@pytest.mark.wide
 def test_anatomy(tiny: TinyVLM) -> None:
     inputs = tiny.inputs(BATCH)
     program = vr.trace(tiny.model, inputs)
@@ -141,6 +142,7 @@ def test_forward_agrees_with_the_oracle(tiny: TinyVLM, recipe: list[Any], side: 
     forward_agreement(tiny.model, tiny.inputs(BATCH, side=side, seed=2), recipe).check()
 
 
+@pytest.mark.wide
 @recipes
 def test_generation_agrees_with_the_oracle(tiny: TinyVLM, recipe: list[Any]) -> None:
     inputs = tiny.inputs(BATCH, seed=3)

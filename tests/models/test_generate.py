@@ -37,6 +37,7 @@ HOW = {
 }
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("rows", "how"), crossed(ROWS, HOW))
 def test_keeping_everything_generates_the_same(llava, rows, how):
     inputs, how = llava.inputs(ROWS[rows], side="left", seed=1), HOW[how]
@@ -263,6 +264,7 @@ def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(llava, rows):
 UNSELECTIVE = [VISOR([0, 2], [1]), ViCA(cross=[0, 2]), VTW(at=2), ShortV(layers=0.5), DPVR(at=2, branch="identity")]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("p", "chunk"), crossed(UNSELECTIVE, [16, 7]), ids=repr)
 def test_prefill_in_chunks_is_prefill_at_once_where_nothing_is_selected(llava, p, chunk):
     inputs = llava.inputs([Row(2, 1, 3), Row(0, 4, 2), Row(3, 2, 1)], seed=1)

@@ -34,6 +34,7 @@ def recorded(model, inputs):
     return found
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize("recipe", [*ONE_EACH, "dispatch"])
 def test_they_are_the_oracles(llava, recipe):
@@ -49,6 +50,7 @@ def test_they_are_the_oracles(llava, recipe):
         torch.testing.assert_close(got[real(inputs)], right[real(inputs)], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "recipe"), [("llava", "sts"), ("qwen2_5_vl", "stride")])
 def test_of_a_deep_model(name, recipe):

@@ -76,6 +76,7 @@ def conv():
     return tiny("convolutions with a bias")
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("name", "recipe"), crossed(TEXTS, RECIPES))
 def test_generation_agrees_with_the_oracle(name, recipe):
     found = generation_agreement(tiny(name).model, tiny(name).inputs(BATCH, side="left"), RECIPES[recipe])
@@ -83,6 +84,7 @@ def test_generation_agrees_with_the_oracle(name, recipe):
     assert found.kv_lengths[::2] == [0, 0]
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("name", "recipe"), crossed(TEXTS, reversed(RECIPES)))
 def test_a_forward_padded_on_the_right_agrees_with_the_oracle(name, recipe):
     forward_agreement(tiny(name).model, tiny(name).inputs(BATCH, side="right", seed=1), RECIPES[recipe]).check()

@@ -56,6 +56,7 @@ def gemma4(depth=6, shared=3, inputs=8, **more):
     return made
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("recipe", RECIPES, ids=repr)
 def test_a_recipe_agrees_with_the_oracle(recipe):
     model, inputs = gemma4().model, gemma4().inputs(ROWS)
@@ -66,6 +67,7 @@ def test_a_recipe_agrees_with_the_oracle(recipe):
     assert len(found.kv_lengths) == 3  # of the layers that have keys
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(
     "variant",
     [

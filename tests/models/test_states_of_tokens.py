@@ -24,6 +24,7 @@ def tiny():
     return ZOO["gemma3n"](layers=4)
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("recipe", "side"), crossed(RECIPES, ["left", "right"]))
 def test_agrees_with_the_oracle(tiny, recipe, side):
     inputs = tiny.inputs(ROWS, side=side, seed=1)

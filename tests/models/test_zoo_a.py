@@ -46,11 +46,13 @@ def test_sane_and_looks(name: str) -> None:
     zoo.check_sane_and_looks(name, name not in UNMIXED)
 
 
+@pytest.mark.wide
 @family
 def test_rows_alone(name: str) -> None:
     zoo.check_rows_alone(name, name not in UNMIXED, side="right" if name in SLOTS | SHIFTED else "left")
 
 
+@pytest.mark.wide
 @family
 def test_generation(name: str) -> None:
     zoo.check_generation(name, name not in UNMIXED, alone=name not in SLOTS)

@@ -50,6 +50,7 @@ def test_rows_alone(name: str) -> None:
     joined.check_rows_alone(name, as_padded=name in COUNTS_PADDING)
 
 
+@pytest.mark.wide
 @names
 def test_generation(name: str) -> None:
     joined.check_generation(name, as_padded=name in GENERATE_COUNTS_PADDING)

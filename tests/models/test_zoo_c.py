@@ -46,6 +46,7 @@ def test_rows_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     zoo.check_rows_alone(name, mixed=name not in ONE_KIND, text=name not in SEEING)
 
 
+@pytest.mark.wide
 @names
 def test_generation(name: str) -> None:
     zoo.check_generation(name, name not in ONE_KIND, name not in SEEING, alone=name not in BY_LENGTH)

@@ -78,6 +78,7 @@ def test_the_graph_of_a_deep_model_is_that_of_a_whole_trace(name, layers):
     same_graphs(ZOO[name](layers=layers), [Row(1, 3, 2), Row(2, 1, 3)])
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize("name", REFUSED)
 def test_refused(name):
     with pytest.raises((ValueError, CaptureError), match=f"(?s){REFUSED[name]}"):

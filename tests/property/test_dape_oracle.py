@@ -256,6 +256,7 @@ class Telling:
         plan.edit(Edit("telling", some, self.op, 2, self.needs))
 
 
+@pytest.mark.wide
 @pytest.mark.parametrize(("name", "side"), crossed(GRIDS, ["left", "right"]))
 def test_what_an_edit_is_told_is_what_the_oracle_finds(name, side):
     tiny, seen = family(name), []

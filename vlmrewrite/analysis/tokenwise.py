@@ -21,6 +21,9 @@ from vlmrewrite.analysis.graph import expression, is_number, symbols, value
 from vlmrewrite.analysis.operators import called, hidden_write, name_of, set_item
 from vlmrewrite.compat import tree_leaves
 
+VERDICT = "not token-wise"
+"""Where a node keeps, in a list, what :func:`not_token_wise` said of it; its copies in other layers have the same."""
+
 
 def not_token_wise(node: Node, length: object, batch: object = None) -> str | None:
     """Why the node may mix tokens, or None if each token's output depends on that token of that row alone.

@@ -14,6 +14,7 @@ from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
 from vlmrewrite.analysis import closure, is_number, same, sizes, symbols, value, where, written
+from vlmrewrite.analysis.tokenwise import VERDICT
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.ops import KV_APPEND
 
@@ -229,6 +230,7 @@ class _Body:
             with graph.inserting_before(place):
                 for n in nodes:
                     if n not in to:
+                        n.meta.setdefault(VERDICT, [])
                         to[n] = made = graph.node_copy(n, lambda m: to.get(m, m))
                         below = list(n.meta.get("nn_module_stack", {}).items())[len(depth) :]
                         made.meta["nn_module_stack"] = dict(depth + [(f"{key} {layer}", x) for key, x in below])

@@ -153,6 +153,11 @@ def _row_by_row(mixer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
     return out
 
 
+def _meets_others(module: nn.Module) -> bool:
+    """Whether it is a layer's attention or its like: it knows its layer and is told more than the stream."""
+    return hasattr(module, "layer_idx") and len(inspect.signature(type(module).forward).parameters) > 2
+
+
 def mlp_of(layer: nn.Module) -> nn.Module:
     """A decoder layer's MLP: the one child that holds weight matrices and no attention.
 
@@ -162,7 +167,7 @@ def mlp_of(layer: nn.Module) -> nn.Module:
     found = {
         name: child
         for name, child in layer.named_children()
-        if any(p.dim() > 1 for p in child.parameters()) and not any(hasattr(m, "layer_idx") for m in child.modules())
+        if any(p.dim() > 1 for p in child.parameters()) and not any(map(_meets_others, child.modules()))
     }
     if len(found) != 1:
         raise ValueError(f"expected one child of {type(layer).__name__} to be its MLP, found {list(found) or 'none'}")
