@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -196,12 +193,8 @@ def test_the_testing_kit_as_its_page_prints_it(tmp_path: Path, capsys: pytest.Ca
     assert "All" in printed and "Text | fastv" in printed and "tensor([0, 0])" not in printed
     file = tmp_path / "test_mine.py"
     file.write_text(own)
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(file)],
-        capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(DOCS.parent)}, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "1 passed" in done.stdout
+    assert pytest.main(["-q", "-p", "no:cacheprovider", "-p", "no:xdist", str(file)]) == 0
+    assert "1 passed" in capsys.readouterr().out
 
 
 def test_the_family_works(capsys: pytest.CaptureFixture[str]) -> None:

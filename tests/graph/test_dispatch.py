@@ -250,15 +250,16 @@ def test_a_budget_is_measured_once_and_kept_in_the_recipe(tmp_path):
         assert kinds(model) == ["self"] * 4
 
 
+@pytest.mark.wide
 @pytest.mark.slow
-def test_vision_without_the_mlp():
+@pytest.mark.parametrize("name", sorted(MODELS))
+def test_vision_without_the_mlp(name):
     passes = [VISOR(self_layers=[0, 1, 2, 3], sa_vision_mlp=False)]
     plan = Plan(4)
     passes[0].change(plan)
     assert str(plan) == "layers 0-3     run_on All, mlp_on Text"
-    for name in sorted(MODELS):
-        tiny = MODELS[name]
-        generation_agreement(tiny.model, tiny.inputs(ROWS), [*passes, Random(keep=3, at=2)]).check()
+    tiny = MODELS[name]
+    generation_agreement(tiny.model, tiny.inputs(ROWS), [*passes, Random(keep=3, at=2)]).check()
 
 
 @pytest.mark.wide

@@ -116,7 +116,8 @@ def test_regions_of_grids_that_are_told(name: str) -> None:
         batches.append([Row(0, 2, 2, videos=1), Row(2, 1, 3, videos=1), Row(0, 4, 1)])
     for rows in batches:
         inputs = tiny.inputs(rows)
-        forward_agreement(tiny.model, inputs, DAPE(budget=0.6)).check()
+        if rows is batches[0] or long():
+            forward_agreement(tiny.model, inputs, DAPE(budget=0.6)).check()
         generation_agreement(tiny.model, inputs, DAPE(budget=0.6), 3).check()
 
 
