@@ -3,7 +3,6 @@
 import gc
 import os
 import sys
-import zlib
 from collections.abc import Iterator
 from weakref import WeakValueDictionary
 
@@ -22,6 +21,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 from tests.small import family
+from tests.thin import PARTS, left_out, turn
 from vlmrewrite.capture import dynamo, traces
 from vlmrewrite.testing.models import TinyVLM
 
@@ -33,34 +33,27 @@ settings.load_profile("ci")
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--every-config", action="store_true", help="compile kernels in every configuration (minutes)")
-    parser.addoption("--wide", action="store_true", help="all cases of tests marked wide, not a third of each")
+    parser.addoption("--wide", action="store_true", help="all slow tests, and all cases of tests marked wide")
 
 
 def pytest_report_header(config: pytest.Config) -> str:
-    return "of tests marked wide: " + ("a third of the cases; all: --wide" if _thin(config) else "all cases")
+    if not _thin(config):
+        return "of slow tests and of tests marked wide: all cases"
+    part = f"part {turn() + 1} of {PARTS}, as the commit is"
+    return f"of slow tests {part}; of tests marked wide one of {PARTS} cases; all of them: --wide"
 
 
 def _thin(config: pytest.Config) -> bool:
-    """Whether whole folders run, and of tests with many cases some: who names a file, a test or a keyword has all."""
+    """Whether whole folders run, and of what takes long a part: who names a file, a test or a keyword has all."""
     named = config.option.keyword or any(".py" in argument for argument in config.args)
     return not (config.getoption("--wide") or named)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out two of three cases of each test marked wide; which stay differs from test to test."""
-    if not _thin(config):
-        return
-    cases: dict[str, list[pytest.Item]] = {}
-    for item in items:
-        name, _, case = item.nodeid.partition("[")
-        if case and item.get_closest_marker("wide"):
-            cases.setdefault(name, []).append(item)
-    left = set[pytest.Item]()
-    for name, some in cases.items():
-        first = zlib.crc32(name.encode()) % min(3, len(some))
-        left |= {*some} - {*some[first::3]}
-    items[:] = [item for item in items if item not in left]
-    config.hook.pytest_deselected(items=[*left])
+    if _thin(config):
+        left = left_out(items, turn())
+        items[:] = [item for item in items if item not in left]
+        config.hook.pytest_deselected(items=[*left])
 
 
 @pytest.fixture(scope="session", autouse=True)

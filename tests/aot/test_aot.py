@@ -175,6 +175,7 @@ def test_what_is_kept_is_of_every_kernel_and_target() -> None:
     assert {*aot.cases(FILES)} == cases
 
 
+@pytest.mark.slow
 def test_what_is_wrong_is_found(tmp_path: Path) -> None:
     (tmp_path / "cases_broken.py").write_text(BROKEN)
     found = finish(start([str(tmp_path / "cases_broken.py")], "sm_90", tmp_path / "out"))

@@ -28,6 +28,7 @@ def steps(model, token, cache, n, mode=torch.no_grad):
 ROWS = [Row(1, 2, 3), Row(1, 3, 2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1]][: 1 + long()], ids=len)
 def test_compiled_decode_steps_write_in_place(as_they_are, rows):
     """Through a buffer that is used up, a crop and a reordering, and in one graph."""
@@ -55,6 +56,7 @@ def test_compiled_decode_steps_write_in_place(as_they_are, rows):
     torch.testing.assert_close(*results, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_compiled_decode_steps_with_gradients_concatenate(as_they_are):
     tiny = FAMILIES["llava"](layers=2)
     inputs, token = tiny.inputs(ROWS[:1]), torch.tensor([[9]])

@@ -110,6 +110,7 @@ def test_graphs_over_empty_slots_without_padding(as_they_are, quiet):
     generation_agreement(tiny.model, inputs, [STS(keep=3, refine=2, at=1)], backend="inductor").check()
 
 
+@pytest.mark.slow
 def test_graphs_of_padded_rows_beams_and_a_further_turn(as_they_are, quiet):
     """Decode steps over caches with empty slots, reordered and cropped."""
     tiny = of("llava")

@@ -244,6 +244,7 @@ def test_image_tokens_and_chat_templates_in_prompts(folder: Path) -> None:
 # ---- bench
 
 
+@pytest.mark.slow
 def test_bench_of_recipes(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = ("--repeat", 1, "--new-tokens", 2, "--json", out, "--text", 5)
@@ -258,6 +259,7 @@ def test_bench_of_recipes(folder: Path, tmp_path: Path) -> None:
     assert stride["flop_ratio"] > 1.5
 
 
+@pytest.mark.slow
 def test_bench_without_weights_and_with_a_question(folder: Path, tmp_path: Path) -> None:
     internvl = FAMILIES["internvl"]().model.config  # takes its image features as one tensor
     internvl.save_pretrained(tmp_path)

@@ -52,6 +52,7 @@ def refused(*arguments: object) -> list[str]:
     return [line.removeprefix("error: ") for line in found]
 
 
+@pytest.mark.slow
 def test_the_rows(digits: Any, asked: list[dict[str, Any]], whole: tuple[Evaluation, Path]) -> None:
     model, processor = digits
     done, folder = whole
@@ -124,6 +125,7 @@ vr.evaluate(*digits.load(), {data!r}, recipes, output={output!r}, batch=4, max_n
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(
     digits: Any, questions: Path, whole: tuple[Evaluation, Path], tmp_path: Path
 ) -> None:

@@ -85,6 +85,7 @@ def test_without_references_it_is_agreement(digits: Any, asked: list[dict[str, A
         vr.evaluate(*digits, rows, [every], metric="exact", **OPTIONS)
 
 
+@pytest.mark.slow
 def test_a_metric_of_the_users(digits: Any, asked: list[dict[str, Any]]) -> None:
     def first_letter(output: str, sample: Sample) -> float:
         return 0.5 * (output[:1] == sample.answers[0][:1])
@@ -157,6 +158,7 @@ def test_the_page_of_the_documentation(
     assert {name for pair in scores for name in pair if name} == {"auto", *METRICS}
 
 
+@pytest.mark.slow
 def test_a_folder_of_trained_blocks_is_a_recipe(digits: Any, asked: list[dict[str, Any]], tmp_path: Path) -> None:
     model, _ = digits
     with vr.applied(model, "dpvr"):

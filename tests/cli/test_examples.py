@@ -23,6 +23,7 @@ CHECKPOINT = EXAMPLES / "digits" / "checkpoint"
 run = functools.partial(scripts.run, EXAMPLES)
 
 
+@pytest.mark.slow
 def test_demo(tmp_path):
     """In a process of its own, as whoever reads the README runs it."""
     picture = tmp_path / "demo.png"
@@ -35,19 +36,22 @@ def test_demo(tmp_path):
     assert picture.stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_startup():
     head, line = run("startup.py", 3).splitlines()
     assert head.split() == ["layers", "before", "first", "another", "padded", "another", "graphs"]
     assert (line.split()[0], line.split()[-1]) == ("3", "2")
 
 
+@pytest.mark.slow
 def test_evaluate(tmp_path):
     text = run("-m", "digits.evaluate", "-n", 2, "--batch", 2, "--json", tmp_path / "out.json")
     assert all(name in text for name in ("unmodified", "STS", "Random", "Stride", "1/8"))
 
 
+@pytest.mark.slow
 def test_train_runs(tmp_path):
-    small = ("--smoke", "--questions", 2)
+    small = ("--smoke", "--questions", 2, "--threads", 1)
     run("-m", "digits.train", *small, "--out", tmp_path / "out", "--scratch", tmp_path / "s")
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
@@ -72,6 +76,7 @@ def test_configurations_can_be_read(name):
     assert config.image_seq_length == 576
 
 
+@pytest.mark.slow
 def test_recipes(tmp_path):
     arguments = ("-n", 2, "--batch", 2, "--prompts", 1, "--repeat", 1, "--json", tmp_path / "out.json")
     text = run("-m", "digits.recipes", *arguments, "--only", "dpvr", "visor-policy", "vtw-half")
@@ -81,6 +86,7 @@ def test_recipes(tmp_path):
 CHAIN = [{"cross_layers": [0, 1, 2]}, {"self_layers": [0, 1, 2], "cross_layers": [3]}, {"self_layers": 1.0}]
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize(
     ("technique", "rate"),

@@ -37,6 +37,7 @@ def test_every_family_against_what_needs_no_compiler(monkeypatch: pytest.MonkeyP
     json.dumps(result)
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.skipif(not interpreted() or not _installed(), reason="needs TRITON_INTERPRET=1")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -49,6 +49,7 @@ def operations(program: vr.Program) -> collections.Counter[str]:
     return collections.Counter(str(n.target) for n in program.graph_module.graph.nodes if n.op != "placeholder")
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("name", AGAIN + (OTHERWISE if long() else OTHERWISE[1::3]))
 def test_the_graph_is_that_of_a_call_with_images(name: str) -> None:

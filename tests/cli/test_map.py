@@ -113,6 +113,7 @@ map_rows(*load(), sys.argv[1], None, output=sys.argv[2], batch=3, max_new_tokens
 """
 
 
+@pytest.mark.slow
 def test_a_run_that_was_killed_goes_on(digits: Any, data: Path, whole: Mapped, tmp_path: Path) -> None:
     command = [sys.executable, "-c", RUN, str(data), str(tmp_path / "out")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:

@@ -86,6 +86,7 @@ def test_rows_that_follow_different_plans() -> None:
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_what_the_loop_refuses() -> None:
     row = Row(images=1, before=3, after=4)
     for name, passes, rows, reason in (
@@ -100,6 +101,7 @@ def test_what_the_loop_refuses() -> None:
                 NativeLoop(tiny.model)
 
 
+@pytest.mark.slow
 def test_a_loop_that_is_wrong_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     tiny = family("llava")
     inputs = tiny.inputs([Row(images=1, before=3, after=4)])
@@ -119,6 +121,7 @@ def test_a_compiled_model_has_no_loop_beside_it() -> None:
         bench(tiny.model, tiny.inputs([Row(images=1)]), [], backend="inductor", native=True)
 
 
+@pytest.mark.slow
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out.json"
     options = ("--repeat", 2, "--new-tokens", 2, "--json", out, "--text", 5, "--native")

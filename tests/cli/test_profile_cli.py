@@ -17,6 +17,7 @@ def run(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["inspect", *map(str, arguments)], catch_exceptions=False)
 
 
+@pytest.mark.slow
 def test_inspect_of_the_bundled_model(tmp_path: Path) -> None:
     noise = torch.randint(256, (96, 96, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     Image.fromarray(noise.numpy()).save(tmp_path / "scene.png")

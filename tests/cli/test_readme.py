@@ -31,6 +31,7 @@ def page(name: str) -> str:
     return (ROOT / "docs" / f"{name}.md").read_text()
 
 
+@pytest.mark.slow
 def test_the_ten_line_example_runs(monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     code = blocks(README, "python")[0]
@@ -63,6 +64,7 @@ def inspected():
         pages.captured.cache_clear()
 
 
+@pytest.mark.slow
 def test_before_and_after(inspected):
     [listing] = [block for block in blocks(README, "") if block.startswith("program:")]
     assert f"\n\n{listing}\n" in inspected
@@ -116,6 +118,7 @@ def test_other_blocks_are_trained(technique):
     assert any(p.grad is not None and p.grad.abs().sum() > 0 for p in learned.values())
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize(
     "technique",

@@ -45,6 +45,7 @@ def run(digits: Any, questions: Path, tmp_path_factory: pytest.TempPathFactory) 
     return vr.train(*digits, questions, "dpvr", output=tmp_path_factory.mktemp("run") / "out", distil=0.5, **HOW)
 
 
+@pytest.mark.slow
 def test_the_folder(digits: Any, questions: Path, run: Training) -> None:
     model, processor = digits
     files = {"vlmrewrite.json", BLOCKS, "README.md", "training.json", "checkpoints", "logs"}
@@ -94,11 +95,9 @@ def test_a_seed_gives_the_same_blocks(digits: Any, questions: Path, tmp_path: Pa
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         vr.train(*digits, questions, passes, output=tmp_path / name, seed=seed, **how)
     a, b, c = (blocks(tmp_path / name) for name in "abc")
-    assert same(a, b)
-    assert not same(a, c)
+    assert (same(a, b), same(a, c)) == (True, False)
 
 
-@pytest.mark.wide
 @pytest.mark.parametrize(
     ("passes", "parts"),
     [

@@ -55,6 +55,7 @@ def found(digits: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     return tuned, path
 
 
+@pytest.mark.slow
 def test_the_recipe_keeps_to_its_budget(digits: Any, found: tuple[Tuned, Path]) -> None:
     tuned, path = found
     assert tuned.met
@@ -107,6 +108,7 @@ def test_what_is_written(found: tuple[Tuned, Path], data: Path) -> None:
     assert any("no control of smaller pictures: " in note and "doesn't match" in note for note in tuned.notes)
 
 
+@pytest.mark.slow
 def test_the_same_seed_finds_the_same(prompts: Prompts) -> None:
     def passes(seed: int) -> list[str]:
         _, found, failed = RUN.candidates(prompts, Wish("flops", 0.4), 8, seed, lambda *_: None)
@@ -116,6 +118,7 @@ def test_the_same_seed_finds_the_same(prompts: Prompts) -> None:
     assert passes(0) == passes(0) != passes(1)
 
 
+@pytest.mark.slow
 def test_what_fails_is_told(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(self: Any, passes: Any) -> Any:
         if "DivPrune" in repr(passes):
@@ -130,6 +133,7 @@ def test_what_fails_is_told(prompts: Prompts, monkeypatch: pytest.MonkeyPatch) -
     assert not any("DivPrune" in repr(c.solved.passes) for c in found)
 
 
+@pytest.mark.slow
 def test_the_command(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RUN, "_OTHER", ())
     path = tmp_path / "recipe.yaml"
@@ -174,6 +178,7 @@ def test_a_budget_that_no_recipe_can_meet(digits: Any, data: Path) -> None:
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.slow
 def test_a_recipe_that_was_measured_says_with_what(digits: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(RUN, "_OTHER", ())
     monkeypatch.setattr(RUN, "FINALISTS", 1)
@@ -221,6 +226,7 @@ def test_without_optuna(digits: Any, data: Path, monkeypatch: pytest.MonkeyPatch
         vr.tune(*digits, data, "flops=0.5")
 
 
+@pytest.mark.slow
 def test_kl_is_that_of_what_apply_does(digits: Any, prompts: Prompts) -> None:
     model, processor = digits
     space = Space(prompts.profile(1))
@@ -234,6 +240,7 @@ def test_kl_is_that_of_what_apply_does(digits: Any, prompts: Prompts) -> None:
     assert done.rows[1].kv == pytest.approx(stride.shares["kv"])
 
 
+@pytest.mark.slow
 def test_auto_by_kl(digits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(AUTO, "TRIALS", 4)
     model, processor = digits

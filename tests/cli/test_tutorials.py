@@ -182,6 +182,7 @@ def test_options_that_depend_on_one_another() -> None:
     assert str(plan).splitlines()[1] == "layers 2-3     run_on Text, attend_to All"
 
 
+@pytest.mark.slow
 def test_the_testing_kit_as_its_page_prints_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """All of the page's blocks but the last one after another, and the last one, a file of its own, alone."""
     *first, own = re.findall(r"```python\n(.*?)```", (DOCS / "testing.md").read_text(), re.DOTALL)
@@ -197,6 +198,7 @@ def test_the_testing_kit_as_its_page_prints_it(tmp_path: Path, capsys: pytest.Ca
     assert "1 passed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_family_works(capsys: pytest.CaptureFixture[str]) -> None:
     aya_vision.try_it()
     assert capsys.readouterr().out.startswith("program: 4 decoder layers, hidden 32, float32; 2 rows of 13 tokens")

@@ -118,7 +118,6 @@ def test_restoring_what_is_not_applied(unchanged):
         vr.report(unchanged.model)
 
 
-@pytest.mark.slow
 def test_restore_gives_back_the_model(unchanged):
     inputs = unchanged.inputs([Row(1)])
     before = snapshot(unchanged.model)
@@ -272,6 +271,7 @@ def test_refused_passes_are_reported_and_strict_raises():
     assert snapshot(tiny.model) == before
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_prompt_without_a_token(llava):
     inputs = llava.inputs([Row(1, 2, 3), Row(0, 3, 4), Row(0, 2, 2)])

@@ -16,6 +16,7 @@ from vlmrewrite.testing.models import FAMILIES, ZOO, Row
 ROWS = [Row(1, 3, 4), Row(2, 5, 6)]
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "recipe"), crossed(FAMILIES, ONE_EACH))
@@ -120,6 +121,7 @@ def test_a_recipe_that_chooses_by_logits_is_refused():
         tiny.model.base_model(**tiny.inputs(ROWS))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_decoder_that_encodes_images_itself_is_refused():
     tiny = ZOO["chameleon"](layers=3)

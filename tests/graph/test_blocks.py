@@ -74,6 +74,7 @@ def tiny():
     return FAMILIES["llava"](layers=4)
 
 
+@pytest.mark.slow
 def test_a_copy_of_an_adapted_layer_holds_plain_weights(tiny):
     model, inputs = adapted(tiny.model), tiny.inputs(ROWS)
     before = learning(model)
@@ -114,6 +115,7 @@ def test_a_map_that_is_not_linear_stays_as_it_is():
     assert {name.partition(".")[0] for name, _ in block[1].named_parameters()} == {"bias", "base_layer", "a", "b"}
 
 
+@pytest.mark.slow
 def test_a_copy_of_the_blocks_runs_while_it_is_in_use(tiny):
     model, inputs = tiny.model, tiny.inputs(ROWS)
     vr.apply(model, [DPVR(at=2)])

@@ -51,7 +51,6 @@ def test_applying_again_captures_nothing():
     assert len(CAPTURES[tiny.model].call.graphs) == 1
 
 
-@pytest.mark.slow
 def test_models_do_not_share_a_limit():
     counts = []
     for _ in range(3):
@@ -62,6 +61,7 @@ def test_models_do_not_share_a_limit():
     assert counts == [1, 1, 1]
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
@@ -145,6 +145,7 @@ def test_text_on_a_cache_keeps_the_softcap():
         assert (got - ops.attention(q[:, :, t], k[:, :, : t.stop], v[:, :, : t.stop])).abs().max() > 0.01
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_library_wraps_all_attention_functions_and_calls_them_by_place(monkeypatch):
     """As kvpress does when it is imported; its wrapper also leaves a mark on the module, in prefill."""

@@ -46,6 +46,7 @@ def layers_of(model):
     return [layer.gradient_checkpointing for layer in model.get_decoder().layers]
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize(("recipe", "reentrant"), crossed([*ONE_EACH, "dispatch"], [False, True]))
 def test_the_gradients_are_the_same_and_less_is_kept(tiny, recipe, reentrant):
@@ -64,6 +65,7 @@ def test_the_gradients_are_the_same_and_less_is_kept(tiny, recipe, reentrant):
     assert not model.is_activation_checkpointing
 
 
+@pytest.mark.slow
 def test_every_second_layer(tiny):
     model, inputs = tiny.model, tiny.inputs(ROWS)
     with vr.applied(model, SOME):
@@ -77,6 +79,7 @@ def test_every_second_layer(tiny):
     torch.testing.assert_close(some_gradients, gradients, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_switching_it_off_and_on_makes_nothing_anew(tiny):
     model, inputs = tiny.model, tiny.inputs(ROWS)
     with vr.applied(model, SOME):
@@ -103,6 +106,7 @@ def test_a_model_is_given_back_as_it_was(tiny):
     assert layers_of(model) == [False] * 4
 
 
+@pytest.mark.slow
 def test_nothing_is_computed_again_without_a_gradient_or_training(tiny):
     model, inputs, calls = tiny.model, tiny.inputs(ROWS), []
 
@@ -125,6 +129,7 @@ def test_nothing_is_computed_again_without_a_gradient_or_training(tiny):
     model.activation_checkpointing_disable()
 
 
+@pytest.mark.slow
 def test_what_is_refused(tiny, monkeypatch):
     model, inputs = tiny.model, tiny.inputs(ROWS)
     part = model.get_decoder().layers[1].mlp

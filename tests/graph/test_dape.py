@@ -393,7 +393,6 @@ def test_operators():
     )
 
 
-@pytest.mark.slow
 def test_the_recipe():
     tiny = family("llava")
     inputs = tiny.inputs(BATCH)

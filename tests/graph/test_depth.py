@@ -48,6 +48,7 @@ def agrees(tiny: TinyVLM, model: nn.Module, **options: Any) -> None:
             assert torch.equal(got, whole(**tiny.inputs(ROWS, **options)).logits)
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize(
     ("name", "copies"),
@@ -65,6 +66,7 @@ def test_the_graph_is_that_of_a_whole_trace(name: str, copies: dict[int, int]) -
     assert forward_of(tiny.model).whole is None
 
 
+@pytest.mark.slow
 def test_a_family_whose_layers_return_more_is_traced_whole(caplog: pytest.LogCaptureFixture) -> None:
     tiny = ZOO["chameleon"](layers=5)
     with caplog.at_level(logging.INFO, "vlmrewrite"):
@@ -74,6 +76,7 @@ def test_a_family_whose_layers_return_more_is_traced_whole(caplog: pytest.LogCap
     assert len(forward_of(tiny.model).graphs) == 1
 
 
+@pytest.mark.slow
 def test_layers_that_are_called_in_another_way_are_traced_whole(deep: TinyVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """What a layer returns is like its first tensor; here, that is another one than the hidden state."""
     decoder: Any = type(deep.model.get_decoder().layers[0])
@@ -92,6 +95,7 @@ def test_layers_that_are_called_in_another_way_are_traced_whole(deep: TinyVLM, m
     assert forward_of(deep.model).whole is not None
 
 
+@pytest.mark.slow
 def test_padding_and_a_further_turn(deep: TinyVLM) -> None:
     with vr.applied(deep.model, [Stride(keep=0.5)]):
         agrees(deep, deep.model, side="left")
@@ -100,6 +104,7 @@ def test_padding_and_a_further_turn(deep: TinyVLM) -> None:
     found.check()
 
 
+@pytest.mark.slow
 def test_parameters_that_are_exchanged_in_a_copied_layer(deep: TinyVLM) -> None:
     layer: Any = deep.model.get_decoder().layers[3]
     with torch.no_grad(), vr.applied(deep.model, [Stride(keep=0.5)]):
@@ -111,6 +116,7 @@ def test_parameters_that_are_exchanged_in_a_copied_layer(deep: TinyVLM) -> None:
         assert len(forward_of(deep.model).graphs) == 1
 
 
+@pytest.mark.slow
 def test_a_copied_layer_that_becomes_another(deep: TinyVLM) -> None:
     """A hook, another number: it is traced."""
     layer: Any = deep.model.get_decoder().layers[3]
@@ -134,6 +140,7 @@ def test_a_copied_layer_that_becomes_another(deep: TinyVLM) -> None:
         assert len(forward_of(deep.model).graphs) == graphs
 
 
+@pytest.mark.slow
 def test_a_layer_in_which_two_parameters_are_one(deep: TinyVLM) -> None:
     layers: Any = deep.model.get_decoder().layers
     layers[0].mlp.up_proj.weight = layers[0].mlp.gate_proj.weight
@@ -142,6 +149,7 @@ def test_a_layer_in_which_two_parameters_are_one(deep: TinyVLM) -> None:
         assert copies_of(deep.model) == {2: 1, 3: 1, 4: 1}
 
 
+@pytest.mark.slow
 def test_a_hook_on_all_modules_is_called_for_each(deep: TinyVLM) -> None:
     layers: Any = deep.model.get_decoder().layers
     seen: list[int] = []
@@ -155,6 +163,7 @@ def test_a_hook_on_all_modules_is_called_for_each(deep: TinyVLM) -> None:
     assert {id(layer.mlp) for layer in layers} <= {*seen}
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("at", [0, 2, 5])
 def test_a_forward_of_its_own(deep: TinyVLM, at: int) -> None:
@@ -168,6 +177,7 @@ def test_a_forward_of_its_own(deep: TinyVLM, at: int) -> None:
         assert torch.equal(before, deep.model(**deep.inputs(ROWS)).logits)
 
 
+@pytest.mark.slow
 def test_a_layer_in_training_mode(deep: TinyVLM) -> None:
     layer: Any = deep.model.get_decoder().layers[2]
     layer.self_attn.attention_dropout = 1.0
@@ -195,6 +205,7 @@ def test_the_model_is_as_it_was(deep: TinyVLM) -> None:
     assert {name: dict(vars(m)) for name, m in decoder.named_modules()} == before
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_a_forward_leaves_on_the_model_is_left_there() -> None:
     """Qwen2.5-VL keeps the offset of its positions from one step to the next, a tensor, above its layers."""
@@ -213,6 +224,7 @@ def test_what_a_forward_leaves_on_the_model_is_left_there() -> None:
         assert model.model.marked == "by its user"
 
 
+@pytest.mark.slow
 def test_calls_of_all_sorts_capture_each_way_once(deep: TinyVLM) -> None:
     """Decoding between them, calls that are the same use the graph that is there."""
     model: Any = deep.model

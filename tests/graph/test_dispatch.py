@@ -60,6 +60,7 @@ def test_a_policy_chooses_and_later_passes_hold_for_every_plan(which):
     generation_agreement(TINY.model, inputs, [*passes, STS(keep=4, refine=2, at=1)]).check()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_each_row_follows_its_own_plan_and_one_without_an_image_the_cheapest_of_them():
     inputs = TINY.inputs(ROWS)
@@ -96,7 +97,6 @@ def test_confidence_escalates_until_it_is_reached():
     assert Confidence(0, 0.9).then(2, logits, ~images, 3) is None
 
 
-@pytest.mark.slow
 def test_logits_of_the_last_tokens_only():
     inputs = TINY.inputs(ROWS)
     with vr.applied(TINY.model, [VISOR(policy="confidence", chain=CHAIN, threshold=1.0)]) as model:
@@ -187,7 +187,6 @@ def test_dispatching_twice():
         Plan(4).dispatch(Confidence(2, 0.5), [a, b])
 
 
-@pytest.mark.slow
 def test_an_untrained_router_chooses_the_most_demanding_and_a_trained_one_what_it_learnt():
     model, inputs = FAMILIES["llava"]().model, TINY.inputs([Row(1, 2, 3), Row(2, 1, 3)])
     vr.apply(model, [VISOR(policy="router", chain=CHAIN)])
@@ -286,6 +285,7 @@ def test_scores_that_are_no_numbers():
         model(**TINY.inputs([Row(1)]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "reason"),
     [

@@ -179,7 +179,6 @@ def test_three_steps_reduce_the_loss():
     assert any("dpvr" in str(p) for p in vr.report(model).to_dict()["passes"])
 
 
-@pytest.mark.slow
 def test_blocks_are_saved_and_loaded(tmp_path):
     model, inputs = FAMILIES["llava"]().model, TINY.inputs(ROWS)
     recipe = [Stride(keep=0.5), DPVR(at=1, branch="random")]

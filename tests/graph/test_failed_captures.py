@@ -54,6 +54,7 @@ def breaks(_, __, out):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize(
     ("hook", "why"),

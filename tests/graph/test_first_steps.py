@@ -219,7 +219,6 @@ def test_the_words_for_policies_say_what_they_take():
 # ---- the encoder's features
 
 
-@pytest.mark.wide
 @pytest.mark.parametrize("family", ["llava", "llava_qwen2", "internvl", "gemma3"])
 @torch.no_grad()
 def test_the_encoder_s_features_can_be_tried_in_a_trace(family):

@@ -67,6 +67,7 @@ def gradients(model, inputs):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("layers", [3, 6])
 def test_gradients_are_those_of_its_own_backward(layers):
@@ -85,6 +86,7 @@ def test_gradients_are_those_of_its_own_backward(layers):
         forward_agreement(tiny.model, inputs, ONE_EACH[recipe]).check()
 
 
+@pytest.mark.slow
 def test_one_that_mixes_tokens_is_refused():
     tiny = model_of(Centred)
     inputs = tiny.inputs(ROWS, side="right")
@@ -114,6 +116,7 @@ class Sum(Through):
         return one + two
 
 
+@pytest.mark.slow
 def test_one_of_several_tensors_is_refused():
     tiny = FAMILIES["llava"](layers=3)
     exchange_linear(tiny.model.get_decoder().layers[1].mlp, lambda linear: Sum(linear, Two))

@@ -91,6 +91,7 @@ def quantised(name="llava", **how):
     return tiny
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_recipes_agree_with_the_oracle(name):
@@ -130,6 +131,7 @@ def test_a_copy_that_is_trained_has_plain_weights(buffers):
         forward_agreement(tiny.model, inputs, DPVR(at=2)).check()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:layer .* is quantised")
 def test_what_has_no_gradient_is_not_trained_through():
     """PyTorch would leave the gradient out and warn; the branch before it would learn nothing of what it should."""

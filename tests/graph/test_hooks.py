@@ -129,6 +129,7 @@ def test_a_hook_that_cannot_be_captured_is_named_in_the_error(tiny, inputs):
 # ---- what a rewritten model refuses, and says
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
@@ -160,6 +161,7 @@ def test_torch_compile_as_one_graph_says_what_to_do(tiny, inputs):
     torch._dynamo.reset_code_caches()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_torch_compile_around_one_that_is_compiled_says_nothing(tiny, inputs, monkeypatch):

@@ -174,7 +174,6 @@ def test_all_rows_follow_the_plan_that_is_asked_for(routed):
             following(model, wrong)
 
 
-@pytest.mark.slow
 def test_a_call_without_images_has_the_models_loss_alone(routed):
     model, inputs, labels, _ = routed
     text = torch.randint(3, 20, (2, 7))

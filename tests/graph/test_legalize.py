@@ -161,6 +161,7 @@ def test_what_tokens_had_become_is_kept_when_they_bypass(llava):
     assert vr.verify(llava.model, llava.inputs([Row(1), Row(2)], seed=1), passes) < 1e-4
 
 
+@pytest.mark.slow
 def test_empty_slots_of_a_cache_are_not_seen_without_padding_either(llava):
     """Two rows of one length, of which one keeps fewer tokens: no mask says so, only the positions in the cache."""
     one = llava.inputs([Row(1, 1, 0)])["input_ids"].shape[1] - 1  # tokens of an image

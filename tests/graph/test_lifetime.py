@@ -127,7 +127,6 @@ def test_opaque_operators_stay_in_the_lowered_graph(llava):
     assert "compilers do not look into" not in by_kind(lowered.counts)["attention"][0]["why"]
 
 
-@pytest.mark.slow
 def test_where_torch_compile_does_nothing_the_model_says_so(llava):
     inputs = llava.inputs([Row(1)])
     with (
@@ -140,6 +139,7 @@ def test_where_torch_compile_does_nothing_the_model_says_so(llava):
         llava.model(**inputs)
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(
@@ -166,6 +166,7 @@ def test_graphs_that_were_forgotten_are_not_counted_nor_kept(off):
             assert vr.report(model).graphs["captured"] == len(made_of) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_graphs_live_as_long_as_the_call_that_runs_them(monkeypatch):
     """Another thread has them forgotten meanwhile."""

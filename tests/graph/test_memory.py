@@ -70,7 +70,6 @@ def test_prediction_is_what_the_allocator_reports(monkeypatch, name, rows):
     assert predicted == pytest.approx(seen, rel=0.05)
 
 
-@pytest.mark.slow
 def test_it_is_shown_and_can_be_saved():
     model = llava()
     inputs = prompt_inputs(model, Shape(144, text=16), as_list=True)
@@ -133,6 +132,7 @@ def test_it_is_that_of_the_call_whatever_is_cast_when_it_is_asked_for():
         assert vr.report(model, memory=True).memory == cast != plain
 
 
+@pytest.mark.slow
 def test_features_that_are_added_again_where_a_mask_says():
     """How many that are is a number of the call: counted as all tokens, as much before as after."""
     tiny = ZOO["qwen3_vl"](layers=3)

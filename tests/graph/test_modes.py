@@ -78,6 +78,7 @@ def off_elsewhere():
     return torch.autocast("cuda", enabled=False)
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.filterwarnings("ignore")  # what Inductor itself is warned of
 @pytest.mark.parametrize(
@@ -121,6 +122,7 @@ class Branching(nn.Module):
         return (y * 3 if torch.is_grad_enabled() else y) + (1 if y.requires_grad else 0)
 
 
+@pytest.mark.slow
 def test_a_forward_may_ask_whether_gradients_are_recorded():
     tiny = FAMILIES["llava"](layers=3)
     for layer in tiny.model.get_decoder().layers:
@@ -158,6 +160,7 @@ class Rounded(nn.Module):
         return Through.apply(self.linear(x))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo itself
 def test_a_projector_learns_through_functions_of_a_frozen_decoder():
     tiny = FAMILIES["llava"](layers=3)

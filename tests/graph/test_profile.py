@@ -125,7 +125,6 @@ def test_attention_mass_of_a_layer_with_groups_scale_softcap_and_masks() -> None
 # ---- identities
 
 
-@pytest.mark.slow
 def test_a_layer_that_does_nothing() -> None:
     model = FAMILIES["llava"]().model
     for i in (1, 3):
@@ -142,7 +141,6 @@ def test_a_layer_that_does_nothing() -> None:
     assert max(found.vision_cosine[0], found.vision_cosine[2]) < 0.99
 
 
-@pytest.mark.slow
 def test_the_same_inputs_give_the_same_profile() -> None:
     model, inputs, found = measured("llava")
     before = {name: x.clone() for name, x in inputs.items()}

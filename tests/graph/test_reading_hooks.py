@@ -147,6 +147,7 @@ def test_a_hook_that_writes_to_memory_of_its_own_behind_a_rewritten_layer_is_ref
     assert torch.equal(model(**inputs).logits, plain)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_hook_that_writes_to_the_stream_behind_a_rewritten_layer_does_what_it_says(tiny, inputs):
     def in_place(_, __, out):

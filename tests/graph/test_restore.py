@@ -228,6 +228,7 @@ def test_a_part_of_a_model_that_is_gone_is_named(tiny):
 # ---- the decoder's configs while a recipe is applied
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_private_configs_do_not_pile_up(tiny):
     model, inputs, held = tiny.model, inputs_of(tiny), []

@@ -44,6 +44,7 @@ def chat(model, turns, given, new=2, **how):
     return told
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:inputs_embeds were given without images")

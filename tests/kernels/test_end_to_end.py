@@ -37,6 +37,7 @@ SOME = {
 EACH_OF = dict.fromkeys(NAMES, EACH) if long() else SOME
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize(("name", "passes"), [(n, p) for n in EACH_OF for p in EACH_OF[n]])
 def test_generation_by_kernels_agrees_with_the_oracle(name, passes):
@@ -45,6 +46,7 @@ def test_generation_by_kernels_agrees_with_the_oracle(name, passes):
     generation_agreement(tiny.model, inputs, EACH[passes], 3, kernels="triton").check()
 
 
+@pytest.mark.slow
 @settings(max_examples=200 if long() else 4)
 @given(st.data(), st.sampled_from(NAMES if long() else ["llava"]), batches(), strategies.sides(), st.integers(0, 9))
 def test_compositions_by_kernels_agree_with_the_oracle(data, name, rows, side, seed):

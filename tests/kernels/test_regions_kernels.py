@@ -166,6 +166,7 @@ def test_gains(device, drawn, dtype, learned, text, seed):
         torch.testing.assert_close(g, e, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @FEW
 @given(covers(6, 2), st.booleans(), st.data())
 def test_cover(device, drawn, learned, data):
@@ -175,6 +176,7 @@ def test_cover(device, drawn, learned, data):
     assert torch.equal(matching.dape_cover(*args), dape.dape_cover(*args))
 
 
+@pytest.mark.slow
 def test_a_batch_is_its_images(device):
     """Images, their text with them, one by one."""
     grid = torch.tensor([[6, 7], [4, 5]])
@@ -224,6 +226,7 @@ def test_the_focus_is_rounded_half_to_even_and_ties_go_to_the_first(device, shar
 # ---- operators
 
 
+@pytest.mark.slow
 def test_operators(device):
     grid, lengths = torch.tensor([[4, 5], [3, 3]]), torch.tensor([20, 9])
     base = regions.coarsest(lengths, grid, [20, 9])

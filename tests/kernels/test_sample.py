@@ -124,6 +124,7 @@ def test_each_step_takes_the_best(rule, dtype, tiles, n, k, channels, seed):
     assert_each_step_is_best(rule, x, member, chosen, order, k)
 
 
+@pytest.mark.slow
 @given(
     RULES,
     DTYPES,

@@ -30,6 +30,7 @@ class Processor:
         return [" ".join(map(str, row)) for row in ids]
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("family", ["blip_2", "qwen2_5_vl", "qwen3_vl"])
 @pytest.mark.filterwarnings("ignore:3 samples. intervals are wide")

@@ -56,6 +56,7 @@ def experts_in(model: torch.nn.Module) -> list[torch.nn.Module]:
     return [m for m in model.modules() if "gate_up_proj" in dict(m.named_parameters(recurse=False))]
 
 
+@pytest.mark.slow
 def test_experts_of_the_interface_s_form_that_do_not_go_through_it() -> None:
     """A loop over the experts that are hit cannot be captured; the same is computed by the operator."""
     tiny = ZOO["step3p7"](layers=3)
@@ -70,6 +71,7 @@ def test_experts_of_the_interface_s_form_that_do_not_go_through_it() -> None:
     assert [dict(vars(m)) for m in found] == before
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("change", ["bias", "forward", "gate"])
 def test_experts_of_another_form_are_left_alone(change: str) -> None:
@@ -163,6 +165,7 @@ def paligemma(text: Any) -> TinyVLM:
     return replace(tiny, finish=lambda x: x | {"token_type_ids": torch.zeros_like(x["input_ids"])})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("recipe", "windows"), crossed(RECIPES[1::2], [False, True]), ids=str)
 def test_a_prefix_that_sees_itself(recipe: Any, windows: bool) -> None:
     more = {"sliding_window": 8, "query_pre_attn_scalar": 8} if windows else {}

@@ -142,6 +142,7 @@ def test_forward_agrees_with_the_oracle(tiny: TinyVLM, recipe: list[Any], side: 
     forward_agreement(tiny.model, tiny.inputs(BATCH, side=side, seed=2), recipe).check()
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @recipes
 def test_generation_agrees_with_the_oracle(tiny: TinyVLM, recipe: list[Any]) -> None:

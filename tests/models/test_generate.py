@@ -151,6 +151,7 @@ def test_rows_of_a_cache_can_be_picked_and_repeated(llava):
     torch.testing.assert_close(got, expected[twice], atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_inputs_embeds(llava):
     model, inputs = llava.model, llava.inputs(BATCH, side="left", seed=7)
     embeds = model.get_input_embeddings()(inputs["input_ids"]).detach()
@@ -172,6 +173,7 @@ def test_text_only_prompts_are_untouched(llava):
         assert "calls went through the model as it is, prompts of text alone, which is right" in notes
 
 
+@pytest.mark.slow
 def test_forward_keeps_its_form(llava):
     model, inputs = llava.model, llava.inputs(BATCH, side="right", seed=9)
     plain = model(**inputs)
@@ -264,6 +266,7 @@ def test_a_prompt_that_ends_in_an_image_keeps_its_last_token(llava, rows):
 UNSELECTIVE = [VISOR([0, 2], [1]), ViCA(cross=[0, 2]), VTW(at=2), ShortV(layers=0.5), DPVR(at=2, branch="identity")]
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize(("p", "chunk"), crossed(UNSELECTIVE, [16, 7]), ids=repr)
 def test_prefill_in_chunks_is_prefill_at_once_where_nothing_is_selected(llava, p, chunk):

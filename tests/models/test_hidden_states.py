@@ -50,6 +50,7 @@ def test_they_are_the_oracles(llava, recipe):
         torch.testing.assert_close(got[real(inputs)], right[real(inputs)], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "recipe"), [("llava", "sts"), ("qwen2_5_vl", "stride")])
@@ -65,6 +66,7 @@ def test_of_a_deep_model(name, recipe):
         torch.testing.assert_close(got[real(inputs)], right[real(inputs)], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_in_generate_and_by_the_config(monkeypatch):
     model, inputs = family("llava").model, family("llava").inputs(ROWS)

@@ -28,6 +28,7 @@ def tiny() -> TinyVLM:
     return ZOO["llava"](layers=LAYERS)
 
 
+@pytest.mark.slow
 def test_a_family_from_the_first_piece_to_the_last(unshared: None) -> None:
     pieces = list(measure("llava"))
     first = dict(pieces[:4])
@@ -63,6 +64,7 @@ def test_videos_go_alone_where_the_model_takes_no_images_beside_them() -> None:
     assert "  videos are tried without images beside them" in list(details("glm4v", Record(alone=why)))[1]
 
 
+@pytest.mark.slow
 def test_a_fault_is_wrong(tiny: TinyVLM, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is compared is what the rewritten model gave."""
     from vlmrewrite.lower import Executable

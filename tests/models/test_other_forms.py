@@ -63,6 +63,7 @@ def test_a_static_cache_is_given_back_where_generate_fails(llava):
     assert cache.get_seq_length() == 0
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["llava", "qwen2_5_vl"])
 def test_embeddings_that_hold_images_already(name):

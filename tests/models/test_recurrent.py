@@ -150,6 +150,7 @@ def test_beams_carry_their_states_with_them(conv):
     assert float(out.sequences_scores[0]) == pytest.approx(float(score), abs=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_second_turn_with_an_image_goes_on_with_the_states(conv):
     model, first, second = conv.model, conv.inputs([Row(1, 2, 3)], seed=4), conv.inputs([Row(1, 1, 2)], seed=5)
@@ -282,6 +283,7 @@ def test_keys_and_a_state_in_one_layer_are_refused():
         vr.apply(tiny.model, [Stride(3)])
 
 
+@pytest.mark.slow
 def test_autocast_is_refused(conv):
     with (
         vr.applied(conv.model, [Stride(3)]),

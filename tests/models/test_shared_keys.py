@@ -56,6 +56,7 @@ def gemma4(depth=6, shared=3, inputs=8, **more):
     return made
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("recipe", RECIPES, ids=repr)
 def test_a_recipe_agrees_with_the_oracle(recipe):
@@ -67,6 +68,7 @@ def test_a_recipe_agrees_with_the_oracle(recipe):
     assert len(found.kv_lengths) == 3  # of the layers that have keys
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize(
     "variant",
@@ -82,6 +84,7 @@ def test_variants_agree_with_the_oracle(variant):
     generation_agreement(made.model, made.inputs(ROWS), [Stride(0.5, at=2), FastV(keep=0.5, at=3)]).check()
 
 
+@pytest.mark.slow
 def test_attention_whose_scale_depends_on_positions_and_attention_in_chunks():
     kinds = {"layer_types": ["chunked_attention", "full_attention"] * 2, "no_rope_layers": [1, 0] * 2}
     tuned = {"attn_temperature_tuning": True, "floor_scale": 2, "attn_scale": 0.5, "attention_chunk_size": 8}
@@ -90,6 +93,7 @@ def test_attention_whose_scale_depends_on_positions_and_attention_in_chunks():
     generation_agreement(of_llama4.model, of_llama4.inputs(ROWS), [Stride(0.5, at=1), FastV(keep=3, at=2)]).check()
 
 
+@pytest.mark.slow
 def test_a_turn_on_a_kept_cache_and_logits_of_some_tokens():
     model, inputs = gemma4().model, gemma4().inputs(ROWS)
     with torch.no_grad(), vr.applied(model, [Stride(0.5, at=2)]):

@@ -108,6 +108,7 @@ def test_patches_that_are_merged_in_several_ways() -> None:
     assert "text stands between the tokens of some of the 2 images" in grids(config, [2, 2, 4], thw)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["gemma4", "lfm2_vl", "lighton_ocr", "muse_glimmer"] if long() else ["gemma4"])
 def test_regions_of_grids_that_are_told(name: str) -> None:
     tiny = ZOO[name](layers=3)

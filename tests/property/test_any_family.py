@@ -67,11 +67,13 @@ def agrees(name, batch, side, passes, seed):
     return True
 
 
+@pytest.mark.slow
 @given(st.sampled_from(NAMES), st.fixed_dictionaries(DRAWN))
 def test_forward_agrees_with_the_oracle(name, drawn):
     assume(agrees(name, **drawn))
 
 
+@pytest.mark.slow
 @settings(max_examples=max(2, settings.default.max_examples // 4))  # each captures twice
 @given(st.sampled_from(NAMES), st.integers(6, 8))
 def test_the_graph_of_a_deep_model_is_that_of_a_whole_trace(name, layers):

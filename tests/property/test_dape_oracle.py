@@ -100,6 +100,7 @@ def compositions(draw):
     return draw(st.permutations([draw(dapes()), *others]))
 
 
+@pytest.mark.slow
 @given(dapes(), gates, batches(), strategies.sides(), st.integers(0, 99), st.booleans())
 @example(DAPE(budget=4, detail=(0.25, 0.5), mode="inject"), 0.4, BATCH, "left", 0, True)
 @example(DAPE(budget=4, detail=(0.1, 0.25), mode="inject"), 0.4, BATCH, "left", 0, False)

@@ -54,6 +54,7 @@ def test_rows_on_plans_of_their_own_agree_with_the_oracle(name, rows, side, plan
     (generation_agreement if side == "left" else forward_agreement)(tiny.model, inputs, passes, strict=False).check()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @given(strategies.rows(images=1), strategies.sides(), st.sampled_from([0.15, 0.25, 0.4]), st.integers(0, 9))
 def test_what_a_row_does_comes_of_that_row_alone(rows, side, threshold, seed):
@@ -97,6 +98,7 @@ def test_a_turn_of_text_on_a_cache_of_different_plans(name):
     logits_agreement(tiny.model, longer, masks, got).check()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_turn_with_images_on_a_cache_of_different_plans_is_that_of_each_row_alone():
     tiny, n = family("llava"), 3
@@ -149,6 +151,7 @@ def test_dape_in_some_rows_plans():
     forward_agreement(tiny.model, inputs, passes, strict=False).check()
 
 
+@pytest.mark.slow
 def test_recurrent_layers_of_rows_on_different_plans():
     tiny = ZOO["lfm2_vl"]()
     inputs = tiny.inputs([Row(1, 2, 3), Row(2, 1, 3), Row(1, 3, 4)])

@@ -50,6 +50,7 @@ def tiny(name: str) -> TinyVLM:
     return llava_of(name, config(**sizes), 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "recipe"), crossed([*OWN, "kimi_k25"], ONE_EACH))
 def test_a_recipe_agrees_with_the_oracle(name: str, recipe: str) -> None:
     model, inputs = tiny(name).model, tiny(name).inputs(ROWS)
@@ -69,6 +70,7 @@ def test_the_cache_holds_latents_and_is_counted_so() -> None:
     assert any(n.name.startswith("linear") for n in expanding.keys.keys() & expanding.values.keys())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(("name", "recipe"), crossed(["deepseek_v3", "minicpm3"], ["fastv", "visor"]))
 def test_images_on_a_kept_cache(name: str, recipe: str) -> None:
@@ -94,6 +96,7 @@ def test_images_on_a_kept_cache(name: str, recipe: str) -> None:
     assert float((got[real] - expected).abs().max()) < 1e-4 * float(expected.abs().max())
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_compiled_decode_step_finds_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs that Inductor would get, run without it."""
@@ -151,6 +154,7 @@ def test_places_of_held_keys_are_no_positions():
         forward_agreement(made.model, made.inputs(ROWS), ONE_EACH["stride"])
 
 
+@pytest.mark.slow
 def test_a_layer_that_attends_to_what_another_made_of_its_keys_is_refused():
     made = holding(shares=True)
     with pytest.raises(ValueError, match="layer 1 attends to what layer 0 made of the keys that it holds"):

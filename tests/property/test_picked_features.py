@@ -121,6 +121,7 @@ def test_what_is_no_choice_is_an_error(monkeypatch, how):
         forward_agreement(tiny.model, inputs, Stride(0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", [name for name in RECIPES if name != "encoder"])
 def test_videos_with_images_beside_them(recipe):
     tiny = ZOO["video_llama_3"](layers=3)

@@ -48,6 +48,7 @@ def test_generation_agrees_with_the_oracle(rows, recipe):
     generation_agreement(tiny.model, tiny.inputs(ROWS[rows], seed=2), RECIPES[recipe], new_tokens=3).check()
 
 
+@pytest.mark.slow
 def test_videos_that_the_forward_gives_to_the_encoder_of_images():
     tiny = ZOO["perception_lm"](layers=3)
     for rows in (MIXED, VIDEO):

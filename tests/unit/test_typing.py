@@ -10,7 +10,6 @@ import sys
 import tomllib
 from pathlib import Path
 
-import pytest
 import torch
 
 import vlmrewrite as vr
@@ -37,7 +36,6 @@ def test_every_pass_is_one() -> None:
     assert all(isinstance(p, Pass) for p in every_name.every_pass())
 
 
-@pytest.mark.slow
 @torch.no_grad()
 def test_it_runs(llava, tmp_path: Path) -> None:
     told = every_name.use(llava.model, llava.inputs([Row(1, 2, 3)]), tmp_path)

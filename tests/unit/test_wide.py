@@ -1,4 +1,4 @@
-"""Of tests with many cases a run of folders takes a third; who names a file, a test or a keyword has all of them."""
+"""Of what takes long a run of folders takes a part; who names a file, a test or a keyword has all of it."""
 
 from __future__ import annotations
 
@@ -8,49 +8,64 @@ from typing import Any
 import pytest
 
 from tests import conftest
+from tests.thin import PARTS, left_out, turn
 
 
 class Case:
-    def __init__(self, nodeid: str, wide: bool) -> None:
-        self.nodeid, self.wide = nodeid, wide
+    def __init__(self, nodeid: str, *marks: str) -> None:
+        self.nodeid, self.marks = nodeid, marks
 
     def get_closest_marker(self, name: str) -> bool:
-        return name == "wide" and self.wide
+        return name in self.marks
 
 
-def taken(sizes: dict[str, int], wide: bool = False, keyword: str = "", args: tuple[str, ...] = ("tests",)) -> Any:
-    """Which cases run of tests marked wide, of so many cases each; and one test that is not, ``plain[0]``."""
-    items: list[Any] = [Case(f"{name}[{i}]", wide=True) for name, n in sizes.items() for i in range(n)]
-    items.append(Case("plain[0]", wide=False))
-    left: list[Any] = []
-    config: Any = SimpleNamespace(
-        option=SimpleNamespace(keyword=keyword),
-        args=args,
-        getoption=lambda _: wide,
-        hook=SimpleNamespace(pytest_deselected=lambda items: left.extend(items)),
-    )
-    every = len(items)
-    conftest.pytest_collection_modifyitems(config, items)
-    assert len(items) + len(left) == every
-    return [item.nodeid for item in items]
+def cases(name: str, n: int, *marks: str) -> Any:
+    return [Case(f"{name}[{i}]", *marks) for i in range(n)]
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 4, 10])
 def test_a_third_of_the_cases_and_at_least_one(size: int) -> None:
     for name in ("one", "two", "three", "four"):
-        found = taken({name: size})
-        assert found[-1] == "plain[0]"
-        assert size // 3 <= len(found) - 1 <= -(-size // 3)
-        assert len(found) > 1
+        some, plain = cases(name, size, "wide"), cases("plain", 4)
+        left = left_out(some + plain, 0)
+        assert not left & {*plain}
+        assert max(1, size // 3) <= size - len(left) <= -(-size // 3)
 
 
 def test_other_tests_take_other_cases() -> None:
-    firsts = {taken({f"test_{i}": 3})[0].partition("[")[2] for i in range(20)}
-    assert firsts == {"0]", "1]", "2]"}
+    some = [case for i in range(20) for case in cases(f"test_{i}", 3, "wide")]
+    assert {case.nodeid[-3:] for case in {*some} - left_out(some, 0)} == {"[0]", "[1]", "[2]"}
+
+
+def test_slow_tests_take_turns() -> None:
+    some = [case for i in range(60) for case in cases(f"test_{i}", 2, "slow")] + [Case("alone", "slow")]
+    runs = [{*some} - left_out(some, i) for i in range(PARTS)]
+    assert sum(map(len, runs)) == len({*some}) == len(set.union(*runs))
+    assert all(20 < len(run) < 60 for run in runs)
+    assert turn() in range(PARTS)
 
 
 @pytest.mark.parametrize(
-    "how", [{"wide": True}, {"keyword": "budget"}, {"args": ("tests/unit/test_wide.py",)}, {"args": ("a.py::one",)}]
+    ("how", "all_of_them"),
+    [
+        ({}, False),
+        ({"wide": True}, True),
+        ({"keyword": "budget"}, True),
+        ({"args": ["tests/unit/test_wide.py"]}, True),
+        ({"args": ["a.py::one"]}, True),
+        ({"args": ["tests/unit"]}, False),
+    ],
 )
-def test_whoever_asks_has_all(how: dict[str, Any]) -> None:
-    assert len(taken({"one": 10}, **how)) == 11
+def test_whoever_asks_has_all(how: dict[str, Any], all_of_them: bool) -> None:
+    left: list[Any] = []
+    config: Any = SimpleNamespace(
+        option=SimpleNamespace(keyword=how.get("keyword", "")),
+        args=how.get("args", ["tests"]),
+        getoption=lambda _: how.get("wide", False),
+        hook=SimpleNamespace(pytest_deselected=lambda items: left.extend(items)),
+    )
+    items = cases("one", 10, "wide")
+    conftest.pytest_collection_modifyitems(config, items)
+    assert (len(items) == 10) is all_of_them
+    assert len(items) + len(left) == 10
+    assert (conftest.pytest_report_header(config).endswith("all cases")) is all_of_them

@@ -12,10 +12,11 @@ from vlmrewrite.analysis.merge import Merge
 from vlmrewrite.analysis.operators import hidden_write, writes, written
 from vlmrewrite.analysis.regions import as_cast, cast, regions
 from vlmrewrite.analysis.rows import ALONG, Rows
-from vlmrewrite.analysis.tokenwise import not_token_wise
+from vlmrewrite.analysis.tokenwise import VERDICT, mixes
 
 __all__ = [
     "ALONG",
+    "VERDICT",
     "Anatomy",
     "Layer",
     "LayerCost",
@@ -31,8 +32,8 @@ __all__ = [
     "functional",
     "hidden_write",
     "is_number",
+    "mixes",
     "needed",
-    "not_token_wise",
     "reachable",
     "regions",
     "same",

@@ -22,7 +22,15 @@ from vlmrewrite.analysis.operators import called, hidden_write, name_of, set_ite
 from vlmrewrite.compat import tree_leaves
 
 VERDICT = "not token-wise"
-"""Where a node keeps, in a list, what :func:`not_token_wise` said of it; its copies in other layers have the same."""
+"""Where a captured node keeps what :func:`mixes` has said, in a list that its copies in other layers share."""
+
+
+def mixes(node: Node, length: object, batch: object) -> str | None:
+    """What :func:`not_token_wise` says of a captured node, which does not change: looked for once."""
+    known: list[str | None] = node.meta.setdefault(VERDICT, [])
+    if not known:
+        known.append(not_token_wise(node, length, batch))
+    return known[0]
 
 
 def not_token_wise(node: Node, length: object, batch: object = None) -> str | None:

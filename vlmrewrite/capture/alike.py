@@ -23,6 +23,7 @@ from torch.fx import GraphModule
 from vlmrewrite.capture.expand import UnlikeError, expand, stands_in, traced
 from vlmrewrite.hf import APPLIED, cache_layers, decoder_layers, goes_by_number, is_recurrent
 
+_USUAL = (nn.Parameter, Tensor, type(None))
 _PLAIN = (int, float, str, bool, type(None), set, frozenset, torch.dtype, torch.device)
 
 
@@ -50,7 +51,7 @@ class Alike:
         ends = [self.layers[i] for i in {*self.again, *self.again.values()}]
         copied = [m for i in self.copies for m in self.layers[i].modules()]
         seen = [m for layer in ends for m in layer.modules()] + copied
-        self._seen = [(vars(m), {k: _copy(x) for k, x in vars(m).items()}) for m in seen]
+        self._seen = [(vars(m), {k: x.copy() if isinstance(x, dict) else x for k, x in vars(m).items()}) for m in seen]
         self._seen += [(m._modules, dict(m._modules)) for _, m in path]
         self._held = [x for m in copied for own in (m.parameters, m.buffers) for x in own(recurse=False)]
         self._layouts = list(map(_may_change, self._held))
@@ -174,10 +175,6 @@ def _own(module: nn.Module, root: bool) -> dict[str, Any]:
     return {k: x for k, x in vars(module).items() if k != APPLIED and not isinstance(x, kinds)}
 
 
-def _copy(x: Any) -> Any:
-    return x.copy() if isinstance(x, dict) else x
-
-
 _may_change = attrgetter("dtype", "requires_grad", "device")
 
 
@@ -212,7 +209,7 @@ def _alike(a: nn.Module, b: nn.Module, i: int, k: int) -> bool:
     for name, p in x.items():
         q = y[name]
         if name in ("_parameters", "_buffers"):
-            if p.keys() != q.keys() or any(_layout(p[n]) != _layout(q[n]) or _odd(p[n]) for n in p):
+            if p.keys() != q.keys() or any(_layout(p[n]) != _layout(q[n]) or type(p[n]) not in _USUAL for n in p):
                 return False
         elif name == "_modules":
             if p.keys() != q.keys() or not all(_alike(p[n], q[n], i, k) for n in p if p[n] is not q[n]):
@@ -223,10 +220,6 @@ def _alike(a: nn.Module, b: nn.Module, i: int, k: int) -> bool:
         elif not _same(p, q) and (type(p) is not int or (p, q) != (i, k) or goes_by_number(type(a), name)):  # type: ignore[arg-type]
             return False
     return True
-
-
-def _odd(x: Tensor | None) -> bool:
-    return type(x) not in (nn.Parameter, Tensor, type(None))
 
 
 def _same(p: Any, q: Any) -> bool:

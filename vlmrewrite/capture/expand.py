@@ -13,8 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, Node
 from torch.fx.node import map_arg
 
-from vlmrewrite.analysis import closure, is_number, same, sizes, symbols, value, where, written
-from vlmrewrite.analysis.tokenwise import VERDICT
+from vlmrewrite.analysis import VERDICT, closure, is_number, same, sizes, symbols, value, where, written
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.ops import KV_APPEND
 

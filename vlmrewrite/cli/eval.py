@@ -75,31 +75,34 @@ def evaluate(
     from vlmrewrite.cli.config import local
 
     model = local(model, weights=True)
-    loaded, processor = loading.with_processor(model, device, dtype)
-    with a_line_each(), warnings_later(), progress_bar() as progress:
-        task = progress.add_task("samples", total=len(samples))
-        done = measure(
-            loaded,
-            processor,
-            samples,
-            chosen,
-            metric=metric,
-            output=output,
-            batch=batch,
-            max_new_tokens=max_new_tokens,
-            backend=backend,
-            kernels=kernels,
-            seed=seed,
-            progress=lambda n, total: progress.update(task, completed=n),
-        )
-    print_failures(done.failures)
-    if as_json(json, done.to_dict()):
-        return
-    head, *rows = done.cells()
-    print(f"{done.rows[0].n} samples, {done.about['metric']}")
-    print_table([folded(heading) for heading in head], [[folded(cell) for cell in row] for row in rows])
-    for row in done.rows:
-        for reason in row.refused:
-            print(f"{row.recipe}: does nothing: {reason}")
-    if output is not None:
-        print(f"page: {output / 'report.html'}")
+    with loading.joined() as first:
+        loaded, processor = loading.with_processor(model, device, dtype)
+        with a_line_each(), warnings_later(), progress_bar() as progress:
+            task = progress.add_task("samples", total=len(samples))
+            done = measure(
+                loaded,
+                processor,
+                samples,
+                chosen,
+                metric=metric,
+                output=output,
+                batch=batch,
+                max_new_tokens=max_new_tokens,
+                backend=backend,
+                kernels=kernels,
+                seed=seed,
+                progress=lambda n, total: progress.update(task, completed=n),
+            )
+        if not first:
+            return
+        print_failures(done.failures)
+        if as_json(json, done.to_dict()):
+            return
+        head, *rows = done.cells()
+        print(f"{done.rows[0].n} samples, {done.about['metric']}")
+        print_table([folded(heading) for heading in head], [[folded(cell) for cell in row] for row in rows])
+        for row in done.rows:
+            for reason in row.refused:
+                print(f"{row.recipe}: does nothing: {reason}")
+        if output is not None:
+            print(f"page: {output / 'report.html'}")

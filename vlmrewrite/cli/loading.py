@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,30 @@ from transformers.utils import logging
 from vlmrewrite.cli.config import read_config
 from vlmrewrite.errors import blamed_on
 from vlmrewrite.evaluate import with_image_tokens
+
+
+@contextlib.contextmanager
+def joined() -> Iterator[bool]:
+    """In a group with the other processes that a launcher has started, if it has; whether this is the first of them.
+
+    The others print nothing.
+
+    Raises:
+        ValueError: the launcher has not said where they meet (``MASTER_ADDR`` and its like).
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
+        yield True
+        return
+    torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # objects of Python are exchanged
+    try:
+        with contextlib.ExitStack() as stack:
+            if rank := torch.distributed.get_rank():
+                nowhere = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(contextlib.redirect_stdout(nowhere))
+                stack.enter_context(contextlib.redirect_stderr(nowhere))
+            yield rank == 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def device_of(name: str) -> torch.device:

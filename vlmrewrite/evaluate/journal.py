@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from vlmrewrite.errors import shown
+from vlmrewrite.evaluate.together import Together
 
 ABOUT, SAMPLES, PROGRESS, RESULTS, PAGE = "run.json", "samples.jsonl", "progress.jsonl", "results.json", "report.html"
 
@@ -110,3 +111,14 @@ def _append(path: Path, data: bytes) -> int:
         file.flush()
         os.fsync(file.fileno())
         return file.tell()
+
+
+def opened(folder: Path | None, about: dict[str, Any], together: Together) -> Journal:
+    """A journal for several processes: the first one keeps it on disk, the others in memory, as it was found there.
+
+    Raises:
+        ValueError: as :class:`Journal`, in the first process; RuntimeError in the others.
+    """
+    journal = cast(Journal, together.each(lambda: None if together.rank else Journal(folder, about))[0])
+    journal.folder = None if together.rank else folder
+    return journal

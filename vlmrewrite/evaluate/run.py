@@ -16,12 +16,13 @@ import torch
 from vlmrewrite.errors import one_of, shown
 from vlmrewrite.evaluate.asking import encode, groups_of, refuse_chats, said
 from vlmrewrite.evaluate.data import fingerprint, read_data
-from vlmrewrite.evaluate.journal import PAGE, RESULTS, Journal, write_whole
+from vlmrewrite.evaluate.journal import PAGE, RESULTS, opened, write_whole
 from vlmrewrite.evaluate.metrics import METRICS, Metric, lacking, rouge_l, token_match, usual
 from vlmrewrite.evaluate.page import page
 from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, rows_of
 from vlmrewrite.evaluate.sample import Sample
 from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence, numbers_of
+from vlmrewrite.evaluate.together import Together
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.ops import Backend, Kernels
 from vlmrewrite.plan import Pass
@@ -32,6 +33,9 @@ FEW = 30
 
 _HOPELESS = 8
 """Samples that fail under a recipe before any comes through, and then the run stops."""
+
+Failed = dict[str, tuple[bool, list[str]]]
+"""Of each subject in a batch: whether any sample came through, and the errors of the others."""
 
 
 def evaluate(
@@ -55,6 +59,9 @@ def evaluate(
     FLOPs and K/V bytes are those of :func:`vlmrewrite.report` for each batch. A sample that fails is left out of all
     rows and reported; the run goes on.
 
+    Where ``torch.distributed`` has a process group, each process asks its share of the batches, and all of them return
+    the same; the first one writes.
+
     Args:
         model: an unmodified model in eval mode, on any device.
         processor: its, with a tokenizer and an image processor.
@@ -75,9 +82,10 @@ def evaluate(
         progress: called with the number of samples that are done, and of all.
 
     Raises:
-        ValueError: data, metric, recipe, model or folder cannot be used; of data one line for each faulty row. Nothing
-            is written.
-        RuntimeError: all of the first samples failed under a recipe, or no sample came through under all of them.
+        ValueError: data, metric, recipe, model or folder cannot be used, or processes of a group were given different
+            ones; of data one line for each faulty row. Nothing is written.
+        RuntimeError: all of the first samples failed under a recipe, or no sample came through under all of them; or
+            another process of the group failed.
     """
     if batch < 1 or max_new_tokens < 1:
         raise ValueError(f"expected batch >= 1 and max_new_tokens >= 1, got {batch} and {max_new_tokens}")
@@ -98,7 +106,9 @@ def evaluate(
     settings |= {"backend": backend, "kernels": kernels, "metric_code": _code(metric)}
     told = {"recipes": {s.name: s.recipe for s in subjects[1:]}, "model": identity_of(base_model_of(model))}
     about = {"data": fingerprint(samples), "samples": len(samples), **settings, **told}
-    journal = Journal(None if output is None else Path(output), about)
+    together = Together()
+    together.same(about)
+    journal = opened(None if output is None else Path(output), about, together)
     notes = []
     if len(samples) < FEW:
         notes.append(f"{len(samples)} samples: intervals are wide below {FEW}")
@@ -106,10 +116,17 @@ def evaluate(
     if score is None:
         notes.append("the data has no references: scores are shares of tokens that are the unmodified model's")
     asking = _Asking(subjects, score, max_new_tokens, {line["recipe"] for line in journal.lines if not line["error"]})
-    for start in range(0, len(samples), batch):
-        progress(start, len(samples))
-        if start // batch >= len(journal.batches):
-            journal.add(*asking.ask(samples[start : start + batch], start // batch))
+    batches = [samples[start : start + batch] for start in range(0, len(samples), batch)]
+    for turn in range(len(journal.batches)):
+        progress(turn * batch, len(samples))
+    for turn in range(len(journal.batches), len(batches), together.count):
+        progress(turn * batch, len(samples))
+        own = turn + together.rank
+        made = together.each(lambda own=own: asking.ask(batches[own], own) if own < len(batches) else None)  # type: ignore[misc]
+        asked = [x for x in made if x is not None]
+        asking.refuse_hopeless([failed for *_, failed in asked])
+        for lines, record, _ in asked:
+            journal.add(lines, record)
     progress(len(samples), len(samples))
     rows = rows_of(names, samples, journal.lines, journal.batches, seed)
     failures = tuple({k: line[k] for k in ("id", "recipe", "error")} for line in journal.lines if line["error"])
@@ -130,8 +147,8 @@ class _Asking:
         self.subjects, self.score, self.longest = subjects, score, longest
         self.answered, self.failed = answered, dict.fromkeys((s.name for s in subjects), 0)
 
-    def ask(self, samples: Sequence[Sample], turn: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-        """The lines of a batch, and what it cost; who begins changes with the turn."""
+    def ask(self, samples: Sequence[Sample], turn: int) -> tuple[list[dict[str, Any]], dict[str, Any], Failed]:
+        """The lines of a batch, what it cost, and who failed; who begins changes with the turn."""
         record: dict[str, Any] = {"costs": {}, "seconds": {}, "peak": {}, "refused": {}, "pictures": []}
         found: dict[str, dict[Any, dict[str, Any]]] = {s.name: {} for s in self.subjects}
         errors: dict[str, dict[Any, str]] = {s.name: {} for s in self.subjects}
@@ -143,7 +160,6 @@ class _Asking:
             errors[subject.name] |= unasked
             for some, inputs in groups:
                 self._answer(subject, some, inputs, record, found[subject.name], errors[subject.name])
-            self._hopeless(subject.name, errors[subject.name], bool(found[subject.name]))
             if turn == 0 and record["seconds"].get(subject.name):
                 record["peak"][subject.name] = subject.peak()
         lines = []
@@ -161,7 +177,7 @@ class _Asking:
                     before = line["score"] if subject.name == UNMODIFIED else before
                     if line["score"] not in (before, None):
                         record["pictures"].append({"id": sample.id, "recipe": subject.name, "images": mine["pictures"]})
-        return lines, record
+        return lines, record, {name: (bool(found[name]), [*said.values()]) for name, said in errors.items()}
 
     def _judged(self, sample: Sample, mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         """How an answer is; where the metric fails, with the error, and no score."""
@@ -226,12 +242,15 @@ class _Asking:
                 "pictures": made.pictures[i] if made.pictures else [],
             }
 
-    def _hopeless(self, name: str, errors: dict[Any, str], some: bool) -> None:
+    def refuse_hopeless(self, batches: Sequence[Failed]) -> None:
         """Raise RuntimeError if nothing but failures has come of a subject so far, and these are many."""
-        self.answered |= {name} if some else set()
-        self.failed[name] += len(errors)
-        if name not in self.answered and self.failed[name] >= _HOPELESS:
-            raise RuntimeError(f"{name}: all of the first {self.failed[name]} samples failed: {[*errors.values()][-1]}")
+        for name in self.failed:
+            if any(some for some, _ in (failed[name] for failed in batches)):
+                self.answered.add(name)
+            errors = [error for failed in batches for error in failed[name][1]]
+            self.failed[name] += len(errors)
+            if name not in self.answered and self.failed[name] >= _HOPELESS:
+                raise RuntimeError(f"{name}: all of the first {self.failed[name]} samples failed: {errors[-1]}")
 
 
 def metric_of(metric: str | Metric, samples: Sequence[Sample]) -> tuple[str, Metric | None]:

@@ -13,8 +13,7 @@ import torch.fx
 from torch import Tensor
 from torch.fx import Node
 
-from vlmrewrite.analysis import Anatomy, Layer, axis, hidden_write, not_token_wise, reachable, same, value, where
-from vlmrewrite.analysis.tokenwise import VERDICT
+from vlmrewrite.analysis import Anatomy, Layer, axis, hidden_write, mixes, reachable, same, value, where
 from vlmrewrite.ops import TOKENS
 from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet, contains
 from vlmrewrite.rewrite.sets import Emitter, Sets, Stream
@@ -138,10 +137,8 @@ class LayerNodes:
 
     def _inside(self, node: Node, s: TokenSet) -> Node:
         captured, a = self._captured[node], self.anatomy
-        known = captured.meta.setdefault(VERDICT, [])  # a captured graph does not change
-        if s != All and not known:
-            known.append(not_token_wise(captured, self._behind[0] if self._behind else a.length, a.batch))
-        if (reason := hidden_write(captured) if s == All else known[0]) is not None:
+        length = self._behind[0] if self._behind else a.length
+        if (reason := hidden_write(captured) if s == All else mixes(captured, length, a.batch)) is not None:
             raise ValueError(f"{where(node)} inside layer {self.layer.index} cannot run on {s}: {reason}")
         return self._copy(node, s)
 
