@@ -41,7 +41,7 @@ with loading.joined() as first:
     both.same({"data": 3})
     with pytest.raises(ValueError, match="^expected the same in each of the 2 processes, got data: 0, 1$"):
         both.same({"data": both.rank, "batch": 3})
-app(sys.argv[1:])
+    app(sys.argv[1:])
 """
 
 

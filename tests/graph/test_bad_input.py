@@ -192,6 +192,7 @@ def test_weights_that_are_sharded():
         vr.apply(model, "sts-half")
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_forward_that_was_exchanged_after_apply():
     tiny = FAMILIES["llava"]()

@@ -49,6 +49,7 @@ def test_without_an_image_and_on_a_kept_cache():
         assert [layer.keys.shape[2] for layer in cache.layers] == [n + 3 for n in held]
 
 
+@pytest.mark.slow
 def test_it_is_trained():
     tiny = FAMILIES["llava"](layers=3)
     model, inputs = tiny.model.train(), tiny.inputs(ROWS)
@@ -65,6 +66,7 @@ def test_it_is_trained():
     model.activation_checkpointing_disable()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:torch.compile around")
 def test_behind_torch_compile_it_is_rewritten_too():
@@ -97,6 +99,7 @@ def test_one_that_somebody_has_exchanged_stays_so():
     assert base.forward is nothing
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_copy_of_it_alone_is_refused_and_one_without_its_model_runs():
     tiny = FAMILIES["llava"](layers=3)

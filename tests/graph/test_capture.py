@@ -88,6 +88,7 @@ def test_a_model_like_one_that_is_there_captures_nothing(name):
     assert len(CAPTURES[second.model].call.seconds) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_models_alike_have_graphs_each_up_to_the_limit(monkeypatch):
     first, second = (ZOO["llava"](layers=3, seed=seed) for seed in (0, 1))

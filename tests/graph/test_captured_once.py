@@ -33,6 +33,7 @@ def test_traced_first_and_applied_afterwards(tiny):
             assert graphs(model) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_below_the_head_is_called_by_itself(tiny):
     model, inputs = tiny.model, tiny.inputs(ROWS)
@@ -43,6 +44,7 @@ def test_what_is_below_the_head_is_called_by_itself(tiny):
         assert graphs(model) == 1
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_of_another_class_is_made(tiny):
     model, inputs = tiny.model, tiny.inputs(ROWS)

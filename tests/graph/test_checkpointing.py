@@ -92,6 +92,7 @@ def test_switching_it_off_and_on_makes_nothing_anew(tiny):
     assert sum(made) == 2 * len(made)
 
 
+@pytest.mark.slow
 def test_a_model_is_given_back_as_it_was(tiny):
     model, inputs = tiny.model, tiny.inputs(ROWS)
     model.activation_checkpointing_enable()

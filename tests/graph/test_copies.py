@@ -41,6 +41,7 @@ def tiny():
     return FAMILIES["llava"](layers=4)
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("recipe", [ENCODER, BLOCKS], ids=["encoder", "blocks"])
 @pytest.mark.parametrize("way", WAYS)
@@ -87,6 +88,7 @@ def test_blocks_of_a_copy_are_trained_apart(tiny):
     assert made.state_dict().keys() == before.keys()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_shallow_copy_has_the_same_tensors(tiny):
     model, inputs = tiny.model, tiny.inputs([Row(1, 2, 3)])

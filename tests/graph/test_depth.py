@@ -189,6 +189,7 @@ def test_a_layer_in_training_mode(deep: TinyVLM) -> None:
         assert torch.equal(before, deep.model(**deep.inputs(ROWS)).logits)
 
 
+@pytest.mark.slow
 def test_gradients_reach_copied_layers(deep: TinyVLM) -> None:
     with vr.applied(deep.model, [Stride(keep=0.5)]):
         deep.model(**deep.inputs(ROWS)).logits.sum().backward()

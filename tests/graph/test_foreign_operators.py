@@ -109,6 +109,7 @@ def test_tokens_that_are_rounded_together_are_refused():
         forward_agreement(tiny.model, tiny.inputs(ROWS), Stride(keep=0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("buffers", [False, True])
 def test_a_copy_that_is_trained_has_plain_weights(buffers):
@@ -169,6 +170,7 @@ class Adapted(nn.Module):
         return self.base_model(**inputs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_wrapper_is_taken_for_the_model_in_it():
     tiny = ZOO["llava"](layers=4)

@@ -108,6 +108,7 @@ def test_a_hook_sees_every_call_in_prefill_and_decode(tiny, inputs):
         assert len(fired) == 6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_hook_that_cannot_be_captured_is_named_in_the_error(tiny, inputs):
     model = tiny.model
@@ -174,6 +175,7 @@ def test_torch_compile_around_one_that_is_compiled_says_nothing(tiny, inputs, mo
     torch._dynamo.reset_code_caches()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_attention_cannot_be_set_while_a_recipe_is_applied(tiny, inputs):
     with vr.applied(tiny.model, ALL):

@@ -39,6 +39,7 @@ class HandsOn(LlamaAttention):
         return super().forward(hidden_states, *args, **kwargs)
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("kind", [Branches, Counts, Takes, HandsOn])
 def test_a_layer_that_goes_by_its_number_is_traced(kind):

@@ -77,6 +77,7 @@ def test_a_recipe_of_one_plan_has_none_to_follow():
         following(TINY.model, 0)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_the_unmodified_model_beside_a_rewritten_one():
     model, (inputs, _) = TINY.model, batch()

@@ -75,6 +75,7 @@ def test_a_traced_program_needs_no_capture_to_live_on():
         assert all(torch.equal(a, b) for a, b in zip(again, expected, strict=True) if isinstance(a, torch.Tensor))
 
 
+@pytest.mark.slow
 def test_a_failed_call_gives_the_cache_back(llava):
     model, inputs = llava.model, llava.inputs([Row(1)])
     with vr.applied(model, SOME), torch.no_grad():
@@ -96,6 +97,7 @@ def test_a_failed_call_gives_the_cache_back(llava):
     assert model(input_ids=torch.tensor([[9]]), past_key_values=cache).past_key_values is cache
 
 
+@pytest.mark.slow
 def test_auto_means_where_the_model_is_when_it_is_called(llava, monkeypatch):
     assert choice.resolve("auto", torch.device("cuda")) == "inductor"
     assert choice.resolve("auto", torch.device("cpu")) == "eager"

@@ -47,6 +47,7 @@ def test_captures_and_graphs_are_logged(unshared, caplog):
     assert "tensor" not in captured + made
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_refusal_is_said_once(unshared, caplog):
     caplog.set_level(logging.INFO, "vlmrewrite")

@@ -55,6 +55,7 @@ def gemma() -> TinyVLM:
 WHY = "policy 'first' at layer 1 needs 'encoder_features', which is not there: .* vectors of shape"
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_need_that_a_model_cannot_give_refuses_the_pass(gemma: TinyVLM) -> None:
     inputs, passes = gemma.inputs([Row(1)]), [First(("encoder_features",)), Stride(keep=4)]

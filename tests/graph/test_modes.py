@@ -53,6 +53,7 @@ def gradients(model, inputs):
     return found | {"loss": loss.detach()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("context", [torch.no_grad, torch.enable_grad], ids=["no_grad", "enable_grad"])
 def test_a_part_without_gradients_has_none(context):
     tiny = model_of(context)
@@ -98,6 +99,7 @@ def test_a_part_without_autocast_is_as_precise_as_in_the_model(backend, contexts
         torch.testing.assert_close(got[real(inputs)], expected[real(inputs)], atol=0.1, rtol=0.1)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_traced_program_runs_under_what_its_parts_are_under():
     tiny = model_of(lambda: torch.autocast("cpu", torch.bfloat16), layers=3)

@@ -63,6 +63,7 @@ def both(model, inputs, put):
     return found, expected
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(("read", "passes"), [*crossed(["derived"], PASSES), ("as it is", "fastv")])
@@ -90,6 +91,7 @@ def test_a_hook_that_reads_a_layer_is_given_the_stream_of_the_rewritten_model(ti
     assert torch.equal(model(**inputs).logits, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize(
@@ -111,6 +113,7 @@ def test_a_hook_that_reads_inside_a_rewritten_layer_is_refused(tiny, inputs, whe
     assert torch.equal(model(**inputs).logits, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize("where", ["layers.0.mlp", "layers.0.self_attn.q_proj", "norm", "layers.1.input_layernorm in"])
@@ -129,6 +132,7 @@ def test_a_hook_that_reads_around_the_rewritten_layers_is_given_what_is_there(ti
         torch.testing.assert_close(found[real], expected[real], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_hook_that_writes_to_memory_of_its_own_behind_a_rewritten_layer_is_refused(tiny, inputs):
     model, kept = tiny.model, torch.zeros(())

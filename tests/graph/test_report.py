@@ -70,6 +70,7 @@ def test_a_recipe_that_saves_nothing_says_so(llava):
         assert "saves no FLOPs" in str(vr.report(llava.model))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_calls_without_an_image_are_no_failure(llava):
     with vr.applied(llava.model, [Stride(keep=4)]):

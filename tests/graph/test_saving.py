@@ -30,6 +30,7 @@ def one(tmp_path_factory):
     return kept_in(tmp_path_factory.mktemp("saved"), lambda model, folder: model.save_pretrained(folder))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     "how", [{}, {"max_shard_size": "20KB"}, {"state_dict": True}], ids=["whole", "shards", "given"]
@@ -59,6 +60,7 @@ def test_a_checkpoint_is_that_of_the_model_alone(one, tmp_path, how):
     }
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_model_is_loaded_with_its_recipe_and_blocks(one):
     model, inputs, expected, folder = one

@@ -142,6 +142,7 @@ class Worker:
         return self.done.get(timeout=300)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("asks", ["main", "another"])
 def test_the_last_call_is_also_that_of_a_thread_started_since(tiny, prompts, asks):

@@ -80,6 +80,7 @@ def test_every_beam_keeps_what_the_row_keeps_alone(llava, name):
             assert torch.equal(one, x.repeat_interleave(2, 0))
 
 
+@pytest.mark.slow
 def test_where_a_prompt_ends_is_counted_with_what_the_cache_holds():
     given = Given({}, None, past=5, held=(), sizes=Sizes(), end=torch.tensor([8]), encodings=[])
     for keep, there in ((1, False), (2, False), (3, True), (6, True)):

@@ -114,6 +114,7 @@ def test_the_operators_that_are_shipped_cannot_be_replaced(name):
     assert library.REFERENCES[operator] is reference
 
 
+@pytest.mark.slow
 def test_nor_can_they_be_forestalled():
     code = (
         "import sys\n"

@@ -234,6 +234,7 @@ BELOW = [
 ]
 
 
+@pytest.mark.slow
 def test_an_old_name_below_a_package_that_nobody_imported_yet():
     pytest.importorskip("triton")
     code = "".join(f"import {old}; {old}.{name}; from {old} import {name}\n" for old, name in BELOW)

@@ -88,6 +88,7 @@ except ValueError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_pass_of_an_installed_package(tmp_path: Path) -> None:
     project = tmp_path / "project"
     project.mkdir()
@@ -231,6 +232,7 @@ def test_what_another_package_does_at_import_ends_nothing(
     assert len(err.splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_importing_needs_no_triton_and_no_pass() -> None:
     code = (
         "import sys; sys.modules['triton'] = None; import vlmrewrite, vlmrewrite.recipe\n"

@@ -91,6 +91,7 @@ class Processor:
         return [" ".join(map(str, row)) for row in ids]
 
 
+@pytest.mark.slow
 def test_beside_other_controls() -> None:
     tiny = ZOO["qwen2_vl"](layers=2)
     processor, rows = Processor(tiny), []

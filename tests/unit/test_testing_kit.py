@@ -30,6 +30,7 @@ def test_the_kit_gives_what_its_modules_make():
     assert {"generation_agreement", "strategies", "models"} <= set(dir(testing))
 
 
+@pytest.mark.slow
 def test_from_testing_import_generation_agreement():
     code = "from vlmrewrite.testing import generation_agreement, Row, rows, strategies; print(Row, rows())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
@@ -57,6 +58,7 @@ for statement in sys.argv[1:]:
 """
 
 
+@pytest.mark.slow
 def test_only_the_strategies_need_hypothesis():
     asked = [
         "from vlmrewrite.testing import rows",

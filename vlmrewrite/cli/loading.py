@@ -27,8 +27,8 @@ def joined() -> Iterator[bool]:
     Raises:
         ValueError: the launcher has not said where they meet (``MASTER_ADDR`` and its like).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2:
-        yield True
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():
+        yield not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
         return
     torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # objects of Python are exchanged
     try:
