@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import sys
 import pytest
+from transformers import AutoModelForImageTextToText
+import vlmrewrite as vr
 from vlmrewrite.cli import app, loading
 from vlmrewrite.evaluate.together import Together
 
@@ -41,6 +43,11 @@ with loading.joined() as first:
     both.same({"data": 3})
     with pytest.raises(ValueError, match="^expected the same in each of the 2 processes, got data: 0, 1$"):
         both.same({"data": both.rank, "batch": 3})
+    sharded = AutoModelForImageTextToText.from_pretrained(sys.argv[2], tp_plan="auto")
+    before = dict(vars(sharded))
+    with pytest.raises(ValueError, match="cannot be rewritten: .* is sharded over processes"):
+        vr.apply(sharded, "stride-half")
+    assert vars(sharded) == before
     app(sys.argv[1:])
 """
 
