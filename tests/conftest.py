@@ -44,8 +44,9 @@ def pytest_report_header(config: pytest.Config) -> str:
 
 
 def _thin(config: pytest.Config) -> bool:
-    """Whether whole folders run, and of what takes long a part: who names a file, a test or a keyword has all."""
-    named = config.option.keyword or any(".py" in argument for argument in config.args)
+    """Whether whole folders run, and of what takes long a part: who names files, tests or marks has all of them."""
+    marks = config.option.markexpr and "not" not in config.option.markexpr
+    named = marks or config.option.keyword or any(".py" in argument for argument in config.args)
     return not (config.getoption("--wide") or named)
 
 

@@ -18,14 +18,17 @@ PARTS = 3
 def turn() -> int:
     """Whose turn it is of the parts of the slow tests: another one's with most commits; the first one's without git."""
     command = ["git", "rev-parse", "--short=8", "HEAD"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True)
-    return int(done.stdout, 16) % PARTS if done.returncode == 0 else 0
+    try:
+        done = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return 0
+    return int(done.stdout, 16) % PARTS
 
 
 def left_out(items: Sequence[pytest.Item], turn: int) -> set[pytest.Item]:
     """Of slow tests all but a third, another one with each turn; of tests marked wide all but a third of the cases.
 
-    Which cases stay differs from test to test, and at least one does.
+    Which cases stay differs from test to test and from turn to turn, and at least one does.
     """
     left = set[pytest.Item]()
     cases: dict[str, list[pytest.Item]] = {}
@@ -36,6 +39,6 @@ def left_out(items: Sequence[pytest.Item], turn: int) -> set[pytest.Item]:
         elif case and item.get_closest_marker("wide"):
             cases.setdefault(name, []).append(item)
     for name, some in cases.items():
-        first = zlib.crc32(name.encode()) // PARTS % min(PARTS, len(some))
+        first = (zlib.crc32(name.encode()) // PARTS + turn) % min(PARTS, len(some))
         left |= {*some} - {*some[first::PARTS]}
     return left

@@ -48,7 +48,7 @@ def tried(examples: int, first: int, name: str) -> dict[str, object]:
     try:
         property()
     except Exception as e:
-        wrong = f"{type(e).__name__}: {e}"
+        wrong = "\n".join([f"{type(e).__name__}: {e}", *getattr(e, "__notes__", ())])  # with the example
     seconds = round(time.process_time() - begun)
     return {"family": name, "ran": counts[True], "no meaning": counts[False], "seconds": seconds, "wrong": wrong}
 

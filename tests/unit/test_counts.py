@@ -105,3 +105,9 @@ def test_counts_of_frames_images_and_rows_are_upper_bounds_and_exact_where_they_
     (rows, exact), counted = FRAMES.counts.per_row(s), FRAMES.members(s, chosen).sum(1).tolist()
     assert all(n >= m for n, m in zip(rows, counted, strict=True))
     assert not exact or list(rows) == counted
+
+
+def test_what_is_chosen_of_sets_that_may_overlap_is_not_known_exactly():
+    one, other = (Vision.select(Policy(name, print), 1, per="image") for name in ("one", "other"))
+    for s in (one | other, (one | other).select(SOME, 2, per="image")):
+        assert [FRAMES.counts.per_group(s, per)[1] for per in ("image", "row")] == [False, False]

@@ -54,12 +54,14 @@ def test_slow_tests_take_turns() -> None:
         ({"args": ["tests/unit/test_wide.py"]}, True),
         ({"args": ["a.py::one"]}, True),
         ({"args": ["tests/unit"]}, False),
+        ({"marks": "slow"}, True),
+        ({"marks": "not slow"}, False),
     ],
 )
 def test_whoever_asks_has_all(how: dict[str, Any], all_of_them: bool) -> None:
     left: list[Any] = []
     config: Any = SimpleNamespace(
-        option=SimpleNamespace(keyword=how.get("keyword", "")),
+        option=SimpleNamespace(keyword=how.get("keyword", ""), markexpr=how.get("marks", "")),
         args=how.get("args", ["tests"]),
         getoption=lambda _: how.get("wide", False),
         hook=SimpleNamespace(pytest_deselected=lambda items: left.extend(items)),

@@ -76,9 +76,7 @@ def _merge(modality: str, named: Mapping[str, Node], attention: Node) -> Merge:
 
 def _vision(merge: Node, seeing: set[Node], length: object) -> Node:
     """The bool [B, T] vision mask behind the merge, the nearest one that the features do not flow through."""
-    inputs = [n for n in merge.all_input_nodes if n not in seeing]
-    masks = [n for n in inputs if isinstance(x := value(n), Tensor) and x.dtype == torch.bool]
-    queue = masks or inputs  # behind the stream, there may be the mask of another merge
+    queue = [n for n in merge.all_input_nodes if n not in seeing]
     for node in queue:
         x = value(node)
         if isinstance(x, Tensor) and x.dtype == torch.bool:

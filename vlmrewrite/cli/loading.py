@@ -22,14 +22,17 @@ from vlmrewrite.evaluate import with_image_tokens
 def joined() -> Iterator[bool]:
     """In a group with the other processes that a launcher has started, if it has; whether this is the first of them.
 
-    The others print nothing.
+    The others print nothing, errors of their own aside.
 
     Raises:
         ValueError: the launcher has not said where they meet (``MASTER_ADDR`` and its like).
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or torch.distributed.is_initialized():
-        yield not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or grouped:
+        yield not grouped or torch.distributed.get_rank() == 0
         return
+    if torch.cuda.is_available():
+        torch.cuda.set_device(device_of("cuda"))  # the clock waits for the current one
     torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # objects of Python are exchanged
     try:
         with contextlib.ExitStack() as stack:

@@ -2,13 +2,14 @@
 
 from vlmrewrite.evaluate.asking import answer_tokens, encode, groups_of, refuse_chats, said, with_image_tokens
 from vlmrewrite.evaluate.data import each_row, fingerprint, number_of_rows, read_data
+from vlmrewrite.evaluate.given import identity_of, metric_of
 from vlmrewrite.evaluate.journal import Journal, write_whole
 from vlmrewrite.evaluate.metrics import METRICS, Metric
 from vlmrewrite.evaluate.page import STYLE
 from vlmrewrite.evaluate.plot import cost_of, front, pareto
 from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, Row, Scored
 from vlmrewrite.evaluate.rows import sample_of
-from vlmrewrite.evaluate.run import FEW, evaluate, identity_of, metric_of
+from vlmrewrite.evaluate.run import FEW, evaluate
 from vlmrewrite.evaluate.sample import Sample
 from vlmrewrite.evaluate.statistics import Paired, paired
 from vlmrewrite.evaluate.subject import UNMODIFIED, Answered, Subject, end_tokens, numbers_of, plain_costs

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import warnings
@@ -13,20 +12,18 @@ from typing import Any
 
 import torch
 
-from vlmrewrite.errors import one_of, shown
-from vlmrewrite.evaluate.asking import encode, groups_of, refuse_chats, said
-from vlmrewrite.evaluate.data import fingerprint, read_data
-from vlmrewrite.evaluate.journal import PAGE, RESULTS, opened, write_whole
-from vlmrewrite.evaluate.metrics import METRICS, Metric, lacking, rouge_l, token_match, usual
+from vlmrewrite.errors import shown
+from vlmrewrite.evaluate.asking import encode, groups_of, said
+from vlmrewrite.evaluate.given import checked
+from vlmrewrite.evaluate.journal import PAGE, RESULTS, Journal, opened, write_whole
+from vlmrewrite.evaluate.metrics import Metric, rouge_l, token_match
 from vlmrewrite.evaluate.page import page
-from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, rows_of
+from vlmrewrite.evaluate.results import Evaluation, rows_of
 from vlmrewrite.evaluate.sample import Sample
-from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence, numbers_of
+from vlmrewrite.evaluate.subject import UNMODIFIED, Subject, divergence
 from vlmrewrite.evaluate.together import Together
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.ops import Backend, Kernels
-from vlmrewrite.plan import Pass
-from vlmrewrite.recipe import Recipe
 
 FEW = 30
 """Samples, below which intervals are too wide to decide by."""
@@ -89,30 +86,18 @@ def evaluate(
     """
     if batch < 1 or max_new_tokens < 1:
         raise ValueError(f"expected batch >= 1 and max_new_tokens >= 1, got {batch} and {max_new_tokens}")
-    samples = read_data(data)
-    name, score = metric_of(metric, samples)
-    refuse_chats(processor, samples)
-    if base_model_of(model).training:
-        raise ValueError(f"expected a {type(model).__name__} in eval mode, got one in training: call model.eval()")
-    given = [recipes] if isinstance(recipes, str | os.PathLike | Recipe | Pass) else list(recipes)
-    subjects = [Subject(model, processor)]
-    subjects += [Subject(model, processor, recipe, backend=backend, kernels=kernels) for recipe in given]
-    names = [subject.name for subject in subjects]
-    for subject in subjects[1:]:
-        subject.try_pictures(samples[0])
-    if not given or len(set(names)) < len(names):
-        raise ValueError(f"expected recipes with names of their own, got {', '.join(names[1:]) or 'none'}")
-    settings = {"metric": name, "batch": batch, "max_new_tokens": max_new_tokens}
-    settings |= {"backend": backend, "kernels": kernels, "metric_code": _code(metric)}
-    told = {"recipes": {s.name: s.recipe for s in subjects[1:]}, "model": identity_of(base_model_of(model))}
-    about = {"data": fingerprint(samples), "samples": len(samples), **settings, **told}
     together = Together()
-    together.same(about)
+    given = together.agreed(lambda: checked(model, processor, data, recipes, metric, backend, kernels))
+    samples, subjects, score = given.samples, given.subjects, given.score
+    names = [subject.name for subject in subjects]
+    about = {**given.about, "batch": batch, "max_new_tokens": max_new_tokens}
+    together.same(about | {"seed": seed, "output": None if output is None else str(output)})
     journal = opened(None if output is None else Path(output), about, together)
     notes = []
     if len(samples) < FEW:
         notes.append(f"{len(samples)} samples: intervals are wide below {FEW}")
-        warnings.warn(notes[0], stacklevel=2)
+        if together.rank == 0:
+            warnings.warn(notes[0], stacklevel=2)
     if score is None:
         notes.append("the data has no references: scores are shares of tokens that are the unmodified model's")
     asking = _Asking(subjects, score, max_new_tokens, {line["recipe"] for line in journal.lines if not line["error"]})
@@ -123,10 +108,7 @@ def evaluate(
         progress(turn * batch, len(samples))
         own = turn + together.rank
         made = together.each(lambda own=own: asking.ask(batches[own], own) if own < len(batches) else None)  # type: ignore[misc]
-        asked = [x for x in made if x is not None]
-        asking.refuse_hopeless([failed for *_, failed in asked])
-        for lines, record, _ in asked:
-            journal.add(lines, record)
+        together.agreed(lambda made=made: asking.keep(journal, [x for x in made if x is not None]))  # type: ignore[misc]
     progress(len(samples), len(samples))
     rows = rows_of(names, samples, journal.lines, journal.batches, seed)
     failures = tuple({k: line[k] for k in ("id", "recipe", "error")} for line in journal.lines if line["error"])
@@ -134,10 +116,14 @@ def evaluate(
     notes += [f"{left} of {len(samples)} samples failed, and are in no row"] * bool(left)
     about |= {"device": str(base_model_of(model).device), "torch": torch.__version__, "seed": seed}
     done = Evaluation(rows, tuple(journal.lines), failures, about, tuple(notes))
+    together.agreed(lambda: _write(journal, done, samples))
+    return done
+
+
+def _write(journal: Journal, done: Evaluation, samples: Sequence[Sample]) -> None:
     if journal.folder is not None:
         write_whole(journal.folder / PAGE, page(done, samples, journal.batches))
         write_whole(journal.folder / RESULTS, json.dumps(done.to_dict(), indent=1) + "\n")
-    return done
 
 
 class _Asking:
@@ -242,55 +228,16 @@ class _Asking:
                 "pictures": made.pictures[i] if made.pictures else [],
             }
 
-    def refuse_hopeless(self, batches: Sequence[Failed]) -> None:
-        """Raise RuntimeError if nothing but failures has come of a subject so far, and these are many."""
-        for name in self.failed:
-            if any(some for some, _ in (failed[name] for failed in batches)):
-                self.answered.add(name)
-            errors = [error for failed in batches for error in failed[name][1]]
-            self.failed[name] += len(errors)
-            if name not in self.answered and self.failed[name] >= _HOPELESS:
-                raise RuntimeError(f"{name}: all of the first {self.failed[name]} samples failed: {errors[-1]}")
+    def keep(self, journal: Journal, batches: Sequence[tuple[list[dict[str, Any]], dict[str, Any], Failed]]) -> None:
+        """Put batches in the journal, in their order.
 
-
-def metric_of(metric: str | Metric, samples: Sequence[Sample]) -> tuple[str, Metric | None]:
-    """A metric's name and function; no function for agreement with the unmodified model.
-
-    Raises:
-        ValueError: there is no such metric, or samples lack what it needs: one line each.
-    """
-    if callable(metric):
-        return (
-            f"{getattr(metric, '__module__', '')}.{getattr(metric, '__qualname__', type(metric).__qualname__)}",
-            metric,
-        )
-    if metric != "auto" and metric not in METRICS:
-        raise ValueError(f"unknown metric {metric!r}, {one_of(str(metric), ['auto', *METRICS])}, or a function")
-    if not samples[0].answers:
-        if metric != "auto":
-            raise ValueError(
-                f"metric {metric!r} needs references, and the data has none: expected 'answer' in each row"
-            )
-        return AGREEMENT, None
-    if wrong := [f"sample {s.id!r}: {why}" for s in samples if (why := lacking(metric, s))]:
-        raise ValueError("\n".join(wrong[:20]))
-    if metric == "auto":
-        kinds = sorted({"choice" if s.choices else "exact" for s in samples})
-        return " and ".join(kinds), usual
-    return metric, METRICS[metric]
-
-
-def _code(metric: object) -> str:
-    """What tells two functions of one name apart, as far as it can be seen."""
-    code = getattr(metric, "__code__", None)
-    if code is None:
-        return ""
-    plain = [x for x in code.co_consts if isinstance(x, str | bytes | int | float | None)]
-    told = f"{code.co_code.hex()} {code.co_names} {plain}"
-    return hashlib.sha256(told.encode()).hexdigest()[:16]
-
-
-def identity_of(model: Any) -> dict[str, str]:
-    """What says that a model is the same: its class, its configuration, and some numbers of each parameter."""
-    configuration = hashlib.sha256(model.config.to_json_string().encode()).hexdigest()[:16]
-    return {"class": type(model).__name__, "configuration": configuration, "parameters": numbers_of(model)}
+        Raises:
+            RuntimeError: nothing but failures has come of a subject so far, and these are many.
+        """
+        for lines, record, failed in batches:
+            for name, (some, errors) in failed.items():
+                self.answered |= {name} if some else set()
+                self.failed[name] += len(errors)
+                if name not in self.answered and self.failed[name] >= _HOPELESS:
+                    raise RuntimeError(f"{name}: all of the first {self.failed[name]} samples failed: {errors[-1]}")
+            journal.add(lines, record)

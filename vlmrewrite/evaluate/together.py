@@ -45,6 +45,16 @@ class Together:
             raise RuntimeError("\n".join(wrong))
         return [made for made, _ in found]
 
+    def agreed(self, make: Callable[[], T]) -> T:
+        """What this process makes, once every process has made its own.
+
+        Raises:
+            Exception, RuntimeError: as :meth:`each`.
+        """
+        made = list[T]()
+        self.each(lambda: made.append(make()))
+        return made[0]
+
     def same(self, what: dict[str, Any]) -> None:
         """Check that all processes were given the same.
 
