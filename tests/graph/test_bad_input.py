@@ -118,6 +118,7 @@ def test_restoring_what_is_not_applied(unchanged):
         vr.report(unchanged.model)
 
 
+@pytest.mark.slow
 def test_restore_gives_back_the_model(unchanged):
     inputs = unchanged.inputs([Row(1)])
     before = snapshot(unchanged.model)
@@ -141,6 +142,7 @@ def test_an_apply_that_fails_half_way_undoes_itself(unchanged, monkeypatch):
         vr.apply(unchanged.model, [STS(features="encoder")])
 
 
+@pytest.mark.slow
 def test_a_call_that_fails_leaves_the_recipe_applied(unchanged, monkeypatch):
     inputs = unchanged.inputs([Row(1)])
     with vr.applied(unchanged.model, [Stride(keep=2)]):
@@ -253,6 +255,7 @@ def test_a_video_for_a_model_that_takes_none(unchanged):
         unchanged.model(input_ids=torch.tensor([[9]]), pixel_values_videos=torch.zeros(1))
 
 
+@pytest.mark.slow
 def test_refused_passes_are_reported_and_strict_raises():
     tiny = FAMILIES["llava_next"]()
     inputs = tiny.inputs([Row(1)])

@@ -35,6 +35,7 @@ def test_it_runs_as_it_does_in_the_model(name, recipe):
     assert "forward" not in vars(model.base_model)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_without_an_image_and_on_a_kept_cache():
     tiny = family("llava")
@@ -82,6 +83,7 @@ def test_behind_torch_compile_it_is_rewritten_too():
     torch._dynamo.reset_code_caches()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_one_that_somebody_has_exchanged_stays_so():
     tiny = FAMILIES["llava"](layers=3)

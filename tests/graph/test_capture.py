@@ -42,6 +42,7 @@ def test_ten_lengths_and_three_batch_sizes_make_a_handful_of_graphs():
     assert graphs <= 4
 
 
+@pytest.mark.slow
 def test_applying_again_captures_nothing():
     tiny = FAMILIES["llava"]()
     inputs = tiny.inputs([Row(1)])
@@ -51,6 +52,7 @@ def test_applying_again_captures_nothing():
     assert len(CAPTURES[tiny.model].call.graphs) == 1
 
 
+@pytest.mark.slow
 def test_models_do_not_share_a_limit():
     counts = []
     for _ in range(3):
@@ -117,6 +119,7 @@ def test_the_limit_is_announced_and_never_passed_in_silence(monkeypatch):
             tiny.model(**tiny.inputs([Row(1), Row(1, 5)]), logits_to_keep=1)
 
 
+@pytest.mark.slow
 def test_no_option_is_left_changed(llava):
     before = torch._dynamo.config.specialize_float, torch.fx.experimental._config.use_duck_shape, dict(os.environ)
     vr.trace(llava.model, llava.inputs([Row(1)]))

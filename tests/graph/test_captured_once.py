@@ -22,6 +22,7 @@ def graphs(model):
     return len(captures_of(model).call.graphs)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_traced_first_and_applied_afterwards(tiny):
     model, inputs = tiny.model, tiny.inputs(ROWS)

@@ -39,6 +39,7 @@ def private_names(path: Path, own: set[str]) -> set[str]:
     return {name for name in found if not any(name.startswith(f"{other}.") for other in found)}
 
 
+@pytest.mark.slow
 def test_private_interfaces_are_used_in_one_place() -> None:
     files = [p for folder in ("vlmrewrite", "passes") for p in (ROOT / folder).rglob("*.py") if p.resolve() == p]
     own = set()

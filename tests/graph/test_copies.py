@@ -75,6 +75,7 @@ def test_a_copy_is_rewritten_by_itself(tiny, recipe, way):
     vr.apply(made, recipe)
 
 
+@pytest.mark.slow
 def test_blocks_of_a_copy_are_trained_apart(tiny):
     model, inputs = tiny.model, tiny.inputs([Row(1, 2, 3)])
     vr.apply(model, BLOCKS)

@@ -81,6 +81,7 @@ def test_flops_are_those_that_run(llava, phi, name, passes):
     assert counted(program) == total + head(tiny, program.call)
 
 
+@pytest.mark.slow
 def test_a_fused_projection_is_counted_once(phi):
     program = vr.trace(phi.model, phi.inputs([Row(1)]))
     layer, text = program.anatomy.layers[0], phi.model.config.text_config

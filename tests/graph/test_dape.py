@@ -144,6 +144,7 @@ def test_bad_input(make, message):
         make()
 
 
+@pytest.mark.slow
 def test_a_model_without_a_grid_refuses():
     tiny = family("llava_next")
     inputs = tiny.inputs([Row(1)])
@@ -158,6 +159,7 @@ def test_a_model_without_a_grid_refuses():
             tiny.model(**inputs)
 
 
+@pytest.mark.slow
 def test_a_budget_that_a_grid_cannot_meet():
     tiny = family("llava")
     with (
@@ -170,6 +172,7 @@ def test_a_budget_that_a_grid_cannot_meet():
 # ---- numerics, against an oracle that looks for the regions itself
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @pytest.mark.parametrize("rows", [[Row(1)], BATCH], ids=["one row", "padded batch"])
 @pytest.mark.parametrize(
@@ -375,6 +378,7 @@ def teller(told, name):
 # ---- operators, and the recipe
 
 
+@pytest.mark.slow
 def test_operators():
     hidden, index, valid, attention, features, prompt, flat, lengths, grid, weights = detail_case()
     member = torch.ones(51, dtype=torch.bool)
@@ -393,6 +397,7 @@ def test_operators():
     )
 
 
+@pytest.mark.slow
 def test_the_recipe():
     tiny = family("llava")
     inputs = tiny.inputs(BATCH)

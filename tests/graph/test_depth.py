@@ -198,6 +198,7 @@ def test_gradients_reach_copied_layers(deep: TinyVLM) -> None:
     assert all(p.grad is not None and bool(p.grad.any()) for layer in layers for p in layer.parameters())
 
 
+@pytest.mark.slow
 def test_the_model_is_as_it_was(deep: TinyVLM) -> None:
     decoder: Any = deep.model.get_decoder()
     before = {name: dict(vars(m)) for name, m in decoder.named_modules()}

@@ -102,6 +102,7 @@ def test_recipes_agree_with_the_oracle(name):
     generation_agreement(tiny.model, inputs, [STS(keep=5, refine=3, at=1)]).check()
 
 
+@pytest.mark.slow
 def test_tokens_that_are_rounded_together_are_refused():
     """Among others, a token would come out otherwise: the loudest of all decides how it is rounded."""
     tiny = quantised(largest=True)

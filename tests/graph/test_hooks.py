@@ -152,6 +152,7 @@ def test_torch_compile_of_a_rewritten_model_leaves_it_to_its_own_backend(tiny, i
     torch._dynamo.reset_code_caches()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_torch_compile_as_one_graph_says_what_to_do(tiny, inputs):
     with vr.applied(tiny.model, ALL):

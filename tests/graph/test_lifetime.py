@@ -44,6 +44,7 @@ def used(recipe, restore: bool) -> list[weakref.ref]:
     return [weakref.ref(x) for x in seen]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("features", "restore"), [("projected", False), ("encoder", True)])
 def test_captures_die_with_their_model(restore, features):
     collect()
@@ -64,6 +65,7 @@ def test_captures_of_text_die_with_their_model(monkeypatch):
     assert [type(r()).__name__ for r in refs if r() is not None] == []
 
 
+@pytest.mark.slow
 def test_a_traced_program_needs_no_capture_to_live_on():
     tiny = FAMILIES["llava"]()
     program = vr.trace(tiny.model, tiny.inputs([Row(1)]))
@@ -129,6 +131,7 @@ def test_opaque_operators_stay_in_the_lowered_graph(llava):
     assert "compilers do not look into" not in by_kind(lowered.counts)["attention"][0]["why"]
 
 
+@pytest.mark.slow
 def test_where_torch_compile_does_nothing_the_model_says_so(llava):
     inputs = llava.inputs([Row(1)])
     with (

@@ -23,6 +23,7 @@ def test_nothing_is_said_unless_asked_for():
     assert logger.level == logging.NOTSET and logger.propagate
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_captures_and_graphs_are_logged(unshared, caplog):
     caplog.set_level(logging.INFO, "vlmrewrite")

@@ -70,6 +70,7 @@ def test_prediction_is_what_the_allocator_reports(monkeypatch, name, rows):
     assert predicted == pytest.approx(seen, rel=0.05)
 
 
+@pytest.mark.slow
 def test_it_is_shown_and_can_be_saved():
     model = llava()
     inputs = prompt_inputs(model, Shape(144, text=16), as_list=True)

@@ -43,6 +43,7 @@ def drawn(picture):
     return [text.text for text in root.iter(f"{SVG}text")], frames
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_video_is_a_strip_of_frames():
     tiny = family("qwen2_5_vl", layers=3)
@@ -65,6 +66,7 @@ def test_a_video_is_a_strip_of_frames():
     assert report.picture() in report._repr_html_()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_where_tokens_lie_is_drawn_as_it_is():
     tiny = family("qwen2_5_vl", layers=3)
@@ -82,6 +84,7 @@ def test_where_tokens_lie_is_drawn_as_it_is():
         assert corners == [tuple(at) for at in frame.nonzero().tolist()]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_what_is_not_known_is_said():
     tiny = ZOO["video_llava"](layers=3)

@@ -294,6 +294,7 @@ def test_text_and_data() -> None:
     }
 
 
+@pytest.mark.slow
 def test_plot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     PROFILE.plot(tmp_path / "out.png")
     assert (tmp_path / "out.png").stat().st_size > 10_000

@@ -52,6 +52,7 @@ def counted(module, name, bound):
 # ---- an instance's own methods
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("bound", [True, False], ids=["bound", "a function"])
 def test_the_models_own_prepare_inputs_is_called_and_stays(tiny, bound):
@@ -86,6 +87,7 @@ def test_what_the_model_has_of_its_own_is_put_back(tiny, name):
         assert list(vars(tiny.model)) == list(before)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("bound", [True, False], ids=["bound", "a function"])
 def test_the_bases_own_encoder_is_called_and_stays(tiny, bound):

@@ -123,6 +123,7 @@ def test_without_a_mask_padding_is_none_of_the_prompt(llava, cache, beams):
     assert all(map(torch.equal, kept[0][1], kept[1][1]))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_prompt_ends_of_no_prompt(llava):
     inputs = llava.inputs([Row(1, 2, 3), Row(1, 2, 3)])
@@ -259,6 +260,7 @@ PASSES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize("name", PASSES)

@@ -104,6 +104,7 @@ def test_each_thread_gets_what_it_gets_alone(tiny, prompts, recipe):
         assert settings() == before
 
 
+@pytest.mark.slow
 def test_what_was_kept_is_that_of_the_thread_that_asks(tiny, prompts):
     model = tiny.model
 

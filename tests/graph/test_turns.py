@@ -62,6 +62,7 @@ def test_new_tokens_on_a_kept_cache_are_as_the_whole_conversation(llava, name):
                 assert all(map(torch.equal, got, expected))
 
 
+@pytest.mark.slow
 @pytest.mark.wide
 @torch.no_grad()
 @pytest.mark.parametrize("name", TURNS)

@@ -4,6 +4,8 @@ import os
 import subprocess
 import sys
 
+import pytest
+
 PROGRAM = """
 import sys
 sys.modules["triton"] = None  # as if it were not installed
@@ -28,6 +30,7 @@ assert not [name for name in sys.modules if name.startswith("triton.")]
 """
 
 
+@pytest.mark.slow
 def test_rewrites_and_generates_without_triton() -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, text=True, capture_output=True, timeout=300)

@@ -60,6 +60,7 @@ SAMPLES = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck(name):
@@ -78,6 +79,7 @@ def test_every_operator_of_the_core_has_a_sample():
     assert core <= {f"vlm::{name.split()[0]}" for name in SAMPLES}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["llava", "gemma3"])
 @pytest.mark.parametrize("rows", [[Row(2, 1, 3)], [Row(1, 12, 8), Row(2, 0, 3), Row(1, 3, 6)]], ids=["one", "padded"])
 def test_attention_received_is_what_transformers_returns(name, rows):

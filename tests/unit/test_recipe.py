@@ -193,6 +193,7 @@ def passes() -> st.SearchStrategy[object]:
     )
 
 
+@pytest.mark.slow
 @settings(deadline=None)
 @example(recipe=Recipe(name="\x85", description="\u2028 \ufeff \x7f \r\n no: 1e-3 😀", passes=()))
 @given(

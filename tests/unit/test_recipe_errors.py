@@ -26,6 +26,7 @@ def refused(folder: Path, text: str | bytes) -> str:
     return "\n".join(line.removeprefix(str(path)).removeprefix(": ") for line in lines)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("text", "message"),
     [

@@ -36,6 +36,7 @@ def numbers(images: Any, height: int, width: int) -> int:
     return int(images(images=[Image.new("RGB", (width, height))], return_tensors="pt")["pixel_values"].numel())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("images", "least", "most"),
     [

@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
 import torch
 
 import vlmrewrite as vr
@@ -42,6 +43,7 @@ def test_it_runs(llava, tmp_path: Path) -> None:
     assert told[0] == "mine" and re.fullmatch(r"\(\d.*\): \d+", told[-1])
 
 
+@pytest.mark.slow
 def test_names_are_found_when_they_are_asked_for() -> None:
     code = "import sys, vlmrewrite as vr; assert 'torch' not in sys.modules; assert 'apply' in dir(vr)\n"
     code += "from vlmrewrite.report import LayerProfile; assert callable(vr.report) and callable(vr.rewrite)\n"
