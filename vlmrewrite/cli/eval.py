@@ -93,16 +93,16 @@ def evaluate(
                 seed=seed,
                 progress=lambda n, total: progress.update(task, completed=n),
             )
-        if not first:
-            return
-        print_failures(done.failures)
-        if as_json(json, done.to_dict()):
-            return
-        head, *rows = done.cells()
-        print(f"{done.rows[0].n} samples, {done.about['metric']}")
-        print_table([folded(heading) for heading in head], [[folded(cell) for cell in row] for row in rows])
-        for row in done.rows:
-            for reason in row.refused:
-                print(f"{row.recipe}: does nothing: {reason}")
-        if output is not None:
-            print(f"page: {output / 'report.html'}")
+    if not first:
+        return
+    print_failures(done.failures)
+    if as_json(json, done.to_dict()):
+        return
+    head, *rows = done.cells()
+    print(f"{done.rows[0].n} samples, {done.about['metric']}")
+    print_table([folded(heading) for heading in head], [[folded(cell) for cell in row] for row in rows])
+    for row in done.rows:
+        for reason in row.refused:
+            print(f"{row.recipe}: does nothing: {reason}")
+    if output is not None:
+        print(f"page: {output / 'report.html'}")

@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import AutoModelForImageTextToText, AutoProcessor
 from transformers.utils import logging
 
 from vlmrewrite.cli.config import read_config
 from vlmrewrite.errors import blamed_on
-from vlmrewrite.evaluate import with_image_tokens
+from vlmrewrite.evaluate import Together, with_image_tokens
 
 
 @contextlib.contextmanager
@@ -27,22 +28,21 @@ def joined() -> Iterator[bool]:
     Raises:
         ValueError: the launcher has not said where they meet (``MASTER_ADDR`` and its like).
     """
-    grouped = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or grouped:
-        yield not grouped or torch.distributed.get_rank() == 0
+    if int(os.environ.get("WORLD_SIZE", "1")) < 2 or (dist.is_available() and dist.is_initialized()):
+        yield Together().rank == 0
         return
     if torch.cuda.is_available():
         torch.cuda.set_device(device_of("cuda"))  # the clock waits for the current one
-    torch.distributed.init_process_group("gloo", timeout=timedelta(days=1))  # objects of Python are exchanged
+    dist.init_process_group("gloo", timeout=timedelta(days=1))  # objects of Python are exchanged
     try:
         with contextlib.ExitStack() as stack:
-            if rank := torch.distributed.get_rank():
+            if rank := dist.get_rank():
                 nowhere = stack.enter_context(open(os.devnull, "w"))
                 stack.enter_context(contextlib.redirect_stdout(nowhere))
                 stack.enter_context(contextlib.redirect_stderr(nowhere))
             yield rank == 0
     finally:
-        torch.distributed.destroy_process_group()
+        dist.destroy_process_group()
 
 
 def device_of(name: str) -> torch.device:

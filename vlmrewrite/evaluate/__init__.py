@@ -13,6 +13,7 @@ from vlmrewrite.evaluate.run import FEW, evaluate
 from vlmrewrite.evaluate.sample import Sample
 from vlmrewrite.evaluate.statistics import Paired, paired
 from vlmrewrite.evaluate.subject import UNMODIFIED, Answered, Subject, end_tokens, numbers_of, plain_costs
+from vlmrewrite.evaluate.together import Together
 
 __all__ = [
     "AGREEMENT",
@@ -29,6 +30,7 @@ __all__ = [
     "Sample",
     "Scored",
     "Subject",
+    "Together",
     "answer_tokens",
     "cost_of",
     "each_row",
