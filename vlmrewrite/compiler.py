@@ -43,8 +43,8 @@ def program_of(graph: Graph) -> Program:
         anatomy = analyse(graph.gm, graph.features)
         seconds = {"anatomy": time.perf_counter() - start}
         owners = tuple(layer.owner for layer in anatomy.layers)
-        recurrent = frozenset(layer.index for layer in anatomy.layers if layer.recurrent)
-        plan = Plan(len(anatomy.layers), frozenset(FEATURES), owners=owners, recurrent=recurrent)
+        kinds = {layer.index: layer.kind for layer in anatomy.layers if layer.kind != "attention"}
+        plan = Plan(len(anatomy.layers), frozenset(FEATURES), owners=owners, kinds=kinds)
         return Program(graph.gm, anatomy, plan, seconds=seconds, parameters=graph.parameters)
 
     return graph.once("program", make)

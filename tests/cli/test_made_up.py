@@ -20,15 +20,12 @@ OTHERWISE = ["blip_2", "hunyuan_vl", "llama4", "ovis2", "qwen3_5"]
 """The decoder is captured alone, positions have four axes, features are not pooled, layers are recurrent."""
 
 REFUSED = {
-    "dots3_note": "keeps more than keys and values",
-    "glm5_next": "keeps more than keys and values",
-    "minimax_m3_vl": "keeps more than keys and values",
-    "mistral_large4": "keeps more than keys and values",
-    "qwen4_exp": "keeps more than keys and values",
+    "glm5_next": "selects keys by an index, and takes",
+    "mistral_large4": "selects keys by an index, and takes",
+    "qwen4_exp": "to take the cache, found",
     "unlimited_ocr": "keeps more than keys and values",
     "inkling2": "keeps keys and a recurrent state side by side",
     "inkling_mm_model": "keeps keys and a recurrent state side by side",
-    "nemotron_h_omni": "keeps nothing, among layers that keep a recurrent state",
     "kosmos_2": "names no image token",
     "kosmos_2_5": "names no image token",
     "phi4_multimodal": "names no image token",

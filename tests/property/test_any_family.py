@@ -17,18 +17,14 @@ from vlmrewrite.testing.models import ZOO, Row, TinyVLM
 from vlmrewrite.testing.strategies import plans, rows, sides, techniques
 
 DEPTH = 4
-MORE = "keeps more than keys and values"
 BOTH = "keeps keys and a recurrent state side by side"
 REFUSED = {
-    "dots3_note": MORE,
-    "glm5_next": MORE,
-    "minimax_m3_vl": MORE,
-    "mistral_large4": MORE,
-    "qwen4_exp": MORE,
-    "unlimited_ocr": MORE,
+    "glm5_next": "selects keys by an index, and takes",
+    "mistral_large4": "selects keys by an index, and takes",
+    "qwen4_exp": "to take the cache, found",
+    "unlimited_ocr": "keeps more than keys and values and one index over them",
     "inkling2": BOTH,
     "inkling_mm_model": BOTH,
-    "nemotron_h_omni": "keeps nothing, among layers that keep a recurrent state",
     "phi4_multimodal": "has no get_image_features",
     "ernie4_5_vl_moe": "Python branches on a tensor's value",
 }

@@ -23,7 +23,16 @@ from torch.fx import GraphModule, Node
 from vlmrewrite.analysis.graph import closure, dominators, is_number, needed, reachable, same, value, where
 from vlmrewrite.analysis.merge import Merge, merges_of
 from vlmrewrite.analysis.operators import LINEAR, MATMULS
-from vlmrewrite.ops import ATTENTION, EXPERT_LINEAR, KV_APPEND, RECURRENT
+from vlmrewrite.ops import (
+    ATTENTION,
+    EXPERT_LINEAR,
+    FEEDFORWARD,
+    INDEX_KEYS,
+    INDEXED,
+    KV_APPEND,
+    RECURRENT,
+    flops_of_indexed,
+)
 
 _ADDS = {operator.add, operator.iadd, torch.add, "add", "add_"}
 
@@ -34,12 +43,13 @@ class Layer:
 
     Attributes:
         entry, exit: residual stream before and after, [B, T, H].
-        attention: its ``vlm::attention`` node; its arguments q, k, v. For a recurrent layer: ``vlm::recurrent``.
-        append: the ``vlm::kv_append`` node behind its keys, or None without a cache, and for a recurrent layer. What is
-            held are the keys and values, or what they are made of.
+        attention: its ``vlm::attention`` node; its arguments q, k, v. For a layer with an index over its keys:
+            ``vlm::indexed``. For a layer without keys: ``vlm::recurrent``.
+        append: the ``vlm::kv_append`` node behind its keys, or None without a cache, and for a layer without keys. What
+            is held are the keys and values, or what they are made of.
         owner: the layer that computes the keys and values that it attends to, itself or an earlier one.
         middle: residual stream between the attention half and the MLP half, or None where it has not two such halves.
-        heads, kv_heads, head_size, value_size: of the attention; 0 for a recurrent layer.
+        heads, kv_heads, head_size, value_size: of the attention; 0 for a layer without keys.
         queries, keys, values, behind: the linear maps that these need, and those that follow the attention, with
             their matmul FLOPs per token. A fused projection stands in several of them.
         kv_bytes: cache bytes per token; 0 for a layer that attends to another one's keys.
@@ -64,8 +74,18 @@ class Layer:
     kv_bytes: int
 
     @property
-    def recurrent(self) -> bool:
-        """Whether it mixes tokens by way of a state that passes through them in order, and not by attention."""
+    def kind(self) -> str:
+        """How its tokens meet: "attention"; "indexed", attention to keys that an index selects; "recurrent"; or not.
+
+        In a recurrent layer a state passes through them in order; in one that is "feed-forward" none meets another.
+        """
+        if self.attention.target is RECURRENT:
+            return "feed-forward" if self.attention.args[4] == FEEDFORWARD else "recurrent"
+        return "indexed" if self.attention.target is INDEXED else "attention"
+
+    @property
+    def keyless(self) -> bool:
+        """Whether it keeps no keys."""
         return self.attention.target is RECURRENT
 
     def second_half(self) -> frozenset[Node]:
@@ -113,7 +133,7 @@ def analyse(gm: GraphModule, features: Mapping[str, Mapping[str, int]]) -> Anato
     Raises:
         ValueError: a part could not be recognised; the message names it, with the node and its source line.
     """
-    attentions = [n for n in gm.graph.nodes if n.target in (ATTENTION, RECURRENT)]
+    attentions = [n for n in gm.graph.nodes if n.target in (ATTENTION, INDEXED, RECURRENT)]
     if all(n.target is RECURRENT for n in attentions):
         raise ValueError("no attention node was captured; expected one per decoder layer")
     merges = merges_of(gm, features, attentions[0])
@@ -236,6 +256,10 @@ def _layer(index: int, owner: int, attention: Node, entry: Node, exit: Node, ins
     behind = _linear_maps(region.difference(*before))
     heads, kv_heads = (int(value(n).shape[1]) for n in (q, k))
     head_size, value_size = (int(value(n).shape[-1]) for n in (q, v))
+    if attention.target is INDEXED:
+        made = next(n for n in before[1] if n.target is INDEX_KEYS)
+        keys[made], behind[attention], pair = flops_of_indexed(attention.args, [*map(value, attention.args[-2])])  # type: ignore[arg-type]
+        heads, head_size, value_size = 1, pair // 2, 0
     kv_bytes = sum(int(x.shape[1] * x.shape[-1]) * x.element_size() for x in map(value, held)) * (owner == index)
     return Layer(index, entry, exit, attention, append, owner, middle, frozenset(region), heads, kv_heads,
                  head_size, value_size, queries, keys, values, behind, kv_bytes)  # fmt: skip

@@ -12,7 +12,7 @@ from torch.fx import Node
 
 from vlmrewrite.analysis.graph import is_number, value
 from vlmrewrite.compat import nn_functions, schema_of
-from vlmrewrite.ops import EXPERT_LINEAR
+from vlmrewrite.ops import EXPERT_LINEAR, INDEX_KEYS
 
 
 def _named(names: str) -> set[Any]:
@@ -46,6 +46,8 @@ LAYOUTS = _named("transpose permute swapaxes swapdims movedim moveaxis t view_as
 CONSTANTS, SIZES = _named("new_zeros new_ones new_full new_empty"), _named("size dim numel")
 
 STACK, LINEAR = _named("stack"), _named("linear")
+
+OF_TOKENS = {INDEX_KEYS}  # inputs and results have rows first, and tokens last but one
 
 EXPERTS = {EXPERT_LINEAR}
 

@@ -14,7 +14,7 @@ from vlmrewrite.analysis.anatomy import Anatomy
 from vlmrewrite.analysis.graph import is_number, sizes, symbols, value, where
 from vlmrewrite.analysis.operators import CONSTANTS, SIZES, called
 from vlmrewrite.compat import tree_leaves
-from vlmrewrite.ops import ATTENTION, KV_APPEND, RECURRENT, ROWS, TOKENS, Along, Join
+from vlmrewrite.ops import ATTENTION, INDEXED, KV_APPEND, RECURRENT, ROWS, TOKENS, Along, Join
 
 ALONG = "along"
 """Where a node that a rewrite adds says which axis holds its rows."""
@@ -33,7 +33,7 @@ class Rows:
 
     def __init__(self, graph: torch.fx.Graph, anatomy: Anatomy) -> None:
         self._batch, self._tokens = _symbols([anatomy.batch]), None
-        for target in (ATTENTION, KV_APPEND, RECURRENT):
+        for target in (ATTENTION, INDEXED, KV_APPEND, RECURRENT):
             for node in graph.find_nodes(op="call_function", target=target):
                 given = [x for n in node.all_input_nodes if isinstance(x := value(n), Tensor)]
                 self._batch |= _symbols(x.shape[0] for x in given)

@@ -233,7 +233,10 @@ _RULES: list[tuple[Any, Callable[[Node, object], str | None]]] = [
     (operators.EXPANSIONS, _expanded),
     (operators.CASTS, lambda node, length: _aligned(node, length, slice(1))),
     (operators.RESHAPES, _reshaped),
-    (operators.LAYOUTS | operators.CONSTANTS | operators.SIZES | operators.STACK, lambda node, length: None),
+    (
+        operators.LAYOUTS | operators.CONSTANTS | operators.SIZES | operators.STACK | operators.OF_TOKENS,
+        lambda node, length: None,
+    ),
     (operators.ALONG, _along),
     (operators.NORMS, _normed),
     (operators.LINEAR | operators.MATMULS, _multiplied),

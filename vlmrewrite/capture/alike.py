@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from vlmrewrite.capture.expand import UnlikeError, expand, stands_in, traced
-from vlmrewrite.hf import APPLIED, cache_layers, decoder_layers, goes_by_number, is_recurrent
+from vlmrewrite.hf import APPLIED, decoder_layers, goes_by_number, indexed_mixers, recurrent_mixers
 
 _USUAL = (nn.Parameter, Tensor, type(None))
 _PLAIN = (int, float, str, bool, type(None), set, frozenset, torch.dtype, torch.device)
@@ -183,12 +183,12 @@ def _layout(x: Tensor | None) -> tuple[object, ...]:
 
 
 def _kinds(model: nn.Module, layers: list[nn.Module]) -> list[list[int]]:
-    """The layers by kind; those with a state in the cache are each of their own."""
-    kinds, states = list[list[int]](), [is_recurrent(x) for x in cache_layers(model)]
+    """The layers by kind; those whose mixers operators name by a number are each of their own."""
+    kinds, states = list[list[int]](), recurrent_mixers(model).keys() | indexed_mixers(model).keys()
     tied = list(map(_tied, layers))
     for i, layer in enumerate(layers):
         kind = next((k for k in kinds if _alike(layers[k[0]], layer, k[0], i) and tied[k[0]] == tied[i]), None)
-        if kind is None or any(states[i : i + 1]):
+        if kind is None or i in states:
             kinds.append([i])
         else:
             kind.append(i)

@@ -40,7 +40,16 @@ from vlmrewrite.hf.inputs import (
     with_tokens,
     without_full_mask,
 )
-from vlmrewrite.hf.mixers import attending, cache_argument, cache_layers, is_recurrent, mixer_of, recurrent_mixers
+from vlmrewrite.hf.mixers import (
+    attending,
+    cache_argument,
+    cache_layers,
+    feedforward_layers,
+    indexed_mixers,
+    is_recurrent,
+    mixer_of,
+    recurrent_mixers,
+)
 from vlmrewrite.hf.numbers import goes_by_number
 from vlmrewrite.hf.pictures import smaller
 from vlmrewrite.hf.placement import scattered
@@ -88,6 +97,7 @@ __all__ = [
     "encoded_images",
     "encoder_features",
     "exchanged",
+    "feedforward_layers",
     "frame_grids",
     "frames_of",
     "goes_by_number",
@@ -95,6 +105,7 @@ __all__ = [
     "hooked",
     "images_of",
     "in_order",
+    "indexed_mixers",
     "is_checkpointing",
     "is_recurrent",
     "keeping_all_tokens",

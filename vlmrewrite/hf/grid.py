@@ -84,15 +84,16 @@ def _sides(places: Any) -> Tensor | None:
 def learned_queries(model: Any) -> frozenset[int]:
     """How many rows each table [rows, C] has that a model, but for its decoder, holds as a parameter by itself.
 
-    Not those of torch's own modules, nor of classes made from its linear maps, convolutions and embeddings. Where an
-    image has as many tokens as such a table has rows, and other than its patches, whose positions it might be, the
-    tokens are what learned queries took from the whole image.
+    Not those of torch's own modules, nor of classes made from its linear maps, convolutions and embeddings, nor what is
+    named ``weight`` as in these: a router of experts is a linear map, too. Where an image has as many tokens as such a
+    table has rows, and other than its patches, whose positions it might be, the tokens are what learned queries took
+    from the whole image.
     """
     inside = {id(m) for m in model.get_decoder().modules()}
     maps = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding)
     known = {m for m in model.modules() if isinstance(m, maps) or type(m).__module__.startswith(nn.__name__)}
     own = [m for m in model.modules() if id(m) not in inside and m not in known]
-    tables = [p for m in own for p in m._parameters.values() if p is not None and p.dim() > 1]
+    tables = [p for m in own for name, p in m._parameters.items() if p is not None and p.dim() > 1 and name != "weight"]
     return frozenset(p.shape[-2] for p in tables if p.shape[:-2].numel() == 1 and p.shape[-2] > 1)
 
 

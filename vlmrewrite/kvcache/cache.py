@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from vlmrewrite.hf import cache_layers, is_recurrent
+from vlmrewrite.hf import cache_layers, feedforward_layers, is_recurrent
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
 from vlmrewrite.kvcache.state import FINAL, StateLayer
 
@@ -21,15 +21,17 @@ class PositionCache(Cache):
     ``length`` is that of the whole sequence, if somebody has said it; else 0.
 
     Args:
-        model: for which; where it has recurrent layers, the cache has a :class:`StateLayer` for each from the start.
+        model: for which; where it has layers without keys, the cache has a :class:`StateLayer` for each from the start.
     """
 
     layers: list[Any]
 
     def __init__(self, model: nn.Module | None = None) -> None:
         kinds = [] if model is None else cache_layers(model)
-        if any(map(is_recurrent, kinds)):
-            made = [StateLayer(x.number_of_states) if is_recurrent(x) else PositionLayer() for x in kinds]
+        states = {i: x.number_of_states for i, x in enumerate(kinds) if is_recurrent(x)}
+        states |= {} if model is None else dict.fromkeys(feedforward_layers(model), 0)
+        if states:
+            made = [StateLayer(states[i]) if i in states else PositionLayer() for i in range(len(kinds))]
             super().__init__(layers=made)  # type: ignore[arg-type]
         else:
             super().__init__(layer_class_to_replicate=PositionLayer)
@@ -126,7 +128,7 @@ class PositionCache(Cache):
         return self._by_keys.get(id(keys), latest if made else None)
 
     def kv_lengths(self) -> list[int]:
-        """Number of keys each layer holds; 0 for a recurrent one."""
+        """Number of keys each layer holds; 0 for one without."""
         return [0 if getattr(x, "keys", None) is None else x.keys.shape[2] for x in self.layers]
 
     def holes(self) -> bool:

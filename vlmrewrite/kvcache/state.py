@@ -1,4 +1,7 @@
-"""One layer's recurrent and convolutional states, which have a row for each row of the batch and no token axis."""
+"""One layer's recurrent and convolutional states, which have a row for each row of the batch and no token axis.
+
+A layer that is feed-forward alone has none.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +25,12 @@ class StateLayer(LinearAttentionLayer):
     would be compiled anew for each cache.)
     """
 
-    is_croppable = False
     holes = False
+
+    @property
+    def is_croppable(self) -> bool:
+        """Whether it can forget tokens: it remembers none."""
+        return self.number_of_states == 0
 
     def update_conv_state(
         self, conv_states: Tensor, state_idx: int = 0, conv_kernel_size: int | None = None, **kwargs: Any
@@ -44,6 +51,8 @@ class StateLayer(LinearAttentionLayer):
 
     def activate_past_recording(self) -> None:
         """Refuse to remember earlier states, as assistants want it."""
+        if self.is_croppable:
+            return
         raise NotImplementedError(f"{FINAL}: generate without an assistant")
 
     def crop(self, tokens_to_remove: int, shared: Any = None) -> None:
@@ -52,7 +61,7 @@ class StateLayer(LinearAttentionLayer):
         Raises:
             NotImplementedError: there are tokens to forget.
         """
-        if tokens_to_remove:
+        if tokens_to_remove and not self.is_croppable:
             raise NotImplementedError(f"{FINAL}, and crop({tokens_to_remove}) was called: start with an empty cache")
 
     def reorder_cache(self, beam_idx: Tensor, shared: Any = None) -> None:

@@ -32,7 +32,7 @@ def _positioned(graph: torch.fx.Graph, plain: bool) -> None:
             if node is not every:
                 node.replace_all_uses_with(every)
                 graph.erase_node(node)
-    for node in graph.find_nodes(op="call_function", target=ops.ATTENTION):
+    for node in (n for kind in (ops.ATTENTION, ops.INDEXED) for n in graph.find_nodes(op="call_function", target=kind)):
         append: Any = append_of(node.args[1])
         if append is None:
             raise RuntimeError(f"the keys of {node.name} are not made of what one layer of the cache holds")

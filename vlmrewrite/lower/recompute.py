@@ -13,7 +13,7 @@ from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
 from vlmrewrite import ops
 
-_MIXERS = (ops.attention, ops.attend, ops.kernel_attention, ops.REFERENCES[ops.RECURRENT])
+_MIXERS = (ops.attention, ops.attend, ops.kernel_attention, ops.REFERENCES[ops.RECURRENT], ops.REFERENCES[ops.INDEXED])
 
 
 class _Recomputed(nn.Module):

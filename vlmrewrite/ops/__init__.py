@@ -16,8 +16,9 @@ from vlmrewrite.ops.greedy import (
     product_rounding,
     upper_products,
 )
+from vlmrewrite.ops.indexed import INDEX_KEYS, INDEXED, flops_of_indexed
 from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, SCRATCH, define, replaced
-from vlmrewrite.ops.mixers import fill
+from vlmrewrite.ops.mixers import FEEDFORWARD, fill
 from vlmrewrite.ops.positional import (
     attention_blocks,
     kernel_attention,
@@ -35,6 +36,9 @@ from vlmrewrite.ops.selection import select, token_index
 __all__ = [
     "ATTENTION",
     "EXPERT_LINEAR",
+    "FEEDFORWARD",
+    "INDEXED",
+    "INDEX_KEYS",
     "KERNELS",
     "KV_APPEND",
     "OPAQUE",
@@ -59,6 +63,7 @@ __all__ = [
     "define",
     "expert_linear",
     "fill",
+    "flops_of_indexed",
     "greedy_choice",
     "greedy_flops",
     "greedy_scratch",

@@ -16,9 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmrewrite.hf import cache_layers, recurrent_mixers
+from vlmrewrite.hf import cache_layers, decoder_layers, feedforward_layers, indexed_mixers, recurrent_mixers
+from vlmrewrite.ops.gradients import differentiate
+from vlmrewrite.ops.indexed import indexed_forward
 from vlmrewrite.ops.library import define
-from vlmrewrite.ops.mixers import MIXERS, Mixer, fill, mixer_for
+from vlmrewrite.ops.mixers import FEEDFORWARD, MIXERS, Mixer, fill, numbered
 from vlmrewrite.ops.selection import select
 
 
@@ -43,10 +45,10 @@ def recurrent(
         plain: see ``mask``.
 
     Returns:
-        [B, n, H], 0 for tokens that are not there; then the new states.
+        [B, n, H], 0 for tokens that are not there, but at the entry of a feed-forward layer; then the new states.
     """
     module = MIXERS[mixer]
-    if plain or mask is None:
+    if plain or mask is None or mixer == FEEDFORWARD:
         return module.run(hidden, mask, states, weights)  # type: ignore[no-any-return]
     out = [torch.zeros_like(x) for x in _recurrent_fake(hidden, mask, states, weights, mixer, plain)]
     out[1:] = [s.clone() for s in states] or out[1:]
@@ -70,116 +72,52 @@ def _recurrent_fake(
     mixer: int,
     plain: bool,
 ) -> list[Tensor]:
-    made = MIXERS[mixer].made
-    if hidden.dtype not in made:
-        raise RuntimeError(
-            f"the hidden states of a recurrent layer are {hidden.dtype}; expected {list(made)}, that of the model's"
-            " parameters: restore the model and apply the recipe again after a cast"
-        )
-    out, *held = made[hidden.dtype]
+    out, *held = MIXERS[mixer].made_of(hidden)
     return [hidden.new_empty(hidden.shape, dtype=out.dtype)] + [
         hidden.new_empty((hidden.shape[0], *s.shape[1:]), dtype=s.dtype) for s in held
     ]
 
 
-define(
-    "recurrent(Tensor hidden, Tensor? mask, Tensor[] states, Tensor[] weights, int mixer, bool plain) -> Tensor[]",
-    recurrent,
-    _recurrent_fake,
-)
+_ARGUMENTS = "Tensor hidden, Tensor? mask, Tensor[] states, Tensor[] weights, int mixer, bool plain"
+
+define(f"recurrent({_ARGUMENTS}) -> Tensor[]", recurrent, _recurrent_fake)
+
+differentiate("recurrent", _ARGUMENTS, recurrent)
 
 RECURRENT = torch.ops.vlm.recurrent.default
-
-
-def recurrent_backward(
-    gradients: list[Tensor | None],
-    hidden: Tensor,
-    mask: Tensor | None,
-    states: list[Tensor],
-    weights: list[Tensor],
-    mixer: int,
-    plain: bool,
-    wanted: list[bool],
-) -> list[Tensor]:
-    """The gradient of :func:`recurrent`, which is computed again; an operator, so that no compiler looks into it.
-
-    Args:
-        gradients: of what it returned; None where there is none.
-        hidden, mask, states, weights, mixer, plain: what it was given.
-        wanted: of the hidden states, each state and each parameter, whether a gradient is.
-
-    Returns:
-        those gradients, in order.
-    """
-    with torch.enable_grad():
-        given = [x.detach().requires_grad_(asked) for x, asked in zip((hidden, *states, *weights), wanted, strict=True)]
-        n = 1 + len(states)
-        made = recurrent(given[0], mask, given[1:n], given[n:], mixer, plain)
-    pairs = [(o, g) for o, g in zip(made, gradients, strict=True) if g is not None and o.requires_grad]
-    leaves = [x for x in given if x.requires_grad]
-    outs, grads = [o for o, _ in pairs], [g for _, g in pairs]
-    found = torch.autograd.grad(outs, leaves, grads, allow_unused=True)
-    return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in zip(leaves, found, strict=True)]
-
-
-def _backward_fake(
-    gradients: list[Tensor | None],
-    hidden: Tensor,
-    mask: Tensor | None,
-    states: list[Tensor],
-    weights: list[Tensor],
-    mixer: int,
-    plain: bool,
-    wanted: list[bool],
-) -> list[Tensor]:
-    every = zip((hidden, *states, *weights), wanted, strict=True)
-    return [x.new_empty(x.shape) for x, asked in every if asked]
-
-
-define(
-    "recurrent_backward(Tensor?[] gradients, Tensor hidden, Tensor? mask, Tensor[] states, Tensor[] weights, int mixer,"
-    " bool plain, bool[] wanted) -> Tensor[]",
-    recurrent_backward,
-    _backward_fake,
-)
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    hidden, mask, states, weights, *ctx.rest = inputs
-    ctx.wanted, ctx.states, ctx.masked = [x.requires_grad for x in (hidden, *states, *weights)], len(states), mask
-    ctx.save_for_backward(hidden, *states, *weights)
-
-
-def _backward(ctx: Any, gradients: list[Tensor | None]) -> Any:
-    hidden, *more = ctx.saved_tensors
-    n = ctx.states
-    given = gradients, hidden, ctx.masked, more[:n], more[n:], *ctx.rest, ctx.wanted
-    found = iter(torch.ops.vlm.recurrent_backward.default(*given))
-    first, *others = [next(found) if asked else None for asked in ctx.wanted]
-    return first, None, others[:n], others[n:], None, None
-
-
-torch.library.register_autograd("vlm::recurrent", _backward, setup_context=_remember)
 
 
 def swap_mixers(model: nn.Module) -> Callable[[], None]:
     """Let the recurrent layers of this model be captured as one :func:`recurrent` operator each.
 
-    Where nothing is traced, they run as they are.
+    In the layers that are feed-forward alone, one that does nothing stands at the entry. Where nothing is traced, both
+    run as they are. Layers with an index over their keys go by :mod:`vlmrewrite.ops.indexed`, traced or not.
 
     Returns:
         what undoes it: a call that can be copied with the model.
     """
     layers, found = cache_layers(model), recurrent_mixers(model)
     text: Any = model.config.get_text_config(decoder=True)  # type: ignore[union-attr, operator]
-    modules, mixers = list(found.values()), [mixer_for(m, layers[i].number_of_states) for i, m in found.items()]
-    before = [vars(m).get("forward") for m in modules]
+    modules, mixers = list(found.values()), [_mixer(m, layers[i].number_of_states) for i, m in found.items()]
     for mixer in mixers:
         mixer.probe(int(text.hidden_size))
-    for module, mixer in zip(modules, mixers, strict=True):
-        vars(module)["forward"] = types.MethodType(_forward_of(mixer, type(module).forward), module)
+    forwards = [_forward_of(mixer, type(m).forward) for mixer, m in zip(mixers, modules, strict=True)]
+    alone = [
+        model.get_submodule(name) for i, name in enumerate(decoder_layers(model)) if i in feedforward_layers(model)
+    ]
+    modules, forwards = [*modules, *alone], [*forwards, *map(_entered, alone)]
+    for module, index in indexed_mixers(model).values():
+        modules, forwards = [*modules, module], [*forwards, indexed_forward(module, index)]
+    before = [vars(m).get("forward") for m in modules]
+    for module, forward in zip(modules, forwards, strict=True):
+        vars(module)["forward"] = types.MethodType(forward, module)
 
     return functools.partial(_give_back, modules, before)
+
+
+def _mixer(module: nn.Module, states: int) -> Mixer:
+    """What is known of a module, for whose layer transformers' cache has so many states of each kind."""
+    return numbered(module, lambda number: Mixer(module, number, states))
 
 
 def _give_back(modules: list[nn.Module], before: list[Any]) -> None:
@@ -197,6 +135,20 @@ def mixers_swapped(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         undo()
+
+
+def _entered(layer: nn.Module) -> Callable[..., Any]:
+    """A feed-forward layer's forward, that leaves an operator behind at its entry where it is traced."""
+    own = type(layer).forward
+
+    @functools.wraps(own)
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not torch.compiler.is_dynamo_compiling():
+            return own(self, *args, **kwargs)
+        stream, *rest = args or (kwargs.pop("hidden_states"),)
+        return own(self, RECURRENT(stream, None, [], [], FEEDFORWARD, True)[0], *rest, **kwargs)
+
+    return forward
 
 
 def _forward_of(mixer: Mixer, own: Callable[..., Any]) -> Callable[..., Any]:

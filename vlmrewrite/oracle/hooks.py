@@ -2,13 +2,15 @@
 
 Every layer runs on the full sequence; its keys are additionally masked to the tokens it attends to, and its output is
 written back only for the tokens it runs on. A recurrent layer has no keys to mask: its module runs on those tokens of
-each row that the layer runs on, one row after the other, as if there were no others. Module hooks on the eager model do
-that, and share no code with the graph.
+each row that the layer runs on, one row after the other, as if there were no others. So does one that attends to keys
+which an index selects, on the tokens that are keys, and without padding. Module hooks on the eager model do that, and
+share no code with the graph.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,7 +23,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from vlmrewrite.hf import attention_swapped, decoder_layers, decoder_of, recurrent_mixers
+from vlmrewrite.compat import set_attention_implementation
+from vlmrewrite.hf import attention_swapped, decoder_layers, decoder_of, indexed_mixers, recurrent_mixers
 from vlmrewrite.oracle.edits import edited
 from vlmrewrite.oracle.masks import BranchMask, LayerMasks
 
@@ -119,6 +122,10 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
     state = _State()
     kinds = {type(m) for m in recurrent_mixers(model).values()}
     recurrent = [m for root in (model, *blocks) for m in root.modules() if type(m) in kinds]
+    kinds = {type(m) for m, _ in indexed_mixers(model).values()}
+    indexed = [
+        m for x in (model, *blocks) for m in x.modules() if type(m) in kinds and m.layer_idx in indexed_mixers(model)
+    ]
 
     def note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
         state.merged = kwargs.get("inputs_embeds")
@@ -131,10 +138,11 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
             stack.enter_context(module.register_forward_hook(behind))
             if entry.mlp is not None:
                 stack.enter_context(mlp_of(module).register_forward_hook(functools.partial(_only, entry.mlp)))
-        for mixer, own in ((m, vars(m)) for m in recurrent):
+        for run, mixer in [(_row_by_row, m) for m in recurrent] + [(_rows_of_keys, m) for m in indexed]:
+            own = vars(mixer)
             stack.callback(own.update, {name: own[name] for name in ("forward",) if name in own})
             stack.callback(own.pop, "forward")
-            own["forward"] = functools.partial(_row_by_row, mixer)
+            own["forward"] = functools.partial(run, mixer)
         stack.callback(_STATE.reset, _STATE.set(state))
         stack.enter_context(attention_swapped(model, NAME, blocks))
         yield
@@ -151,6 +159,33 @@ def _row_by_row(mixer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
         if bool(there.any()) and not bool(there.all()):
             out[row, there] = run(hidden_states[row : row + 1, there], attention_mask=None)[0]
     return out
+
+
+def _rows_of_keys(mixer: Any, hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
+    """A module with an index over its keys on the keys of its layer, a row at a time and without padding: [B, T, H]."""
+    there, out = _STATE.get().keys[mixer.layer_idx], torch.zeros_like(hidden_states)
+    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
+    real = seen[:, 0].diagonal(dim1=1, dim2=2).expand_as(there)
+    before = [(m, m.config) for m in mixer.modules() if "config" in vars(m)]
+    for module, config in before:
+        module.config = copy.copy(config)
+        set_attention_implementation(module.config, "sdpa")
+    for row, tokens in enumerate(there & real):
+
+        def of_tokens(x: Any, row: int = row, tokens: Tensor = tokens) -> Any:
+            if isinstance(x, tuple):
+                return tuple(map(of_tokens, x))
+            followed = isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] == len(tokens)
+            return x.expand(len(there), -1, -1)[row : row + 1, tokens] if followed else x
+
+        mask = seen.expand(len(there), -1, -1, -1)[row : row + 1, :, tokens][..., tokens]
+        given = {name: of_tokens(x) for name, x in kwargs.items()}
+        given |= {"position_ids": torch.arange(int(tokens.sum()), device=tokens.device)[None], "attention_mask": mask}
+        if bool(tokens.any()):
+            out[row, tokens] = type(mixer).forward(mixer, hidden_states[row : row + 1, tokens], **given)[0][0]
+    for module, config in before:
+        module.config = config
+    return out, None
 
 
 def _meets_others(module: nn.Module) -> bool:

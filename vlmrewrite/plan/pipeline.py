@@ -122,7 +122,7 @@ def _run(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
         if reason is None:
             p.change(new)
             spoke = new != plan or any(entry.told for entry in new.layers)
-            reason = new.unmet() or new.beyond_recurrence() if spoke else "its `change` says nothing to the plan"
+            reason = new.unmet() or _beyond_kinds(new) if spoke else "its `change` says nothing to the plan"
         if reason is None:
             new.check()
     if reason is not None and strict:
@@ -142,3 +142,18 @@ def _run_on_variants(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
     for v in plan.variants:
         plan.blocks |= v.blocks
     return plan, outcome
+
+
+def _beyond_kinds(plan: Plan) -> str | None:
+    """Why a layer that is not one of attention cannot do what a plan, or one of its variants, says; or None."""
+    others = ", ".join(str(i) for i in range(plan.depth) if i not in plan.kinds) or "of which there is none"
+    for entry in (p.layers[i] for p in (plan, *plan.variants) for i in sorted(plan.kinds)):
+        kind = plan.kinds[entry.index]
+        if entry.keys != entry.run_set and kind == "recurrent":
+            found = f"cannot attend to {plan.render(entry.keys)} and run on {plan.render(entry.run_set)}"
+        elif plan.scored(entry.index):
+            found = f"pays no attention {'that is known' if kind == 'indexed' else 'to choose by'}"
+        else:
+            continue
+        return f"layer {entry.index} is {kind} and {found}; expected one of the layers with attention, {others}"
+    return None

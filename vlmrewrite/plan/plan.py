@@ -35,14 +35,14 @@ class Plan(Shown):
             pass that asks for another one is refused.
         refusals: for those that are missing, the reason.
         owners: for each layer, the one whose keys and values it attends to; none: each its own.
-        recurrent: the layers that tokens go through in order, by way of a state: they pay no attention.
+        kinds: of the layers whose tokens do not meet by attention alone, see :attr:`vlmrewrite.analysis.Layer.kind`.
     """
 
     depth: int
     features: frozenset[str] = frozenset()
     refusals: dict[str, str] = field(default_factory=dict)
     owners: tuple[int, ...] = ()
-    recurrent: frozenset[int] = frozenset()
+    kinds: dict[int, str] = field(default_factory=dict)
     layers: list[LayerPlan] = field(init=False)
     edits: list[Edit] = field(init=False, default_factory=list)
     branches: list[Branch] = field(init=False, default_factory=list)
@@ -258,19 +258,10 @@ class Plan(Shown):
         edits = [(f"edit {e.name!r} at layer {e.at}", e, e.tokens, e.at) for e in self.edits]
         return sum((v.asks() for v in self.variants), [*own, *edits])
 
-    def beyond_recurrence(self) -> str | None:
-        """Why a recurrent layer cannot do what it, or one of its variants, says; or None."""
-        others = ", ".join(str(i) for i in range(self.depth) if i not in self.recurrent)
-        for entry in (p.layers[i] for p in (self, *self.variants) for i in sorted(self.recurrent)):
-            if entry.keys != entry.run_set:
-                run, keys = self.render(entry.run_set), self.render(entry.keys)
-                found = f"cannot attend to {keys} and run on {run}"
-            elif self.scored(entry.index):
-                found = "pays no attention to choose by"
-            else:
-                continue
-            return f"layer {entry.index} is recurrent and {found}; expected one of the layers with attention, {others}"
-        return None
+    @property
+    def keyless(self) -> frozenset[int]:
+        """The layers that keep no keys."""
+        return frozenset(i for i, kind in self.kinds.items() if kind != "indexed")
 
     def needs(self) -> set[str]:
         """What its policies and edits ask for."""

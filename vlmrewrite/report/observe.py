@@ -60,7 +60,7 @@ class _Observer(torch.fx.Interpreter):
             "text_cosine": text & vision.any(1, keepdim=True),
         }
         self.sums = {name: [0.0] * len(layers) for name in self.members}
-        self._attentions = {layer.attention: layer.index for layer in layers if not layer.recurrent}
+        self._attentions = {layer.attention: layer.index for layer in layers if layer.kind == "attention"}
         self._entry, self._exits = layers[0].entry, {layer.exit: layer.index for layer in layers}
         self._before: Tensor | None = None
 

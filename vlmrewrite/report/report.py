@@ -15,7 +15,7 @@ from vlmrewrite.ops import Run
 from vlmrewrite.plan import Call, Pass, describe
 from vlmrewrite.report.memory import peak_memory
 from vlmrewrite.report.picture import KeptTokens, kept_picture
-from vlmrewrite.report.summary import compared, dropping_nothing, recurrent_layers, saving_nothing, verdicts
+from vlmrewrite.report.summary import compared, dropping_nothing, other_layers, saving_nothing, verdicts
 from vlmrewrite.report.words import lines_of
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Session
@@ -185,7 +185,7 @@ def make_report(
             f"{len(given_up)} cheaper plan{'s' * (len(given_up) > 1)} ran in the last call and did not do for some rows"
             f" ({told}): totals hold their {wasted / 1e9:.4g} GFLOP"
         )
-    notes += recurrent_layers(program.plan) + dropping_nothing(program.plan, call.counts)
+    notes += other_layers(program.plan) + dropping_nothing(program.plan, call.counts)
     notes += saving_nothing(totals, "the last call")
     summary = {
         "summary": describe(call.counts),

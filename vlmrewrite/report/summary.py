@@ -70,13 +70,19 @@ def dropping_nothing(plan: Plan, counts: TokenCounts) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def recurrent_layers(plan: Plan) -> list[str]:
-    """A line on layers that are recurrent, if there are any."""
-    if not plan.recurrent:
-        return []
-    which = ", ".join(map(str, sorted(plan.recurrent)))
-    what = "a token that they do not run on does not enter their state; FLOPs and bytes leave out recurrence and state"
-    return [f"layers {which} are recurrent: {what}"]
+_OTHERS = {
+    "recurrent": "a token that they do not run on does not enter their state; FLOPs and bytes leave out recurrence and"
+    " state",
+    "indexed": "an index selects the keys that they attend to among those that they hold, each row's without padding",
+}
+
+
+def other_layers(plan: Plan) -> list[str]:
+    """A line on the layers of each kind that mean something of their own."""
+    layers = {kind: [i for i, other in sorted(plan.kinds.items()) if other == kind] for kind in _OTHERS}
+    return [
+        f"layers {', '.join(map(str, found))} are {kind}: {_OTHERS[kind]}" for kind, found in layers.items() if found
+    ]
 
 
 def saving_nothing(totals: dict[str, dict[str, float]], where: str) -> list[str]:
@@ -121,7 +127,7 @@ def summary(program: Program) -> dict[str, Any]:
     plans = program.plan.variants or (program.plan,)
     found = [compared(replace(program, plan=plan), program.call.counts, program.call.past) for plan in plans]
     each = [{"layers": layers, "totals": totals} for layers, totals in found]
-    notes = recurrent_layers(program.plan) + dropping_nothing(program.plan, program.call.counts)
+    notes = other_layers(program.plan) + dropping_nothing(program.plan, program.call.counts)
     notes += saving_nothing(found[0][1], "this prompt") if program.outcomes else []
     about = {"passes": verdicts(program.outcomes), **each[-1], "seconds": program.seconds, "notes": notes}
     return about | ({"variants": each, "chooser": str(program.plan.chooser)} if program.plan.variants else {})

@@ -204,7 +204,7 @@ class _Rewrite:
             self.stream.full = exit
             return
         self._replaced |= {nodes.env[n]: layer.index for n in layer.region - {layer.entry}}
-        self._mix(run, keys, layer.append if not layer.recurrent else layer.attention)
+        self._mix(run, keys, layer.append if not layer.keyless else layer.attention)
         if run == mlp:
             self.stream.write(run, nodes.value(exit, run))
             return
@@ -219,7 +219,7 @@ class _Rewrite:
 
     def _mix(self, run: TokenSet, keys: TokenSet, cached: Node | None) -> None:
         """The layer's attention, or its recurrence; ``cached``: the node whose results the cache keeps, or None."""
-        if self.nodes.layer.recurrent:
+        if self.nodes.layer.keyless:
             self._recur(run, cached)
             return
         nodes, owner = self.nodes, self.nodes.layer.owner
@@ -253,8 +253,7 @@ class _Rewrite:
         x, weights = nodes.value(hidden, run), [nodes.value(w, run) for w in weights]
         if run != All:
             mask, plain = self.sets[run].valid, self.emit.extra("dense", run)
-        states = [] if cached is None else states
-        new = self.emit.call(vlm.recurrent.default, x, mask, states, weights, mixer, plain)
+        new = self.emit.call(vlm.recurrent.default, x, mask, [] if cached is None else states, weights, mixer, plain)
         if cached is not None:
             self._kept(cached, new, len(nodes.env[cached].users))
         self.stream.changed = True
@@ -263,10 +262,11 @@ class _Rewrite:
     def _attend(self, run: TokenSet, keys: TokenSet, k: Node, v: Node, k_pos: Node) -> None:
         """The layer's attention node for the queries of one set and the keys of another."""
         nodes, old, (k, v) = self.nodes, self.nodes.layer.attention, self.nodes.expanded(keys, k, v)
-        mask, scale, *rest = nodes.maybe(old.args[3]), old.args[6], *map(nodes.maybe, old.args[8:])
+        mask, scale = nodes.maybe(old.args[3]), nodes.maybe(old.args[6])
+        rest: Any = map_arg(old.args[8:], lambda n: nodes.value(nodes.env[n], run))
         plain: Any = nodes.alone and mask is None and run == keys and self.emit.extra("dense", run)
         q, q_pos = nodes.value(nodes.argument(old, 0), run), self.sets[run].positions
-        new = self.emit.call(vlm.attention.default, q, k, v, mask, q_pos, k_pos, nodes.maybe(scale), plain, *rest)
+        new = self.emit.call(old.target, q, k, v, mask, q_pos, k_pos, scale, plain, *rest)
         nodes.instead(nodes.env[old], run, new)
 
     def expose(self, layer: Layer) -> None:

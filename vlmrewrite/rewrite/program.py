@@ -112,7 +112,7 @@ class Program(Shown):
     def lacking(self, missing: Mapping[str, str]) -> Program:
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""
         plan, here = self.plan, frozenset(FEATURES) - missing.keys()
-        return replace(self, plan=Plan(plan.depth, here, dict(missing), plan.owners, plan.recurrent))
+        return replace(self, plan=Plan(plan.depth, here, dict(missing), plan.owners, plan.kinds))
 
     @property
     def graph_module(self) -> torch.fx.GraphModule:
@@ -243,7 +243,7 @@ class Program(Shown):
         told = [f"REFUSED {o.configuration}: {o.reason}" for o in self.outcomes if o.reason is not None]
         told += [f"CHANGES NOTHING: {o.configuration}" for o in self.outcomes if not o.changed and o.reason is None]
         if self.call is None:
-            attending = [x for x in a.layers if not x.recurrent]
+            attending = [x for x in a.layers if x.kind == "attention"]
             shapes = {f"attention: q {x.heads}x{x.head_size}, k, v {x.kv_heads}x{x.value_size}": x for x in attending}
             return "\n".join([head, *told, str(plan), *shapes])
         counts = self.call.counts
@@ -257,7 +257,7 @@ class Program(Shown):
             cost, *more = group
             layer, layers = a.layers[cost.index], span([c.index for c in (cost, *more)])
             q, kv = f"{layer.heads}x{layer.head_size}", f"{layer.kv_heads}x{layer.value_size}"
-            q, kv = ("recurrent", "") if layer.recurrent else (q, kv)
+            q, kv = (q, kv) if layer.kind == "attention" else (layer.kind, "")
             where = plan.render(run) + f", MLP {plan.render(mlp)}" * (mlp != run)
             rows.append([layers, where, plan.render(keys), str(cost.run), str(cost.keys), q, kv,
                          f"{flops / 1e9:.4g}", byte_size(size)])  # fmt: skip

@@ -17,7 +17,7 @@ from vlmrewrite.rewrite.legalize import Rewritten
 
 vlm = torch.ops.vlm
 
-_CROSSING = {vlm.attention.default, vlm.select.default, vlm.restore.default}
+_CROSSING = {vlm.attention.default, vlm.indexed.default, vlm.select.default, vlm.restore.default}
 
 
 def check_sets(anatomy: Anatomy, rewritten: Rewritten) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from vlmrewrite.api import applied
-from vlmrewrite.compat import generation_inputs, generation_positions
+from vlmrewrite.compat import generation_inputs, generation_positions, set_experts_implementation
 from vlmrewrite.hf import dequantise, on_base_model
 from vlmrewrite.oracle import LayerMasks, layer_masks, oracle_logits
 from vlmrewrite.runtime import kept_tokens, session_of
@@ -127,9 +127,9 @@ def generation_agreement(
         prompt = inputs["input_ids"].shape[1]
         masks = layer_masks(model, prompt + new_tokens - 1)
         last = session_of(model).last()
-        recurrent, own = last.result.plan.recurrent, [e.index for e in last.result.plan.layers if e.owner is None]
+        keyless, own = last.result.plan.keyless, [e.index for e in last.result.plan.layers if e.owner is None]
         longest = [max(last.call.counts.size(plan.layers[i].keys) for plan in last.plans) for i in own]
-        planned = [0 if i in recurrent else n + new_tokens - 1 for i, n in zip(own, longest, strict=True)]
+        planned = [0 if i in keyless else n + new_tokens - 1 for i, n in zip(own, longest, strict=True)]
         kept_tokens(model)
     longer = extended(model, inputs, out.sequences[:, prompt:-1])
     got = torch.stack(out.logits, 1)
@@ -199,6 +199,9 @@ def _double(model: nn.Module) -> nn.Module:
         _DOUBLES[model] = exact = copy.deepcopy(model)
         dequantise(exact)
         exact.double()
+        for module in exact.modules():
+            if "config" in vars(module):
+                set_experts_implementation(module.config, "eager")  # the others have no fp64
     return _DOUBLES[model]
 
 

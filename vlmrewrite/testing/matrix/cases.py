@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from vlmrewrite.api import applied
 from vlmrewrite.compiler import rewrite
-from vlmrewrite.hf import attending
+from vlmrewrite.hf import attending, indexed_mixers
 from vlmrewrite.oracle import layer_masks, positioned
 from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.plan import Pass
@@ -38,18 +38,18 @@ def fitted(tiny: TinyVLM) -> dict[str, Pass]:
     """The techniques as a family is tried with them.
 
     Those that go by the attention that a layer pays, or let text attend to images in it, take the nearest layer that
-    has attention, the later of two, where some layers have none.
+    has attention, or keys, the later of two, where some layers have none.
     """
     there = attending(tiny.model)
 
-    def near(layer: int) -> int:
-        return min(there, key=lambda i: (abs(i - layer), -i), default=layer)
+    def near(layer: int, some: Iterable[int]) -> int:
+        return min(some, key=lambda i: (abs(i - layer), -i), default=layer)
 
-    at = near(1)
+    at = near(1, there)
     return dict(TECHNIQUES) | {
         "STS": STS(keep=5, refine=3, at=at),
         "FastV": FastV(keep=0.5, at=at),
-        "VISOR": VISOR([0], [near(2)]),
+        "VISOR": VISOR([0], [near(2, {*there, *indexed_mixers(tiny.model)})]),
     }
 
 

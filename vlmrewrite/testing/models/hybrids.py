@@ -88,7 +88,9 @@ def nemotron_h_omni(layers: int = 4, seed: int = 0) -> TinyVLM:
     Images of any size, 2 to 6 tokens. No videos: the forward of transformers 5.23 fails where it joins their features.
     """
     kinds = ["linear_attention", "full_attention", "moe"]
-    sizes = {"head_dim": HIDDEN // 4, "mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8}
+    sizes: dict[str, Any] = {"mamba_num_heads": 4, "mamba_head_dim": 8, "n_groups": 2, "ssm_state_size": 8}
+    sizes["time_step_min"] = 1e-9  # transformers 5.23 heeds this limit in a prefill, and not in a decode step
+    sizes["head_dim"] = HIDDEN // 4
     experts = {"n_routed_experts": 4, "moe_intermediate_size": HIDDEN, "moe_shared_expert_intermediate_size": HIDDEN}
     turns = {"chunk_size": 8, "layers_block_type": [kinds[i % 3] for i in range(layers)]}
     tower = {"max_img_size": 32, "num_registers": 2, "video_temporal_patch_size": 2, "mlp_ratio": 2.0}
