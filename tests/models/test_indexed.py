@@ -14,6 +14,7 @@ import vlmrewrite as vr
 from tests.small import crossed
 from vlmrewrite.ops import INDEX_KEYS, INDEXED
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, ShortV, Stride
+from vlmrewrite.plan import Pass, Text, frozen_pass
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
 from vlmrewrite.testing.models import ZOO, Row
 from vlmrewrite.testing.models.families import llava_of
@@ -141,6 +142,67 @@ def test_what_it_costs_is_what_runs():
     assert counter.get_total_flops() == n * (asked + expanding) + layer.attention_flops(n, n)
     needed = sum(2 * m.weight.numel() for m in (mixer.kv_a_proj_with_mqa, mixer.kv_b_proj, mixer.indexer.wk))
     assert made >= needed
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_positions_wider_than_the_stream():
+    """dots3-note makes them in fp32 for its index, whatever the model's dtype is; the index's keys are fp32 then."""
+    model, inputs = copy.deepcopy(tiny("dots3_note").model).bfloat16(), tiny("dots3_note").inputs([Row(1, 3, 4)])
+    inputs = {name: x.bfloat16() if x.is_floating_point() else x for name, x in inputs.items()}
+    expected = model(**inputs).logits
+    with vr.applied(model, [Stride(4, at=3)]):
+        found = model(**inputs).logits
+        assert found.dtype == torch.bfloat16
+        before = inputs["input_ids"][0].tolist().index(model.config.image_token_id)
+        torch.testing.assert_close(found[:, :before], expected[:, :before], rtol=0, atol=0.1)
+
+
+@pytest.mark.slow
+def test_a_layer_that_is_computed_again():
+    one = tiny("low ranks")
+    inputs, losses = one.inputs([Row(1, 3, 4)]), []
+    for checkpointing in (False, True):
+        model = copy.deepcopy(one.model).train()
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        with vr.applied(model, [Stride(3)]):
+            model(**inputs, labels=inputs["input_ids"], num_items_in_batch=torch.tensor(7)).loss.backward()
+        losses.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert losses[0].keys() == losses[1].keys()
+    for name, x in losses[0].items():
+        torch.testing.assert_close(x, losses[1][name], rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_in_training_is_refused():
+    model = copy.deepcopy(tiny("low ranks").model).train()
+    for layer in model.base_model.language_model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    with vr.applied(model, [Stride(3)]), pytest.raises(RuntimeError, match=r"has a dropout of 0\.5 in training mode"):
+        model(**tiny("low ranks").inputs([Row(1)]))
+
+
+def test_tokens_that_are_no_keys_are_refused():
+    @frozen_pass
+    class Deaf(Pass):
+        name = "deaf"
+
+        def change(self, plan):
+            plan.layers[1].attend_to(Text)
+
+    one = tiny("low ranks")
+    with pytest.raises(ValueError, match=r"layer 1 is indexed and cannot run on All and attend to Text, which is less"):
+        vr.verify(one.model, one.inputs([Row(1)]), [Deaf()])
+
+
+@torch.no_grad()
+def test_an_assistant_among_windows():
+    one = tiny("dots3_note")
+    inputs = one.inputs([Row(1, 3, 4)])
+    with vr.applied(one.model, [Stride(0.5)]):
+        told = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
+        greedy = one.model.generate(**inputs, **told)
+        assert one.model.generate(**inputs, **told, prompt_lookup_num_tokens=2).tolist() == greedy.tolist()
 
 
 @pytest.mark.slow

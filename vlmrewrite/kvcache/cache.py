@@ -197,9 +197,10 @@ def adopt(given: Any, model: nn.Module) -> tuple[Any, Any]:
             f"past_key_values holds {int(given.get_seq_length())} tokens that went through the unmodified model;"
             " start again with an empty cache"
         )
-    if any(getattr(layer, "record_past", False) for layer in given.layers):
-        raise NotImplementedError(f"{FINAL}: generate without an assistant")
     before, made = (given.__class__, given.__dict__), PositionCache(model)
+    final = any(isinstance(layer, StateLayer) and not layer.is_croppable for layer in made.layers)
+    if final and any(getattr(layer, "record_past", False) for layer in given.layers):
+        raise NotImplementedError(f"{FINAL}: generate without an assistant")
     made.length = max((getattr(layer, "max_cache_len", 0) for layer in given.layers), default=0)
     given.__class__, given.__dict__ = PositionCache, made.__dict__
     return before

@@ -22,7 +22,7 @@ def differentiate(name: str, arguments: str, reference: Callable[..., Any]) -> N
     """
 
     def found(gradients: list[Tensor | None], *given: Any) -> list[tuple[Tensor, Tensor | None]]:
-        """Each tensor that a gradient is wanted for, with that, or None where it has no part in what is learned from."""
+        """Each tensor that a gradient is wanted for, with that, or None if nothing that it has a part in has one."""
         *inputs, wanted = given
         leaves, spec = tree_flatten(inputs)
         places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
@@ -31,10 +31,11 @@ def differentiate(name: str, arguments: str, reference: Callable[..., Any]) -> N
                 leaves[i] = leaves[i].detach().requires_grad_(asked)
             made = tree_leaves(reference(*tree_unflatten(leaves, spec)))
         pairs = [(o, g) for o, g in zip(made, gradients, strict=True) if g is not None and o.requires_grad]
-        outs, grads = [o for o, _ in pairs], [g for _, g in pairs]
         asking = [leaves[i] for i in places if leaves[i].requires_grad]
-        made = torch.autograd.grad(outs, asking, grads, allow_unused=True) if pairs else [None] * len(asking)
-        return list(zip(asking, made, strict=True))
+        if not pairs:
+            return [(x, None) for x in asking]
+        outs, grads = [o for o, _ in pairs], [g for _, g in pairs]
+        return list(zip(asking, torch.autograd.grad(outs, asking, grads, allow_unused=True), strict=True))
 
     def backward(*given: Any) -> list[Tensor]:
         return [torch.zeros_like(x) if g is None else g.contiguous() for x, g in found(*given)]
@@ -54,11 +55,12 @@ def differentiate(name: str, arguments: str, reference: Callable[..., Any]) -> N
 
     def through(ctx: Any, *gradients: Any) -> Any:
         leaves, result = list(ctx.others), list[Any]([None] * len(ctx.others))
-        for i, x in zip(ctx.places, ctx.saved_tensors, strict=True):
+        saved = ctx.saved_tensors  # once: under checkpointing, it makes them anew
+        for i, x in zip(ctx.places, saved, strict=True):
             leaves[i] = x
         given = tree_leaves(list(gradients), is_leaf=lambda x: x is None)
         arguments = given, *tree_unflatten(leaves, ctx.spec), ctx.wanted
-        traced = any(type(x) not in (Tensor, nn.Parameter) for x in ctx.saved_tensors)
+        traced = any(type(x) not in (Tensor, nn.Parameter) for x in saved)
         each = iter(operator(*arguments) if traced else [g for _, g in found(*arguments)])
         for i, asked in zip(ctx.places, ctx.wanted, strict=True):
             result[i] = next(each) if asked else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -64,6 +65,7 @@ class IndexedMixer(Named):
         set_attention_implementation(self._config, "sdpa")  # with which the module makes its masks
         self._heads: tuple[int, int] | None = None
         self._tail: tuple[int, ...] = ()
+        self._dtypes = torch.float32, torch.float32
         self._tried, self._flops = False, dict[str, tuple[int, int, int]]()
 
     def keys(self, parts: Parts, weights: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -77,14 +79,14 @@ class IndexedMixer(Named):
             (k, v), (index,) = held.made["keys"], held.made["index"]
         else:
             raise NotImplementedError(f"{self._name()} has an index, and made no keys, or nothing for that index")
-        index = index.transpose(1, 2).flatten(2) if index.dim() == 4 else index
-        if index.dim() != 3 or index.dtype != k.dtype:
+        if index.dim() not in (3, 4) or not index.is_floating_point():
             raise NotImplementedError(
                 f"the index of {self._name()} holds {index.dtype} {list(index.shape)} of some tokens; expected"
-                f" [B, n, C] or [B, H, n, C] in {k.dtype}"
+                " [B, n, C] or [B, H, n, C], floating point"
             )
-        self._heads = k.shape[1], k.shape[3]
-        self._tail = tuple(held.made["index"][0].shape[1:2]) if held.made["index"][0].dim() == 4 else ()
+        self._heads, self._dtypes = (k.shape[1], k.shape[3]), (k.dtype, index.dtype)
+        self._tail = tuple(index.shape[1:2]) if index.dim() == 4 else ()
+        index = index.transpose(1, 2).flatten(2) if index.dim() == 4 else index
         return torch.cat([k.transpose(1, 2).flatten(2), index], -1).unsqueeze(1), v.contiguous()
 
     def attend(
@@ -102,7 +104,8 @@ class IndexedMixer(Named):
         if self._heads is None:
             self.keys(parts, weights)
         assert self._heads is not None
-        keys, index = k[:, 0].split([wide := self._heads[0] * self._heads[1], k.shape[-1] - wide], -1)
+        both = k[:, 0].split([wide := self._heads[0] * self._heads[1], k.shape[-1] - wide], -1)
+        keys, index = (x.to(dtype) for x, dtype in zip(both, self._dtypes, strict=True))
         if self._tail:
             index = index.unflatten(2, (*self._tail, -1)).transpose(1, 2)
         held = _Held(self._index, (keys.unflatten(2, self._heads).transpose(1, 2), v, index))
@@ -125,7 +128,7 @@ class IndexedMixer(Named):
             found = [counter.get_total_flops()]
             for n, m in ((1, 1), (1, 2), (2, 2)):
                 seen = torch.ones(1, n, m, dtype=torch.bool, device="meta")
-                some = {name: of_each(x, lambda y, n=n: y.repeat(1, n, 1)) for name, x in parts.items()}
+                some = {name: of_each(x, operator.methodcaller("repeat", 1, n, 1)) for name, x in parts.items()}
                 with FlopCounterMode(display=False) as counter:
                     self.attend(some, held[0][:, :, :m], held[1][:, :, :m], seen, places.repeat(1, n), empty)
                 found.append(counter.get_total_flops())
@@ -181,7 +184,12 @@ def of_each(x: Any, change: Callable[[Tensor], Tensor]) -> Any:
 def packed(parts: Parts) -> tuple[Tensor, str, list[int]]:
     """All that is given of each token in one tensor [B, 1, n, W], and how to take that apart."""
     several = [x if isinstance(x, tuple) else (x,) for x in parts.values()]
-    given = ",".join(f"{name}:{len(x) if isinstance(x, tuple) else 0}" for name, x in parts.items())
+    given = ",".join(
+        [
+            f"{name}:{len(x) if isinstance(x, tuple) else 0}:{_NAMES[each[0].dtype]}"
+            for (name, x), each in zip(parts.items(), several, strict=True)
+        ]
+    )
     tensors = [x for each in several for x in each]
     batch = tensors[0].shape[0]
     q = torch.cat([x.expand(batch, -1, -1) for x in tensors], -1)
@@ -191,6 +199,22 @@ def packed(parts: Parts) -> tuple[Tensor, str, list[int]]:
 def parts_of(q: Tensor, given: str, widths: list[int]) -> Parts:
     """What :func:`packed` was given."""
     tensors, parts = iter(q[:, 0].split(widths, -1)), dict[str, Any]()
-    for name, count in (each.split(":") for each in given.split(",")):
-        parts[name] = tuple(next(tensors) for _ in range(int(count))) if int(count) else next(tensors)
+    for name, count, dtype in (each.split(":") for each in given.split(",")):
+        own = [next(tensors).to(getattr(torch, dtype)) for _ in range(int(count) or 1)]
+        parts[name] = tuple(own) if int(count) else own[0]
     return parts
+
+
+_NAMES = {getattr(torch, name): name for name in ("float64", "float32", "float16", "bfloat16")}
+
+
+def dtype_of(given: str) -> torch.dtype:
+    """The dtype of the hidden states, which come first."""
+    dtype: torch.dtype = getattr(torch, given.split(",")[0].split(":")[2])
+    return dtype
+
+
+def dropout_of(module: nn.Module) -> float:
+    """The largest dropout of a module and those in it."""
+    found = [x for m in module.modules() for name, x in vars(m).items() if "dropout" in name and isinstance(x, float)]
+    return max([0.0, *found, *(m.p for m in module.modules() if isinstance(m, nn.Dropout))])

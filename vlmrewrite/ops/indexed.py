@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from vlmrewrite.ops.attention import everywhere, visible
 from vlmrewrite.ops.gradients import differentiate
-from vlmrewrite.ops.index_mixer import IndexedMixer, packed, parts_of
+from vlmrewrite.ops.index_mixer import IndexedMixer, dropout_of, dtype_of, packed, parts_of
 from vlmrewrite.ops.library import define
 from vlmrewrite.ops.mixers import MIXERS, numbered
 
@@ -76,7 +76,7 @@ def indexed(
     seen = seen.expand(q.shape[0], -1, -1)
     held = seen.any(1)
     places = (held[:, None] & (k_pos[:, None] <= q_pos[:, :, None])).sum(-1) - 1
-    out = q.new_zeros(q.shape[0], q.shape[2], widths[0])
+    out = q.new_zeros(q.shape[0], q.shape[2], widths[0], dtype=dtype_of(given))
     for rows, at, keys in _groups(seen.any(2), held):
         if at is None or keys is None:
             parts, here = parts_of(q, given, widths), (k, v, seen, places)
@@ -121,7 +121,7 @@ def flops_of_indexed(node_args: Sequence[Any], weights: Sequence[Tensor]) -> tup
 
 
 def _indexed_fake(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Tensor:
-    return q.new_empty(q.shape[0], q.shape[2], 1, rest[-3][0])
+    return q.new_empty(q.shape[0], q.shape[2], 1, rest[-3][0], dtype=dtype_of(rest[-4]))
 
 
 _GIVEN = "str given, int[] widths, Tensor[] weights, int mixer"
@@ -151,10 +151,15 @@ def indexed_forward(module: nn.Module, index: str) -> Callable[..., Any]:
     mixer = numbered(module, lambda number: IndexedMixer(module, number, index))
     own = type(module).forward
     names, number, cached = tuple(inspect.signature(own).parameters)[1:], mixer.number, mixer.cache
-    name_of = type(module).__name__
+    name_of, dropped = type(module).__name__, dropout_of(module)
 
     @functools.wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.training and dropped:
+            raise NotImplementedError(
+                f"{name_of} has a dropout of {dropped} in training mode; expected 0 where an index selects keys: set it"
+                " to 0, or call model.eval()"
+            )
         given = dict(zip(names, args, strict=False)) | kwargs
         cache, mask = given.pop(cached, None), given.pop("attention_mask", None)
         positions, hidden = given.pop("position_ids", None), given["hidden_states"]
@@ -163,10 +168,10 @@ def indexed_forward(module: nn.Module, index: str) -> Callable[..., Any]:
         parts = {"hidden_states": hidden}
         for name, x in given.items():
             several = x if isinstance(x, tuple) else (x,)
-            if name == "hidden_states" or x is None or isinstance(x, bool):
+            if name == "hidden_states" or x is None or isinstance(x, bool) or (isinstance(x, Tensor) and not x.dim()):
                 continue
             for each in several:
-                if not isinstance(each, Tensor) or each.dim() != 3 or each.dtype != hidden.dtype:
+                if not isinstance(each, Tensor) or each.dim() != 3 or each.dtype != several[0].dtype:
                     raise NotImplementedError(f"{name_of} is given {name}, which is not known to follow its tokens")
                 if each.shape[1] != hidden.shape[1]:
                     raise NotImplementedError(f"{name_of} is given {name} of other tokens than its own")

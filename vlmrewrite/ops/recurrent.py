@@ -102,9 +102,8 @@ def swap_mixers(model: nn.Module) -> Callable[[], None]:
     for mixer in mixers:
         mixer.probe(int(text.hidden_size))
     forwards = [_forward_of(mixer, type(m).forward) for mixer, m in zip(mixers, modules, strict=True)]
-    alone = [
-        model.get_submodule(name) for i, name in enumerate(decoder_layers(model)) if i in feedforward_layers(model)
-    ]
+    idle = feedforward_layers(model)
+    alone = [model.get_submodule(name) for i, name in enumerate(decoder_layers(model)) if i in idle]
     modules, forwards = [*modules, *alone], [*forwards, *map(_entered, alone)]
     for module, index in indexed_mixers(model).values():
         modules, forwards = [*modules, module], [*forwards, indexed_forward(module, index)]
@@ -166,7 +165,7 @@ def _forward_of(mixer: Mixer, own: Callable[..., Any]) -> Callable[..., Any]:
         if kind != "meta" and torch.is_autocast_enabled(kind):  # the dtypes of states would not be those of the probe
             raise NotImplementedError("a recurrent layer cannot be captured under torch.autocast: leave it")
         for name, x in given.items():
-            if isinstance(x, Tensor):
+            if isinstance(x, Tensor) and x.dim():
                 raise NotImplementedError(f"a recurrent layer is given {name}, which is not known to follow its tokens")
         layer = cache.layers[self.layer_idx]
         states = [getattr(layer, kind)[i] for kind, i in slots if layer.has_previous_state[i]]

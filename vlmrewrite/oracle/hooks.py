@@ -122,10 +122,9 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
     state = _State()
     kinds = {type(m) for m in recurrent_mixers(model).values()}
     recurrent = [m for root in (model, *blocks) for m in root.modules() if type(m) in kinds]
-    kinds = {type(m) for m, _ in indexed_mixers(model).values()}
-    indexed = [
-        m for x in (model, *blocks) for m in x.modules() if type(m) in kinds and m.layer_idx in indexed_mixers(model)
-    ]
+    found = indexed_mixers(model)
+    kinds = {type(m) for m, _ in found.values()}
+    indexed = [m for x in (model, *blocks) for m in x.modules() if type(m) in kinds and m.layer_idx in found]
 
     def note(_: nn.Module, __: Any, kwargs: dict[str, Any]) -> None:
         state.merged = kwargs.get("inputs_embeds")
