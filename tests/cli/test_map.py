@@ -33,7 +33,7 @@ def data(questions: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, row in enumerate(rows)
     ]
     lines = [json.dumps(row) for row in rows]
-    lines[2:2] = ['{"image": "none.png", "prompt": "what ?"}', "{no json"]
+    lines[2:2] = ['{"id": "gone", "image": "none.png", "prompt": "what ?"}', "{no json"]
     lines.insert(7, json.dumps(rows[0] | {"prompt": "<image> <image> what ?", "id": 5}))
     (folder / "in.jsonl").write_text("\n".join(lines[:3]) + "\n\n" + "\n".join(lines[3:]) + "\n")
     return folder / "in.jsonl"
@@ -69,7 +69,7 @@ def test_what_comes_out(whole: Mapped) -> None:
     assert all(isinstance(row["output"], str) and row["output"] for row in found)
     assert whole.errors is not None
     errors = lines(whole.errors)
-    assert [row["row"] for row in errors] == [2, 3, 7] and [row["id"] for row in errors] == [None, None, "5"]
+    assert [row["row"] for row in errors] == [2, 3, 7] and [row["id"] for row in errors] == ["gone", None, "5"]
     for row, said in zip(errors, ("line 3: image: expected an image", "line 5: expected JSON", "got 2"), strict=True):
         assert said in row["error"]
 
@@ -179,8 +179,11 @@ def test_a_model_that_fails_on_everything(
         patch.setattr(Subject, "generate", failing)
         with pytest.raises(RuntimeError, match="the model failed on all of the first 8 rows: MemoryError: full"):
             map_rows(*digits, data, None, output=tmp_path / "out", batch=16, max_new_tokens=2)
-    done = map_rows(*digits, data, None, output=tmp_path / "out", batch=16, max_new_tokens=2)
-    assert (done.before, done.failed) == (0, 3)
+        with pytest.raises(RuntimeError, match="the model failed on all of the first 8 rows: MemoryError: full"):
+            map_rows(*digits, data, None, output=tmp_path / "few", **OPTIONS)
+    for folder, options in (("out", OPTIONS | {"batch": 16}), ("few", OPTIONS)):  # all are asked again
+        done = map_rows(*digits, data, None, output=tmp_path / folder, **options)
+        assert (done.before, done.failed) == (0, 3)
 
 
 def test_bad_input(digits: Any, data: Path, tmp_path: Path) -> None:
@@ -232,12 +235,30 @@ def test_actors_of_which_one_is_killed(digits: Any, data: Path, whole: Mapped, t
     assert sorted(row["row"] for row in lines(tmp_path / "out" / "samples.jsonl")) == [*range(11)]
 
 
+def test_a_model_that_fails_in_all_processes(digits: Any, data: Path, tmp_path: Path) -> None:
+    """Their failures are counted together: each has failed on four rows then, more or less."""
+    pytest.importorskip("ray")
+
+    def broken() -> tuple[Any, Any]:
+        def failing(self: Subject, inputs: Any, longest: int) -> Answered:
+            raise MemoryError("full")
+
+        Subject.generate = failing  # type: ignore[method-assign]  # in that process
+        return load()
+
+    options = OPTIONS | {"batch": 1, "ray": "local", "actors": 2}
+    with pytest.raises(RuntimeError, match="^the model failed on all of the first 8 rows: MemoryError: full$"):
+        map_rows(*digits, data, None, output=tmp_path / "out", load=broken, **options)
+    assert not (tmp_path / "out" / "samples.jsonl").exists(), "all of them are asked again"
+
+
 def test_parquet(digits: Any, data: Path, whole: Mapped, tmp_path: Path) -> None:
     pyarrow = pytest.importorskip("pyarrow")
     parquet = pytest.importorskip("pyarrow.parquet")
     rows = [json.loads(line) for line in data.read_text().splitlines() if line.startswith('{"id": "q')]
-    rows = [{"image": {"bytes": Path(r["image"]).read_bytes(), "path": None}, "prompt": r["prompt"]} for r in rows]
-    rows.insert(1, {"image": {"bytes": b"none", "path": None}, "prompt": "what ?"})
+    rows = [{"image": Path(r["image"]).read_bytes(), "prompt": r["prompt"], "id": None} for r in rows]
+    rows = [row | {"image": {"bytes": row["image"], "path": None}} for row in rows]
+    rows.insert(1, {"image": {"bytes": b"none", "path": None}, "prompt": "what ?", "id": 77})
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in.parquet")
     done = map_rows(*digits, tmp_path / "in.parquet", None, output=tmp_path / "out", **OPTIONS)
     assert done.answers.name == "answers.parquet" and done.errors is not None
@@ -246,4 +267,7 @@ def test_parquet(digits: Any, data: Path, whole: Mapped, tmp_path: Path) -> None
     assert found["output"].to_pylist() == [row["output"] for row in lines(whole.answers)]
     assert found["row"].to_pylist() == found["id"].to_pylist() == [0, *range(2, 9)]
     [error] = parquet.read_table(done.errors).to_pylist()
-    assert error["row"] == 1 and "in.parquet row 1: image: expected an image file, got 4 bytes" in error["error"]
+    assert (error["row"], error["id"]) == (
+        1,
+        "77",
+    ) and "in.parquet row 1: image: expected an image file, got 4 bytes" in error["error"]

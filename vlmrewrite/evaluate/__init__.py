@@ -8,7 +8,7 @@ from vlmrewrite.evaluate.metrics import METRICS, Metric
 from vlmrewrite.evaluate.page import STYLE
 from vlmrewrite.evaluate.plot import cost_of, front, pareto
 from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, Row, Scored
-from vlmrewrite.evaluate.rows import sample_of
+from vlmrewrite.evaluate.rows import id_of, sample_of
 from vlmrewrite.evaluate.run import FEW, evaluate
 from vlmrewrite.evaluate.sample import Sample
 from vlmrewrite.evaluate.statistics import Paired, paired
@@ -40,6 +40,7 @@ __all__ = [
     "fingerprint",
     "front",
     "groups_of",
+    "id_of",
     "identity_of",
     "metric_of",
     "number_of_rows",

@@ -62,6 +62,17 @@ def sample_of(row: Any, i: int, folder: Path, references: bool = True) -> Sample
     return Sample(name, prompt, messages, pictures, answers, choices, None if kind is None else str(kind))
 
 
+def id_of(row: Any) -> str | int | None:
+    """The id of a row that may be no sample, if it has one and that can be read; else None."""
+    if isinstance(row, Json):
+        try:
+            row = json.loads(row)
+        except ValueError:
+            return None
+    found = row.get("id") if isinstance(row, Mapping) else None
+    return found if isinstance(found, str | int) and not isinstance(found, bool) else None
+
+
 def _one(row: dict[str, Any], *names: str) -> None:
     if all(name in row for name in names):
         raise ValueError(f"expected {names[0]!r} or {names[1]!r}, got both")

@@ -7,7 +7,7 @@ import importlib
 import logging
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -73,7 +73,7 @@ def on_actors(
     actors: int,
     threads: int = 1,
     gpus: int = 0,
-) -> Iterator[tuple[R, int]]:
+) -> Generator[tuple[R, int]]:
     """What comes of each batch and the process that did it, as they are done; of lost processes, done again.
 
     What processes warn of is warned of here, once.

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import closing
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
@@ -20,27 +20,29 @@ from vlmrewrite.evaluate import (
     Subject,
     each_row,
     groups_of,
+    id_of,
     identity_of,
     number_of_rows,
     refuse_chats,
     said,
     sample_of,
-    write_whole,
 )
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.ops import Backend, Kernels
 from vlmrewrite.serving.actors import on_actors, ray_module
-
-ANSWERS, ERRORS = "answers", "errors"
+from vlmrewrite.serving.table import ANSWERS, ERRORS, write_rows
 
 _HOPELESS = 8
-"""Rows that the model fails on before any comes through, and then the run stops."""
+"""Rows that the model fails on before any comes through, in whatever processes, and then the run stops."""
 
 Line = dict[str, Any]
 """What came of a row: ``row`` (its place, from 0), ``id``, and ``output`` or ``error``."""
 
 Rows = list[tuple[Line, Sample | None]]
 """Rows that are not done, with the sample of each, or None and the error."""
+
+Made = tuple[list[Line], list[str]]
+"""The lines of some rows, and what the model said where it failed on one of them."""
 
 
 @dataclass(frozen=True)
@@ -105,8 +107,8 @@ def map_rows(
         ValueError: input, recipe, model or folder cannot be used, or another run writes to the folder.
         FileNotFoundError: there is no such file.
         ImportError: the input is Parquet, and pyarrow is not installed; or Ray is not.
-        RuntimeError: the model failed on the first rows, all of them, its device no longer works, or processes of the
-            cluster were lost again and again. What was done stays done.
+        RuntimeError: the model failed on the first rows, all of them (they are asked again when the run goes on), its
+            device no longer works, or processes of the cluster were lost again and again. What was done stays done.
     """
     if batch < 1 or max_new_tokens < 1 or actors < 1:
         got = f"batch={batch}, max_new_tokens={max_new_tokens}, actors={actors}"
@@ -132,17 +134,18 @@ def map_rows(
         batches = iter(lambda: list(islice(pending, batch)), [])
         some_came = any(line["error"] is None for line in journal.lines)
         progress(before, total)
-        answered: Iterator[tuple[list[Line], int | None]]
+        made: Generator[tuple[Made, int | None]]
         if ray is None:
-            ask = _Asking(subject, max_new_tokens, some_came).ask
-            answered = ((ask(some), None) for some in batches)
+            ask = _Asking(subject, max_new_tokens).ask
+            made = ((ask(some), None) for some in batches)
         else:
             gpus = int(base.device.type == "cuda")
-            given = load, about["model"], recipe, backend, kernels, max_new_tokens, some_came
-            answered = on_actors(_asking, given, batches, address=ray, actors=actors, gpus=gpus)
-        for lines, process in answered:
-            journal.add(lines, {"rows": len(lines), "process": process})
-            progress(len(journal.lines), total)
+            given = load, about["model"], recipe, backend, kernels, max_new_tokens
+            made = on_actors(_asking, given, batches, address=ray, actors=actors, gpus=gpus)
+        with closing(made):
+            for lines, process in _hopeful(made, some_came):
+                journal.add(lines, {"rows": len(lines), "process": process})
+                progress(len(journal.lines), total)
         return _finished(folder, journal.lines, before)
 
 
@@ -159,31 +162,50 @@ def _pending(source: Path, processor: Any, done: set[int]) -> Iterator[tuple[Lin
             refuse_chats(processor, [sample])
             sample = replace(sample, id=i)
         except ValueError as e:
-            sample, line["error"] = None, f"{where}: {e}"
+            sample, line["id"], line["error"] = None, id_of(row), f"{where}: {e}"
         yield line, sample
+
+
+def _hopeful(made: Iterable[tuple[Made, int | None]], some_came: bool) -> Iterator[tuple[list[Line], int | None]]:
+    """Batches in turn; those that the model failed on wait until it has answered a row, or all are done.
+
+    Raises:
+        RuntimeError: it has answered none, and failed on many. Nothing of those that waited is kept: they are asked
+            again when the run goes on.
+    """
+    waiting, failed = list[tuple[list[Line], int | None]](), 0
+    for (lines, errors), process in made:
+        waiting.append((lines, process))
+        failed, some_came = failed + len(errors), some_came or any(line["error"] is None for line in lines)
+        if not some_came and failed >= _HOPELESS:
+            raise RuntimeError(f"the model failed on all of the first {failed} rows: {errors[-1]}")
+        if some_came or not failed:
+            yield from waiting
+            waiting.clear()
+    yield from waiting
 
 
 class _Asking:
     """Asks a model a batch; where that fails, row by row."""
 
-    def __init__(self, subject: Subject, longest: int, answered: bool) -> None:
-        self.subject, self.longest, self.answered, self.failed = subject, longest, answered, 0
+    def __init__(self, subject: Subject, longest: int) -> None:
+        self.subject, self.longest, self.failed = subject, longest, list[str]()
 
-    def ask(self, rows: Rows) -> list[Line]:
-        """The lines of some rows.
+    def ask(self, rows: Rows) -> Made:
+        """The lines of some rows, and what the model said where it failed.
 
         Raises:
-            RuntimeError: nothing but failures has come of the model so far, and these are many; or its device fails.
+            RuntimeError: its device fails.
         """
         samples = [sample for _, sample in rows if sample is not None]
         groups, errors = groups_of(self.subject.processor, samples) if samples else ([], {})
-        found: dict[Any, str] = {}
+        found, self.failed = dict[Any, str](), []
         for some, inputs in groups:
             self._answer(some, inputs, found, errors)
         for line, sample in rows:
             if sample is not None:
                 line |= {"output": found.get(sample.id), "error": errors.get(sample.id)}
-        return [line for line, _ in rows]
+        return [line for line, _ in rows], self.failed
 
     def _answer(self, samples: Iterable[Sample], inputs: Any, found: dict[Any, str], errors: dict[Any, str]) -> None:
         samples, why = list(samples), ""
@@ -196,7 +218,7 @@ class _Asking:
                 if no_numbers := made.no_numbers(i):
                     errors[sample.id] = no_numbers
                     continue
-                found[sample.id], self.answered = made.outputs[i], True
+                found[sample.id] = made.outputs[i]
             return
         torch.ones(1, device=self.subject.base.device).item()  # a device that has failed goes on failing: raises
         if len(samples) > 1:
@@ -207,19 +229,17 @@ class _Asking:
                     self._answer(some, alone, found, errors)
             return
         errors[samples[0].id] = why
-        self.failed += 1
-        if not self.answered and self.failed >= _HOPELESS:
-            raise RuntimeError(f"the model failed on all of the first {self.failed} rows: {why}")
+        self.failed.append(why)
 
 
 def _asking(
-    load: Callable[[], tuple[Any, Any]], same: Any, recipe: Any, backend: Backend, kernels: Kernels, *how: Any
-) -> Callable[[Rows], list[Line]]:
+    load: Callable[[], tuple[Any, Any]], same: Any, recipe: Any, backend: Backend, kernels: Kernels, longest: int
+) -> Callable[[Rows], Made]:
     """What asks a model that is loaded for it, in a process of its own."""
     model, processor = load()
     if (found := identity_of(base_model_of(model))) != same:
         raise ValueError(f"load: expected the model that the run is of, {same}, got {found}")
-    return _Asking(Subject(model, processor, recipe, backend=backend, kernels=kernels), *how).ask
+    return _Asking(Subject(model, processor, recipe, backend=backend, kernels=kernels), longest).ask
 
 
 class _alone:
@@ -248,32 +268,9 @@ def _finished(folder: Path, lines: list[Line], before: int) -> Mapped:
     if any(isinstance(line["id"], str) for line in lines):
         lines = [line | {"id": None if line["id"] is None else str(line["id"])} for line in lines]
     good, bad = ([line for line in lines if (line["error"] is None) is right] for right in (True, False))
-    answers = _write(folder, ANSWERS, [{key: line[key] for key in ("row", "id", "output")} for line in good])
+    answers = write_rows(folder, ANSWERS, [{key: line[key] for key in ("row", "id", "output")} for line in good])
     errors = [{key: line[key] for key in ("row", "id", "error")} for line in bad]
-    return Mapped(answers, _write(folder, ERRORS, errors) if bad else None, len(lines), len(bad), before)
-
-
-def _write(folder: Path, name: str, rows: list[Line]) -> Path:
-    """Rows as Parquet, or as JSONL without pyarrow; the file is there whole or not at all."""
-    as_lines, as_table = folder / f"{name}.jsonl", folder / f"{name}.parquet"
-    try:
-        import pyarrow
-        from pyarrow.parquet import write_table
-    except ImportError:
-        write_whole(as_lines, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-        as_table.unlink(missing_ok=True)
-        return as_lines
-    text = name == ERRORS or any(isinstance(row["id"], str) for row in rows)
-    kinds = [("row", pyarrow.int64()), ("id", pyarrow.string() if text else pyarrow.int64())]
-    schema = pyarrow.schema([*kinds, ("output" if name == ANSWERS else "error", pyarrow.string())])
-    beside = folder / f".{name}.parquet.part"
-    rows = [row | {"id": str(row["id"])} if text and row["id"] is not None else row for row in rows]
-    write_table(pyarrow.Table.from_pylist(rows, schema=schema), beside)
-    with beside.open("rb") as file:
-        os.fsync(file.fileno())
-    beside.replace(as_table)
-    as_lines.unlink(missing_ok=True)
-    return as_table
+    return Mapped(answers, write_rows(folder, ERRORS, errors) if bad else None, len(lines), len(bad), before)
 
 
 def _hash_of(file: Path) -> str:
