@@ -8,6 +8,7 @@ from vlmrewrite.cli import families as families
 from vlmrewrite.cli import inspect as inspect
 from vlmrewrite.cli import listing as listing
 from vlmrewrite.cli import map as map
+from vlmrewrite.cli import serve as serve
 from vlmrewrite.cli import serve_args as serve_args
 from vlmrewrite.cli import train as train
 from vlmrewrite.cli import tune as tune

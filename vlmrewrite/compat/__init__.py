@@ -58,6 +58,7 @@ from vlmrewrite.compat.operators import (
     taking,
 )
 from vlmrewrite.compat.private import TESTED, VersionError
+from vlmrewrite.compat.server import serve
 from vlmrewrite.compat.training import modes_kept, part_trainer
 
 __all__ = [
@@ -101,6 +102,7 @@ __all__ = [
     "part_trainer",
     "record_outputs",
     "schema_of",
+    "serve",
     "set_attention_implementation",
     "set_experts_implementation",
     "taking",
