@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,14 @@ SETTINGS = {
     "VLLM_PLUGINS": "vlmrewrite",
 }
 
+SECOND_RUNNER = {"VLLM_USE_V2_MODEL_RUNNER": "1", "TRITON_INTERPRET": "1"}
+"""vLLM's second model runner, which needs Triton: on a CPU its kernels run in Triton's interpreter (see ``site``)."""
+
 
 @contextlib.contextmanager
-def started(folder: Path, engines: list[dict[str, Any]], *, apart: bool) -> Iterator[subprocess.Popen[str]]:
+def started(
+    folder: Path, engines: list[dict[str, Any]], *, apart: bool, settings: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """A process with engines; as the block ends, it and all of its processes are killed, if they are still there.
 
     They end as well if this process is killed: what is written to the other's standard input comes to an end then.
@@ -45,7 +50,7 @@ def started(folder: Path, engines: list[dict[str, Any]], *, apart: bool) -> Iter
     with (folder / "log").open("w") as log:
         process = subprocess.Popen(
             command,
-            env=os.environ | SETTINGS | own,
+            env=os.environ | SETTINGS | own | dict(settings or {}),
             stdin=subprocess.PIPE,
             stdout=log,
             stderr=log,
@@ -62,7 +67,9 @@ def started(folder: Path, engines: list[dict[str, Any]], *, apart: bool) -> Iter
             process.stdin.close()  # type: ignore[union-attr]
 
 
-def ask(folder: Path, engines: list[dict[str, Any]], *, apart: bool = False) -> list[Any]:
+def ask(
+    folder: Path, engines: list[dict[str, Any]], *, apart: bool = False, settings: Mapping[str, str] | None = None
+) -> list[Any]:
     """What engines answer, one engine after the other.
 
     Args:
@@ -70,11 +77,13 @@ def ask(folder: Path, engines: list[dict[str, Any]], *, apart: bool = False) -> 
         engines: of each ``model``, ``args`` of ``vllm.LLM`` and ``batches`` of requests; optionally ``tokens``, how
             many are generated, ``ignore_eos``, and ``metrics``, whether the engine's counters are wanted.
         apart: each engine has a process of its own, as `vllm serve` has; what is kept is not seen then.
+        settings: further variables of the environment.
 
     Returns:
-        Of each engine ``batches``, and ``kept``, the places that are kept of each image that was encoded; or ``error``.
+        Of each engine ``batches``; ``kept``, the places that are kept of each image that was encoded; and ``runner``,
+        the module of what runs the model; or ``error``.
     """
-    with started(folder, engines, apart=apart) as process:
+    with started(folder, engines, apart=apart, settings=settings) as process:
         try:
             code = process.wait(LIMIT)
         except subprocess.TimeoutExpired:
@@ -129,10 +138,12 @@ def _answers(engine: dict[str, Any], folder: Path) -> dict[str, Any]:
         )
     BeforeDecoder.choose = choose  # type: ignore[method-assign]
     metrics = {m.name: getattr(m, "value", None) for m in llm.get_metrics()} if engine.get("metrics") else {}
+    worker = getattr(getattr(llm.llm_engine, "model_executor", None), "driver_worker", None)
+    runner = None if worker is None else type(worker.worker.model_runner).__module__
     llm.llm_engine.engine_core.shutdown()
     del llm
     gc.collect()
-    return {"batches": batches, "kept": kept, "metrics": metrics}
+    return {"batches": batches, "kept": kept, "metrics": metrics, "runner": runner}
 
 
 def _end_with_the_test() -> None:

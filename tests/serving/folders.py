@@ -11,6 +11,7 @@ from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import WhitespaceSplit
 from transformers import (
+    AutoProcessor,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
     Gemma3Processor,
@@ -162,10 +163,15 @@ FAMILIES: dict[str, Callable[[], Saved]] = {f.__name__: f for f in (qwen2_5_vl, 
 
 
 def saved(name: str, folder: Path, *, engine: bool = True) -> Saved:
-    """A tiny model, written with its processor into a folder; with the names of weights of an engine's own class."""
+    """A tiny model, written with its processor into a folder; with the names of weights of an engine's own class.
+
+    The processor is the one that an engine finds there: with torchvision it makes pictures smaller by other arithmetic
+    than Pillow's, by which features differ far more than by rounding.
+    """
     model, processor, image = FAMILIES[name]()
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    processor = AutoProcessor.from_pretrained(folder)
     file, tower = folder / "model.safetensors", "vision_tower."
     weights = load_file(file)
     if engine and hasattr(

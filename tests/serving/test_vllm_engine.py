@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import time
 from pathlib import Path
@@ -13,8 +14,8 @@ import pytest
 import vlmrewrite as vr
 from examples.digits.model import CHECKPOINT, load
 from examples.digits.scenes import held_out_questions
-from tests.serving.engine import ask, started
-from tests.serving.test_vllm_families import CLOSE, generated, picture, prompt, requests
+from tests.serving.engine import SECOND_RUNNER, ask, started
+from tests.serving.test_vllm_families import CLOSE, RECIPES, STEPS, clear_rows, generated, picture, prompt, requests
 from vlmrewrite.passes import DivPrune
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.serving.vllm import overrides
@@ -22,6 +23,7 @@ from vlmrewrite.serving.vllm import overrides
 RECIPE = Recipe(name="half", passes=(DivPrune(0.5),))
 ARGS = {"model_impl": "transformers", "max_model_len": 256, "hf_overrides": overrides(RECIPE)}
 LONG, ROWS = 48, 96
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +78,7 @@ def test_chunks_in_a_process_of_its_own(asked: Any, tmp_path: Path) -> None:
 def test_prompts_that_are_preempted(tmp_path: Path) -> None:
     """Room for about three answers in the cache and eight at a time: some are put off and computed again.
 
-    A model that never ends; the rows whose choices are the clearest, of several.
+    A model that never ends; the rows whose choices are the clearest, of several. In both of the engine's model runners.
     """
     from tests.serving.folders import saved
 
@@ -93,11 +95,30 @@ def test_prompts_that_are_preempted(tmp_path: Path) -> None:
     args = {"max_model_len": 256, "hf_overrides": overrides(RECIPE)}
     roomy = {"model": tmp_path / "model", "args": args, "batches": [asked], "tokens": LONG}
     tight = [roomy | {"args": args | small | more, "metrics": True} for more in ({}, chunks)]
-    found, *others = ask(tmp_path, [roomy, *tight])
-    assert tokens(found["batches"][0]) == expected
-    for other in others:
-        assert other["metrics"]["vllm:num_preemptions"] > 0
-        assert tokens(other["batches"][0]) == expected
+    cached = roomy | {"args": args | {"enable_prefix_caching": True}, "batches": [asked, asked]}
+    for settings in ({}, SECOND_RUNNER):
+        found, again, *others = ask(tmp_path, [roomy, cached, *tight], settings=settings)
+        assert tokens(found["batches"][0]) == expected
+        assert [tokens(x) for x in again["batches"]] == [expected] * 2 and again["batches"][1][0]["cached"] > 0
+        for other in others:
+            assert other["metrics"]["vllm:num_preemptions"] > 0
+            assert tokens(other["batches"][0]) == expected
+
+
+@pytest.mark.skipif(len(CORES) < 2, reason="two processes want a core each")
+def test_tensors_over_two_processes(tmp_path: Path) -> None:
+    """Each has half of the heads, and chooses the same tokens as the other."""
+    from tests.serving.folders import saved
+
+    model, processor, image = saved("qwen2_5_vl", tmp_path / "model")
+    rows, expected = clear_rows(model, processor, image, False, RECIPES[2:])
+    args = {"max_model_len": 256, "tensor_parallel_size": 2}
+    given = [args, args | {"hf_overrides": overrides(RECIPES[2])}]
+    engines = [{"model": tmp_path / "model", "args": a, "batches": [requests(rows)], "tokens": STEPS} for a in given]
+    found = ask(tmp_path, engines, apart=True, settings={"VLLM_CPU_OMP_THREADS_BIND": "|".join(map(str, CORES[:2]))})
+    for one, rows_expected in zip(found, expected, strict=True):
+        assert "error" not in one, one.get("error")
+        assert tokens(one["batches"][0]) == [made for _, made, _ in rows_expected]
 
 
 def test_an_engine_that_is_killed_and_started_again(asked: Any, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 import vlmrewrite as vr
-from tests.serving.engine import ask
+from tests.serving.engine import SECOND_RUNNER, ask
 from vlmrewrite.passes import STS, DivPrune, Random, Stride
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.serving.vllm import overrides
@@ -20,9 +20,6 @@ RECIPES = [
     Recipe(name="random", passes=(Random(5),)),
     Recipe(name="two", passes=(Stride(0.75), DivPrune(0.5))),
 ]
-COPIES = [Recipe(name="random", passes=(Random(5),)), Recipe(name="half", passes=(Stride(0.75), Random(0.5)))]
-"""For features some of which are copies of one another: which of these are farthest apart is decided by rounding."""
-
 STEPS, EACH = 4, 8
 CLOSE = 0.02
 """Of logits between 3 and 5; what other kernels of attention make of them differs by up to a hundredth."""
@@ -84,24 +81,30 @@ def requests(rows: list[tuple[str, list[Any]]]) -> list[dict[str, Any]]:
 
 @pytest.mark.parametrize("family", ["qwen2_5_vl", "internvl", "gemma3", "llava_onevision"])
 def test_greedy_tokens(family: str, tmp_path: Path) -> None:
-    """By the engine's class and transformers' (its Gemma 3 on a CPU is another model, with and without recipe)."""
+    """By the engine's class and transformers' (its Gemma 3 on a CPU is another model, with and without recipe).
+
+    The engine's class in both of its model runners.
+    """
     from tests.serving.folders import saved
 
     model, processor, image = saved(family, tmp_path / "own")
     saved(family, tmp_path / "plain", engine=False)
-    recipes = COPIES if family == "llava_onevision" else RECIPES
-    rows, expected = clear_rows(model, processor, image, family == "gemma3", recipes)
+    rows, expected = clear_rows(model, processor, image, family == "gemma3", RECIPES)
     tile, whole = (16 if family == "internvl" else None), {"max_model_len": 256}
-    given = [whole, *(whole | {"hf_overrides": overrides(recipe, tile)} for recipe in recipes)]
-    ways = [("own", "auto")] + ([("plain", "transformers")] if family != "gemma3" else [])
-    for name, implementation in ways:
+    given = [whole, *(whole | {"hf_overrides": overrides(recipe, tile)} for recipe in RECIPES)]
+    ways = [("own", "auto", {}), ("own", "auto", SECOND_RUNNER)]
+    ways += [("plain", "transformers", {})] if family != "gemma3" else []
+    for name, implementation, settings in ways:
         how = {"model_impl": implementation}
         engines = [
             {"model": tmp_path / name, "args": a | how, "batches": [requests(rows)], "tokens": STEPS} for a in given
         ]
-        found = ask(tmp_path, engines)
+        found = ask(tmp_path, engines, settings=settings)
         for one, rows_expected in zip(found, expected, strict=True):
             assert "error" not in one, one.get("error")
+            assert one["runner"] == (
+                "vllm.v1.worker.cpu.model_runner" if settings else "vllm.v1.worker.cpu_model_runner"
+            )
             assert [x["tokens"] for x in one["batches"][0]] == [tokens for _, tokens, _ in rows_expected]
         [plain, *fewer] = [[x["prompt"] for x in one["batches"][0]] for one in found]
         assert plain == [n for n, *_ in expected[0]]
