@@ -10,7 +10,7 @@ from vlmrewrite.hf.exchanged import exchanged
 
 
 def scattered(model: nn.Module) -> str | None:
-    """What is wrong with where a decoder's parameters are, in one sentence; None if they are whole and in one place."""
+    """What is wrong with where a model's parameters are, in one sentence; None if they are whole and in one place."""
     decoder: Any = model.get_decoder() if hasattr(model, "get_decoder") else model  # type: ignore[operator]
     inside = {id(p) for p in decoder.parameters()}
     named = {name: p for name, p in model.named_parameters() if id(p) in inside}
@@ -29,4 +29,8 @@ def scattered(model: nn.Module) -> str | None:
     devices = sorted({str(p.device) for p in named.values()})
     if len(devices) > 1:
         return f"its decoder's parameters are on {' and '.join(devices)}: expected all of them on one device"
+    parts = getattr(model, "hf_device_map", None) or {}
+    places = sorted({f"cuda:{x}" if isinstance(x, int) else str(x) for x in parts.values()})
+    if len(places) > 1:
+        return f"its device_map puts parts on {' and '.join(places)}: expected the whole model on one device"
     return None
