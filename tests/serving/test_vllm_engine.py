@@ -99,7 +99,8 @@ def test_prompts_that_are_preempted(tmp_path: Path) -> None:
     for settings in ({}, SECOND_RUNNER):
         found, again, *others = ask(tmp_path, [roomy, cached, *tight], settings=settings)
         assert tokens(found["batches"][0]) == expected
-        assert [tokens(x) for x in again["batches"]] == [expected] * 2 and again["batches"][1][0]["cached"] > 0
+        assert [tokens(x) for x in again["batches"]] == [expected] * 2
+        assert [any(x["cached"] for x in batch) for batch in again["batches"]] == [False, True]
         for other in others:
             assert other["metrics"]["vllm:num_preemptions"] > 0
             assert tokens(other["batches"][0]) == expected

@@ -41,5 +41,5 @@ class Interpreter(MetaPathFinder):
 
 kept: list[Any] = []
 sys.meta_path.insert(0, Schemas())
-if os.environ.get("TRITON_INTERPRET") == "1":
+if os.environ.get("VLLM_USE_V2_MODEL_RUNNER") == "1":
     sys.meta_path.insert(0, Interpreter())
