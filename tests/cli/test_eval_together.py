@@ -1,4 +1,4 @@
-"""Two processes, as torchrun starts them, share an evaluation: what they find is what one finds alone."""
+"""Two processes, as torchrun and accelerate start them, share an evaluation: what they find is what one finds alone."""
 
 from __future__ import annotations
 
@@ -52,9 +52,16 @@ with loading.joined() as first:
 """
 
 
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc-per-node", "2"],
+    "accelerate": ["accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"],
+}
+
+
 @pytest.mark.slow
+@pytest.mark.parametrize("launcher", LAUNCHERS)
 @pytest.mark.filterwarnings("ignore:12 samples. intervals are wide")
-def test_what_two_processes_find_is_what_one_finds(digits: Any, questions: Path, tmp_path: Path) -> None:
+def test_what_two_processes_find_is_what_one_finds(launcher: str, digits: Any, questions: Path, tmp_path: Path) -> None:
     """They go on with a run that one process has begun."""
     vr.evaluate(*digits, questions, "stride-half", output=tmp_path / "one", batch=2, max_new_tokens=4)
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -63,7 +70,9 @@ def test_what_two_processes_find_is_what_one_finds(digits: Any, questions: Path,
     begun, *_ = (tmp_path / "one" / "progress.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "two" / "progress.jsonl").write_text(begun)
     (tmp_path / "script.py").write_text(SCRIPT)
-    command = [sys.executable, "-W", "ignore", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    if launcher == "accelerate":
+        pytest.importorskip("accelerate")
+    command = [sys.executable, "-W", "ignore", "-m", *LAUNCHERS[launcher]]
     command += [
         tmp_path / "script.py",
         "eval",
