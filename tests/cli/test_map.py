@@ -181,6 +181,10 @@ def test_a_model_that_fails_on_everything(
             map_rows(*digits, data, None, output=tmp_path / "out", batch=16, max_new_tokens=2)
         with pytest.raises(RuntimeError, match="the model failed on all of the first 8 rows: MemoryError: full"):
             map_rows(*digits, data, None, output=tmp_path / "few", **OPTIONS)
+        first = tmp_path / "first.jsonl"
+        first.write_text("\n".join(data.read_text().splitlines()[:3]))
+        done = map_rows(*digits, first, None, output=tmp_path / "three", **OPTIONS)
+        assert (done.rows, done.failed) == (3, 3) and lines(done.answers) == []  # too few to tell
     for folder, options in (("out", OPTIONS | {"batch": 16}), ("few", OPTIONS)):  # all are asked again
         done = map_rows(*digits, data, None, output=tmp_path / folder, **options)
         assert (done.before, done.failed) == (0, 3)
