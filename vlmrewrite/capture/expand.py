@@ -28,8 +28,8 @@ def reason_of(failed: Exception) -> str | None:
     return found and found[2]
 
 
-def enter(layer: int, tensors: tuple[Tensor, ...], rest: tuple[Any, ...]) -> tuple[Tensor, ...]:
-    """A traced layer begins here, with these arguments."""
+def enter(layer: int, tensors: tuple[Tensor, ...], rest: tuple[Any, ...], seen: Any) -> tuple[Tensor, ...]:
+    """A traced layer begins here, with these arguments; its part of the cache has seen so many tokens."""
     return tuple(x.view_as(x) for x in tensors)
 
 
@@ -38,19 +38,31 @@ def leave(layer: int, x: Tensor) -> Tensor:
     return x.view_as(x)
 
 
-def keys_of(
-    layer: int, source: int, tensors: tuple[Tensor, ...], rest: tuple[Any, ...], k: Tensor, v: Tensor
+def stand_in(
+    layer: int,
+    source: int,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    seen: Any,
+    held: tuple[Any, ...],
+    like: tuple[Tensor, Tensor, Tensor],
 ) -> tuple[Tensor, ...]:
-    """Keys and values of a layer with these arguments; ``k`` and ``v`` are what layer ``source``, traced, holds."""
-    return tuple(x.new_empty((x.shape[0], x.shape[1], tensors[0].shape[1], x.shape[3])) for x in (k, v))
+    """Keys, values and positions that a layer with these arguments holds, and its result [B, T, H].
+
+    Args:
+        layer, source: which, and which traced one it is like.
+        args, kwargs: what it is given, but for the cache.
+        seen, held: tokens that its part of the cache has seen; keys, values and positions there, or None.
+        like: what ``source`` holds, this call's tokens included.
+    """
+    x = _apart(args, kwargs)[0][0]
+    n = x.shape[1]
+    grown = n if held[0] is None else held[0].shape[2] + n
+    keys, values = (k.new_empty((k.shape[0], k.shape[1], grown, k.shape[3])) for k in like[:2])
+    return keys, values, like[2].new_empty((like[2].shape[0], grown)), torch.empty_like(x)
 
 
-def result_of(layer: int, x: Tensor, keys: Tensor, values: Tensor) -> Tensor:
-    """A layer's result [B, T, H], of its first argument and all that it holds."""
-    return torch.empty_like(x)
-
-
-for _stands in (enter, leave, keys_of, result_of):
+for _stands in (enter, leave, stand_in):
     torch.compiler.allow_in_graph(_stands)
 
 
@@ -59,8 +71,9 @@ def traced(layer: int) -> Callable[..., Tensor]:
     """A layer's forward that says where it begins and ends."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        tensors, rest, _ = _apart(args, kwargs)
-        given = iter(enter(layer, tuple(tensors), tuple(rest)))
+        tensors, rest, caches = _apart(args, kwargs)
+        there = [cache.layers[layer] for cache in caches if len(cache.layers) > layer]
+        given = iter(enter(layer, tuple(tensors), tuple(rest), there[0].seen if there else 0))
         args = _with(args, given)
         out = type(self).forward(self, *args, **{name: _with(x, given) for name, x in kwargs.items()})
         if not isinstance(out, Tensor):
@@ -75,13 +88,15 @@ def stands_in(layer: int, source: int) -> Callable[..., Tensor]:
     """A layer's forward that appends to the cache as layer ``source`` does, and leaves the rest to a copy of it."""
 
     def forward(self: Any, *args: Any, **kwargs: Any) -> Tensor:
-        tensors, rest, caches = _apart(args, kwargs)
-        if len(caches) != 1 or len(caches[0].layers) <= source:
+        cache = kwargs.pop("past_key_values", None)
+        if not isinstance(cache, PositionCache) or len(cache.layers) <= source:
             raise UnlikeError("a layer does not append to the cache")
-        held = caches[0].layers[source]
-        k, v = keys_of(layer, source, tuple(tensors), tuple(rest), held.keys, held.values)
-        keys, values = caches[0].update(k, v, layer)
-        return result_of(layer, tensors[0], keys, values)
+        like, own = cache.layers[source], cache.layer(layer)
+        held, there = (own.keys, own.values, own.positions), (like.keys, like.values, like.positions)
+        own.keys, own.values, own.positions, out = stand_in(layer, source, args, kwargs, own.seen, held, there)
+        own.is_initialized = True
+        own.seen += out.shape[1]
+        return out
 
     return forward
 
@@ -89,17 +104,17 @@ def stands_in(layer: int, source: int) -> Callable[..., Tensor]:
 def _apart(args: Any, kwargs: Any) -> tuple[list[Tensor], list[Any], list[PositionCache]]:
     """A layer's arguments: its tensors, its constants and the cache."""
     tensors: list[Tensor] = []
-    rest: list[Any] = [len(args), *kwargs]
+    rest: list[Any] = [len(args), *(name for name, x in kwargs.items() if not isinstance(x, PositionCache))]
     caches: list[PositionCache] = []
     for x in (*args, *kwargs.values()):
-        if isinstance(x, Tensor):
-            tensors.append(x)
+        if isinstance(x, Tensor) or (isinstance(x, Node) and isinstance(value(x), Tensor)):
+            tensors.append(x)  # type: ignore[arg-type]
         elif isinstance(x, PositionCache):
             caches.append(x)
         elif isinstance(x, tuple):
             found = _apart(x, {})
             tensors, rest, caches = tensors + found[0], rest + found[1], caches + found[2]
-        elif x is None or isinstance(x, (bool, int, float, str, torch.dtype, torch.SymInt)):
+        elif x is None or isinstance(x, (bool, int, float, str, torch.dtype, torch.SymInt, Node)):
             rest.append(x)
         else:
             raise UnlikeError(f"a layer is given a {type(x).__name__}, which it may write to")
@@ -135,8 +150,8 @@ def expand(graph: Graph, named: Mapping[int, Mapping[Node, str]], again: Mapping
         bodies[like].compare(bodies[i])
     taken: list[tuple[int, str]] = []
     first = next(n for n in graph.nodes if n.op != "placeholder")
-    for stand_in in graph.find_nodes(op="call_function", target=keys_of):
-        taken += bodies[cast(int, stand_in.args[1])].copy(graph, stand_in, first)
+    for node in graph.find_nodes(op="call_function", target=stand_in):
+        taken += bodies[cast(int, node.args[1])].copy(graph, node, first)
     for body in bodies.values():
         tensors = cast(tuple[tuple[Node, ...], ...], body.enter.args)[1]
         for item in list(body.enter.users):
@@ -171,13 +186,13 @@ class _Body:
         def needed(ends: Any) -> set[Node]:
             return closure(ends, lambda n: () if n is self.append else (m for m in n.all_input_nodes if m in layer))
 
-        every, at = needed([*cast(Any, self.append.args[3:5]), self.leave.args[1]]), inside.index(self.append)
+        every, at = needed([*cast(Any, self.append.args[3:]), self.leave.args[1]]), inside.index(self.append)
         self.before, self.behind = ([n for n in part if n in every] for part in (inside[:at], inside[at + 1 :]))
         told = set().union(*(symbols(n) for x in self.tensors for n in sizes(x)))
         nodes = {*self.before, *self.behind}
         for n in nodes:
             outside = [m for m in n.all_input_nodes if m not in layer and m is not enter and m not in named]
-            if written(n) or not all(is_number(m) and symbols(m) <= told for m in outside):
+            if written(n) or not all(is_number(m) and (m is self.seen or symbols(m) <= told) for m in outside):
                 raise UnlikeError(f"layer {enter.args[0]} needs more than its arguments, or writes: {where(n)}")
             if n.users.keys() - {*nodes, self.append, self.leave} and self.append not in n.all_input_nodes:
                 raise UnlikeError(f"what layer {enter.args[0]} computes is used outside: {where(n)}")
@@ -187,11 +202,16 @@ class _Body:
         """Those that it was given."""
         return cast(tuple[tuple[Node, ...], ...], self.enter.args)[1]
 
+    @property
+    def seen(self) -> Any:
+        """How many tokens its part of the cache has seen: a node, or a number."""
+        return self.enter.args[3]
+
     def compare(self, other: _Body) -> None:
         """Raise UnlikeError where another traced layer left something else."""
         names = {name: node for node, name in other.named.items()}
         to = {node: names.get(name) for node, name in self.named.items()} | {self.append: other.append}
-        to |= {self.enter: other.enter}
+        to |= {self.enter: other.enter} | ({self.seen: other.seen} if isinstance(self.seen, Node) else {})
         mine, theirs = self.before + self.behind, other.before + other.behind
         to |= dict(zip(mine, theirs, strict=False))
 
@@ -204,39 +224,45 @@ class _Body:
                     f"layers {self.enter.args[0]} and {other.enter.args[0]} differ: {where(a)}, {where(b)}"
                 )
         ends = [
-            (x.enter.args[2], x.append.args[3:5], x.leave.args[1], len(x.before), len(x.behind)) for x in (self, other)
+            (x.enter.args[2:], x.append.args[3:], x.leave.args[1], len(x.before), len(x.behind)) for x in (self, other)
         ]
         if text(*ends[0], to=to) != text(*ends[1]) or not all(map(_fits, self.tensors, other.tensors)):
             raise UnlikeError(f"layers {self.enter.args[0]} and {other.enter.args[0]} differ in what they take or give")
 
-    def copy(self, graph: Graph, stand_in: Node, first: Node) -> list[tuple[int, str]]:
-        """Put a copy in the place of a stand-in, whose part of the cache it keeps; its inputs go before ``first``."""
-        layer, _, tensors, rest = cast(tuple[int, int, tuple[Node, ...], Any], stand_in.args[:4])
+    def copy(self, graph: Graph, place: Node, first: Node) -> list[tuple[int, str]]:
+        """Put a copy in the place of a stand-in; its inputs go before ``first``."""
+        layer, _, args, kwargs, seen, held = cast(Any, place.args[:6])
+        tensors, rest, _ = _apart(args, kwargs)
         pairs = zip((*self.tensors, cast(Node, self.leave.args[1])), (*tensors, tensors[0]), strict=True)
-        if repr(rest) != repr(self.enter.args[2]) or not all(_fits(a, b) for a, b in pairs):
+        unlike = repr(tuple(rest)) != repr(self.enter.args[2]) or not all(_fits(a, b) for a, b in pairs)
+        given = [(seen, self.seen), *zip(held, self.append.args[:3], strict=True)]
+        if unlike or not all(isinstance(a, Node) if isinstance(b, Node) else a == b for a, b in given):
             raise UnlikeError(f"layers {self.enter.args[0]} and {layer} take different arguments")
-        append = next(n for user in stand_in.users for n in user.users if n.target is KV_APPEND)
-        result = next(n for item in append.users for n in item.users if n.target is result_of)
-        to: dict[Node, Node] = {n: tensors[cast(int, n.args[1])] for n in self.enter.users}
-        to |= {n: next(m for m in append.users if m.args[1] == n.args[1]) for n in self.append.users}
+        to: dict[Node, Any] = {n: tensors[cast(int, n.args[1])] for n in self.enter.users}
+        to |= {b: a for a, b in given if isinstance(b, Node)}
         used = dict.fromkeys(m for n in self.before + self.behind for m in n.all_input_nodes if m in self.named)
         with graph.inserting_before(first):
             for node in used:
                 to[node] = made = graph.placeholder(f"{node.name}_of_layer_{layer}")
                 made.meta = dict(node.meta)
-        depth = list(stand_in.meta["nn_module_stack"].items())
-        for nodes, place in ((self.before, stand_in), (self.behind, result)):
-            with graph.inserting_before(place):
-                for n in nodes:
-                    if n not in to:
-                        n.meta.setdefault(VERDICT, [])
-                        to[n] = made = graph.node_copy(n, lambda m: to.get(m, m))
-                        below = list(n.meta.get("nn_module_stack", {}).items())[len(depth) :]
-                        made.meta["nn_module_stack"] = dict(depth + [(f"{key} {layer}", x) for key, x in below])
-        append.args = (*append.args[:3], *(to[cast(Node, n)] for n in self.append.args[3:5]), *append.args[5:])
-        result.replace_all_uses_with(to[cast(Node, self.leave.args[1])])
-        for node in (result, *stand_in.users, stand_in):
-            graph.erase_node(node)
+        depth = list(place.meta["nn_module_stack"].items())
+        kept = [self.append, *sorted(self.append.users)]
+        with graph.inserting_before(place):
+            for n in (*self.before, *kept, *self.behind):
+                if n not in to:
+                    n.meta.setdefault(VERDICT, [])
+                    to[n] = made = graph.node_copy(n, lambda m: to.get(m, m))
+                    below = list(n.meta.get("nn_module_stack", {}).items())[len(depth) :]
+                    made.meta["nn_module_stack"] = dict(depth + [(f"{key} {layer}", x) for key, x in below])
+        parts: dict[Any, Node] = {n.args[1]: to[n] for n in self.append.users}
+        for i, part in parts.items():  # as long as this layer's part of the cache
+            part.meta["example_value"] = value(place)[i]
+        to[self.append].meta["example_value"] = value(place)[:3]
+        parts[3] = to[cast(Node, self.leave.args[1])]
+        for item in list(place.users):
+            item.replace_all_uses_with(parts[item.args[1]])
+            graph.erase_node(item)
+        graph.erase_node(place)
         return [(layer, self.named[node]) for node in used]
 
 

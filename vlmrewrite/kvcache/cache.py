@@ -62,6 +62,12 @@ class PositionCache(Cache):
         self._by_keys[id(keys)] = self._latest = self.layers[layer_idx]
         return keys, values
 
+    def layer(self, layer_idx: int) -> Any:
+        """Layer ``layer_idx``, there from now on."""
+        while len(self.layers) <= layer_idx:
+            self.layers.append(PositionLayer())
+        return self.layers[layer_idx]
+
     @property
     def attended(self) -> list[PositionLayer]:
         """The layers that hold keys."""
