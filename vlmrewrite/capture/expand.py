@@ -232,7 +232,7 @@ class _Body:
     def copy(self, graph: Graph, place: Node, first: Node) -> list[tuple[int, str]]:
         """Put a copy in the place of a stand-in; its inputs go before ``first``."""
         layer, _, args, kwargs, seen, held = cast(Any, place.args[:6])
-        tensors, rest, _ = _apart(args, kwargs)
+        tensors, rest, _ = cast(tuple[list[Node], list[Any], Any], _apart(args, kwargs))
         pairs = zip((*self.tensors, cast(Node, self.leave.args[1])), (*tensors, tensors[0]), strict=True)
         unlike = repr(tuple(rest)) != repr(self.enter.args[2]) or not all(_fits(a, b) for a, b in pairs)
         given = [(seen, self.seen), *zip(held, self.append.args[:3], strict=True)]
