@@ -182,17 +182,19 @@ def test_dropout_in_training_is_refused():
         model(**tiny("low ranks").inputs([Row(1)]))
 
 
-def test_tokens_that_are_no_keys_are_refused():
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.slow
+def test_tokens_that_are_no_keys(name):
     @frozen_pass
     class Deaf(Pass):
         name = "deaf"
 
         def change(self, plan):
             plan.layers[1].attend_to(Text)
+            plan.layers[3].attend_to(Text)
 
-    one = tiny("low ranks")
-    with pytest.raises(ValueError, match=r"layer 1 is indexed and cannot run on All and attend to Text, which is less"):
-        vr.verify(one.model, one.inputs([Row(1)]), [Deaf()])
+    for side in ("left", "right"):
+        forward_agreement(tiny(name).model, tiny(name).inputs(BATCH, side=side), [Deaf()]).check()
 
 
 @torch.no_grad()

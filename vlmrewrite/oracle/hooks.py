@@ -10,7 +10,6 @@ share no code with the graph.
 from __future__ import annotations
 
 import contextlib
-import copy
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,8 +22,8 @@ from torch import Tensor, nn
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from vlmrewrite.compat import set_attention_implementation
 from vlmrewrite.hf import attention_swapped, decoder_layers, decoder_of, indexed_mixers, recurrent_mixers
+from vlmrewrite.oracle.apart import row_by_row, rows_of_keys
 from vlmrewrite.oracle.edits import edited
 from vlmrewrite.oracle.masks import BranchMask, LayerMasks
 
@@ -137,54 +136,14 @@ def masked(model: nn.Module, layers: Sequence[LayerMasks]) -> Iterator[None]:
             stack.enter_context(module.register_forward_hook(behind))
             if entry.mlp is not None:
                 stack.enter_context(mlp_of(module).register_forward_hook(functools.partial(_only, entry.mlp)))
-        for run, mixer in [(_row_by_row, m) for m in recurrent] + [(_rows_of_keys, m) for m in indexed]:
+        for run, mixer in [(row_by_row, m) for m in recurrent] + [(rows_of_keys, m) for m in indexed]:
             own = vars(mixer)
             stack.callback(own.update, {name: own[name] for name in ("forward",) if name in own})
             stack.callback(own.pop, "forward")
-            own["forward"] = functools.partial(run, mixer)
+            own["forward"] = functools.partial(run, mixer, state.keys)
         stack.callback(_STATE.reset, _STATE.set(state))
         stack.enter_context(attention_swapped(model, NAME, blocks))
         yield
-
-
-def _row_by_row(mixer: Any, hidden_states: Tensor, **kwargs: Any) -> Tensor:
-    """A recurrent module on its layer's tokens, a row at a time; rows of all tokens as the model runs it: [B, T, H]."""
-    tokens = _STATE.get().keys[mixer.layer_idx]
-    run = functools.partial(type(mixer).forward, mixer, **kwargs)
-    if bool(tokens.all()):
-        return run(hidden_states)  # type: ignore[no-any-return]
-    out = torch.where(tokens.all(1)[:, None, None], run(hidden_states), 0.0)
-    for row, there in enumerate(tokens):
-        if bool(there.any()) and not bool(there.all()):
-            out[row, there] = run(hidden_states[row : row + 1, there], attention_mask=None)[0]
-    return out
-
-
-def _rows_of_keys(mixer: Any, hidden_states: Tensor, attention_mask: Tensor, **kwargs: Any) -> tuple[Tensor, None]:
-    """A module with an index over its keys on the keys of its layer, a row at a time and without padding: [B, T, H]."""
-    there, out = _STATE.get().keys[mixer.layer_idx], torch.zeros_like(hidden_states)
-    seen = attention_mask if attention_mask.dtype == torch.bool else attention_mask == 0
-    real = seen[:, 0].diagonal(dim1=1, dim2=2).expand_as(there)
-    before = [(m, m.config) for m in mixer.modules() if "config" in vars(m)]
-    for module, config in before:
-        module.config = copy.copy(config)
-        set_attention_implementation(module.config, "sdpa")
-    for row, tokens in enumerate(there & real):
-
-        def of_tokens(x: Any, row: int = row, tokens: Tensor = tokens) -> Any:
-            if isinstance(x, tuple):
-                return tuple(map(of_tokens, x))
-            followed = isinstance(x, Tensor) and x.dim() == 3 and x.shape[1] == len(tokens)
-            return x.expand(len(there), -1, -1)[row : row + 1, tokens] if followed else x
-
-        mask = seen.expand(len(there), -1, -1, -1)[row : row + 1, :, tokens][..., tokens]
-        given = {name: of_tokens(x) for name, x in kwargs.items()}
-        given |= {"position_ids": torch.arange(int(tokens.sum()), device=tokens.device)[None], "attention_mask": mask}
-        if bool(tokens.any()):
-            out[row, tokens] = type(mixer).forward(mixer, hidden_states[row : row + 1, tokens], **given)[0][0]
-    for module, config in before:
-        module.config = config
-    return out, None
 
 
 def _meets_others(module: nn.Module) -> bool:

@@ -12,7 +12,6 @@ import pydantic
 
 from vlmrewrite.errors import explain, noted
 from vlmrewrite.plan.plan import Plan
-from vlmrewrite.plan.tokens import contains
 
 T = TypeVar("T")
 
@@ -152,8 +151,6 @@ def _beyond_kinds(plan: Plan) -> str | None:
         kind = plan.kinds[entry.index]
         if entry.keys != entry.run_set and kind == "recurrent":
             found = f"cannot attend to {plan.render(entry.keys)} and run on {plan.render(entry.run_set)}"
-        elif kind == "indexed" and not contains(entry.keys, entry.run_set):
-            found = f"cannot run on {plan.render(entry.run_set)} and attend to {plan.render(entry.keys)}, which is less"
         elif plan.scored(entry.index):
             found = f"pays no attention {'that is known' if kind == 'indexed' else 'to choose by'}"
         else:
