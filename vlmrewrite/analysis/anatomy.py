@@ -185,7 +185,10 @@ def _modules(
     stacks = [list(n.meta.get("nn_module_stack", ())) for n in (*attentions, merge)]
     taken = Counter(key for stack in stacks for key in stack)
     homes = [next((key for key in stack if taken[key] == 1), None) for stack in stacks[:-1]]
-    inside = [{n for n in after if home in n.meta.get("nn_module_stack", ())} for home in homes]
+    inside, which = [set[Node]() for _ in homes], {home: i for i, home in enumerate(homes) if home is not None}
+    for n in after:
+        for key in n.meta.get("nn_module_stack", {}).keys() & which.keys():
+            inside[which[key]].add(n)
     entries: list[Node] = []
     for nodes, attention in zip(inside, attentions, strict=True):
         queries = needed([cast(Node, attention.args[0])], after - nodes)
