@@ -46,8 +46,10 @@ def apply(
             ``save_pretrained`` or :func:`vlmrewrite.save_blocks` of a rewritten model has written to, or a repository
             of the Hub that holds the same files (``"owner/name"``): its blocks are put in place too. ``"auto"``: what
             a search finds on ``calibration`` for ``budget``, which takes minutes; see :func:`vlmrewrite.tune`.
-        backend: ``"eager"`` runs the rewritten graph as it is, ``"inductor"`` compiles it, ``"auto"`` compiles on a
-            GPU, unless the recipe says which; it looks at where the model is when it is called.
+        backend: ``"eager"`` runs the rewritten graph as it is, ``"inductor"`` compiles it, each kind of layer once and
+            called for all that are like it, ``"inductor-whole"`` compiles it as one piece, which takes longer the
+            deeper the model is. ``"auto"`` is ``"inductor"`` on a GPU, unless the recipe says which; it looks at where
+            the model is when it is called.
         kernels: ``"reference"``, ``"triton"``, or ``"auto"``: what the recipe says, else the best there is.
         strict: raise when a pass is refused, instead of reporting it.
         calibration: for ``"auto"``: ``(processor, data)``, with data as for :func:`vlmrewrite.evaluate`, by whose
@@ -138,8 +140,8 @@ def calibrate(model: nn.Module, recipe: str | Path | Recipe | Pass | Sequence[Pa
 
 
 def _backend(backend: str) -> Backend:
-    if backend not in ("auto", "eager", "inductor"):
-        raise ValueError(f"backend={backend!r}; expected 'auto', 'eager' or 'inductor'")
+    if backend not in ("auto", "eager", "inductor", "inductor-whole"):
+        raise ValueError(f"backend={backend!r}; expected 'auto', 'eager', 'inductor' or 'inductor-whole'")
     return backend  # type: ignore[return-value]
 
 

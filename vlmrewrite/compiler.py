@@ -12,17 +12,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import nn
 
 from vlmrewrite.analysis import analyse
 from vlmrewrite.capture import Graph
-from vlmrewrite.compat import inductor
 from vlmrewrite.hf import Checkpointing
-from vlmrewrite.lower import Executable, by_kind, lower, recomputed
-from vlmrewrite.ops import Kernels
+from vlmrewrite.lower import Executable, behind, by_kind, lower, recomputed
+from vlmrewrite.ops import Kernels, Running
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
 from vlmrewrite.progress import waiting
 from vlmrewrite.rewrite import Program, check_sets, dispatch, legalize
@@ -128,7 +126,7 @@ def compile(
     strict: bool,
     blocks: nn.ModuleDict | None,
     kernels: Kernels,
-    backend: Literal["eager", "inductor"],
+    backend: Running,
     device: torch.device,
     again: Checkpointing | None = None,
 ) -> Executable:
@@ -152,7 +150,7 @@ def compile(
         lowered = [lower(gm, kernels, device) for gm in made.graphs]
         graphs = tuple(low.graph_module for low in lowered)
     saving = graphs if again is None else tuple(recomputed(gm, again.run, again.which) for gm in graphs)
-    parts = saving if backend == "eager" else tuple(map(inductor, saving))
+    parts = tuple(behind(gm, backend) for gm in saving)
     said = ", ".join(o.configuration + f" (refused: {o.reason})" * (o.reason is not None) for o in made.outcomes)
     what = "%d graph(s) for %s under %s in %.2f s: %d decoder layers, %d selections"
     selections = len({s for plan in made.plan.variants or (made.plan,) for s in plan.selections()})

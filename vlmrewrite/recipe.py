@@ -33,7 +33,8 @@ class Recipe(BaseModel):
         name: what reports call it; of a shipped recipe, also the name of its file.
         description: one line.
         passes: the passes, in the order in which they are asked.
-        backend: `"eager"` runs the graph as it is, `"inductor"` compiles it, `"auto"` is inductor on a GPU.
+        backend: `"eager"` runs the graph as it is, `"inductor"` compiles it, each kind of layer once,
+            `"inductor-whole"` as one piece, `"auto"` is inductor on a GPU.
         kernels: `"reference"` is plain PyTorch, `"triton"` the kernels, `"auto"` chooses by device.
     """
 
@@ -42,7 +43,7 @@ class Recipe(BaseModel):
     name: str = Field(min_length=1)
     description: str = ""
     passes: Annotated[tuple[Any, ...], BeforeValidator(as_passes)]
-    backend: Literal["auto", "eager", "inductor"] = "auto"
+    backend: Literal["auto", "eager", "inductor", "inductor-whole"] = "auto"
     kernels: Literal["auto", "reference", "triton"] = "auto"
     _source: str = PrivateAttr("")
 

@@ -6,5 +6,4 @@ import pytest
 @pytest.fixture
 def as_they_are(monkeypatch):
     """The graphs that Inductor would get, run without it: what is captured and how it is wired."""
-    monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.pieces.inductor", lambda gm: gm)

@@ -94,7 +94,7 @@ def test_depths(at):
 
 
 def test_options(unchanged, monkeypatch):
-    with pytest.raises(ValueError, match="backend='fast'; expected 'auto', 'eager' or 'inductor'"):
+    with pytest.raises(ValueError, match="backend='fast'; expected 'auto', 'eager', 'inductor' or 'inductor-whole'"):
         vr.apply(unchanged.model, "sts-half", backend="fast")
     with pytest.raises(ValueError, match="kernels='cuda'; expected 'auto', 'reference' or 'triton'"):
         vr.apply(unchanged.model, "sts-half", kernels="cuda")

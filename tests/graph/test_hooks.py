@@ -168,7 +168,7 @@ def test_torch_compile_as_one_graph_says_what_to_do(tiny, inputs):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
 def test_torch_compile_around_one_that_is_compiled_says_nothing(tiny, inputs, monkeypatch):
     """Whatever Inductor makes of it."""
-    monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.pieces.inductor", lambda gm: gm)
     with vr.applied(tiny.model, ALL, backend="inductor"), warnings.catch_warnings():
         expected = tiny.model(**inputs).logits
         warnings.filterwarnings("error", ".*compiles nothing")

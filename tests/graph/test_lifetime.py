@@ -58,8 +58,7 @@ def test_captures_die_with_their_model(restore, features):
 @pytest.mark.slow
 def test_captures_of_text_die_with_their_model(monkeypatch):
     monkeypatch.setattr(session, "resolve", lambda *_: "inductor")
-    monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.pieces.inductor", lambda gm: gm)
     refs = used(SOME, True)
     collect()
     assert [type(r()).__name__ for r in refs if r() is not None] == []

@@ -100,8 +100,7 @@ def test_images_on_a_kept_cache(name: str, recipe: str) -> None:
 @torch.no_grad()
 def test_a_compiled_decode_step_finds_the_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     """The graphs that Inductor would get, run without it."""
-    monkeypatch.setattr("vlmrewrite.compiler.inductor", lambda gm: gm)
-    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
+    monkeypatch.setattr("vlmrewrite.lower.pieces.inductor", lambda gm: gm)
     model, inputs = tiny("minicpm3").model, tiny("minicpm3").inputs(ROWS)
     how = {"do_sample": False, "max_new_tokens": 3, "output_logits": True, "return_dict_in_generate": True}
     found = []

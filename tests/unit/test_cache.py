@@ -406,8 +406,7 @@ def test_a_reset_frees_the_room():
     assert allocated(cache) == 0
 
 
-def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged(monkeypatch):
-    monkeypatch.setattr("vlmrewrite.lower.decode_step.inductor", lambda gm: gm)
+def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged():
     graph = torch.fx.Graph()
     *old, k, v, pos = (graph.placeholder(name) for name in ("keys", "values", "positions", "k", "v", "pos"))
     grown = graph.call_function(torch.ops.vlm.kv_append.default, (*old, k, v, pos))
@@ -415,7 +414,7 @@ def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged(monkeypatch):
     total = graph.call_function(torch.sum, (old[0],))
     graph.output((*parts, total))
     gm = torch.fx.GraphModule({}, graph)
-    made = DecodeStep.of(gm, True, True, "reference", torch.device("cpu"))
+    made = DecodeStep.of(gm, True, True, "reference", torch.device("cpu"), "eager")
     assert not made.writes
     with torch.no_grad():
         cache = prefilled(5, layers=1)

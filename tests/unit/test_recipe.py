@@ -202,7 +202,7 @@ def passes() -> st.SearchStrategy[object]:
         name=st.text(min_size=1),
         description=st.text(),
         passes=st.lists(passes(), max_size=4).map(tuple),
-        backend=st.sampled_from(["auto", "eager", "inductor"]),
+        backend=st.sampled_from(["auto", "eager", "inductor", "inductor-whole"]),
         kernels=st.sampled_from(["auto", "reference", "triton"]),
     )
 )

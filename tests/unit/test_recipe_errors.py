@@ -59,7 +59,7 @@ def refused(folder: Path, text: str | bytes) -> str:
         ("name: a\npasses: []\ndescription: [x]", "description: expected a valid string, got ['x'] (list)"),
         (
             "name: a\npasses: []\nbackend: cuda",
-            "backend: expected 'auto', 'eager' or 'inductor', got 'cuda' (str)",
+            "backend: expected 'auto', 'eager', 'inductor' or 'inductor-whole', got 'cuda' (str)",
         ),
         (
             "name: a\npasses: []\nkernels: 1",

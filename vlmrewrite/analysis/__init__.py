@@ -10,12 +10,13 @@ from vlmrewrite.analysis.functional import functional
 from vlmrewrite.analysis.graph import axis, closure, is_number, needed, reachable, same, sizes, symbols, value, where
 from vlmrewrite.analysis.merge import Merge
 from vlmrewrite.analysis.operators import hidden_write, writes, written
-from vlmrewrite.analysis.regions import as_cast, cast, regions
+from vlmrewrite.analysis.regions import CASTING, as_cast, cast, regions
 from vlmrewrite.analysis.rows import ALONG, Rows
 from vlmrewrite.analysis.tokenwise import VERDICT, mixes
 
 __all__ = [
     "ALONG",
+    "CASTING",
     "VERDICT",
     "Anatomy",
     "Layer",

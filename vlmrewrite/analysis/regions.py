@@ -17,7 +17,7 @@ from torch.fx import Graph, GraphModule, Node
 from vlmrewrite.analysis.graph import value
 from vlmrewrite.compat import autocast_marks, gradient_mark
 
-_CASTING = "vlmrewrite_casting"
+CASTING = "vlmrewrite_casting"
 """In a node's meta: the arguments of each ``torch.autocast`` that it runs under, beside the caller's."""
 
 
@@ -41,7 +41,7 @@ def regions(graph: Graph, gradients: bool) -> None:
             if not enabled or (node.target is operator.getitem and node.args[0] in without):
                 without.add(node)
             if casting:
-                node.meta[_CASTING] = [*casting.values()]
+                node.meta[CASTING] = [*casting.values()]
             continue
         marks.append(node)
     for node in [n for n in graph.nodes if n in without] if gradients else []:
@@ -59,9 +59,9 @@ def regions(graph: Graph, gradients: bool) -> None:
 def cast(graph: Graph) -> None:
     """Run each node that says so under ``torch.autocast``, as in the part of the forward that it comes from."""
     enter, leave = autocast_marks()
-    for node in [node for node in graph.nodes if _CASTING in node.meta]:
+    for node in [node for node in graph.nodes if CASTING in node.meta]:
         with graph.inserting_before(node):
-            begun = [graph.call_function(enter, tuple(args)) for args in node.meta[_CASTING]]
+            begun = [graph.call_function(enter, tuple(args)) for args in node.meta[CASTING]]
         for one in begun:
             with graph.inserting_after(node):
                 graph.call_function(leave, (one,))
@@ -69,7 +69,7 @@ def cast(graph: Graph) -> None:
 
 def as_cast(gm: GraphModule) -> GraphModule:
     """A graph module as it is to run: itself, or a copy with what :func:`cast` puts in."""
-    if not any(_CASTING in node.meta for node in gm.graph.nodes):
+    if not any(CASTING in node.meta for node in gm.graph.nodes):
         return gm
     cast(graph := copy.deepcopy(gm.graph))
     return GraphModule(gm, graph)

@@ -125,7 +125,7 @@ class _Subject:
     def at_work(self) -> Iterator[Any]:
         """While the block runs, the model does it; what it yields is its forward."""
         if self.session is None:
-            if self.compiled is None and self.backend == "inductor":
+            if self.compiled is None and self.backend != "eager":
                 self.compiled = torch.compile(self.model, dynamic=True)
             yield self.model if self.compiled is None else self.compiled
             return
@@ -168,7 +168,7 @@ class _Subject:
     def measure(self, new_tokens: int) -> None:
         """A counted round."""
         with self.at_work() as forward, uncollected():
-            if self.backend == "inductor":
+            if self.backend != "eager":
                 _logits(forward, self.inputs, 3)  # what another one compiled may have come in between
             _measured(forward, self.inputs, self.row, new_tokens)
         if self.loop is not None and self.loop_row is not None:

@@ -45,7 +45,7 @@ LongestAnswer = Annotated[int, typer.Option(help="Longest answer.")]
 
 Limit = Annotated[int | None, typer.Option(help="Only so many of the first samples.")]
 
-Backend = Annotated[Literal["auto", "eager", "inductor"], typer.Option(help="What runs the graph.")]
+Backend = Annotated[Literal["auto", "eager", "inductor", "inductor-whole"], typer.Option(help="What runs the graph.")]
 
 Kernels = Annotated[Literal["auto", "reference", "triton"], typer.Option(help="Which kernels run.")]
 

@@ -6,8 +6,9 @@ In: a rewritten program. Out: an :class:`Executable`.
 from vlmrewrite import moved
 from vlmrewrite.lower.decode_step import DecodeStep
 from vlmrewrite.lower.lowering import Executable, by_kind, lower
+from vlmrewrite.lower.pieces import behind
 from vlmrewrite.lower.recompute import recomputed
 
-__all__ = ["DecodeStep", "Executable", "by_kind", "lower", "recomputed"]
+__all__ = ["DecodeStep", "Executable", "behind", "by_kind", "lower", "recomputed"]
 
 moved.register(__name__)

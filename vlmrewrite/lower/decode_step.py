@@ -13,10 +13,10 @@ from torch import Tensor
 
 from vlmrewrite import ops
 from vlmrewrite.analysis import append_of
-from vlmrewrite.compat import inductor
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.lower.lowering import lower
-from vlmrewrite.ops import Kernels
+from vlmrewrite.lower.pieces import behind, positions_apart
+from vlmrewrite.ops import Kernels, Running
 
 
 def _positioned(graph: torch.fx.Graph, plain: bool) -> None:
@@ -27,7 +27,8 @@ def _positioned(graph: torch.fx.Graph, plain: bool) -> None:
     first: dict[Any, tuple[Any, torch.fx.Node]] = {}
     for grown in graph.find_nodes(op="call_function", target=ops.KV_APPEND):
         mine = [user for user in grown.users if user.args == (grown, 2)]
-        _, every = first.setdefault(grown.args[2], (grown.args[5], mine[0]))
+        new, every = first.setdefault(grown.args[2], (grown.args[5], mine[0]))
+        grown.args = (*grown.args[:5], new)
         for node in mine:
             if node is not every:
                 node.replace_all_uses_with(every)
@@ -72,7 +73,13 @@ class DecodeStep(NamedTuple):
 
     @classmethod
     def of(
-        cls, gm: torch.fx.GraphModule, plain: bool, reserved: bool, kernels: Kernels, device: torch.device
+        cls,
+        gm: torch.fx.GraphModule,
+        plain: bool,
+        reserved: bool,
+        kernels: Kernels,
+        device: torch.device,
+        backend: Running,
     ) -> DecodeStep:
         """The step that a copy of a captured graph makes.
 
@@ -81,12 +88,14 @@ class DecodeStep(NamedTuple):
             plain: no key of the cache is hidden from a query, except by causality.
             reserved: the layers have room: each append to what only it reads of them is made in place.
             kernels, device: as for :func:`vlmrewrite.lower.lowering.lower`.
+            backend: what compiles it.
 
         Raises:
             RuntimeError: an attention's keys do not come from the cache, or it cannot be lowered so.
         """
         graph = copy.deepcopy(gm.graph)
         _positioned(graph, plain)
+        positions_apart(graph)
         inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         (output,) = graph.find_nodes(op="output")
         appends = graph.find_nodes(op="call_function", target=ops.KV_APPEND) if reserved else []
@@ -101,7 +110,8 @@ class DecodeStep(NamedTuple):
                 outputs[i] = None
         output.args = (tuple(outputs),)
         writes = [(inputs[n.args[0]], inputs[n.args[1]]) for n in written]
-        return cls(inductor(lower(torch.fx.GraphModule(gm, graph), kernels, device).graph_module), writes, shown)
+        made = lower(torch.fx.GraphModule(gm, graph), kernels, device).graph_module
+        return cls(behind(made, backend), writes, shown)
 
     def run(self, cache: PositionCache, inputs: Sequence[Any], t: int) -> Any:
         """Run it on the captured inputs of a call with ``t`` tokens.

@@ -11,14 +11,14 @@ import operator
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.fx
 
 from vlmrewrite import ops
 from vlmrewrite.analysis import cast, value, writes
-from vlmrewrite.ops import Choice, Kernels, choose, unfit
+from vlmrewrite.ops import Choice, Kernels, Running, choose, unfit
 from vlmrewrite.plan import Call
 from vlmrewrite.rewrite import Program, RunResult, with_blocks
 
@@ -37,7 +37,7 @@ class Executable(NamedTuple):
     """
 
     program: Program
-    backend: Literal["eager", "inductor"]
+    backend: Running
     choices: dict[str, list[dict[str, Any]]]
     graphs: tuple[torch.fx.GraphModule, ...]
     parts: tuple[Callable[..., Any], ...]

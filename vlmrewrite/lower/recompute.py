@@ -13,7 +13,7 @@ from torch.fx.passes.utils.fuser_utils import fuse_by_partitions
 
 from vlmrewrite import ops
 
-_MIXERS = (ops.attention, ops.attend, ops.kernel_attention, ops.REFERENCES[ops.RECURRENT], ops.REFERENCES[ops.INDEXED])
+MIXERS = (ops.attention, ops.attend, ops.kernel_attention, ops.REFERENCES[ops.RECURRENT], ops.REFERENCES[ops.INDEXED])
 
 
 class _Recomputed(nn.Module):
@@ -47,7 +47,7 @@ def recomputed(gm: torch.fx.GraphModule, run: Callable[..., Any], which: Sequenc
         change[i] += 1
         change[end] -= 1
     live = [*accumulate(change)]
-    mixers = [i for i, n in enumerate(nodes) if n.op == "call_function" and n.target in _MIXERS]
+    mixers = [i for i, n in enumerate(nodes) if n.op == "call_function" and n.target in MIXERS]
     cuts = [min(range(b - 1, a - 1, -1), key=live.__getitem__) for a, b in pairwise([0, *mixers, len(nodes)])]
     parts = [nodes[a + 1 : b + 1] for a, b in pairwise(cuts)]
     some = [dict.fromkeys(part) for i, part in enumerate(parts) if i >= len(which) or which[i]]

@@ -4,7 +4,7 @@ In: tensors. Out: tensors. Which implementation a node gets is chosen in :mod:`v
 """
 
 from vlmrewrite.ops.attention import ATTENTION, KV_APPEND, attend, attention, kv_append, visible
-from vlmrewrite.ops.choice import Backend, Choice, Kernels, choose, resolve, unfit
+from vlmrewrite.ops.choice import Backend, Choice, Kernels, Running, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
 from vlmrewrite.ops.experts import EXPERT_LINEAR, expert_linear
 from vlmrewrite.ops.greedy import (
@@ -54,6 +54,7 @@ __all__ = [
     "Kernels",
     "Products",
     "Run",
+    "Running",
     "added_in_order",
     "attend",
     "attention",

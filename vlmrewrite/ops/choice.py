@@ -82,10 +82,13 @@ def _unfit(q: Tensor | None, v: Tensor | None, dropout: float) -> str | None:
     return None
 
 
-Backend = Literal["auto", "eager", "inductor"]
+Backend = Literal["auto", "eager", "inductor", "inductor-whole"]
+
+Running = Literal["eager", "inductor", "inductor-whole"]
+"""What runs a graph: itself, Inductor, which is given each kind of layer once, or Inductor, given the whole graph."""
 
 
-def resolve(backend: Backend, device: torch.device) -> Literal["eager", "inductor"]:
+def resolve(backend: Backend, device: torch.device) -> Running:
     """What ``"auto"`` means on a device: Inductor on a GPU."""
     if backend == "auto":
         return "inductor" if device.type == "cuda" else "eager"

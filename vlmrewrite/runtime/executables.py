@@ -55,10 +55,11 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
         with contextlib.nullcontext() if key in made else self._lock:
             if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self._backend, device)
-                if again is not None and self._backend == "inductor":
+                if again is not None and self._backend in ("inductor", "inductor-whole"):
                     raise NotImplementedError(
-                        "gradient checkpointing is on, and with backend='inductor' gradients of some layers came out"
-                        " wrong: expected backend='eager' (or 'auto', which runs such a call without the compiler)"
+                        f"gradient checkpointing is on, and with backend={self._backend!r} gradients of some layers"
+                        " came out wrong: expected backend='eager' (or 'auto', which runs such a call without the"
+                        " compiler)"
                     )
                 backend = "eager" if again is not None else backend
                 how = self._recipe.passes, self._strict, blocks, self._kernels, backend, device, again

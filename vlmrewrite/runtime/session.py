@@ -25,7 +25,7 @@ from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, Encoding, refuse_packed, tidy, wants_cache, without_full_mask
 from vlmrewrite.kvcache import PositionCache, adopted
 from vlmrewrite.lower import DecodeStep
-from vlmrewrite.ops import Backend, Kernels, choose, replaced, resolve
+from vlmrewrite.ops import Backend, Kernels, Running, choose, replaced, resolve
 from vlmrewrite.plan import All, Plan, blocks_of
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.around import entering, in_place_of, refuse_unrewritten
@@ -189,22 +189,24 @@ class Session:
         self.text_calls[threading.get_ident(), cache is not None and cache.get_seq_length() > 0] += 1
         if cache is not None:
             kwargs = without_full_mask(kwargs)
-            if resolve(self.backend, device) == "inductor":
+            if (backend := resolve(self.backend, device)) != "eager":
                 self.compiled_calls[threading.get_ident()] += 1
-                return self._compiled(model, cache, kwargs, device)
+                return self._compiled(model, cache, kwargs, device, backend)
         kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
         with capture.running(cache, kernels):
             forward, kwargs = type(model).forward, hf.keeping_all_tokens(kwargs)
             return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
 
-    def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], device: torch.device) -> Any:
+    def _compiled(
+        self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], device: torch.device, backend: Running
+    ) -> Any:
         """The same behind a compiler."""
         plain = kwargs.get("attention_mask") is None and not cache.holes()
         given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         reserved = cache.reserve(given.shape[1])
 
         def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-            how = plain, reserved, self.kernels, device
+            how = plain, reserved, self.kernels, device, backend
             step = graph.once(("decode", *how, replaced()), lambda: DecodeStep.of(graph.gm, *how))
             return step.run(cache, inputs, given.shape[1])
 
