@@ -14,6 +14,7 @@ import torch._dynamo
 import torch.fx
 
 from vlmrewrite.compat.private import attribute, find, patched
+from vlmrewrite.compat.stored import keep_compiled
 from vlmrewrite.progress import waiting
 
 
@@ -108,6 +109,7 @@ def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
 
     @contextlib.contextmanager
     def options() -> Iterator[None]:
+        keep_compiled()
         with (
             waiting("compiling the rewritten graph with Inductor"),
             find("torch._dynamo.convert_frame", "compile_lock"),

@@ -187,8 +187,9 @@ def _layers(graph: Graph, nodes: Sequence[Node]) -> list[tuple[_Part, _Part]]:
                 layers.append((layer, kind))
                 used |= layer.inside
                 break
-    for some in ([layer for layer, like in layers if like is kind] for kind in kinds):
-        while some and (more := _absorbed(some, order.keys() - used)):
+    for kind in kinds:
+        twins = [layer for layer, like in layers if like is kind]
+        while twins and (more := _absorbed(twins, order.keys() - used)):
             used |= more
     return sorted(layers, key=lambda x: order[x[0].nodes[-1]])
 
