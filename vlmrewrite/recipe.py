@@ -33,8 +33,7 @@ class Recipe(BaseModel):
         name: what reports call it; of a shipped recipe, also the name of its file.
         description: one line.
         passes: the passes, in the order in which they are asked.
-        backend: `"eager"` runs the graph as it is, `"inductor"` compiles it, each kind of layer once,
-            `"inductor-whole"` as one piece, `"auto"` is inductor on a GPU.
+        backend: `"eager"`; `"inductor"`, each kind of layer once, or `"inductor-whole"`; `"auto"` is inductor on a GPU.
         kernels: `"reference"` is plain PyTorch, `"triton"` the kernels, `"auto"` chooses by device.
     """
 

@@ -197,17 +197,15 @@ class Session:
             forward, kwargs = type(model).forward, hf.keeping_all_tokens(kwargs)
             return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
 
-    def _compiled(
-        self, model: nn.Module, cache: PositionCache, kwargs: dict[str, Any], device: torch.device, backend: Running
-    ) -> Any:
+    def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: Any, device: torch.device, how: Running) -> Any:
         """The same behind a compiler."""
         plain = kwargs.get("attention_mask") is None and not cache.holes()
         given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         reserved = cache.reserve(given.shape[1])
 
         def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-            how = plain, reserved, self.kernels, device, backend
-            step = graph.once(("decode", *how, replaced()), lambda: DecodeStep.of(graph.gm, *how))
+            made = plain, reserved, self.kernels, device, how
+            step = graph.once(("decode", *made, replaced()), lambda: DecodeStep.of(graph.gm, *made))
             return step.run(cache, inputs, given.shape[1])
 
         if not reserved:
