@@ -63,9 +63,9 @@ def test_a_kind_of_layer_is_compiled_once_whatever_the_depth(given, name, kinds)
 def results(tiny, recipe, backend, rows=ROWS):
     """Logits of a padded batch's tokens, the loss with labels, and gradients of it."""
     inputs = tiny.inputs(rows, side="left")
-    weights = [x for x in tiny.model.parameters() if x.dim() == 2]
     with warnings.catch_warnings(), vr.applied(tiny.model, recipe, backend=backend):
         warnings.simplefilter("ignore")
+        weights = [x for x in tiny.model.parameters() if x.dim() == 2 and x.requires_grad]
         out = tiny.model.generate(**inputs, **GREEDY)
         loss = tiny.model(**inputs, labels=inputs["input_ids"]).loss
         grads = torch.autograd.grad(loss, weights, allow_unused=True)
