@@ -17,19 +17,19 @@ _INDUCTOR = "TORCHINDUCTOR_CACHE_DIR"
 
 
 def keep_compiled() -> None:
-    """Let Inductor keep its files in ``VLMREWRITE_CACHE``, else under the user's cache folder, by torch's version.
+    """Let Inductor keep its files in the folder ``VLMREWRITE_CACHE``, where that is set, by torch's version.
 
-    PyTorch keeps them in a folder for temporary files, where they may not outlast a restart, and sets the variable
-    ``TORCHINDUCTOR_CACHE_DIR`` of the process to it by itself; another value, which a user has set, stays.
+    Without it PyTorch keeps them in a folder for temporary files, which may not outlast a restart, and sets the
+    variable ``TORCHINDUCTOR_CACHE_DIR`` of the process to it by itself. Another value, which a user has set, stays.
 
     Inductor names its files by graph, options, source code and device, puts them in place at once, and makes anew what
     it cannot read. It loads them by pickle, so that a folder that others can write to is not used, which is logged.
     """
     usual = os.path.abspath(find("torch._inductor.runtime.cache_dir_utils", "default_cache_dir")())
-    if os.environ.get(_INDUCTOR, usual) != usual:
+    wanted = os.environ.get("VLMREWRITE_CACHE")
+    if not wanted or os.environ.get(_INDUCTOR, usual) != usual:
         return
-    home = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "vlmrewrite"
-    folder = Path(os.environ.get("VLMREWRITE_CACHE") or home).expanduser().absolute() / f"torch-{torch.__version__}"
+    folder = Path(wanted).expanduser().absolute() / f"torch-{torch.__version__}"
     try:
         folder.parent.mkdir(0o700, parents=True, exist_ok=True)
         folder.mkdir(0o700, exist_ok=True)
