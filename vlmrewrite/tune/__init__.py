@@ -5,7 +5,20 @@ from vlmrewrite.tune.checks import check_wish
 from vlmrewrite.tune.prompts import Prompts
 from vlmrewrite.tune.results import Point, Tuned
 from vlmrewrite.tune.run import tune
-from vlmrewrite.tune.space import Space, solve
+from vlmrewrite.tune.pictures import smaller_pictures
+from vlmrewrite.tune.space import Shape, Space, solve
 from vlmrewrite.tune.wish import drop_of
 
-__all__ = ["Point", "Prompts", "Space", "Tuned", "automatic", "check_wish", "drop_of", "solve", "tune"]
+__all__ = [
+    "Point",
+    "Prompts",
+    "Shape",
+    "Space",
+    "Tuned",
+    "automatic",
+    "check_wish",
+    "drop_of",
+    "smaller_pictures",
+    "solve",
+    "tune",
+]

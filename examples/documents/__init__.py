@@ -1,0 +1,1 @@
+"""A small LLaVA that reads pages of text: fonts, prose, questions, pages, model and training."""

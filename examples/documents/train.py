@@ -1,0 +1,268 @@
+"""Train the model that reads, from scratch on a CPU, and save it in fp16.
+
+    python -m examples.documents.train                         # from the root of the repository; resumable
+
+Three stages, each with AdamW, warm-up and a cosine:
+  A  the tower alone learns to name, of what is under each patch: letter, word, the words beside it, line, place in the
+     line, number and colour; some of the pages are made smaller;
+  P  tower, projector and word embeddings: a patch's projected feature shall lie nearest to its word, as in CLIP;
+  B  the whole model answers questions, packed into one sequence in which a question sees the page and itself only; the
+     losses of A and P stay on with small weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..digits.train import Log, build_optimizer
+from .attention import use
+from .model import CHECKPOINT, WIDTH, answers, build_model, load, save
+from .pages import GRID, LABELS, SIZES, Batch, PageSampler, held_out_questions
+from .questions import BOS, KINDS, MOST_LINES, QUESTION_WORDS, VOCABULARY, WORDS
+
+SLOT = QUESTION_WORDS + 2  # a question and its answer; what is behind the answer's last token is target only
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stage of training. ``patch``, ``align`` and ``answer`` are loss weights; 0 switches a loss off."""
+
+    name: str
+    steps: int
+    learning_rate: float
+    warmup: int
+    pages: int
+    questions: int = 0
+    easy: float = 0.0  # share of the steps, from the first, on few big words
+    smaller: float = 0.25  # share of the batches whose pages are made smaller
+    patch: float = 1.0
+    align: float = 0.0
+    answer: float = 0.0
+    tower_rate: float = 1.0
+    tower: bool = True  # whether the tower learns
+    bands: float = 0.0  # share of the steps, from the first, in which the tower sees a third of a page at a time
+    held_out: int = 24
+
+    def rate(self, step: int) -> float:
+        """Learning rate: linear warm-up, then a straight line down to 3 %."""
+        x = min(1.0, max(0.0, (step - self.warmup) / max(1, self.steps - self.warmup)))
+        return self.learning_rate * min(1.0, (step + 1) / self.warmup) * (1 - 0.97 * x)
+
+
+STAGES = (
+    Stage("A", steps=1800, learning_rate=2e-3, warmup=80, pages=16, easy=0.2, bands=0.6),
+    Stage("P", steps=100, learning_rate=1e-3, warmup=20, pages=16, align=1.0),
+    Stage("B", steps=1200, learning_rate=1.5e-3, warmup=80, pages=8, questions=32, patch=0.3, align=0.1, answer=1.0,
+          tower_rate=0.3, tower=False),
+)  # fmt: skip
+
+
+def packed_layout(prefix: int, questions: int) -> tuple[Tensor, Tensor]:
+    """Mask [1, 1, T, T] (True: visible) and positions [1, T] for <bos>, image and ``questions`` independent slots."""
+    index = torch.arange(prefix + questions * SLOT)
+    which = torch.where(index < prefix, -1, (index - prefix) // SLOT)
+    visible = (index[:, None] >= index) & ((which == -1) | (which[:, None] == which))
+    positions = torch.where(index < prefix, index, prefix + (index - prefix) % SLOT)
+    return visible[None, None], positions[None]
+
+
+class Learner(nn.Module):
+    """The model, the helper heads of stage A, and the three losses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.model = build_model()
+        use(self.model)
+        self.heads = nn.ModuleList(nn.Linear(WIDTH, n) for n in LABELS.values())
+        self.words = torch.tensor([VOCABULARY[w] for w in WORDS])
+
+    def seen(self, pixels: Tensor, bands: int = 1) -> Tensor:
+        """What the projector takes, [B, patches, D]; with ``bands``, rows of a page are seen in so many parts."""
+        tower: Any = self.model.model.vision_tower
+        if bands > 1:
+            hidden = tower.embeddings(pixels)[:, 1:]
+            hidden = hidden.reshape(len(pixels) * bands, -1, WIDTH)
+            return tower.encoder(hidden).last_hidden_state.reshape(len(pixels), -1, WIDTH)
+        return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+
+    def patch_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+        """Sum of the cross-entropies per patch; a fifth of the patches without text count."""
+        on = (labels[:, 0] > 0) | (torch.rand(labels[:, 0].shape) < 0.2)
+        chosen, total = hidden[on], torch.zeros(())
+        for i, head in enumerate(self.heads):
+            total = total + F.cross_entropy(head(chosen).float(), labels[:, i][on])
+        return total
+
+    def align_loss(self, features: Tensor, labels: Tensor) -> Tensor:
+        """A patch's projected feature is nearest, by cosine, to its word."""
+        on = labels[:, 1] > 1
+        patches = F.normalize(features[on].float(), dim=-1)
+        table: Any = self.model.get_input_embeddings()
+        words = F.normalize(table.weight[self.words], dim=-1)
+        return F.cross_entropy(20 * patches @ words.T, labels[:, 1][on] - 2)
+
+    def answer_logits(self, features: Tensor, slots: Tensor) -> Tensor:
+        """Logits at each question's last word and at both tokens of its answer, [B, n, 3, V]."""
+        embed, core = self.model.get_input_embeddings(), self.model.model.language_model
+        n, questions = slots.shape[:2]
+        prefix = 1 + features.shape[1]
+        visible, positions = packed_layout(prefix, questions)
+        bos = embed(torch.full((n, 1), BOS))
+        stream = torch.cat([bos, features.to(bos.dtype), embed(slots[:, :, :SLOT].flatten(1))], 1)  # [B, T, D]
+        hidden = core(
+            inputs_embeds=stream,
+            attention_mask=visible.expand(n, -1, -1, -1),
+            position_ids=positions.expand(n, -1),
+            use_cache=False,
+        ).last_hidden_state
+        hidden = hidden[:, prefix:].unflatten(1, (questions, SLOT))
+        return self.model.lm_head(hidden[:, :, QUESTION_WORDS - 1 :]).float()
+
+    def losses(self, batch: Batch, stage: Stage, bands: int = 1) -> dict[str, Tensor]:
+        """The losses that the stage asks for, unweighted, and the accuracy of the answers where there are any."""
+        out = {}
+        with torch.set_grad_enabled(stage.tower):
+            hidden = self.seen(batch.pixels, bands)
+        if stage.tower and stage.patch:
+            out["patch"] = self.patch_loss(hidden, batch.labels)
+        if stage.align:
+            features = self.model.model.multi_modal_projector(hidden)
+            out["align"] = self.align_loss(features, batch.labels)
+        if stage.answer:
+            logits, truth = self.answer_logits(features, batch.slots), batch.slots[:, :, QUESTION_WORDS:]
+            first = F.cross_entropy(logits[:, :, 0].flatten(0, 1), truth[:, :, 0].flatten())
+            second = F.cross_entropy(logits[:, :, 1:].flatten(0, 2), truth[:, :, 1:].flatten())
+            out["answer"] = first + 0.5 * second
+            out["accuracy"] = (logits.detach().argmax(-1) == truth).all(-1).float().mean()
+        return out
+
+
+def trained(learner: Learner, stage: Stage) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+    """The parameters that a stage trains: those of tower and heads, and the others."""
+    core = learner.model.model
+    tower = [*core.vision_tower.parameters(), *learner.heads.parameters()] if stage.tower else []
+    if stage.answer:
+        return tower, [*core.multi_modal_projector.parameters(), *core.language_model.parameters()]
+    if stage.align:
+        return tower, [*core.multi_modal_projector.parameters(), learner.model.get_input_embeddings().weight]
+    return tower, []
+
+
+@torch.no_grad()
+def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool) -> dict[str, float]:
+    """Teacher-forced accuracy on pages of held-out prose: per kind of question, and of what is named per patch."""
+    sampler = PageSampler(True, 20)
+    hits, asked = Counter[str](), Counter[str]()
+    core = learner.model.model
+    for grid in (GRID, GRID, 12):
+        batch = sampler.batch(stage.held_out, stage.questions, grid)
+        small = "" if grid == GRID else "small "
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            hidden = learner.seen(batch.pixels)
+            for i, (name, head) in enumerate(zip(LABELS, learner.heads, strict=True)):
+                on = batch.labels[:, i] > (1 if name in ("word", "after", "before", "tens", "units", "red") else 0)
+                hits[f"{small}patch {name}"] += int((head(hidden).argmax(-1) == batch.labels[:, i])[on].sum())
+                asked[f"{small}patch {name}"] += int(on.sum())
+            if stage.answer:
+                logits = learner.answer_logits(core.multi_modal_projector(hidden), batch.slots)
+                right = (logits.argmax(-1) == batch.slots[:, :, QUESTION_WORDS:]).all(-1).flatten().tolist()
+                for kind, ok in zip(batch.kinds.flatten().tolist(), right, strict=True):
+                    hits.update({small + KINDS[kind]: ok, small + "all": ok})
+                    asked.update([small + KINDS[kind], small + "all"])
+    return {kind: round(hits[kind] / asked[kind], 3) for kind in asked if asked[kind]}
+
+
+def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Path, log: Log, minutes: float) -> float:
+    """Train one stage, from its snapshot in ``scratch`` if there is one. Returns the minutes used so far."""
+    sampler = PageSampler(False, seed)
+    tower, others = trained(learner, stage)
+    optimizer = build_optimizer(tower, others, stage.tower_rate)
+    snapshot, step, mean = scratch / f"stage-{stage.name}.pt", 0, dict[str, float]()
+    if snapshot.exists():
+        state = torch.load(snapshot, weights_only=False)
+        learner.load_state_dict(state["learner"])
+        if step != stage.steps and state["optimizer"] is not None:
+            optimizer.load_state_dict(state["optimizer"])
+        sampler.rng.bit_generator.state = state["rng"]
+        step, mean, minutes = state["step"], state["mean"], state["minutes"]
+    began = time.monotonic() - 60 * minutes
+    while step < stage.steps:
+        easy = step < stage.easy * stage.steps
+        sampler.lines, sampler.sizes = ((3, 5), (24, 34)) if easy else ((3, MOST_LINES), SIZES)
+        grid = int(sampler.rng.choice([8, 12, 16])) if sampler.rng.random() < stage.smaller and not easy else GRID
+        for group in optimizer.param_groups:
+            group["lr"] = stage.rate(step) * group["scale"]
+        batch = sampler.batch(stage.pages, stage.questions, grid)
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            losses = learner.losses(batch, stage, 3 if grid == GRID and step < stage.bands * stage.steps else 1)
+        loss = sum((getattr(stage, name) * losses[name] for name in losses if name != "accuracy"), torch.zeros(()))
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_([*tower, *others], 1.0)
+        optimizer.step()
+        step += 1
+        if grid == GRID:
+            mean = {name: 0.95 * mean.get(name, value.item()) + 0.05 * value.item() for name, value in losses.items()}
+        if step % 25 == 0 or step == stage.steps:
+            log(stage=stage.name, step=step, minutes=round((time.monotonic() - began) / 60, 2), **mean)
+        if step % 200 == 0 or step == stage.steps:
+            log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16))
+        if step % 100 == 0 or step == stage.steps:
+            state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "mean": mean}
+            state |= {"rng": sampler.rng.bit_generator.state, "minutes": (time.monotonic() - began) / 60}
+            torch.save(state, snapshot)
+    return (time.monotonic() - began) / 60
+
+
+def final_accuracy(model: Any, processor: Any, n: int) -> dict[str, float]:
+    """Accuracy of greedy ``generate()`` on held-out questions, overall and per kind."""
+    records = held_out_questions(n)
+    right = [a == r.answer for r, a in zip(records, answers(model, processor, records), strict=True)]
+    asked, hits = Counter(r.kind for r in records), Counter[str]()
+    for record, ok in zip(records, right, strict=True):
+        hits[record.kind] += ok
+    return {"all": sum(right) / n} | {kind: hits[kind] / asked[kind] for kind in KINDS if asked[kind]}
+
+
+def main() -> None:
+    """Run the stages, save, and measure what was saved."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the finished model")
+    parser.add_argument("--scratch", type=Path, default=Path(tempfile.gettempdir(), "documents"), help="of snapshots")
+    parser.add_argument("--resume", action="store_true", help="go on from the snapshots in the scratch folder")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--fp32", action="store_true", help="no bf16 autocast (for CPUs without bf16 instructions)")
+    parser.add_argument("--smoke", action="store_true", help="one step of each stage on one page: does it run?")
+    parser.add_argument("--questions", type=int, default=500, help="held-out questions of the final evaluation")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    torch.manual_seed(args.seed)
+    for folder in (args.out, args.scratch):
+        folder.mkdir(parents=True, exist_ok=True)
+    if not args.resume:
+        for old in args.scratch.glob("stage-*.pt"):
+            old.unlink()
+    log, learner, minutes = Log(args.out / "train_log.jsonl", args.resume), Learner(), 0.0
+    size = sum(p.numel() for p in learner.model.parameters())
+    log(parameters=size, seed=args.seed, bf16=not args.fp32, resume=args.resume)
+    for i, stage in enumerate(STAGES):
+        if args.smoke:
+            stage = replace(stage, steps=1, pages=1, held_out=1)
+        minutes = run_stage(learner, stage, args.seed + 100 * (i + 1), not args.fp32, args.scratch, log, minutes)
+    save(learner.model, args.out)
+    log(minutes=round(minutes, 1), questions=args.questions, final=final_accuracy(*load(args.out), args.questions))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,127 @@
+"""The two tasks of the study: a model, questions to learn from, and held-out ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ..digits import model as digits_model
+from ..digits import questions as digits_questions
+from ..digits import scenes
+from ..documents import fonts, pages
+from ..documents import model as documents_model
+from ..documents import questions as documents_questions
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One task.
+
+    Attributes:
+        name: ``"digits"`` or ``"documents"``.
+        load: gives model and processor.
+        held_out: ``n`` questions that judge, with a seed.
+        learn: ``n`` questions that blocks learn from, with a seed, several about each picture.
+        kinds: of questions.
+        seed: of the questions that judge.
+        about: in words.
+    """
+
+    name: str
+    load: Callable[[], tuple[Any, Any]]
+    held_out: Callable[[int, int], Rows]
+    learn: Callable[[int, int], Rows]
+    kinds: tuple[str, ...]
+    seed: int
+    about: str
+
+
+def _row(image: Any, prompt: str, answer: str, kind: str) -> dict[str, Any]:
+    return {"image": image, "prompt": prompt, "answer": answer, "kind": kind}
+
+
+def _digits() -> Task:
+    from ..digits.blocks import rows
+
+    def held_out(n: int, seed: int) -> Rows:
+        return [_row(x.image, x.question, x.answer, x.kind) for x in scenes.held_out_questions(n, seed)]
+
+    def load() -> tuple[Any, Any]:
+        model, processor = digits_model.load()
+        embeddings = model.model.vision_tower.embeddings
+        forward = embeddings.forward
+        embeddings.forward = lambda pixels, **_: forward(pixels, interpolate_pos_encoding=True)
+        return model, processor
+
+    return Task(
+        "digits",
+        load,
+        held_out,
+        rows,
+        tuple(digits_questions.KINDS),
+        50,
+        "scenes of one to five scanned digits, 144 vision tokens, 8 decoder layers",
+    )
+
+
+def _documents(faces: Sequence[str]) -> Task:
+    def held_out(n: int, seed: int) -> Rows:
+        return [_row(x.image, x.question, x.answer, x.kind) for x in pages.held_out_questions(n, seed, 1, faces)]
+
+    def learn(n: int, seed: int) -> Rows:
+        return [_row(x.image, x.question, x.answer, x.kind) for x in pages.learnt_questions(n, seed, 4, faces)]
+
+    return Task(
+        "documents",
+        documents_model.load,
+        held_out,
+        learn,
+        tuple(documents_questions.KINDS),
+        60,
+        "pages of three to nine lines of prose, 576 vision tokens, 6 decoder layers",
+    )
+
+
+def task_of(name: str, faces: Sequence[str] = tuple(fonts.FACES)) -> Task:
+    """A task by its name; pages are printed in ``faces``.
+
+    The digits' tower is asked to interpolate its positions, so that it takes smaller pictures, though it was trained on
+    none; at its own size that changes nothing. The documents' tower saw smaller pages in training.
+
+    Raises:
+        ValueError: there is none of that name.
+        FileNotFoundError: a face is not on this machine.
+    """
+    if name == "digits":
+        return _digits()
+    if name == "documents":
+        for one in faces:
+            fonts.face(one)
+        return _documents(faces)
+    raise ValueError(f"expected the task 'digits' or 'documents', got {name!r}")
+
+
+@contextmanager
+def encoded_once(model: Any) -> Iterator[None]:
+    """Inside, the tower encodes the same pictures once where recipes are asked about them in turn."""
+    tower = model.model.vision_tower
+    known = dict[tuple[int, ...], tuple[torch.Tensor, Any]]()
+
+    def forward(pixel_values: torch.Tensor, **options: Any) -> Any:
+        size = tuple(pixel_values.shape)
+        if size not in known or not torch.equal(known[size][0], pixel_values):
+            known[size] = pixel_values, type(tower).forward(tower, pixel_values, **options)
+        made = known[size][1]
+        return type(made)(**dict(made.items()))  # what is put into one is not in the others
+
+    tower.forward = forward
+    try:
+        yield
+    finally:
+        del tower.forward
