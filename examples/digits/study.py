@@ -13,7 +13,6 @@ NAME-absent.md and NAME.svg. Trained blocks are taken from examples/study/blocks
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import torch
@@ -24,7 +23,7 @@ from vlmrewrite.evaluate import write_whole
 from ..documents.fonts import FACES, IN_MATPLOTLIB
 from ..study.blocks import FOLDERS, train
 from ..study.methods import PROFILED, SHARES, methods, trained
-from ..study.run import ask
+from ..study.run import ask, kept
 from ..study.tables import absent, by_kind, overall, plot
 from ..study.tasks import task_of
 
@@ -76,9 +75,9 @@ def study(args: argparse.Namespace, console: Console) -> None:
                 n,
                 args.output / name,
                 args.batch,
-                lambda done, total, name=name, status=status: status.update(f"{name}: {done} of {total} questions"),  # type: ignore[misc]
+                lambda text, name=name, status=status: status.update(f"{name}: {text}"),  # type: ignore[misc]
             )
-        write_whole(args.output / f"{name}.json", json.dumps(found, indent=1) + "\n")
+        kept(found, args.output / f"{name}.json")
         for ending, text in (("", overall(found)), ("-kinds", by_kind(found)), ("-absent", absent(found))):
             write_whole(args.output / f"{name}{ending}.md", text)
         plot(found, args.output / f"{name}.svg")

@@ -12,10 +12,12 @@ from torch import Tensor
 from transformers import AttentionInterface
 
 NAME = "by_picture"
+SHORT = 200
+"""Below so many tokens all pictures are taken at once."""
 
 
 class _ByPicture(torch.autograd.Function):
-    """Softmax attention of [H, T, D], with a bias [T, T] or None."""
+    """Softmax attention of [..., T, D], with a bias [T, T] or None."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, scale: float) -> Tensor:
@@ -40,6 +42,8 @@ def by_picture(
 ) -> tuple[Tensor, None]:
     """As transformers calls it: q, k, v [B, H, T, D], mask [B, 1, T, T] (True: visible; all rows alike) or None."""
     scale, dtype = scaling or q.shape[-1] ** -0.5, v.dtype
+    if mask is None and q.shape[2] < SHORT:
+        return _ByPicture.apply(q.to(dtype), k.to(dtype), v, None, scale).transpose(1, 2), None
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape[-2:], dtype=dtype).masked_fill_(~mask[0, 0], torch.finfo(dtype).min)

@@ -22,7 +22,7 @@ from .questions import ANSWER_TOKENS, KINDS, MOST_LINES, QUESTION_WORDS, VOCABUL
 CANVAS, PATCH = 336, 14
 GRID = CANVAS // PATCH
 VISION_TOKENS = GRID * GRID
-SIZES = (18, 28)  # pixels of an em, least and most
+SIZES = (19, 24)  # pixels of an em, least and most; lines begin at a patch's upper edge, so that less is to be learnt
 EVALUATION_SEED = 40
 NOISE = 5.0  # standard deviation of the pixel noise, in grey levels
 MEAN, STD = 0.87, 0.25  # of the pixels, about; paper is near 0 then
@@ -78,6 +78,7 @@ class PageSampler:
         self.fonts: dict[tuple[int, int], ImageFont.FreeTypeFont] = {}
         self.lines = (3, MOST_LINES)
         self.sizes = SIZES
+        self.paired = False  # whether lines stand in rows 0 and 1, 2 and 3, ... of the patches
 
     def _font(self, which: int, size: int) -> ImageFont.FreeTypeFont:
         key = which, size
@@ -90,10 +91,10 @@ class PageSampler:
         rng = self.rng
         n = int(rng.integers(self.lines[0], self.lines[1] + 1))
         size = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
-        size = min(size, int((CANVAS - 8) / n / 1.25))
         font = self._font(int(rng.integers(len(self.faces))), size)
-        pitch = min(size * rng.uniform(1.25, 1.9), (CANVAS - 6) / n)
-        top = rng.uniform(2, CANVAS - 2 - pitch * n)
+        unit = 2 if self.paired else 1
+        pitch = PATCH * int(rng.choice([k for k in (2, 3, 4) if k % unit == 0 and k * n <= GRID]))
+        top = unit * PATCH * int(rng.integers((CANVAS - pitch * n) // PATCH // unit + 1)) + 1
         left, width = rng.uniform(4, 30), rng.uniform(0.75, 1.0)
         right, space = left + (CANVAS - 4 - left) * width, size * rng.uniform(0.25, 0.5)
         at = int(rng.integers(len(self.prose)))
@@ -117,7 +118,7 @@ class PageSampler:
         if known:
             red = known[int(rng.integers(len(known)))]
             tokens[red] = tokens[red]._replace(red=True)
-        tops = top + pitch * np.arange(n)
+        tops = top + pitch * np.arange(n, dtype=np.float64)
         masks = [Image.new("L", (CANVAS, CANVAS)) for _ in range(2)]
         pens = [ImageDraw.Draw(mask) for mask in masks]
         for token in tokens:

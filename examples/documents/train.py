@@ -2,9 +2,10 @@
 
     python -m examples.documents.train                         # from the root of the repository; resumable
 
-Three stages, each with AdamW, warm-up and a cosine:
-  A  the tower alone learns to name, of what is under each patch: letter, word, the words beside it, line, place in the
-     line, number and colour; some of the pages are made smaller;
+Four stages, each with AdamW, warm-up and a cosine:
+  L  the tower alone, a line at a time, learns to name, of what is under each patch: letter, word, the words beside it,
+     place in the line, number and colour;
+  A  the same of whole pages, and the number of the line; some of the pages are made smaller;
   P  tower, projector and word embeddings: a patch's projected feature shall lie nearest to its word, as in CLIP;
   B  the whole model answers questions, packed into one sequence in which a question sees the page and itself only; the
      losses of A and P stay on with small weights.
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from ..digits.train import Log, build_optimizer
 from .attention import use
 from .model import CHECKPOINT, WIDTH, answers, build_model, load, save
-from .pages import GRID, LABELS, SIZES, Batch, PageSampler, held_out_questions
+from .pages import GRID, LABELS, Batch, PageSampler, held_out_questions
 from .questions import BOS, KINDS, MOST_LINES, QUESTION_WORDS, VOCABULARY, WORDS
 
 SLOT = QUESTION_WORDS + 2  # a question and its answer; what is behind the answer's last token is target only
@@ -43,14 +44,13 @@ class Stage:
     warmup: int
     pages: int
     questions: int = 0
-    easy: float = 0.0  # share of the steps, from the first, on few big words
     smaller: float = 0.25  # share of the batches whose pages are made smaller
     patch: float = 1.0
     align: float = 0.0
     answer: float = 0.0
     tower_rate: float = 1.0
     tower: bool = True  # whether the tower learns
-    bands: float = 0.0  # share of the steps, from the first, in which the tower sees a third of a page at a time
+    lines: bool = False  # whether the tower sees one line at a time: two rows of patches
     held_out: int = 24
 
     def rate(self, step: int) -> float:
@@ -60,7 +60,8 @@ class Stage:
 
 
 STAGES = (
-    Stage("A", steps=1800, learning_rate=2e-3, warmup=80, pages=16, easy=0.2, bands=0.6),
+    Stage("L", steps=1500, learning_rate=2e-3, warmup=60, pages=16, lines=True),
+    Stage("A", steps=400, learning_rate=1e-3, warmup=60, pages=16),
     Stage("P", steps=100, learning_rate=1e-3, warmup=20, pages=16, align=1.0),
     Stage("B", steps=1200, learning_rate=1.5e-3, warmup=80, pages=8, questions=32, patch=0.3, align=0.1, answer=1.0,
           tower_rate=0.3, tower=False),
@@ -95,12 +96,13 @@ class Learner(nn.Module):
             return tower.encoder(hidden).last_hidden_state.reshape(len(pixels), -1, WIDTH)
         return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
 
-    def patch_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def patch_loss(self, hidden: Tensor, labels: Tensor, others: float = 1.0) -> Tensor:
         """Sum of the cross-entropies per patch; a fifth of the patches without text count."""
         on = (labels[:, 0] > 0) | (torch.rand(labels[:, 0].shape) < 0.2)
         chosen, total = hidden[on], torch.zeros(())
-        for i, head in enumerate(self.heads):
-            total = total + F.cross_entropy(head(chosen).float(), labels[:, i][on])
+        for i, (name, head) in enumerate(zip(LABELS, self.heads, strict=True)):
+            weight = 1.0 if name in ("letter", "word") else others
+            total = total + weight * F.cross_entropy(head(chosen).float(), labels[:, i][on])
         return total
 
     def align_loss(self, features: Tensor, labels: Tensor) -> Tensor:
@@ -128,13 +130,13 @@ class Learner(nn.Module):
         hidden = hidden[:, prefix:].unflatten(1, (questions, SLOT))
         return self.model.lm_head(hidden[:, :, QUESTION_WORDS - 1 :]).float()
 
-    def losses(self, batch: Batch, stage: Stage, bands: int = 1) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, stage: Stage, bands: int = 1, others: float = 1.0) -> dict[str, Tensor]:
         """The losses that the stage asks for, unweighted, and the accuracy of the answers where there are any."""
         out = {}
         with torch.set_grad_enabled(stage.tower):
             hidden = self.seen(batch.pixels, bands)
         if stage.tower and stage.patch:
-            out["patch"] = self.patch_loss(hidden, batch.labels)
+            out["patch"] = self.patch_loss(hidden, batch.labels, others)
         if stage.align:
             features = self.model.model.multi_modal_projector(hidden)
             out["align"] = self.align_loss(features, batch.labels)
@@ -162,13 +164,14 @@ def trained(learner: Learner, stage: Stage) -> tuple[list[nn.Parameter], list[nn
 def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool) -> dict[str, float]:
     """Teacher-forced accuracy on pages of held-out prose: per kind of question, and of what is named per patch."""
     sampler = PageSampler(True, 20)
+    sampler.paired = stage.lines
     hits, asked = Counter[str](), Counter[str]()
     core = learner.model.model
     for grid in (GRID, GRID, 12):
         batch = sampler.batch(stage.held_out, stage.questions, grid)
         small = "" if grid == GRID else "small "
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            hidden = learner.seen(batch.pixels)
+            hidden = learner.seen(batch.pixels, grid // 2 if stage.lines else 1)
             for i, (name, head) in enumerate(zip(LABELS, learner.heads, strict=True)):
                 on = batch.labels[:, i] > (1 if name in ("word", "after", "before", "tens", "units", "red") else 0)
                 hits[f"{small}patch {name}"] += int((head(hidden).argmax(-1) == batch.labels[:, i])[on].sum())
@@ -197,14 +200,14 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         step, mean, minutes = state["step"], state["mean"], state["minutes"]
     began = time.monotonic() - 60 * minutes
     while step < stage.steps:
-        easy = step < stage.easy * stage.steps
-        sampler.lines, sampler.sizes = ((3, 5), (24, 34)) if easy else ((3, MOST_LINES), SIZES)
-        grid = int(sampler.rng.choice([8, 12, 16])) if sampler.rng.random() < stage.smaller and not easy else GRID
+        sampler.lines, sampler.paired = ((8, 9), True) if stage.lines else ((3, MOST_LINES), False)
+        bands = GRID // 2 if stage.lines else 1
+        grid = int(sampler.rng.choice([8, 12, 16])) if sampler.rng.random() < stage.smaller and bands == 1 else GRID
         for group in optimizer.param_groups:
             group["lr"] = stage.rate(step) * group["scale"]
         batch = sampler.batch(stage.pages, stage.questions, grid)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            losses = learner.losses(batch, stage, 3 if grid == GRID and step < stage.bands * stage.steps else 1)
+            losses = learner.losses(batch, stage, bands, 0.3 if stage.lines else 1.0)
         loss = sum((getattr(stage, name) * losses[name] for name in losses if name != "accuracy"), torch.zeros(()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -215,7 +218,7 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
             mean = {name: 0.95 * mean.get(name, value.item()) + 0.05 * value.item() for name, value in losses.items()}
         if step % 25 == 0 or step == stage.steps:
             log(stage=stage.name, step=step, minutes=round((time.monotonic() - began) / 60, 2), **mean)
-        if step % 200 == 0 or step == stage.steps:
+        if step % 100 == 0 or step == stage.steps:
             log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16))
         if step % 100 == 0 or step == stage.steps:
             state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "mean": mean}

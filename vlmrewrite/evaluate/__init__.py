@@ -7,7 +7,7 @@ from vlmrewrite.evaluate.journal import Journal, write_whole
 from vlmrewrite.evaluate.metrics import METRICS, Metric
 from vlmrewrite.evaluate.page import STYLE
 from vlmrewrite.evaluate.plot import cost_of, front, pareto
-from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, Row, Scored
+from vlmrewrite.evaluate.results import AGREEMENT, Evaluation, Row, Scored, rows_of
 from vlmrewrite.evaluate.rows import id_of, sample_of
 from vlmrewrite.evaluate.run import FEW, evaluate
 from vlmrewrite.evaluate.sample import Sample
@@ -50,6 +50,7 @@ __all__ = [
     "plain_costs",
     "read_data",
     "refuse_chats",
+    "rows_of",
     "said",
     "sample_of",
     "with_image_tokens",
