@@ -78,6 +78,7 @@ class PageSampler:
         self.fonts: dict[tuple[int, int], ImageFont.FreeTypeFont] = {}
         self.lines = (3, MOST_LINES)
         self.sizes = SIZES
+        self.rows = GRID  # of patches, from the top, that hold text
         self.paired = False  # whether lines stand in rows 0 and 1, 2 and 3, ... of the patches
 
     def _font(self, which: int, size: int) -> ImageFont.FreeTypeFont:
@@ -93,8 +94,8 @@ class PageSampler:
         size = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
         font = self._font(int(rng.integers(len(self.faces))), size)
         unit = 2 if self.paired else 1
-        pitch = PATCH * int(rng.choice([k for k in (2, 3, 4) if k % unit == 0 and k * n <= GRID]))
-        top = unit * PATCH * int(rng.integers((CANVAS - pitch * n) // PATCH // unit + 1)) + 1
+        pitch = PATCH * int(rng.choice([k for k in (2, 3, 4) if k % unit == 0 and k * n <= self.rows]))
+        top = unit * PATCH * int(rng.integers((self.rows - pitch * n // PATCH) // unit + 1)) + 1
         left, width = rng.uniform(4, 30), rng.uniform(0.75, 1.0)
         right, space = left + (CANVAS - 4 - left) * width, size * rng.uniform(0.25, 0.5)
         at = int(rng.integers(len(self.prose)))

@@ -90,14 +90,19 @@ _PLACES = {word: i for i, word in enumerate(WORDS)}
 def prose(held_out: bool) -> list[tuple[str, int]]:
     """Words in their order, as printed, each with its place in ``WORDS`` or -1; of the held-out topics, or the others.
 
-    What is not a word with its punctuation (code, symbols) is left out.
+    What is not a word with its punctuation (code, symbols) is left out. Topics quote one another: paragraphs of held-out
+    topics that stand in another one too are left out.
     """
     from pydoc_data.topics import topics
 
-    found = []
+    parts: dict[bool, dict[str, None]] = {True: {}, False: {}}
     for name in sorted(topics):
-        if (zlib.crc32(name.encode()) % 4 == 0) == held_out:
-            for piece in topics[name].split():
+        chosen = parts[zlib.crc32(name.encode()) % 4 == 0]
+        chosen.update(dict.fromkeys(" ".join(part.split()) for part in topics[name].split("\n\n")))
+    found = []
+    for part in parts[held_out]:
+        if not (held_out and part in parts[False]):
+            for piece in part.split():
                 if match := _PLAIN.fullmatch(piece):
                     found.append((piece, _PLACES.get(match[1].lower(), -1)))
     return found

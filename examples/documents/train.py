@@ -5,10 +5,11 @@
 Four stages, each with AdamW, warm-up and a cosine:
   L  the tower alone, a line at a time, learns to name, of what is under each patch: letter, word, the words beside it,
      place in the line, number and colour;
-  A  the same of whole pages, and the number of the line; some of the pages are made smaller;
-  P  tower, projector and word embeddings: a patch's projected feature shall lie nearest to its word, as in CLIP;
-  B  the whole model answers questions, packed into one sequence in which a question sees the page and itself only; the
-     losses of A and P stay on with small weights.
+  A  the same of whole pages, and the number of the line; some of the pages are made smaller. With projector and word
+     embeddings: a patch's projected feature shall lie nearest to its word, as in CLIP;
+  B  projector and decoder answer questions about pages whose upper part alone holds text and is seen, packed into one
+     sequence in which a question sees the page and itself only; the tower stays as it is;
+  C  the same of whole pages.
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ class Stage:
     tower_rate: float = 1.0
     tower: bool = True  # whether the tower learns
     lines: bool = False  # whether the tower sees one line at a time: two rows of patches
+    rows: int = GRID  # of patches that hold text, from the top; the decoder sees these alone
     held_out: int = 24
 
     def rate(self, step: int) -> float:
@@ -60,20 +62,22 @@ class Stage:
 
 
 STAGES = (
-    Stage("L", steps=1500, learning_rate=2e-3, warmup=60, pages=16, lines=True),
-    Stage("A", steps=400, learning_rate=1e-3, warmup=60, pages=16),
-    Stage("P", steps=100, learning_rate=1e-3, warmup=20, pages=16, align=1.0),
-    Stage("B", steps=1200, learning_rate=1.5e-3, warmup=80, pages=8, questions=32, patch=0.3, align=0.1, answer=1.0,
-          tower_rate=0.3, tower=False),
+    Stage("L", steps=500, learning_rate=2e-3, warmup=60, pages=16, lines=True),
+    Stage("A", steps=100, learning_rate=1.2e-3, warmup=20, pages=12, align=1.0),
+    Stage("B", steps=400, learning_rate=2e-3, warmup=50, pages=8, questions=32, answer=1.0, tower=False, rows=10),
+    Stage("C", steps=150, learning_rate=1e-3, warmup=15, pages=8, questions=32, answer=1.0, tower=False),
 )  # fmt: skip
 
 
-def packed_layout(prefix: int, questions: int) -> tuple[Tensor, Tensor]:
-    """Mask [1, 1, T, T] (True: visible) and positions [1, T] for <bos>, image and ``questions`` independent slots."""
+def packed_layout(prefix: int, questions: int, full: int = 0) -> tuple[Tensor, Tensor]:
+    """Mask [1, 1, T, T] (True: visible) and positions [1, T] for <bos>, image and ``questions`` independent slots.
+
+    Questions stand behind position ``full`` where a page of so many patches is seen in part.
+    """
     index = torch.arange(prefix + questions * SLOT)
     which = torch.where(index < prefix, -1, (index - prefix) // SLOT)
     visible = (index[:, None] >= index) & ((which == -1) | (which[:, None] == which))
-    positions = torch.where(index < prefix, index, prefix + (index - prefix) % SLOT)
+    positions = torch.where(index < prefix, index, max(prefix, 1 + full) + (index - prefix) % SLOT)
     return visible[None, None], positions[None]
 
 
@@ -113,12 +117,12 @@ class Learner(nn.Module):
         words = F.normalize(table.weight[self.words], dim=-1)
         return F.cross_entropy(20 * patches @ words.T, labels[:, 1][on] - 2)
 
-    def answer_logits(self, features: Tensor, slots: Tensor) -> Tensor:
+    def answer_logits(self, features: Tensor, slots: Tensor, full: int = 0) -> Tensor:
         """Logits at each question's last word and at both tokens of its answer, [B, n, 3, V]."""
         embed, core = self.model.get_input_embeddings(), self.model.model.language_model
         n, questions = slots.shape[:2]
         prefix = 1 + features.shape[1]
-        visible, positions = packed_layout(prefix, questions)
+        visible, positions = packed_layout(prefix, questions, full)
         bos = embed(torch.full((n, 1), BOS))
         stream = torch.cat([bos, features.to(bos.dtype), embed(slots[:, :, :SLOT].flatten(1))], 1)  # [B, T, D]
         hidden = core(
@@ -137,11 +141,13 @@ class Learner(nn.Module):
             hidden = self.seen(batch.pixels, bands)
         if stage.tower and stage.patch:
             out["patch"] = self.patch_loss(hidden, batch.labels, others)
+        features = self.model.model.multi_modal_projector(hidden)
         if stage.align:
-            features = self.model.model.multi_modal_projector(hidden)
             out["align"] = self.align_loss(features, batch.labels)
         if stage.answer:
-            logits, truth = self.answer_logits(features, batch.slots), batch.slots[:, :, QUESTION_WORDS:]
+            full = features.shape[1]
+            features = features if stage.rows == GRID else features[:, : stage.rows * GRID]
+            logits, truth = self.answer_logits(features, batch.slots, full), batch.slots[:, :, QUESTION_WORDS:]
             first = F.cross_entropy(logits[:, :, 0].flatten(0, 1), truth[:, :, 0].flatten())
             second = F.cross_entropy(logits[:, :, 1:].flatten(0, 2), truth[:, :, 1:].flatten())
             out["answer"] = first + 0.5 * second
@@ -200,9 +206,10 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         step, mean, minutes = state["step"], state["mean"], state["minutes"]
     began = time.monotonic() - 60 * minutes
     while step < stage.steps:
-        sampler.lines, sampler.paired = ((8, 9), True) if stage.lines else ((3, MOST_LINES), False)
+        sampler.lines, sampler.paired = ((8, 9), True) if stage.lines else ((3, min(MOST_LINES, stage.rows // 2)), False)
+        sampler.rows = stage.rows
         bands = GRID // 2 if stage.lines else 1
-        grid = int(sampler.rng.choice([8, 12, 16])) if sampler.rng.random() < stage.smaller and bands == 1 else GRID
+        grid = int(sampler.rng.choice([8, 12, 16])) if sampler.rng.random() < stage.smaller and bands == 1 and stage.rows == GRID else GRID
         for group in optimizer.param_groups:
             group["lr"] = stage.rate(step) * group["scale"]
         batch = sampler.batch(stage.pages, stage.questions, grid)
@@ -216,7 +223,7 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         step += 1
         if grid == GRID:
             mean = {name: 0.95 * mean.get(name, value.item()) + 0.05 * value.item() for name, value in losses.items()}
-        if step % 25 == 0 or step == stage.steps:
+        if step % 20 == 0 or step == stage.steps:
             log(stage=stage.name, step=step, minutes=round((time.monotonic() - began) / 60, 2), **mean)
         if step % 100 == 0 or step == stage.steps:
             log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16))
