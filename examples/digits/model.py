@@ -80,17 +80,33 @@ def build_model() -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config)
     with torch.no_grad():
         for layer in model.model.language_model.layers:
-            layer.self_attn.q_proj.weight.mul_(QUERY_KEY_STD / INIT_STD)
-            layer.self_attn.k_proj.weight.copy_(layer.self_attn.q_proj.weight)
-    settings = model.generation_config
-    settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = BOS, EOS, PAD
-    settings.do_sample = False
+            alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
+    greedy(model)
     return model
 
 
-def build_processor() -> LlavaProcessor:
-    """Word-level tokenizer that puts <bos> first, and an image processor that only scales pixels to -1..1."""
-    words = Tokenizer(WordLevel(VOCABULARY, unk_token="<unk>"))
+def alike(query: torch.Tensor, key: torch.Tensor) -> None:
+    """Let keys start as queries do, and both a little larger; weights [out, in]."""
+    query.mul_(QUERY_KEY_STD / INIT_STD)
+    key.copy_(query)
+
+
+def greedy(model: LlavaForConditionalGeneration) -> None:
+    """Let ``generate()`` be greedy, and know the special tokens."""
+    settings = model.generation_config
+    settings.bos_token_id, settings.eos_token_id, settings.pad_token_id = BOS, EOS, PAD
+    settings.do_sample = False
+
+
+def build_processor(
+    vocabulary: dict[str, int] = VOCABULARY,
+    canvas: int = CANVAS,
+    patch: int = PATCH,
+    mean: float = 0.5,
+    std: float = 0.5,
+) -> LlavaProcessor:
+    """Word-level tokenizer that puts <bos> first, and an image processor that only standardises pixels of 0..1."""
+    words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
     words.pre_tokenizer = WhitespaceSplit()
     words.post_processor = TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", BOS)])
     tokenizer = PreTrainedTokenizerFast(
@@ -105,27 +121,27 @@ def build_processor() -> LlavaProcessor:
     )
     pictures = CLIPImageProcessorPil(
         do_resize=False,
-        size={"shortest_edge": CANVAS},
+        size={"shortest_edge": canvas},
         do_center_crop=False,
-        crop_size={"height": CANVAS, "width": CANVAS},
-        image_mean=[0.5] * 3,
-        image_std=[0.5] * 3,
+        crop_size={"height": canvas, "width": canvas},
+        image_mean=[mean] * 3,
+        image_std=[std] * 3,
     )
     return LlavaProcessor(
         image_processor=pictures,
         tokenizer=tokenizer,
-        patch_size=PATCH,
+        patch_size=patch,
         vision_feature_select_strategy="default",
         image_token="<image>",
         num_additional_image_tokens=1,  # the tower's CLS token, which LLaVA drops
     )
 
 
-def save(model: LlavaForConditionalGeneration, folder: Path) -> None:
-    """Write weights in fp16 (safetensors) and the processor; ``model`` itself is left as it is."""
+def save(model: LlavaForConditionalGeneration, folder: Path, processor: LlavaProcessor | None = None) -> None:
+    """Write weights in fp16 (safetensors) and the processor, the digits' if none is given; ``model`` stays as it is."""
     half = {name: tensor.detach().half() for name, tensor in model.state_dict().items()}
     model.save_pretrained(folder, state_dict=half)
-    build_processor().save_pretrained(folder)
+    (processor or build_processor()).save_pretrained(folder)
 
 
 def load(folder: Path = CHECKPOINT) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """The study: every technique, trained and untrained, and the controls at equal FLOPs, on two tasks.
 
-    python -m examples.digits.study                          # from the root of the repository: hours; goes on if cut off
+    python -m examples.digits.study                          # from the root of the repository: hours; resumable
     python -m examples.digits.study --quick                  # the same with 60 questions at 1/4 of the FLOPs: minutes
     python -m examples.digits.study --task digits -n 500
 
@@ -39,7 +39,9 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("-n", type=int, help=f"held-out questions of each task (3000; with --quick {QUICK})")
     parser.add_argument("--quick", action="store_true", help="few questions, at 1/4 of the FLOPs alone")
     parser.add_argument("--share", nargs="+", choices=list(SHARES), help="of the FLOPs (all three; with --quick 1/4)")
-    parser.add_argument("--only", nargs="+", default=[], metavar="TECHNIQUE", help="these alone, without trained blocks")
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="TECHNIQUE", help="these alone, without trained blocks"
+    )
     parser.add_argument("--output", type=Path, default=Path("study-out"), help="folder; a run in it goes on")
     parser.add_argument("--blocks", type=Path, default=BLOCKS, help="folder of trained blocks")
     parser.add_argument("--train", action="store_true", help="train the blocks that are not there")

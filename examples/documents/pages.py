@@ -17,7 +17,18 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from .fonts import FACES, face
-from .questions import ANSWER_TOKENS, KINDS, MOST_LINES, QUESTION_WORDS, VOCABULARY, WORDS, EOS, Question, Token, ask, prose
+from .questions import (
+    ANSWER_TOKENS,
+    EOS,
+    KINDS,
+    MOST_LINES,
+    VOCABULARY,
+    WORDS,
+    Question,
+    Token,
+    ask,
+    prose,
+)
 
 CANVAS, PATCH = 336, 14
 GRID = CANVAS // PATCH
@@ -161,7 +172,7 @@ class PageSampler:
         return found.reshape(len(LABELS), grid * grid)
 
     def batch(self, n: int, questions: int = 0, grid: int = GRID) -> Batch:
-        """``n`` pages of ``grid`` x ``grid`` patches (made smaller if that is less than 24) with some questions each."""
+        """``n`` pages of ``grid`` x ``grid`` patches (made smaller for less than 24) with some questions each."""
         pixels = np.empty((n, CANVAS, CANVAS, 3), np.uint8)
         labels = np.empty((n, len(LABELS), grid * grid), np.int64)
         asked: list[Question] = []
@@ -194,9 +205,7 @@ def held_out_questions(
     return _questions(PageSampler(True, seed, faces), n, per_page)
 
 
-def learnt_questions(
-    n: int, seed: int, per_page: int = 4, faces: Sequence[str] = tuple(FACES)
-) -> list[HeldOut]:
+def learnt_questions(n: int, seed: int, per_page: int = 4, faces: Sequence[str] = tuple(FACES)) -> list[HeldOut]:
     """The same about pages of the prose that is learnt from."""
     return _questions(PageSampler(False, seed, faces), n, per_page)
 

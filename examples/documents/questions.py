@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import re
 import zlib
+from collections.abc import Sequence
 from functools import cache
-from typing import NamedTuple
+from itertools import pairwise
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -57,6 +59,7 @@ SHARES = {
     "red": 1.0,
 }
 KINDS = list(SHARES)
+T = TypeVar("T")
 
 
 class Token(NamedTuple):
@@ -90,8 +93,8 @@ _PLACES = {word: i for i, word in enumerate(WORDS)}
 def prose(held_out: bool) -> list[tuple[str, int]]:
     """Words in their order, as printed, each with its place in ``WORDS`` or -1; of the held-out topics, or the others.
 
-    What is not a word with its punctuation (code, symbols) is left out. Topics quote one another: paragraphs of held-out
-    topics that stand in another one too are left out.
+    What is not a word with its punctuation (code, symbols) is left out. Topics quote one another: paragraphs of
+    held-out topics that stand in another one too are left out.
     """
     from pydoc_data.topics import topics
 
@@ -108,12 +111,12 @@ def prose(held_out: bool) -> list[tuple[str, int]]:
     return found
 
 
-def ask(tokens: list[Token], sides: float, n: int, rng: np.random.Generator) -> list[Question]:
+def ask(tokens: list[Token], width: float, n: int, rng: np.random.Generator) -> list[Question]:
     """Draw ``n`` questions about one page (with replacement); every one has exactly one right answer.
 
     Args:
         tokens: the page's, line by line.
-        sides: width of the page, in pixels.
+        width: of the page, in pixels.
         n: how many.
         rng: draws.
     """
@@ -127,7 +130,7 @@ def ask(tokens: list[Token], sides: float, n: int, rng: np.random.Generator) -> 
         if token.word >= 0:
             counts[token.word] = counts.get(token.word, 0) + 1
     single = [t for t in tokens if t.word >= 0 and counts[t.word] == 1]
-    pairs = [(a, b) for line in lines for a, b in zip(line, line[1:], strict=False) if a.word >= 0 and b.word >= 0]
+    pairs = [(a, b) for line in lines for a, b in pairwise(line) if a.word >= 0 and b.word >= 0]
     numbers = [[t for t in line if t.number >= 0] for line in lines]
     by_count: dict[int, list[int]] = {}
     for word, count in counts.items():
@@ -138,7 +141,7 @@ def ask(tokens: list[Token], sides: float, n: int, rng: np.random.Generator) -> 
         "lines": [("How Many Lines ?", str(len(lines)))],
         "line of": [(f"Line Of Word {WORDS[t.word]}", str(t.line + 1)) for t in single],
         "side of": [
-            (f"Side Of Word {WORDS[t.word]}", SIDES[min(2, int(3 * (t.left + t.right) / 2 / sides))]) for t in single
+            (f"Side Of Word {WORDS[t.word]}", SIDES[min(2, int(3 * (t.left + t.right) / 2 / width))]) for t in single
         ],
         "after": [(f"Word After Word {WORDS[a.word]}", WORDS[b.word]) for a, b in pairs if counts[a.word] == 1],
         "before": [(f"Word Before Word {WORDS[b.word]}", WORDS[a.word]) for a, b in pairs if counts[b.word] == 1],
@@ -167,5 +170,5 @@ def ask(tokens: list[Token], sides: float, n: int, rng: np.random.Generator) -> 
     return out
 
 
-def _pick(rng: np.random.Generator, items: list) -> object:
+def _pick(rng: np.random.Generator, items: Sequence[T]) -> T:
     return items[int(rng.integers(len(items)))]

@@ -26,9 +26,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..digits.model import answers
 from ..digits.train import Log, build_optimizer
 from .attention import use
-from .model import CHECKPOINT, WIDTH, answers, build_model, load, save
+from .model import CHECKPOINT, WIDTH, build_model, load, save
 from .pages import GRID, LABELS, Batch, PageSampler, held_out_questions
 from .questions import BOS, KINDS, MOST_LINES, QUESTION_WORDS, VOCABULARY, WORDS
 
@@ -62,10 +63,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("L", steps=500, learning_rate=2e-3, warmup=60, pages=16, lines=True),
-    Stage("A", steps=100, learning_rate=1.2e-3, warmup=20, pages=12, align=1.0),
-    Stage("B", steps=400, learning_rate=2e-3, warmup=50, pages=8, questions=32, answer=1.0, tower=False, rows=10),
-    Stage("C", steps=150, learning_rate=1e-3, warmup=15, pages=8, questions=32, answer=1.0, tower=False),
+    Stage("L", steps=1700, learning_rate=2e-3, warmup=60, pages=8, lines=True),
+    Stage("A", steps=160, learning_rate=1.2e-3, warmup=20, pages=8, align=1.0),
+    Stage("B", steps=700, learning_rate=1.5e-3, warmup=50, pages=4, questions=48, answer=1.0, tower=False, rows=10),
+    Stage("C", steps=200, learning_rate=8e-4, warmup=15, pages=4, questions=48, answer=1.0, tower=False),
 )  # fmt: skip
 
 
@@ -206,10 +207,16 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         step, mean, minutes = state["step"], state["mean"], state["minutes"]
     began = time.monotonic() - 60 * minutes
     while step < stage.steps:
-        sampler.lines, sampler.paired = ((8, 9), True) if stage.lines else ((3, min(MOST_LINES, stage.rows // 2)), False)
+        sampler.lines, sampler.paired = (
+            ((8, 9), True) if stage.lines else ((3, min(MOST_LINES, stage.rows // 2)), False)
+        )
         sampler.rows = stage.rows
         bands = GRID // 2 if stage.lines else 1
-        grid = int(sampler.rng.choice([8, 12, 16])) if sampler.rng.random() < stage.smaller and bands == 1 and stage.rows == GRID else GRID
+        grid = (
+            int(sampler.rng.choice([8, 12, 16]))
+            if sampler.rng.random() < stage.smaller and bands == 1 and stage.rows == GRID
+            else GRID
+        )
         for group in optimizer.param_groups:
             group["lr"] = stage.rate(step) * group["scale"]
         batch = sampler.batch(stage.pages, stage.questions, grid)

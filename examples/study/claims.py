@@ -133,11 +133,15 @@ def table(done: Mapping[str, Evaluation], blocks: str | None) -> str:
         return "not measured" if x is None else f"{100 * x:.1f} %"
 
     lines = ["| claim | paper | here |", "|---|---|---|"]
-    lines += [f"| `{name}`: score retained | {told(paper)} | {told(retained(done, name))} |" for name, paper in STS.items()]
+    lines += [
+        f"| `{name}`: score retained | {told(paper)} | {told(retained(done, name))} |" for name, paper in STS.items()
+    ]
     found = None if blocks is None else retained(done, blocks)
     lines.append(f"| DPVR, trained: score retained | {told(DPVR)} | {told(found)} |")
     names = [row.recipe for row in next(iter(done.values())).rows if row.recipe.startswith("visor-")]
-    lines += [f"| VISOR, self layers {n[6:]} of {LAYERS}: score retained | | {told(retained(done, n))} |" for n in names]
+    lines += [
+        f"| VISOR, self layers {n[6:]} of {LAYERS}: score retained | | {told(retained(done, n))} |" for n in names
+    ]
     lines.append(f"| prefill by the clock, share of the FLOP ratio | {told(CLOCK)} | {told(clock(done, 'sts-64'))} |")
     return "\n".join(lines) + "\n"
 

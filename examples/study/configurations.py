@@ -1,10 +1,11 @@
-"""VISOR's thirteen configurations, which the paper ships for a decoder of 24 layers, on the small models.
+"""VISOR's thirteen configurations and STS's three schedules, as the papers have them, on the small models.
 
     python -m examples.study.configurations --task digits -n 1000 --output configurations-out
 
 The paper (arXiv 2603.23495) counts self layers from 1: 1, 4, 7, ... 22 of 24; here each stands at the same depth of the
 decoder, and all other layers read vision tokens (cross layers are always on, and with them the model's own weights do
-without new modules). Configurations that are the same at this depth are asked once. Nothing is trained.
+without new modules). Configurations that are the same at this depth are asked once. STS's schedules are for 576 vision
+tokens, and asked of the documents alone. Nothing is trained.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from rich.console import Console
 import vlmrewrite as vr
 from vlmrewrite.evaluate import write_whole
 from vlmrewrite.passes import VISOR
+from vlmrewrite.recipe import shipped_recipes
 
 from .methods import Method
 from .run import ask, kept
@@ -36,8 +38,8 @@ def at_depth(layers: tuple[int, ...], depth: int) -> tuple[int, ...]:
     return tuple(sorted({(layer - 1) * depth // LAYERS for layer in layers}))
 
 
-def methods(depth: int) -> list[Method]:
-    """A row for each configuration, and, beside them, one without self layers and one without the first."""
+def methods(depth: int, schedules: bool = False) -> list[Method]:
+    """A row for each configuration, one without self layers, one without the first; and with STS's ``schedules``."""
     found = dict[tuple[int, ...], str]()
     for layers in (*CONFIGURATIONS, (), (4, 7, 10, 16, 19, 22)):
         own = at_depth(layers, depth)
@@ -48,6 +50,8 @@ def methods(depth: int) -> list[Method]:
         cross = tuple(i for i in range(depth) if i not in own)
         recipe = vr.Recipe(name=f"self {told}", passes=(VISOR(self_layers=own, cross_layers=cross),))
         out.append(Method(recipe.name, "", recipe=recipe))
+    if schedules:
+        out += [Method(name, "", recipe=shipped_recipes()[name]) for name in ("sts-128", "sts-64", "sts-32")]
     return out
 
 
@@ -62,18 +66,20 @@ def main() -> None:
     torch.set_num_threads(1)
     task = task_of(args.task)
     model, processor = task.load()
-    rows = methods(model.config.text_config.num_hidden_layers)
+    rows = methods(model.config.text_config.num_hidden_layers, args.task == "documents")
     console = Console(stderr=True)
     with console.status(args.task) as status:
         found = ask(task, model, processor, rows, args.n, args.output / args.task, args.batch, status.update)
     kept(found, args.output / f"{args.task}-configurations.json")
-    lines = ["| self layers of 24 in the paper | accuracy % | to unmodified | FLOPs |", "|---|---|---|---|"]
+    lines = ["| recipe | accuracy % | to unmodified | FLOPs |", "|---|---|---|---|"]
     for row in found["rows"]:
         low, high = row["difference_interval"]
-        moved = "" if row["recipe"] == "unmodified" else f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-        lines.append(
-            f"| {row['recipe'].removeprefix('self ')} | {100 * row['accuracy']:.1f} | {moved} | {row['flops']:.2f} |"
+        moved = (
+            ""
+            if row["recipe"] == "unmodified"
+            else f"{100 * row['difference']:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
         )
+        lines.append(f"| {row['recipe']} | {100 * row['accuracy']:.1f} | {moved} | {row['flops']:.2f} |")
     write_whole(args.output / f"{args.task}-configurations.md", "\n".join(lines) + "\n")
     console.print(f"{args.output / args.task}-configurations.md: {found['n']} questions")
 

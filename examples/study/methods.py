@@ -13,7 +13,7 @@ from typing import Any
 
 import vlmrewrite as vr
 from vlmrewrite.evaluate import encode, read_data
-from vlmrewrite.passes import DAPE, DPVR, FastV, DivPrune, Downsample, Random, ShortV, STS, Stride, ViCA, VISOR, VTW
+from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, Downsample, FastV, Random, ShortV, Stride, ViCA
 from vlmrewrite.tune import Prompts, Shape, smaller_pictures, solve
 
 SHARES = {"1/2": 1 / 2, "1/4": 1 / 4, "1/8": 1 / 8}

@@ -49,9 +49,7 @@ def ask(
     samples, lines, batches = list[Sample](), list[dict[str, Any]](), list[dict[str, Any]]()
     about: dict[str, Any] = {}
     for part, start in enumerate(range(0, n, PART)):
-        rows = [
-            row | {"id": start + i} for i, row in enumerate(task.held_out(min(PART, n - start), task.seed + part))
-        ]
+        rows = [row | {"id": start + i} for i, row in enumerate(task.held_out(min(PART, n - start), task.seed + part))]
         samples += read_data(rows)
         for name, group in groups.items():
             recipes = [method.recipe for method in group if method.recipe is not None]

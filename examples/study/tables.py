@@ -49,7 +49,16 @@ def _moved(pair: dict[str, Any] | None) -> str:
 
 def overall(found: dict[str, Any]) -> str:
     """Accuracy of each row, its difference to the unmodified model and to the controls at its share, and its costs."""
-    head = ["at most", "method", "accuracy %", "to unmodified", *(f"to {c}" for c in CONTROLS), "FLOPs", "K/V", "prefill"]
+    head = [
+        "at most",
+        "method",
+        "accuracy %",
+        "to unmodified",
+        *(f"to {c}" for c in CONTROLS),
+        "FLOPs",
+        "K/V",
+        "prefill",
+    ]
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     for row in _sorted(found["rows"]):
         own = row["technique"] == UNMODIFIED

@@ -1,4 +1,4 @@
-"""The second task and the study: pages, fonts, recipes of equal cost, parts that are kept, tables, the papers' claims."""
+"""The second task and the study: pages, fonts, recipes of equal cost, parts that are kept, tables, claims."""
 
 from __future__ import annotations
 

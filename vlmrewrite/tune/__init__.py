@@ -2,10 +2,10 @@
 
 from vlmrewrite.tune.auto import automatic
 from vlmrewrite.tune.checks import check_wish
+from vlmrewrite.tune.pictures import smaller_pictures
 from vlmrewrite.tune.prompts import Prompts
 from vlmrewrite.tune.results import Point, Tuned
 from vlmrewrite.tune.run import tune
-from vlmrewrite.tune.pictures import smaller_pictures
 from vlmrewrite.tune.space import Shape, Space, solve
 from vlmrewrite.tune.wish import drop_of
 
