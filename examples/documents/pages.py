@@ -33,7 +33,7 @@ from .questions import (
 CANVAS, PATCH = 336, 14
 GRID = CANVAS // PATCH
 VISION_TOKENS = GRID * GRID
-SIZES = (19, 24)  # pixels of an em, least and most; lines begin at a patch's upper edge, so that less is to be learnt
+SIZES = (19, 24)  # pixels of an em, least and most; a line fills two rows of patches, so that less is to be learnt
 EVALUATION_SEED = 40
 NOISE = 5.0  # standard deviation of the pixel noise, in grey levels
 MEAN, STD = 0.87, 0.25  # of the pixels, about; paper is near 0 then
@@ -90,7 +90,6 @@ class PageSampler:
         self.lines = (3, MOST_LINES)
         self.sizes = SIZES
         self.rows = GRID  # of patches, from the top, that hold text
-        self.paired = False  # whether lines stand in rows 0 and 1, 2 and 3, ... of the patches
 
     def _font(self, which: int, size: int) -> ImageFont.FreeTypeFont:
         key = which, size
@@ -104,9 +103,8 @@ class PageSampler:
         n = int(rng.integers(self.lines[0], self.lines[1] + 1))
         size = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
         font = self._font(int(rng.integers(len(self.faces))), size)
-        unit = 2 if self.paired else 1
-        pitch = PATCH * int(rng.choice([k for k in (2, 3, 4) if k % unit == 0 and k * n <= self.rows]))
-        top = unit * PATCH * int(rng.integers((self.rows - pitch * n // PATCH) // unit + 1)) + 1
+        pitch = 2 * PATCH * int(rng.choice([k for k in (1, 2) if 2 * k * n <= self.rows]))
+        top = 2 * PATCH * int(rng.integers((self.rows - pitch * n // PATCH) // 2 + 1)) + 1
         left, width = rng.uniform(4, 30), rng.uniform(0.75, 1.0)
         right, space = left + (CANVAS - 4 - left) * width, size * rng.uniform(0.25, 0.5)
         at = int(rng.integers(len(self.prose)))

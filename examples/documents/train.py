@@ -5,7 +5,7 @@
 Four stages, each with AdamW, warm-up and a cosine:
   L  the tower alone, a line at a time, learns to name, of what is under each patch: letter, word, the words beside it,
      place in the line, number and colour;
-  A  the same of whole pages, and the number of the line; some of the pages are made smaller. With projector and word
+  A  the same of more and more lines, then of whole pages, and the number of the line; with projector and word
      embeddings: a patch's projected feature shall lie nearest to its word, as in CLIP;
   B  projector and decoder answer questions about pages whose upper part alone holds text and is seen, packed into one
      sequence in which a question sees the page and itself only; the tower stays as it is;
@@ -46,13 +46,13 @@ class Stage:
     warmup: int
     pages: int
     questions: int = 0
-    smaller: float = 0.25  # share of the batches whose pages are made smaller
+    smaller: float = 0.0  # share of the batches whose pages are made smaller
     patch: float = 1.0
     align: float = 0.0
     answer: float = 0.0
     tower_rate: float = 1.0
     tower: bool = True  # whether the tower learns
-    lines: bool = False  # whether the tower sees one line at a time: two rows of patches
+    bands: tuple[int, ...] = (1,)  # in how many parts the tower sees a page, one part of the steps after another
     rows: int = GRID  # of patches that hold text, from the top; the decoder sees these alone
     held_out: int = 24
 
@@ -63,10 +63,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("L", steps=1700, learning_rate=2e-3, warmup=60, pages=8, lines=True),
-    Stage("A", steps=160, learning_rate=1.2e-3, warmup=20, pages=8, align=1.0),
-    Stage("B", steps=700, learning_rate=1.5e-3, warmup=50, pages=4, questions=48, answer=1.0, tower=False, rows=10),
-    Stage("C", steps=200, learning_rate=8e-4, warmup=15, pages=4, questions=48, answer=1.0, tower=False),
+    Stage("L", steps=1300, learning_rate=2e-3, warmup=60, pages=8, bands=(12,)),
+    Stage("A", steps=400, learning_rate=1.5e-3, warmup=15, pages=8, bands=(6, 3, 1, 1), align=1.0),
+    Stage("B", steps=600, learning_rate=1.5e-3, warmup=50, pages=4, questions=48, answer=1.0, tower=False, rows=10),
+    Stage("C", steps=120, learning_rate=6e-4, warmup=10, pages=4, questions=48, answer=1.0, tower=False),
 )  # fmt: skip
 
 
@@ -168,17 +168,16 @@ def trained(learner: Learner, stage: Stage) -> tuple[list[nn.Parameter], list[nn
 
 
 @torch.no_grad()
-def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool) -> dict[str, float]:
+def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool, bands: int = 1) -> dict[str, float]:
     """Teacher-forced accuracy on pages of held-out prose: per kind of question, and of what is named per patch."""
     sampler = PageSampler(True, 20)
-    sampler.paired = stage.lines
     hits, asked = Counter[str](), Counter[str]()
     core = learner.model.model
-    for grid in (GRID, GRID, 12):
+    for grid in (GRID, GRID):
         batch = sampler.batch(stage.held_out, stage.questions, grid)
         small = "" if grid == GRID else "small "
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            hidden = learner.seen(batch.pixels, grid // 2 if stage.lines else 1)
+            hidden = learner.seen(batch.pixels, bands if grid == GRID else 1)
             for i, (name, head) in enumerate(zip(LABELS, learner.heads, strict=True)):
                 on = batch.labels[:, i] > (1 if name in ("word", "after", "before", "tens", "units", "red") else 0)
                 hits[f"{small}patch {name}"] += int((head(hidden).argmax(-1) == batch.labels[:, i])[on].sum())
@@ -207,11 +206,9 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         step, mean, minutes = state["step"], state["mean"], state["minutes"]
     began = time.monotonic() - 60 * minutes
     while step < stage.steps:
-        sampler.lines, sampler.paired = (
-            ((8, 9), True) if stage.lines else ((3, min(MOST_LINES, stage.rows // 2)), False)
-        )
+        bands = stage.bands[len(stage.bands) * step // stage.steps]
+        sampler.lines = (8, 9) if bands > 1 else (3, min(MOST_LINES, stage.rows // 2))
         sampler.rows = stage.rows
-        bands = GRID // 2 if stage.lines else 1
         grid = (
             int(sampler.rng.choice([8, 12, 16]))
             if sampler.rng.random() < stage.smaller and bands == 1 and stage.rows == GRID
@@ -221,7 +218,7 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
             group["lr"] = stage.rate(step) * group["scale"]
         batch = sampler.batch(stage.pages, stage.questions, grid)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            losses = learner.losses(batch, stage, bands, 0.3 if stage.lines else 1.0)
+            losses = learner.losses(batch, stage, bands, 0.3 if bands == GRID // 2 else 1.0)
         loss = sum((getattr(stage, name) * losses[name] for name in losses if name != "accuracy"), torch.zeros(()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
@@ -233,7 +230,7 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         if step % 20 == 0 or step == stage.steps:
             log(stage=stage.name, step=step, minutes=round((time.monotonic() - began) / 60, 2), **mean)
         if step % 100 == 0 or step == stage.steps:
-            log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16))
+            log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16, bands))
         if step % 100 == 0 or step == stage.steps:
             state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "mean": mean}
             state |= {"rng": sampler.rng.bit_generator.state, "minutes": (time.monotonic() - began) / 60}
