@@ -104,6 +104,7 @@ def build_processor(
     patch: int = PATCH,
     mean: float = 0.5,
     std: float = 0.5,
+    strategy: str = "default",
 ) -> LlavaProcessor:
     """Word-level tokenizer that puts <bos> first, and an image processor that only standardises pixels of 0..1."""
     words = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -131,9 +132,9 @@ def build_processor(
         image_processor=pictures,
         tokenizer=tokenizer,
         patch_size=patch,
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         image_token="<image>",
-        num_additional_image_tokens=1,  # the tower's CLS token, which LLaVA drops
+        num_additional_image_tokens=int(strategy == "default"),  # the tower's CLS token, which LLaVA drops
     )
 
 

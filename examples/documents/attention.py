@@ -52,6 +52,6 @@ def by_picture(
 
 
 def use(model: Any) -> None:
-    """Let the tower and the decoder of ``model`` attend so."""
+    """Let the decoder of ``model`` attend so."""
     AttentionInterface.register(NAME, by_picture)
-    model.set_attn_implementation(NAME)
+    model.model.language_model.set_attn_implementation(NAME)

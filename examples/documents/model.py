@@ -1,7 +1,7 @@
 """The model that reads: an unmodified Hugging Face LLaVA, and its processor.
 
-DINOv2 tower (4 layers x 128, patch 14: 576 tokens of a page of 336x336, fewer of smaller ones) -> projector -> Llama
-(6 layers x 128, tied embeddings). A prompt is "<image> " and four words.
+Swin tower (one stage of 4 layers x 128, patch 14, windows of 12x12: 576 tokens of a page of 336x336) -> projector ->
+Llama (6 layers x 128, tied embeddings). A prompt is "<image> " and four words.
 """
 
 from __future__ import annotations
@@ -11,29 +11,30 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import Dinov2Config, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor
+from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SwinConfig
 
 from ..digits import model as digits
 from ..digits.model import HEADS, INIT_STD, MLP, WIDTH, alike
 from .pages import CANVAS, GRID, MEAN, PATCH, STD, VISION_TOKENS
 from .questions import BOS, EOS, IMAGE, PAD, VOCABULARY
 
-TOWER_LAYERS, DECODER_LAYERS = 4, 6
+TOWER_LAYERS, DECODER_LAYERS, WINDOW = 4, 6, 12
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
 def build_model() -> LlavaForConditionalGeneration:
     """A freshly initialised model; queries and keys start alike, and the tower's positions as waves of both axes."""
-    vision = Dinov2Config(
-        hidden_size=WIDTH,
-        num_hidden_layers=TOWER_LAYERS,
-        num_attention_heads=HEADS,
-        mlp_ratio=MLP // WIDTH,
+    vision = SwinConfig(
+        embed_dim=WIDTH,
+        depths=[TOWER_LAYERS],
+        num_heads=[HEADS],
+        window_size=WINDOW,
+        mlp_ratio=MLP / WIDTH,
         image_size=CANVAS,
         patch_size=PATCH,
         initializer_range=INIT_STD,
-        layerscale_value=1.0,
-        use_mask_token=False,
+        use_absolute_embeddings=True,
+        drop_path_rate=0.0,
     )
     text = LlamaConfig(
         vocab_size=len(VOCABULARY),
@@ -55,7 +56,7 @@ def build_model() -> LlavaForConditionalGeneration:
         text_config=text,
         image_token_index=IMAGE,
         projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy="full",
         vision_feature_layer=-1,
         image_seq_length=VISION_TOKENS,
         tie_word_embeddings=True,
@@ -65,11 +66,13 @@ def build_model() -> LlavaForConditionalGeneration:
         for layer in model.model.language_model.layers:
             alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
         tower = model.model.vision_tower
-        tower.embeddings.position_embeddings[0, 1:] = waves()
-        tower.embeddings.position_embeddings[0, 0] = 0
+        tower.embeddings.position_embeddings[0] = waves()
         for name, weight in tower.named_parameters():
-            if name.endswith(("query.weight", "q_proj.weight")):
-                alike(weight, tower.get_parameter(name.replace("query", "key").replace("q_proj", "k_proj")))
+            if name.endswith("q_proj.weight"):
+                alike(weight, tower.get_parameter(name.replace("q_proj", "k_proj")))
+            if name.endswith("bias_table"):  # [rows apart x columns apart, heads]: lines begin apart
+                rows = (torch.arange(2 * WINDOW - 1) - WINDOW + 1).abs()
+                weight.copy_((-4.0 * (rows - 1).clamp(min=0)).repeat_interleave(len(rows))[:, None].expand_as(weight))
     digits.greedy(model)
     return model
 
@@ -84,7 +87,7 @@ def waves() -> torch.Tensor:
 
 def build_processor() -> LlavaProcessor:
     """The digits' with the words, sizes and pixels of the pages."""
-    return digits.build_processor(VOCABULARY, CANVAS, PATCH, MEAN, STD)
+    return digits.build_processor(VOCABULARY, CANVAS, PATCH, MEAN, STD, strategy="full")
 
 
 def save(model: LlavaForConditionalGeneration, folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Pages of text: layout, rendering, per-patch labels, training batches and held-out questions.
 
-A page is 336x336 RGB: three to nine lines of consecutive prose in one face, with size, spacing, margins, ink and paper
+A page is 336x336 RGB: three to six lines, double-spaced, of consecutive prose in one face, with size, spacing, margins, ink and paper
 of its own, numbers in place of some words, and one word in red. Everything is a function of the
 seed, the faces and the prose.
 """
@@ -33,8 +33,9 @@ from .questions import (
 CANVAS, PATCH = 336, 14
 GRID = CANVAS // PATCH
 VISION_TOKENS = GRID * GRID
-SIZES = (19, 24)  # pixels of an em, least and most; a line fills two rows of patches, so that less is to be learnt
+SIZES = (19, 24)  # pixels of an em, least and most
 EVALUATION_SEED = 40
+LINE = 2  # line spacing: a line fills two rows of patches, and the next two rows are empty
 NOISE = 5.0  # standard deviation of the pixel noise, in grey levels
 MEAN, STD = 0.87, 0.25  # of the pixels, about; paper is near 0 then
 RED = (215, 30, 40)
@@ -103,7 +104,7 @@ class PageSampler:
         n = int(rng.integers(self.lines[0], self.lines[1] + 1))
         size = int(rng.integers(self.sizes[0], self.sizes[1] + 1))
         font = self._font(int(rng.integers(len(self.faces))), size)
-        pitch = 2 * PATCH * int(rng.choice([k for k in (1, 2) if 2 * k * n <= self.rows]))
+        pitch = 2 * LINE * PATCH
         top = 2 * PATCH * int(rng.integers((self.rows - pitch * n // PATCH) // 2 + 1)) + 1
         left, width = rng.uniform(4, 30), rng.uniform(0.75, 1.0)
         right, space = left + (CANVAS - 4 - left) * width, size * rng.uniform(0.25, 0.5)

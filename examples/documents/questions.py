@@ -42,7 +42,7 @@ SIDES = ["Left", "Centre", "Right"]
 ASKING = "How Many Lines ? Times Of Is There Word Line Side After Before First Last Number In Red".split()
 VOCABULARY = {word: i for i, word in enumerate([*SPECIAL, *DIGITS, *SIDES, "Yes", "No", *ASKING, *WORDS])}
 QUESTION_WORDS, ANSWER_TOKENS = 4, 2
-MOST_LINES = 9
+MOST_LINES = 6
 
 # kind of question -> its share of the mix, before the kinds that a page cannot answer are left out
 SHARES = {

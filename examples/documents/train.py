@@ -46,13 +46,12 @@ class Stage:
     warmup: int
     pages: int
     questions: int = 0
-    smaller: float = 0.0  # share of the batches whose pages are made smaller
     patch: float = 1.0
     align: float = 0.0
     answer: float = 0.0
     tower_rate: float = 1.0
     tower: bool = True  # whether the tower learns
-    bands: tuple[int, ...] = (1,)  # in how many parts the tower sees a page, one part of the steps after another
+    full: bool = False  # whether all pages have as many lines as fit; labels of what is around a word weigh less
     rows: int = GRID  # of patches that hold text, from the top; the decoder sees these alone
     held_out: int = 24
 
@@ -63,10 +62,10 @@ class Stage:
 
 
 STAGES = (
-    Stage("L", steps=1300, learning_rate=2e-3, warmup=60, pages=8, bands=(12,)),
-    Stage("A", steps=400, learning_rate=1.5e-3, warmup=15, pages=8, bands=(6, 3, 1, 1), align=1.0),
-    Stage("B", steps=600, learning_rate=1.5e-3, warmup=50, pages=4, questions=48, answer=1.0, tower=False, rows=10),
-    Stage("C", steps=120, learning_rate=6e-4, warmup=10, pages=4, questions=48, answer=1.0, tower=False),
+    Stage("L", steps=1300, learning_rate=2e-3, warmup=60, pages=8, full=True),
+    Stage("A", steps=400, learning_rate=1.5e-3, warmup=15, pages=8, align=1.0),
+    Stage("B", steps=400, learning_rate=1.5e-3, warmup=40, pages=4, questions=48, answer=1.0, tower=False, rows=12),
+    Stage("C", steps=100, learning_rate=6e-4, warmup=10, pages=4, questions=48, answer=1.0, tower=False),
 )  # fmt: skip
 
 
@@ -92,14 +91,11 @@ class Learner(nn.Module):
         self.heads = nn.ModuleList(nn.Linear(WIDTH, n) for n in LABELS.values())
         self.words = torch.tensor([VOCABULARY[w] for w in WORDS])
 
-    def seen(self, pixels: Tensor, bands: int = 1) -> Tensor:
-        """What the projector takes, [B, patches, D]; with ``bands``, rows of a page are seen in so many parts."""
+    def seen(self, pixels: Tensor) -> Tensor:
+        """What the projector takes, [B, patches, D]."""
         tower: Any = self.model.model.vision_tower
-        if bands > 1:
-            hidden = tower.embeddings(pixels)[:, 1:]
-            hidden = hidden.reshape(len(pixels) * bands, -1, WIDTH)
-            return tower.encoder(hidden).last_hidden_state.reshape(len(pixels), -1, WIDTH)
-        return tower(pixels, output_hidden_states=True).hidden_states[-1][:, 1:]
+        seen: Tensor = tower(pixels, output_hidden_states=True).hidden_states[-1]
+        return seen
 
     def patch_loss(self, hidden: Tensor, labels: Tensor, others: float = 1.0) -> Tensor:
         """Sum of the cross-entropies per patch; a fifth of the patches without text count."""
@@ -135,11 +131,11 @@ class Learner(nn.Module):
         hidden = hidden[:, prefix:].unflatten(1, (questions, SLOT))
         return self.model.lm_head(hidden[:, :, QUESTION_WORDS - 1 :]).float()
 
-    def losses(self, batch: Batch, stage: Stage, bands: int = 1, others: float = 1.0) -> dict[str, Tensor]:
+    def losses(self, batch: Batch, stage: Stage, others: float = 1.0) -> dict[str, Tensor]:
         """The losses that the stage asks for, unweighted, and the accuracy of the answers where there are any."""
         out = {}
         with torch.set_grad_enabled(stage.tower):
-            hidden = self.seen(batch.pixels, bands)
+            hidden = self.seen(batch.pixels)
         if stage.tower and stage.patch:
             out["patch"] = self.patch_loss(hidden, batch.labels, others)
         features = self.model.model.multi_modal_projector(hidden)
@@ -168,26 +164,25 @@ def trained(learner: Learner, stage: Stage) -> tuple[list[nn.Parameter], list[nn
 
 
 @torch.no_grad()
-def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool, bands: int = 1) -> dict[str, float]:
+def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool) -> dict[str, float]:
     """Teacher-forced accuracy on pages of held-out prose: per kind of question, and of what is named per patch."""
     sampler = PageSampler(True, 20)
     hits, asked = Counter[str](), Counter[str]()
     core = learner.model.model
-    for grid in (GRID, GRID):
-        batch = sampler.batch(stage.held_out, stage.questions, grid)
-        small = "" if grid == GRID else "small "
+    for _ in range(2):
+        batch = sampler.batch(stage.held_out, stage.questions)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            hidden = learner.seen(batch.pixels, bands if grid == GRID else 1)
+            hidden = learner.seen(batch.pixels)
             for i, (name, head) in enumerate(zip(LABELS, learner.heads, strict=True)):
                 on = batch.labels[:, i] > (1 if name in ("word", "after", "before", "tens", "units", "red") else 0)
-                hits[f"{small}patch {name}"] += int((head(hidden).argmax(-1) == batch.labels[:, i])[on].sum())
-                asked[f"{small}patch {name}"] += int(on.sum())
+                hits[f"patch {name}"] += int((head(hidden).argmax(-1) == batch.labels[:, i])[on].sum())
+                asked[f"patch {name}"] += int(on.sum())
             if stage.answer:
                 logits = learner.answer_logits(core.multi_modal_projector(hidden), batch.slots)
                 right = (logits.argmax(-1) == batch.slots[:, :, QUESTION_WORDS:]).all(-1).flatten().tolist()
                 for kind, ok in zip(batch.kinds.flatten().tolist(), right, strict=True):
-                    hits.update({small + KINDS[kind]: ok, small + "all": ok})
-                    asked.update([small + KINDS[kind], small + "all"])
+                    hits.update({KINDS[kind]: ok, "all": ok})
+                    asked.update([KINDS[kind], "all"])
     return {kind: round(hits[kind] / asked[kind], 3) for kind in asked if asked[kind]}
 
 
@@ -206,31 +201,24 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         step, mean, minutes = state["step"], state["mean"], state["minutes"]
     began = time.monotonic() - 60 * minutes
     while step < stage.steps:
-        bands = stage.bands[len(stage.bands) * step // stage.steps]
-        sampler.lines = (8, 9) if bands > 1 else (3, min(MOST_LINES, stage.rows // 2))
+        sampler.lines = (MOST_LINES, MOST_LINES) if stage.full else (3, min(MOST_LINES, stage.rows // 4))
         sampler.rows = stage.rows
-        grid = (
-            int(sampler.rng.choice([8, 12, 16]))
-            if sampler.rng.random() < stage.smaller and bands == 1 and stage.rows == GRID
-            else GRID
-        )
         for group in optimizer.param_groups:
             group["lr"] = stage.rate(step) * group["scale"]
-        batch = sampler.batch(stage.pages, stage.questions, grid)
+        batch = sampler.batch(stage.pages, stage.questions)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
-            losses = learner.losses(batch, stage, bands, 0.3 if bands == GRID // 2 else 1.0)
+            losses = learner.losses(batch, stage, 0.3 if stage.full else 1.0)
         loss = sum((getattr(stage, name) * losses[name] for name in losses if name != "accuracy"), torch.zeros(()))
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         nn.utils.clip_grad_norm_([*tower, *others], 1.0)
         optimizer.step()
         step += 1
-        if grid == GRID:
-            mean = {name: 0.95 * mean.get(name, value.item()) + 0.05 * value.item() for name, value in losses.items()}
+        mean = {name: 0.95 * mean.get(name, value.item()) + 0.05 * value.item() for name, value in losses.items()}
         if step % 20 == 0 or step == stage.steps:
             log(stage=stage.name, step=step, minutes=round((time.monotonic() - began) / 60, 2), **mean)
         if step % 100 == 0 or step == stage.steps:
-            log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16, bands))
+            log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16))
         if step % 100 == 0 or step == stage.steps:
             state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "mean": mean}
             state |= {"rng": sampler.rng.bit_generator.state, "minutes": (time.monotonic() - began) / 60}

@@ -54,9 +54,7 @@ def _digits() -> Task:
 
     def load() -> tuple[Any, Any]:
         model, processor = digits_model.load()
-        embeddings = model.model.vision_tower.embeddings
-        forward = embeddings.forward
-        embeddings.forward = lambda pixels, **_: forward(pixels, interpolate_pos_encoding=True)
+        any_size(model.model.vision_tower)
         return model, processor
 
     return Task(
@@ -70,6 +68,21 @@ def _digits() -> Task:
     )
 
 
+def any_size(tower: Any) -> None:
+    """Let a tower interpolate its positions, so that it takes smaller pictures; at its own size nothing changes.
+
+    Swin's layers would make their windows smaller for small pictures, and keep them so; here these are padded.
+    """
+    embed = tower.embeddings.forward
+    for layer in (m for m in tower.modules() if hasattr(m, "set_shift_and_window_size")):
+        layer.set_shift_and_window_size = lambda _: None
+
+    def forward(pixel_values: torch.Tensor, **_: Any) -> Any:
+        return embed(pixel_values, interpolate_pos_encoding=True)
+
+    tower.embeddings.forward = forward
+
+
 def _documents(faces: Sequence[str]) -> Task:
     def held_out(n: int, seed: int) -> Rows:
         return [_row(x.image, x.question, x.answer, x.kind) for x in pages.held_out_questions(n, seed, 1, faces)]
@@ -77,22 +90,27 @@ def _documents(faces: Sequence[str]) -> Task:
     def learn(n: int, seed: int) -> Rows:
         return [_row(x.image, x.question, x.answer, x.kind) for x in pages.learnt_questions(n, seed, 4, faces)]
 
+    def load() -> tuple[Any, Any]:
+        model, processor = documents_model.load()
+        any_size(model.model.vision_tower)
+        return model, processor
+
     return Task(
         "documents",
-        documents_model.load,
+        load,
         held_out,
         learn,
         tuple(documents_questions.KINDS),
         60,
-        "pages of three to nine lines of prose, 576 vision tokens, 6 decoder layers",
+        "pages of three to six lines of prose, 576 vision tokens, 6 decoder layers",
     )
 
 
 def task_of(name: str, faces: Sequence[str] = tuple(fonts.FACES)) -> Task:
     """A task by its name; pages are printed in ``faces``.
 
-    The digits' tower is asked to interpolate its positions, so that it takes smaller pictures, though it was trained on
-    none; at its own size that changes nothing. The documents' tower saw smaller pages in training.
+    Both towers are asked to interpolate their positions, so that they take smaller pictures, though they were trained on
+    none.
 
     Raises:
         ValueError: there is none of that name.
