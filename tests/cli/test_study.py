@@ -13,15 +13,14 @@ from PIL import Image
 from rich.console import Console
 
 import vlmrewrite as vr
-from examples.digits import study as command
+from examples.digits.documents import fonts
+from examples.digits.documents.pages import GRID, LABELS, PageSampler, held_out_questions, slot
+from examples.digits.documents.questions import KINDS, PAD, UNK, VOCABULARY, WORDS, Question, Token, ask, prose
 from examples.digits.model import CHECKPOINT
-from examples.documents import fonts
-from examples.documents.pages import GRID, LABELS, PageSampler, held_out_questions, slot
-from examples.documents.questions import KINDS, PAD, UNK, VOCABULARY, WORDS, Question, Token, ask, prose
-from examples.study import claims
-from examples.study.configurations import at_depth
-from examples.study.configurations import methods as configurations
-from examples.study.tables import by_kind, overall
+from examples.digits.study import claims, command
+from examples.digits.study.configurations import at_depth
+from examples.digits.study.configurations import methods as configurations
+from examples.digits.study.tables import by_kind, overall
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* samples. intervals are wide")
 FACES = fonts.IN_MATPLOTLIB

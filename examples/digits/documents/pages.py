@@ -1,8 +1,8 @@
 """Pages of text: layout, rendering, per-patch labels, training batches and held-out questions.
 
-A page is 336x336 RGB: three to six lines, double-spaced, of consecutive prose in one face, with size, spacing, margins, ink and paper
-of its own, numbers in place of some words, and one word in red. Everything is a function of the
-seed, the faces and the prose.
+A page is 336x336 RGB: three to six lines, double-spaced, of consecutive prose in one face, with size, spacing, margins,
+ink and paper of its own, numbers in place of some words, and one word in red. Everything is a function of the seed, the
+faces and the prose.
 """
 
 from __future__ import annotations

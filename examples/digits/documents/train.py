@@ -1,6 +1,6 @@
 """Train the model that reads, from scratch on a CPU, and save it in fp16.
 
-    python -m examples.documents.train                         # from the root of the repository; resumable
+    python -m examples.digits.documents.train                         # from the root of the repository; resumable
 
 Four stages, each with AdamW, warm-up and a cosine:
   L  the tower alone, a line at a time, learns to name, of what is under each patch: letter, word, the words beside it,
@@ -26,8 +26,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..digits.model import answers
-from ..digits.train import Log, build_optimizer
+from ..model import answers
+from ..train import Log, build_optimizer
 from .attention import use
 from .model import CHECKPOINT, WIDTH, build_model, load, save
 from .pages import GRID, LABELS, Batch, PageSampler, held_out_questions
@@ -64,8 +64,10 @@ class Stage:
 STAGES = (
     Stage("L", steps=1300, learning_rate=2e-3, warmup=60, pages=8, full=True),
     Stage("A", steps=400, learning_rate=1.5e-3, warmup=15, pages=8, align=1.0),
-    Stage("B", steps=400, learning_rate=1.5e-3, warmup=40, pages=4, questions=48, answer=1.0, tower=False, rows=12),
-    Stage("C", steps=100, learning_rate=6e-4, warmup=10, pages=4, questions=48, answer=1.0, tower=False),
+    Stage("B", steps=360, learning_rate=1.5e-3, warmup=40, pages=4, questions=48, patch=0.3, align=0.1, answer=1.0,
+          tower_rate=0.5, rows=12),
+    Stage("C", steps=80, learning_rate=6e-4, warmup=10, pages=4, questions=48, patch=0.3, align=0.1, answer=1.0,
+          tower_rate=0.5),
 )  # fmt: skip
 
 

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SwinConfig
 
-from ..digits import model as digits
-from ..digits.model import HEADS, INIT_STD, MLP, WIDTH, alike
+from .. import model as digits
+from ..model import HEADS, INIT_STD, MLP, WIDTH, alike
 from .pages import CANVAS, GRID, MEAN, PATCH, STD, VISION_TOKENS
 from .questions import BOS, EOS, IMAGE, PAD, VOCABULARY
 

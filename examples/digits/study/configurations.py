@@ -1,6 +1,6 @@
 """VISOR's thirteen configurations and STS's three schedules, as the papers have them, on the small models.
 
-    python -m examples.study.configurations --task digits -n 1000 --output configurations-out
+    python -m examples.digits.study.configurations --task digits -n 1000 --output configurations-out
 
 The paper (arXiv 2603.23495) counts self layers from 1: 1, 4, 7, ... 22 of 24; here each stands at the same depth of the
 decoder, and all other layers read vision tokens (cross layers are always on, and with them the model's own weights do

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 
-from ..digits import model as digits_model
-from ..digits import questions as digits_questions
-from ..digits import scenes
+from .. import model as digits_model
+from .. import questions as digits_questions
+from .. import scenes
 from ..documents import fonts, pages
 from ..documents import model as documents_model
 from ..documents import questions as documents_questions
@@ -47,7 +47,7 @@ def _row(image: Any, prompt: str, answer: str, kind: str) -> dict[str, Any]:
 
 
 def _digits() -> Task:
-    from ..digits.blocks import rows
+    from ..blocks import rows
 
     def held_out(n: int, seed: int) -> Rows:
         return [_row(x.image, x.question, x.answer, x.kind) for x in scenes.held_out_questions(n, seed)]
@@ -109,8 +109,8 @@ def _documents(faces: Sequence[str]) -> Task:
 def task_of(name: str, faces: Sequence[str] = tuple(fonts.FACES)) -> Task:
     """A task by its name; pages are printed in ``faces``.
 
-    Both towers are asked to interpolate their positions, so that they take smaller pictures, though they were trained on
-    none.
+    Both towers are asked to interpolate their positions, so that they take smaller pictures, though none were in their
+    training.
 
     Raises:
         ValueError: there is none of that name.

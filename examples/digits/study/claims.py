@@ -1,6 +1,6 @@
 """What the papers say, measured on a pretrained model with data sets of lmms-eval: for whoever has both.
 
-    python -m examples.study.claims llava-hf/llava-1.5-7b-hf --output claims-out --dtype float16 --device cuda
+    python -m examples.digits.study.claims llava-hf/llava-1.5-7b-hf --output claims-out --dtype float16 --device cuda
 
 It reads the data sets by ``datasets`` (pip install datasets), with the prompts of lmms-eval, asks ``-n`` questions of
 each by ``vlmrewrite.evaluate``, which goes on where a run was cut off, and writes ``claims.md``: of every claim the

@@ -7,7 +7,8 @@
 For each share of the FLOPs (1/2, 1/4, 1/8) every technique is the recipe that costs most within it; nothing is chosen
 by accuracy. All are asked the same held-out questions, by ``vlmrewrite.evaluate``. The output folder gets, for each
 task, a folder with all that ``vlmrewrite eval`` writes, and beside it NAME.json, NAME.md, NAME-kinds.md,
-NAME-absent.md and NAME.svg. Trained blocks are taken from examples/study/blocks; ``--train`` trains what is not there.
+NAME-absent.md and NAME.svg. Trained blocks are taken from the folder blocks beside this file; ``--train`` trains what is
+not there.
 """
 
 from __future__ import annotations
@@ -21,14 +22,14 @@ from rich.console import Console
 from vlmrewrite.evaluate import write_whole
 
 from ..documents.fonts import FACES, IN_MATPLOTLIB
-from ..study.blocks import FOLDERS, train
-from ..study.methods import PROFILED, SHARES, methods, trained
-from ..study.run import ask, kept
-from ..study.tables import absent, by_kind, overall, plot
-from ..study.tasks import task_of
+from .blocks import FOLDERS, train
+from .methods import PROFILED, SHARES, methods, trained
+from .run import ask, kept
+from .tables import absent, by_kind, overall, plot
+from .tasks import task_of
 
 TASKS = ("digits", "documents")
-BLOCKS = Path(__file__).parents[1] / "study" / "blocks"
+BLOCKS = Path(__file__).parent / "blocks"
 QUICK = 60
 
 
@@ -89,7 +90,3 @@ def study(args: argparse.Namespace, console: Console) -> None:
 def main() -> None:
     """As a command."""
     study(arguments(), Console(stderr=True))
-
-
-if __name__ == "__main__":
-    main()
