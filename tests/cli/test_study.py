@@ -9,11 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from rich.console import Console
 
 import vlmrewrite as vr
-from examples.digits.documents import fonts
+from examples.digits.documents import fonts, train
+from examples.digits.documents.attention import SHORT, by_picture
+from examples.digits.documents.model import build_model
 from examples.digits.documents.pages import GRID, LABELS, PageSampler, held_out_questions, slot
 from examples.digits.documents.questions import KINDS, PAD, UNK, VOCABULARY, WORDS, Question, Token, ask, prose
 from examples.digits.model import CHECKPOINT
@@ -21,6 +24,7 @@ from examples.digits.study import claims, command
 from examples.digits.study.configurations import at_depth
 from examples.digits.study.configurations import methods as configurations
 from examples.digits.study.tables import by_kind, overall
+from examples.digits.study.tasks import any_size, encoded_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:.* samples. intervals are wide")
 FACES = fonts.IN_MATPLOTLIB
@@ -88,6 +92,44 @@ def test_every_answer_is_in_the_vocabulary() -> None:
         assert record.kind in KINDS and len(record.question.split()) == 4
         assert all(word in VOCABULARY for word in (*record.question.split(), *record.answer.split()))
         assert len(slot(Question(record.kind, record.question, record.answer))) == 7
+
+
+def test_a_tower_takes_smaller_pages_and_its_own_size_as_before() -> None:
+    torch.manual_seed(0)
+    model: Any = build_model().eval()
+    pixels = torch.randn(1, 3, 336, 336)
+    with torch.no_grad(), encoded_once(model):
+        before = model.model.get_image_features(pixels).pooler_output[0]
+        again = model.model.get_image_features(pixels.clone()).pooler_output[0]
+    any_size(model.model.vision_tower)
+    with torch.no_grad():
+        smaller = [model.model.get_image_features(pixels[..., :n, :n]).pooler_output[0] for n in (238, 168, 112)]
+        after = model.model.get_image_features(pixels).pooler_output[0]
+    assert [tuple(x.shape) for x in smaller] == [(289, 128), (144, 128), (64, 128)]
+    assert torch.equal(before, again) and torch.equal(before, after) and before.shape == (576, 128)
+
+
+def test_attention_of_training_is_attention() -> None:
+    torch.manual_seed(0)
+    for tokens in (30, SHORT + 10):
+        q, k, v = (torch.randn(2, 4, tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+        mask = torch.ones(tokens, tokens, dtype=torch.bool).tril()[None, None].expand(2, -1, -1, -1)
+        for seen in (None, mask):
+            made = by_picture(None, q, k, v, seen)[0].transpose(1, 2)
+            right = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=seen)
+            torch.testing.assert_close(made, right, rtol=1e-12, atol=1e-12)
+            out = torch.randn_like(made)
+            for a, b in zip(*(torch.autograd.grad(x, (q, k, v), out) for x in (made, right)), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.slow
+def test_training_runs(tmp_path: Path) -> None:
+    given = ["--smoke", "--questions", "2", "--threads", "1", "--fonts", "matplotlib"]
+    train.main([*given, "--out", str(tmp_path / "out"), "--scratch", str(tmp_path / "scratch")])
+    log = [json.loads(line) for line in (tmp_path / "out" / "train_log.jsonl").read_text().splitlines()]
+    assert {line["stage"] for line in log if "stage" in line} == {"L", "A", "B", "C"}
+    assert log[-1]["questions"] == 2 and (tmp_path / "out" / "model.safetensors").stat().st_size < 12e6
 
 
 @pytest.mark.slow

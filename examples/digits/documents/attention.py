@@ -37,17 +37,20 @@ class _ByPicture(torch.autograd.Function):
         return (d @ k) * ctx.scale, (d.transpose(-1, -2) @ q) * ctx.scale, weights.transpose(-1, -2) @ g, None, None
 
 
+_attend: Any = _ByPicture.apply
+
+
 def by_picture(
     module: Any, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None = None, **_: Any
 ) -> tuple[Tensor, None]:
     """As transformers calls it: q, k, v [B, H, T, D], mask [B, 1, T, T] (True: visible; all rows alike) or None."""
     scale, dtype = scaling or q.shape[-1] ** -0.5, v.dtype
     if mask is None and q.shape[2] < SHORT:
-        return _ByPicture.apply(q.to(dtype), k.to(dtype), v, None, scale).transpose(1, 2), None
+        return _attend(q.to(dtype), k.to(dtype), v, None, scale).transpose(1, 2), None
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape[-2:], dtype=dtype).masked_fill_(~mask[0, 0], torch.finfo(dtype).min)
-    rows = [_ByPicture.apply(*(x.to(dtype) for x in row), bias, scale) for row in zip(q, k, v, strict=True)]
+    rows = [_attend(*(x.to(dtype) for x in row), bias, scale) for row in zip(q, k, v, strict=True)]
     return torch.stack(rows).transpose(1, 2), None
 
 

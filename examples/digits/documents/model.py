@@ -22,7 +22,7 @@ TOWER_LAYERS, DECODER_LAYERS, WINDOW = 4, 6, 12
 CHECKPOINT = Path(__file__).parent / "checkpoint"
 
 
-def build_model() -> LlavaForConditionalGeneration:
+def build_model() -> Any:
     """A freshly initialised model; queries and keys start alike, and the tower's positions as waves of both axes."""
     vision = SwinConfig(
         embed_dim=WIDTH,

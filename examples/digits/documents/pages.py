@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from ..scenes import HeldOut
 from .fonts import FACES, face
 from .questions import (
     ANSWER_TOKENS,
@@ -55,15 +56,6 @@ LABELS = {
     "units": 12,
     "red": 3,  # no, yes
 }
-
-
-class HeldOut(NamedTuple):
-    """One evaluation record: a page, a question about it and the true answer."""
-
-    image: Image.Image
-    kind: str
-    question: str
-    answer: str
 
 
 class Batch(NamedTuple):

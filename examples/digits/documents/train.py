@@ -6,7 +6,7 @@ Four stages, each with AdamW, warm-up and a cosine:
   L  the tower alone, a line at a time, learns to name, of what is under each patch: letter, word, the words beside it,
      place in the line, number and colour;
   A  the same of more and more lines, then of whole pages, and the number of the line; with projector and word
-     embeddings: a patch's projected feature shall lie nearest to its word, as in CLIP;
+     embeddings: a patch's projected feature shall lie nearest to the words for it and its place, as in CLIP;
   B  projector and decoder answer questions about pages whose upper part alone holds text and is seen, packed into one
      sequence in which a question sees the page and itself only; the tower stays as it is;
   C  the same of whole pages.
@@ -18,6 +18,7 @@ import argparse
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import answers
+from ..model import WIDTH, answers
 from ..train import Log, build_optimizer
 from .attention import use
-from .model import CHECKPOINT, WIDTH, build_model, load, save
+from .fonts import FACES, IN_MATPLOTLIB
+from .model import CHECKPOINT, build_model, load, save
 from .pages import GRID, LABELS, Batch, PageSampler, held_out_questions
-from .questions import BOS, KINDS, MOST_LINES, QUESTION_WORDS, VOCABULARY, WORDS
+from .questions import BOS, DIGITS, KINDS, MOST_LINES, QUESTION_WORDS, SIDES, VOCABULARY, WORDS
 
 SLOT = QUESTION_WORDS + 2  # a question and its answer; what is behind the answer's last token is target only
 
@@ -50,7 +52,6 @@ class Stage:
     align: float = 0.0
     answer: float = 0.0
     tower_rate: float = 1.0
-    tower: bool = True  # whether the tower learns
     full: bool = False  # whether all pages have as many lines as fit; labels of what is around a word weigh less
     rows: int = GRID  # of patches that hold text, from the top; the decoder sees these alone
     held_out: int = 24
@@ -64,10 +65,10 @@ class Stage:
 STAGES = (
     Stage("L", steps=1300, learning_rate=2e-3, warmup=60, pages=8, full=True),
     Stage("A", steps=400, learning_rate=1.5e-3, warmup=15, pages=8, align=1.0),
-    Stage("B", steps=360, learning_rate=1.5e-3, warmup=40, pages=4, questions=48, patch=0.3, align=0.1, answer=1.0,
-          tower_rate=0.5, rows=12),
-    Stage("C", steps=80, learning_rate=6e-4, warmup=10, pages=4, questions=48, patch=0.3, align=0.1, answer=1.0,
-          tower_rate=0.5),
+    Stage("B", steps=1600, learning_rate=1.2e-3, warmup=40, pages=8, questions=32, patch=0.3, align=1.0, answer=1.0,
+          tower_rate=0.3, rows=12),
+    Stage("C", steps=250, learning_rate=6e-4, warmup=10, pages=8, questions=32, patch=0.3, align=0.5, answer=1.0,
+          tower_rate=0.3),
 )  # fmt: skip
 
 
@@ -91,13 +92,11 @@ class Learner(nn.Module):
         self.model = build_model()
         use(self.model)
         self.heads = nn.ModuleList(nn.Linear(WIDTH, n) for n in LABELS.values())
-        self.words = torch.tensor([VOCABULARY[w] for w in WORDS])
 
     def seen(self, pixels: Tensor) -> Tensor:
         """What the projector takes, [B, patches, D]."""
         tower: Any = self.model.model.vision_tower
-        seen: Tensor = tower(pixels, output_hidden_states=True).hidden_states[-1]
-        return seen
+        return torch.as_tensor(tower(pixels, output_hidden_states=True).hidden_states[-1])
 
     def patch_loss(self, hidden: Tensor, labels: Tensor, others: float = 1.0) -> Tensor:
         """Sum of the cross-entropies per patch; a fifth of the patches without text count."""
@@ -109,12 +108,25 @@ class Learner(nn.Module):
         return total
 
     def align_loss(self, features: Tensor, labels: Tensor) -> Tensor:
-        """A patch's projected feature is nearest, by cosine, to its word."""
-        on = labels[:, 1] > 1
-        patches = F.normalize(features[on].float(), dim=-1)
+        """A patch's projected feature is nearest, by cosine, to its word, its line, its side, and first or last."""
+        word, line, edge = (labels[:, list(LABELS).index(name)] for name in ("word", "line", "edge"))
+        side = (torch.arange(GRID) * len(SIDES) // GRID).expand(len(labels), GRID, -1).flatten(1)
+        targets = (
+            (WORDS, word - 2, word > 1),
+            (DIGITS[1 : 1 + MOST_LINES], line - 1, line > 0),
+            (SIDES, side, line > 0),
+            (["First", "Last"], edge - 2, (edge == 2) | (edge == 3)),
+        )
         table: Any = self.model.get_input_embeddings()
-        words = F.normalize(table.weight[self.words], dim=-1)
-        return F.cross_entropy(20 * patches @ words.T, labels[:, 1][on] - 2)
+        patches, words, total = (
+            F.normalize(features.float(), dim=-1),
+            F.normalize(table.weight, dim=-1),
+            torch.zeros(()),
+        )
+        for names, target, on in targets:
+            known = words[torch.tensor([VOCABULARY[name] for name in names])]
+            total = total + F.cross_entropy(20 * patches[on] @ known.T, target[on])
+        return total
 
     def answer_logits(self, features: Tensor, slots: Tensor, full: int = 0) -> Tensor:
         """Logits at each question's last word and at both tokens of its answer, [B, n, 3, V]."""
@@ -131,14 +143,13 @@ class Learner(nn.Module):
             use_cache=False,
         ).last_hidden_state
         hidden = hidden[:, prefix:].unflatten(1, (questions, SLOT))
-        return self.model.lm_head(hidden[:, :, QUESTION_WORDS - 1 :]).float()
+        return torch.as_tensor(self.model.lm_head(hidden[:, :, QUESTION_WORDS - 1 :])).float()
 
     def losses(self, batch: Batch, stage: Stage, others: float = 1.0) -> dict[str, Tensor]:
         """The losses that the stage asks for, unweighted, and the accuracy of the answers where there are any."""
         out = {}
-        with torch.set_grad_enabled(stage.tower):
-            hidden = self.seen(batch.pixels)
-        if stage.tower and stage.patch:
+        hidden = self.seen(batch.pixels)
+        if stage.patch:
             out["patch"] = self.patch_loss(hidden, batch.labels, others)
         features = self.model.model.multi_modal_projector(hidden)
         if stage.align:
@@ -157,7 +168,7 @@ class Learner(nn.Module):
 def trained(learner: Learner, stage: Stage) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters that a stage trains: those of tower and heads, and the others."""
     core = learner.model.model
-    tower = [*core.vision_tower.parameters(), *learner.heads.parameters()] if stage.tower else []
+    tower = [*core.vision_tower.parameters(), *learner.heads.parameters()]
     if stage.answer:
         return tower, [*core.multi_modal_projector.parameters(), *core.language_model.parameters()]
     if stage.align:
@@ -166,9 +177,9 @@ def trained(learner: Learner, stage: Stage) -> tuple[list[nn.Parameter], list[nn
 
 
 @torch.no_grad()
-def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool) -> dict[str, float]:
+def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool, faces: Sequence[str]) -> dict[str, float]:
     """Teacher-forced accuracy on pages of held-out prose: per kind of question, and of what is named per patch."""
-    sampler = PageSampler(True, 20)
+    sampler = PageSampler(True, 20, faces)
     hits, asked = Counter[str](), Counter[str]()
     core = learner.model.model
     for _ in range(2):
@@ -188,16 +199,25 @@ def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool) -> dict[str, f
     return {kind: round(hits[kind] / asked[kind], 3) for kind in asked if asked[kind]}
 
 
-def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Path, log: Log, minutes: float) -> float:
+def run_stage(
+    learner: Learner,
+    stage: Stage,
+    seed: int,
+    bf16: bool,
+    faces: Sequence[str],
+    scratch: Path,
+    log: Log,
+    minutes: float,
+) -> float:
     """Train one stage, from its snapshot in ``scratch`` if there is one. Returns the minutes used so far."""
-    sampler = PageSampler(False, seed)
+    sampler = PageSampler(False, seed, faces)
     tower, others = trained(learner, stage)
     optimizer = build_optimizer(tower, others, stage.tower_rate)
     snapshot, step, mean = scratch / f"stage-{stage.name}.pt", 0, dict[str, float]()
     if snapshot.exists():
         state = torch.load(snapshot, weights_only=False)
         learner.load_state_dict(state["learner"])
-        if step != stage.steps and state["optimizer"] is not None:
+        if state["optimizer"] is not None:  # of what was trained in this form
             optimizer.load_state_dict(state["optimizer"])
         sampler.rng.bit_generator.state = state["rng"]
         step, mean, minutes = state["step"], state["mean"], state["minutes"]
@@ -220,7 +240,7 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         if step % 20 == 0 or step == stage.steps:
             log(stage=stage.name, step=step, minutes=round((time.monotonic() - began) / 60, 2), **mean)
         if step % 100 == 0 or step == stage.steps:
-            log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16))
+            log(stage=stage.name, step=step, held_out=held_out_accuracy(learner, stage, bf16, faces))
         if step % 100 == 0 or step == stage.steps:
             state = {"learner": learner.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "mean": mean}
             state |= {"rng": sampler.rng.bit_generator.state, "minutes": (time.monotonic() - began) / 60}
@@ -228,9 +248,9 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
     return (time.monotonic() - began) / 60
 
 
-def final_accuracy(model: Any, processor: Any, n: int) -> dict[str, float]:
+def final_accuracy(model: Any, processor: Any, n: int, faces: Sequence[str]) -> dict[str, float]:
     """Accuracy of greedy ``generate()`` on held-out questions, overall and per kind."""
-    records = held_out_questions(n)
+    records = held_out_questions(n, faces=faces)
     right = [a == r.answer for r, a in zip(records, answers(model, processor, records), strict=True)]
     asked, hits = Counter(r.kind for r in records), Counter[str]()
     for record, ok in zip(records, right, strict=True):
@@ -238,7 +258,7 @@ def final_accuracy(model: Any, processor: Any, n: int) -> dict[str, float]:
     return {"all": sum(right) / n} | {kind: hits[kind] / asked[kind] for kind in KINDS if asked[kind]}
 
 
-def main() -> None:
+def main(given: list[str] | None = None) -> None:
     """Run the stages, save, and measure what was saved."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=CHECKPOINT, help="folder of the finished model")
@@ -248,8 +268,10 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--fp32", action="store_true", help="no bf16 autocast (for CPUs without bf16 instructions)")
     parser.add_argument("--smoke", action="store_true", help="one step of each stage on one page: does it run?")
+    parser.add_argument("--fonts", choices=["all", "matplotlib"], default="all", help="faces of the pages")
     parser.add_argument("--questions", type=int, default=500, help="held-out questions of the final evaluation")
-    args = parser.parse_args()
+    args = parser.parse_args(given)
+    faces = tuple(FACES) if args.fonts == "all" else IN_MATPLOTLIB
     torch.set_num_threads(args.threads)
     torch.manual_seed(args.seed)
     for folder in (args.out, args.scratch):
@@ -263,9 +285,14 @@ def main() -> None:
     for i, stage in enumerate(STAGES):
         if args.smoke:
             stage = replace(stage, steps=1, pages=1, held_out=1)
-        minutes = run_stage(learner, stage, args.seed + 100 * (i + 1), not args.fp32, args.scratch, log, minutes)
+        seed = args.seed + 100 * (i + 1)
+        minutes = run_stage(learner, stage, seed, not args.fp32, faces, args.scratch, log, minutes)
     save(learner.model, args.out)
-    log(minutes=round(minutes, 1), questions=args.questions, final=final_accuracy(*load(args.out), args.questions))
+    log(
+        minutes=round(minutes, 1),
+        questions=args.questions,
+        final=final_accuracy(*load(args.out), args.questions, faces),
+    )
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ paper's number and the one found. ``--blocks`` names a folder that ``vlmrewrite 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -148,7 +149,7 @@ def table(done: Mapping[str, Evaluation], blocks: str | None) -> str:
 
 def _hub(path: str, config: str | None, split: str) -> Iterable[Mapping[str, Any]]:
     try:
-        import datasets
+        datasets: Any = importlib.import_module("datasets")
     except ImportError:
         raise ImportError("the data sets are read by datasets: pip install datasets") from None
     found: Iterable[Mapping[str, Any]] = datasets.load_dataset(path, config, split=split)

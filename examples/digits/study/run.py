@@ -100,7 +100,8 @@ def summary(
         for control in CONTROLS:
             other = Method(control, method.share).name
             if other in scores and other != row.recipe:
-                found = paired(*([scores[name][i] or 0.0 for i in whole] for name in (other, row.recipe)))
+                before, after = ([scores[name][i] or 0.0 for i in whole] for name in (other, row.recipe))
+                found = paired(before, after)
                 versus[control] = {"difference": found.difference, "interval": found.interval}
         told = {"technique": method.technique, "share": method.share, "blocks": method.blocks}
         recipe = method.recipe if isinstance(method.recipe, vr.Recipe) else None
@@ -110,11 +111,17 @@ def summary(
         for m in methods
         if m.recipe is None
     ]
-    told = {"task": task.name, "about": task.about, "n": len(whole), "seed": task.seed, "kinds": task.kinds}
-    told |= {"rows": out, "absent": absent, "failures": len(asked) - len(whole)}
-    told["settings"] = {key: about[key] for key in ("device", "torch", "batch") if key in about}
-    plain: dict[str, Any] = json.loads(json.dumps(told))
-    return plain
+    plain: dict[str, Any] = {
+        "task": task.name,
+        "about": task.about,
+        "n": len(whole),
+        "seed": task.seed,
+        "kinds": task.kinds,
+    }
+    plain |= {"rows": out, "absent": absent, "failures": len(asked) - len(whole)}
+    plain["settings"] = {key: about[key] for key in ("device", "torch", "batch") if key in about}
+    listed: dict[str, Any] = json.loads(json.dumps(plain))
+    return listed
 
 
 def _name(method: Method) -> str:
