@@ -22,6 +22,7 @@ from rich.console import Console
 from vlmrewrite.evaluate import write_whole
 
 from ..documents.fonts import FACES, IN_MATPLOTLIB
+from ..documents.model import CHECKPOINT
 from .blocks import FOLDERS, train
 from .methods import PROFILED, SHARES, methods, trained
 from .run import ask, kept
@@ -51,6 +52,7 @@ def arguments(given: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--fonts", choices=["all", "matplotlib"], default="all", help="faces of the pages: all, or those in matplotlib"
     )
+    parser.add_argument("--documents", type=Path, default=CHECKPOINT, help="folder of the model that reads pages")
     return parser.parse_args(given)
 
 
@@ -59,8 +61,9 @@ def study(args: argparse.Namespace, console: Console) -> None:
     shares = args.share or (["1/4"] if args.quick else list(SHARES))
     n = args.n or (QUICK if args.quick else 3000)
     torch.set_num_threads(args.threads)
-    for name in args.task:
-        task = task_of(name, tuple(FACES) if args.fonts == "all" else IN_MATPLOTLIB)
+    faces = tuple(FACES) if args.fonts == "all" else IN_MATPLOTLIB
+    for task in [task_of(name, faces, args.documents) for name in args.task]:
+        name = task.name
         model, processor = task.load()
         with console.status(f"{name}: recipes of equal cost"):
             rows = methods(model, processor, task.learn(PROFILED, 7), shares, args.only)

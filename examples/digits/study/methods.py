@@ -137,5 +137,5 @@ def trained(folder: Path, share_of: dict[str, str]) -> list[Method]:
         if (folder / name).is_dir():
             out.append(Method(technique, share, "trained", folder / name))
         else:
-            out.append(Method(technique, share, "trained", reason=f"no blocks in {folder / name}: --train makes them"))
+            out.append(Method(technique, share, "trained", reason=f"the blocks {name} are not trained: --train does"))
     return out

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -83,7 +84,7 @@ def any_size(tower: Any) -> None:
     tower.embeddings.forward = forward
 
 
-def _documents(faces: Sequence[str]) -> Task:
+def _documents(faces: Sequence[str], checkpoint: Path) -> Task:
     def held_out(n: int, seed: int) -> Rows:
         return [_row(x.image, x.question, x.answer, x.kind) for x in pages.held_out_questions(n, seed, 1, faces)]
 
@@ -91,7 +92,7 @@ def _documents(faces: Sequence[str]) -> Task:
         return [_row(x.image, x.question, x.answer, x.kind) for x in pages.learnt_questions(n, seed, 4, faces)]
 
     def load() -> tuple[Any, Any]:
-        model, processor = documents_model.load()
+        model, processor = documents_model.load(checkpoint)
         any_size(model.model.vision_tower)
         return model, processor
 
@@ -106,22 +107,29 @@ def _documents(faces: Sequence[str]) -> Task:
     )
 
 
-def task_of(name: str, faces: Sequence[str] = tuple(fonts.FACES)) -> Task:
-    """A task by its name; pages are printed in ``faces``.
+def task_of(
+    name: str, faces: Sequence[str] = tuple(fonts.FACES), checkpoint: Path = documents_model.CHECKPOINT
+) -> Task:
+    """A task by its name; pages are printed in ``faces``, and read by the model in ``checkpoint``.
 
     Both towers are asked to interpolate their positions, so that they take smaller pictures, though none were in their
     training.
 
     Raises:
         ValueError: there is none of that name.
-        FileNotFoundError: a face is not on this machine.
+        FileNotFoundError: a face is not on this machine, or there is no model of the documents.
     """
     if name == "digits":
         return _digits()
     if name == "documents":
         for one in faces:
             fonts.face(one)
-        return _documents(faces)
+        if not (checkpoint / "config.json").is_file():
+            raise FileNotFoundError(
+                f"{checkpoint}: no model of the documents: python -m examples.digits.documents.train makes one in some"
+                " hours; or take --task digits"
+            )
+        return _documents(faces, checkpoint)
     raise ValueError(f"expected the task 'digits' or 'documents', got {name!r}")
 
 
