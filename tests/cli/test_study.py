@@ -37,9 +37,7 @@ def test_a_font_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_model_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(
-        FileNotFoundError, match="no model of the documents: python -m examples"
-    ):
+    with pytest.raises(FileNotFoundError, match="no model of the documents: python -m examples"):
         task_of("documents", FACES, tmp_path)
     with pytest.raises(ValueError, match="expected the task 'digits' or 'documents', got 'pages'"):
         task_of("pages")

@@ -65,9 +65,9 @@ class Stage:
 STAGES = (
     Stage("L", steps=1300, learning_rate=2e-3, warmup=60, pages=8, full=True),
     Stage("A", steps=400, learning_rate=1.5e-3, warmup=15, pages=8, align=1.0),
-    Stage("B", steps=1400, learning_rate=1.2e-3, warmup=40, pages=8, questions=32, patch=0.3, align=1.0, answer=1.0,
+    Stage("B", steps=1250, learning_rate=1.2e-3, warmup=40, pages=8, questions=32, patch=0.3, align=1.0, answer=1.0,
           tower_rate=0.3, rows=12),
-    Stage("C", steps=100, learning_rate=6e-4, warmup=10, pages=8, questions=32, patch=0.3, align=0.5, answer=1.0,
+    Stage("C", steps=1500, learning_rate=1e-3, warmup=30, pages=8, questions=32, patch=0.3, align=0.5, answer=1.0,
           tower_rate=0.3),
 )  # fmt: skip
 

@@ -1,14 +1,14 @@
-"""The study: every technique, trained and untrained, and the controls at equal FLOPs, on two tasks.
+"""The study: every technique, trained and untrained, and the controls at equal FLOPs, on digits, or documents too.
 
     python -m examples.digits.study                          # from the root of the repository: hours; resumable
     python -m examples.digits.study --quick                  # the same with 60 questions at 1/4 of the FLOPs: minutes
-    python -m examples.digits.study --task digits -n 500
+    python -m examples.digits.study --task digits documents -n 500
 
 For each share of the FLOPs (1/2, 1/4, 1/8) every technique is the recipe that costs most within it; nothing is chosen
 by accuracy. All are asked the same held-out questions, by ``vlmrewrite.evaluate``. The output folder gets, for each
 task, a folder with all that ``vlmrewrite eval`` writes, and beside it NAME.json, NAME.md, NAME-kinds.md,
 NAME-absent.md and NAME.svg. Trained blocks are taken from the folder blocks beside this file; ``--train`` trains what
-is not there.
+is not there. The model that reads documents has to be trained first: python -m examples.digits.documents.train.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ QUICK = 60
 def arguments(given: list[str] | None = None) -> argparse.Namespace:
     """What the command line says."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--task", nargs="+", choices=TASKS, default=list(TASKS))
+    parser.add_argument("--task", nargs="+", choices=TASKS, default=["digits"], help="digits alone, if not said")
     parser.add_argument("-n", type=int, help=f"held-out questions of each task (3000; with --quick {QUICK})")
     parser.add_argument("--quick", action="store_true", help="few questions, at 1/4 of the FLOPs alone")
     parser.add_argument("--share", nargs="+", choices=list(SHARES), help="of the FLOPs (all three; with --quick 1/4)")
