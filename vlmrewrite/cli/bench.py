@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -21,7 +21,6 @@ from vlmrewrite.cli.options import (
     unset,
 )
 from vlmrewrite.cli.terminal import as_json, check_json, print_table
-from vlmrewrite.ops import Running
 
 
 @app.command()
@@ -38,7 +37,9 @@ def bench(
     prompt: Annotated[str | None, typer.Option(help="Question about the image files.")] = None,
     repeat: Annotated[int, typer.Option(help="Counted rounds, after one that is not counted.")] = 7,
     new_tokens: Annotated[int, typer.Option(help="Tokens decoded in each round.")] = 16,
-    backend: Annotated[Running, typer.Option(help="What runs all of them.")] = "eager",
+    backend: Annotated[
+        Literal["eager", "inductor", "inductor-whole"], typer.Option(help="What runs all of them.")
+    ] = "eager",
     native: Annotated[
         bool, typer.Option("--native", help="Also measure a hand-written loop on the tokens that each recipe kept.")
     ] = False,
