@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
@@ -16,6 +17,7 @@ from transformers.cache_utils import (
 )
 
 from vlmrewrite.hf.decoder import decoder_layers
+from vlmrewrite.hf.inputs import argument_names
 
 _USUAL = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -41,9 +43,14 @@ def is_recurrent(layer: object) -> bool:
     return isinstance(layer, LinearAttentionCacheLayerMixin) and not isinstance(layer, CacheLayerMixin)
 
 
-def feedforward_layers(model: nn.Module) -> list[int]:
-    """The decoder layers that keep nothing, because no token meets another in them."""
-    idle = [i for i, layer in enumerate(cache_layers(model)) if isinstance(layer, DummyLayer)]
+def feedforward_layers(model: nn.Module, layers: Sequence[Any] | None = None) -> list[int]:
+    """The decoder layers that keep nothing, because no token meets another in them.
+
+    Args:
+        model: whose decoder.
+        layers: what :func:`cache_layers` returned, if it has been asked.
+    """
+    idle = [i for i, x in enumerate(cache_layers(model) if layers is None else layers) if isinstance(x, DummyLayer)]
     names = decoder_layers(model) if idle else []
     inside = {i: list(model.get_submodule(names[i]).modules())[1:] for i in idle}
     return [i for i in idle if not any(map(cache_argument, inside[i]))]
@@ -56,7 +63,8 @@ def refuse_cache_layers(model: nn.Module) -> None:
         ValueError: a layer keeps keys and a state side by side, or more than keys, values and an index over them; or
             layers with a state stand among others that share keys; or an index goes by what other layers make.
     """
-    layers, alone = cache_layers(model), feedforward_layers(model)
+    layers = cache_layers(model)
+    alone = feedforward_layers(model, layers)
     for i, layer in enumerate(layers):
         kept = None
         if isinstance(layer, LinearAttentionCacheLayerMixin) and not is_recurrent(layer):
@@ -126,5 +134,5 @@ def mixer_of(layer: nn.Module) -> nn.Module:
 
 def cache_argument(module: nn.Module) -> str | None:
     """The name under which a module's forward takes the cache, or None."""
-    parameters = inspect.signature(type(module).forward).parameters
-    return next((name for name in CACHE_ARGUMENTS if name in parameters), None)
+    names = argument_names(type(module).forward)
+    return next((name for name in CACHE_ARGUMENTS if name in names), None)

@@ -29,7 +29,7 @@ class PositionCache(Cache):
     def __init__(self, model: nn.Module | None = None) -> None:
         kinds = [] if model is None else cache_layers(model)
         states = {i: x.number_of_states for i, x in enumerate(kinds) if is_recurrent(x)}
-        states |= {} if model is None else dict.fromkeys(feedforward_layers(model), 0)
+        states |= {} if model is None else dict.fromkeys(feedforward_layers(model, kinds), 0)
         if states:
             made = [StateLayer(states[i]) if i in states else PositionLayer() for i in range(len(kinds))]
             super().__init__(layers=made)  # type: ignore[arg-type]

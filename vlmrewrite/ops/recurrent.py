@@ -102,7 +102,7 @@ def swap_mixers(model: nn.Module) -> Callable[[], None]:
     for mixer in mixers:
         mixer.probe(int(text.hidden_size))
     forwards = [_forward_of(mixer, type(m).forward) for mixer, m in zip(mixers, modules, strict=True)]
-    idle = feedforward_layers(model)
+    idle = feedforward_layers(model, layers)
     alone = [model.get_submodule(name) for i, name in enumerate(decoder_layers(model)) if i in idle]
     modules, forwards = [*modules, *alone], [*forwards, *map(_entered, alone)]
     for module, index in indexed_mixers(model).values():
