@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import flop_registry, register_flop_formula
 
-from vlmrewrite.compat import tree_flatten, tree_leaves, tree_unflatten
 from vlmrewrite.errors import shown
 from vlmrewrite.ops.device import kernels_missing, launcher
+from vlmrewrite.ops.recomputing import given_back, recomputed, remember
 
 REFERENCES: dict[object, Callable[..., Any]] = {}
 """Operator -> the Python function that defines it."""
@@ -215,36 +215,14 @@ def _register_kernel(name: str, schema: str, backward: bool) -> Any:
     torch.library.register_fake(f"vlm_triton::{name}", fake, lib=_triton)
     if backward:
         through = _through(lambda *args: _DEFINED[name].reference(*args))
-        torch.library.register_autograd(f"vlm_triton::{name}", through, setup_context=_remember, lib=_triton)
+        torch.library.register_autograd(f"vlm_triton::{name}", through, setup_context=remember, lib=_triton)
     return getattr(torch.ops.vlm_triton, name).default
-
-
-def _remember(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    leaves, ctx.spec = tree_flatten(inputs)
-    ctx.holds = [any(isinstance(x, Tensor) for x in tree_leaves(i)) for i in inputs]
-    ctx.others = [None if isinstance(x, Tensor) else x for x in leaves]
-    ctx.tensors = [i for i, x in enumerate(leaves) if isinstance(x, Tensor)]
-    ctx.save_for_backward(*(leaves[i] for i in ctx.tensors))
 
 
 def _through(reference: Callable[..., Any]) -> Callable[..., Any]:
     """The gradient of an operator, from its inputs and its reference."""
 
-    def backward(ctx: Any, *gradients: Any) -> Any:
-        leaves: list[Any] = list(ctx.others)
-        for i, x in zip(ctx.tensors, ctx.saved_tensors, strict=True):
-            leaves[i] = x.detach().requires_grad_(x.requires_grad)
-        wanted = [i for i in ctx.tensors if leaves[i].requires_grad]
-        with torch.enable_grad():
-            made = tree_leaves(reference(*tree_unflatten(leaves, ctx.spec)))
-        given = tree_leaves(gradients, is_leaf=lambda x: x is None)
-        pairs = [(o, g) for o, g in zip(made, given, strict=True) if g is not None and o.requires_grad]
-        outs, grads = [o for o, _ in pairs], [g for _, g in pairs]
-        found = torch.autograd.grad(outs, [leaves[i] for i in wanted], grads, allow_unused=True)
-        result: list[Any] = [None] * len(leaves)
-        for i, g in zip(wanted, found, strict=True):
-            result[i] = g
-        for_each = zip(tree_unflatten(result, ctx.spec), ctx.holds, strict=True)
-        return tuple(x if holds else None for x, holds in for_each)
+    def compute(gradients: Any, inputs: Any, wanted: Any) -> list[Tensor | None]:
+        return [g for _, g in recomputed(reference, gradients, inputs, wanted)]
 
-    return backward
+    return lambda ctx, *gradients: given_back(ctx, gradients, compute)
