@@ -6,9 +6,10 @@ A prompt is "<image> " and four words; the processor turns it into <bos>, 144 x 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tokenizers import Tokenizer
@@ -52,14 +53,25 @@ def build_model() -> LlavaForConditionalGeneration:
         patch_size=PATCH,
         projection_dim=WIDTH,
     )
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
+    text = text_config(len(VOCABULARY), DECODER_LAYERS, positions=512)
+    model = LlavaForConditionalGeneration(llava_config(vision, text, VISION_TOKENS, strategy="default"))
+    with torch.no_grad():
+        for layer in model.model.language_model.layers:
+            alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
+    greedy(model)
+    return model
+
+
+def text_config(words: int, layers: int, positions: int) -> LlamaConfig:
+    """Of a decoder with so many words, layers and positions."""
+    return LlamaConfig(
+        vocab_size=words,
         hidden_size=WIDTH,
         intermediate_size=MLP,
-        num_hidden_layers=DECODER_LAYERS,
+        num_hidden_layers=layers,
         num_attention_heads=HEADS,
         num_key_value_heads=HEADS,
-        max_position_embeddings=512,
+        max_position_embeddings=positions,
         initializer_range=INIT_STD,
         rope_parameters={"rope_type": "default", "rope_theta": 1e5},
         bos_token_id=BOS,
@@ -67,22 +79,20 @@ def build_model() -> LlavaForConditionalGeneration:
         pad_token_id=PAD,
         tie_word_embeddings=True,
     )
-    config = LlavaConfig(
+
+
+def llava_config(vision: Any, text: LlamaConfig, tokens: int, strategy: Literal["default", "full"]) -> LlavaConfig:
+    """Of a model whose decoder is given all of the tower's last layer, but for what ``strategy`` leaves out."""
+    return LlavaConfig(
         vision_config=vision,
         text_config=text,
         image_token_index=IMAGE,
         projector_hidden_act="gelu",
-        vision_feature_select_strategy="default",
+        vision_feature_select_strategy=strategy,
         vision_feature_layer=-1,
-        image_seq_length=VISION_TOKENS,
+        image_seq_length=tokens,
         tie_word_embeddings=True,
     )
-    model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():
-        for layer in model.model.language_model.layers:
-            alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)
-    greedy(model)
-    return model
 
 
 def alike(query: torch.Tensor, key: torch.Tensor) -> None:
@@ -166,3 +176,12 @@ def answers(model: Any, processor: Any, records: Sequence[HeldOut], batch: int =
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         out += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return out
+
+
+def final_accuracy(model: Any, processor: Any, records: Sequence[Any], kinds: Sequence[str]) -> dict[str, float]:
+    """Accuracy of greedy ``generate()`` on held-out questions, overall and of each of their kinds."""
+    right = [a == r.answer for a, r in zip(answers(model, processor, records), records, strict=True)]
+    asked, hits = Counter(r.kind for r in records), Counter[str]()
+    for record, ok in zip(records, right, strict=True):
+        hits[record.kind] += ok
+    return {"all": sum(right) / len(records)} | {kind: hits[kind] / asked[kind] for kind in kinds if asked[kind]}

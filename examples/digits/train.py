@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
-from .model import CHECKPOINT, WIDTH, answers, build_model, load, save
+from .model import CHECKPOINT, WIDTH, build_model, final_accuracy, load, save
 from .questions import BOS, CELLS, COLOR_NAMES, DIGITS, EOS, KINDS, QUESTION_WORDS, VOCABULARY
 from .scenes import (
     DIGITS_SHARES,
@@ -155,7 +155,7 @@ class Learner(nn.Module):
         return out
 
 
-def trained(learner: Learner, stage: Stage) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
+def trained(learner: Any, stage: Any) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """The parameters that a stage trains: those of tower and heads, and the others."""
     core = learner.model.model
     tower = [*core.vision_tower.parameters(), *learner.heads.parameters()]
@@ -173,6 +173,15 @@ def build_optimizer(tower: list[nn.Parameter], others: list[nn.Parameter], tower
         groups.append({"params": [p for p in parameters if p.ndim > 1], "weight_decay": 0.05, "scale": scale})
         groups.append({"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0, "scale": scale})
     return torch.optim.AdamW([g for g in groups if g["params"]], betas=(0.9, 0.98))
+
+
+def descend(optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], losses: Any, stage: Any) -> None:
+    """One step down the sum of the losses, each by its weight in the stage."""
+    loss = sum((getattr(stage, name) * losses[name] for name in losses if name != "accuracy"), torch.zeros(()))
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimizer.step()
 
 
 @torch.no_grad()
@@ -233,11 +242,7 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
         batch = sampler.batch(stage.scenes, stage.questions, stage.dense)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = learner.losses(batch, stage)
-        loss = sum((getattr(stage, name) * losses[name] for name in losses if name != "accuracy"), torch.zeros(()))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([*tower, *others], 1.0)
-        optimizer.step()
+        descend(optimizer, [*tower, *others], losses, stage)
         step += 1
         mean = {name: 0.97 * mean.get(name, value.item()) + 0.03 * value.item() for name, value in losses.items()}
         if step % 50 == 0 or step == stage.steps:
@@ -249,16 +254,6 @@ def run_stage(learner: Learner, stage: Stage, seed: int, bf16: bool, scratch: Pa
             state |= {"rng": sampler.rng.bit_generator.state, "minutes": (time.monotonic() - began) / 60}
             torch.save(state, snapshot)
     return (time.monotonic() - began) / 60
-
-
-def final_accuracy(model: Any, processor: Any, n: int) -> dict[str, float]:
-    """Accuracy of greedy ``generate()`` on held-out questions, overall and per kind."""
-    records = held_out_questions(n)
-    right = [a == r.answer for a, r in zip(answers(model, processor, records), records, strict=True)]
-    asked, hits = Counter(r.kind for r in records), Counter[str]()
-    for record, ok in zip(records, right, strict=True):
-        hits[record.kind] += ok
-    return {"all": sum(right) / n} | {kind: hits[kind] / asked[kind] for kind in KINDS if asked[kind]}
 
 
 def main() -> None:
@@ -293,7 +288,8 @@ def main() -> None:
             stage = replace(stage, steps=1, scenes=1, variants=1, backgrounds=9, held_out=1)
         minutes = run_stage(learner, stage, args.seed + 100 * (i + 1), not args.fp32, args.scratch, log, minutes)
     save(learner.model, args.out)
-    log(minutes=round(minutes, 1), questions=args.questions, final=final_accuracy(*load(args.out), args.questions))
+    final = final_accuracy(*load(args.out), held_out_questions(args.questions), KINDS)
+    log(minutes=round(minutes, 1), questions=args.questions, final=final)
 
 
 if __name__ == "__main__":

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlavaConfig, LlavaForConditionalGeneration, LlavaProcessor, SwinConfig
+from transformers import LlavaForConditionalGeneration, LlavaProcessor, SwinConfig
 
 from .. import model as digits
 from ..model import HEADS, INIT_STD, MLP, WIDTH, alike
 from .pages import CANVAS, GRID, MEAN, PATCH, STD, VISION_TOKENS
-from .questions import BOS, EOS, IMAGE, PAD, VOCABULARY
+from .questions import VOCABULARY
 
 TOWER_LAYERS, DECODER_LAYERS, WINDOW = 4, 6, 12
 CHECKPOINT = Path(__file__).parent / "checkpoint"
@@ -36,32 +36,8 @@ def build_model() -> Any:
         use_absolute_embeddings=True,
         drop_path_rate=0.0,
     )
-    text = LlamaConfig(
-        vocab_size=len(VOCABULARY),
-        hidden_size=WIDTH,
-        intermediate_size=MLP,
-        num_hidden_layers=DECODER_LAYERS,
-        num_attention_heads=HEADS,
-        num_key_value_heads=HEADS,
-        max_position_embeddings=1024,
-        initializer_range=INIT_STD,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e5},
-        bos_token_id=BOS,
-        eos_token_id=EOS,
-        pad_token_id=PAD,
-        tie_word_embeddings=True,
-    )
-    config = LlavaConfig(
-        vision_config=vision,
-        text_config=text,
-        image_token_index=IMAGE,
-        projector_hidden_act="gelu",
-        vision_feature_select_strategy="full",
-        vision_feature_layer=-1,
-        image_seq_length=VISION_TOKENS,
-        tie_word_embeddings=True,
-    )
-    model: Any = LlavaForConditionalGeneration(config)
+    text = digits.text_config(len(VOCABULARY), DECODER_LAYERS, positions=1024)
+    model: Any = LlavaForConditionalGeneration(digits.llava_config(vision, text, VISION_TOKENS, strategy="full"))
     with torch.no_grad():
         for layer in model.model.language_model.layers:
             alike(layer.self_attn.q_proj.weight, layer.self_attn.k_proj.weight)

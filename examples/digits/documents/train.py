@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..model import WIDTH, answers
-from ..train import Log, build_optimizer
+from ..model import WIDTH, final_accuracy
+from ..train import Log, build_optimizer, descend, trained
 from .attention import use
 from .fonts import FACES, IN_MATPLOTLIB
 from .model import CHECKPOINT, build_model, load, save
@@ -165,17 +165,6 @@ class Learner(nn.Module):
         return out
 
 
-def trained(learner: Learner, stage: Stage) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """The parameters that a stage trains: those of tower and heads, and the others."""
-    core = learner.model.model
-    tower = [*core.vision_tower.parameters(), *learner.heads.parameters()]
-    if stage.answer:
-        return tower, [*core.multi_modal_projector.parameters(), *core.language_model.parameters()]
-    if stage.align:
-        return tower, [*core.multi_modal_projector.parameters(), learner.model.get_input_embeddings().weight]
-    return tower, []
-
-
 @torch.no_grad()
 def held_out_accuracy(learner: Learner, stage: Stage, bf16: bool, faces: Sequence[str]) -> dict[str, float]:
     """Teacher-forced accuracy on pages of held-out prose: per kind of question, and of what is named per patch."""
@@ -230,11 +219,7 @@ def run_stage(
         batch = sampler.batch(stage.pages, stage.questions)
         with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
             losses = learner.losses(batch, stage, 0.3 if stage.full else 1.0)
-        loss = sum((getattr(stage, name) * losses[name] for name in losses if name != "accuracy"), torch.zeros(()))
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_([*tower, *others], 1.0)
-        optimizer.step()
+        descend(optimizer, [*tower, *others], losses, stage)
         step += 1
         mean = {name: 0.95 * mean.get(name, value.item()) + 0.05 * value.item() for name, value in losses.items()}
         if step % 20 == 0 or step == stage.steps:
@@ -246,16 +231,6 @@ def run_stage(
             state |= {"rng": sampler.rng.bit_generator.state, "minutes": (time.monotonic() - began) / 60}
             torch.save(state, snapshot)
     return (time.monotonic() - began) / 60
-
-
-def final_accuracy(model: Any, processor: Any, n: int, faces: Sequence[str]) -> dict[str, float]:
-    """Accuracy of greedy ``generate()`` on held-out questions, overall and per kind."""
-    records = held_out_questions(n, faces=faces)
-    right = [a == r.answer for r, a in zip(records, answers(model, processor, records), strict=True)]
-    asked, hits = Counter(r.kind for r in records), Counter[str]()
-    for record, ok in zip(records, right, strict=True):
-        hits[record.kind] += ok
-    return {"all": sum(right) / n} | {kind: hits[kind] / asked[kind] for kind in KINDS if asked[kind]}
 
 
 def main(given: list[str] | None = None) -> None:
@@ -288,11 +263,8 @@ def main(given: list[str] | None = None) -> None:
         seed = args.seed + 100 * (i + 1)
         minutes = run_stage(learner, stage, seed, not args.fp32, faces, args.scratch, log, minutes)
     save(learner.model, args.out)
-    log(
-        minutes=round(minutes, 1),
-        questions=args.questions,
-        final=final_accuracy(*load(args.out), args.questions, faces),
-    )
+    final = final_accuracy(*load(args.out), held_out_questions(args.questions, faces=faces), KINDS)
+    log(minutes=round(minutes, 1), questions=args.questions, final=final)
 
 
 if __name__ == "__main__":
