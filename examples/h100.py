@@ -28,6 +28,7 @@ from vlmrewrite.bench.clock import peak_of
 from vlmrewrite.cli.config import read_config
 from vlmrewrite.cli.loading import with_random_weights
 from vlmrewrite.cli.prompt import Shape, captured_prompt
+from vlmrewrite.compat import tree_leaves
 from vlmrewrite.passes import STS
 from vlmrewrite.plan import tokens_kept
 from vlmrewrite.recipe import Recipe
@@ -81,7 +82,8 @@ def build(name: str, device: torch.device, dry: bool) -> Any:
 class Predicted:
     """What the report says of a prefill, in bytes: ``(without, with)`` the recipe.
 
-    ``eager_peak`` is what that prefill was seen to take with the recipe, not compiled; None without a GPU.
+    ``peak`` counts the images' features, which are joined before the decoder's graph begins. ``eager_peak`` is what
+    that prefill was seen to take with the recipe, not compiled; None without a GPU.
     """
 
     kv: tuple[int, int]
@@ -98,7 +100,8 @@ def predicted(model: Any, inputs: dict[str, Any], recipe: Recipe) -> Predicted:
         if model.device.type == "cuda":
             _, eager = peak_of(lambda: model(**inputs, logits_to_keep=1), model.device)
     kv = (report.totals["before"]["kv_bytes"], report.totals["after"]["kv_bytes"])
-    return Predicted(kv, (report.memory["before"], report.memory["after"]), eager)
+    features = sum(x.nbytes for x in tree_leaves(inputs["mm_encoder_outputs"]) if isinstance(x, torch.Tensor))
+    return Predicted(kv, (report.memory["before"] + features, report.memory["after"] + features), eager)
 
 
 def checks(measured: dict[str, Any], said: dict[str, Predicted], batch: int) -> Iterator[Check]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import os
 
 import torch
 from hypothesis import settings
@@ -60,6 +61,10 @@ def batches():
     return some if long() else some.map(lambda rows: [*rows[:2], Row(0, 0, 1)])
 
 
+DEVICE = os.environ.get("VLMREWRITE_TEST_DEVICE", "cpu")
+"""Where the shared models are: tests/gpu.sh runs some tests with them on a GPU."""
+
+
 def family(name, layers=4, dtype=torch.float32):
     """One model for all tests of a process: what was captured of it stays. Who changes a model makes one of its own.
 
@@ -71,7 +76,7 @@ def family(name, layers=4, dtype=torch.float32):
 @functools.cache
 def _family(name, layers, dtype):
     made = models.FAMILIES[name](layers=layers)
-    made.model.to(dtype).requires_grad_(False)
+    made.model.to(DEVICE, dtype).requires_grad_(False)
     return made
 
 
@@ -88,7 +93,7 @@ def with_grid(name, dtype=torch.float32):
         vision_feature_layer=-1,
     )
     made = tiny.tiny_model("llava", LlavaForConditionalGeneration, config, tiny.square(24, 36), 0)
-    made.model.to(dtype).requires_grad_(False)
+    made.model.to(DEVICE, dtype).requires_grad_(False)
     return made
 
 

@@ -172,7 +172,7 @@ def answers(model: Any, processor: Any, records: Sequence[HeldOut], batch: int =
     """Greedy ``generate()`` for every record, one question a prompt; returns the decoded texts."""
     out: list[str] = []
     for start in range(0, len(records), batch):
-        inputs = encode(processor, records[start : start + batch])
+        inputs = encode(processor, records[start : start + batch]).to(model.device)
         ids = model.generate(**inputs, max_new_tokens=4, do_sample=False)
         out += processor.batch_decode(ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return out

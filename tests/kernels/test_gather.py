@@ -12,7 +12,16 @@ from vlmrewrite.ops import selection
 from vlmrewrite.ops.selection import restore
 from vlmrewrite.testing.triton.interpreter import guarded
 
-DTYPES = [torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8, torch.bool]
+DTYPES = [
+    torch.float32,
+    torch.float16,
+    torch.bfloat16,
+    torch.int64,
+    torch.int32,
+    torch.uint8,
+    torch.bool,
+    torch.complex64,
+]
 OPS = torch.ops.vlm_triton
 
 

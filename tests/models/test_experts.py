@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 from dataclasses import replace
@@ -109,6 +110,29 @@ def test_each_way_to_run_experts_and_back(moe: TinyVLM, own: str) -> None:
         model.set_experts_implementation("eager")
     assert [m.config for m in model.modules() if hasattr(m, "has_gate")] == before
     assert {c._experts_implementation for c in before} == {own}
+
+
+def test_generate_may_ask_for_others_while_it_decodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU transformers does; here a model says for that moment that it is on one."""
+    tiny, asked = ZOO["qwen3_vl_moe"](), []
+    model, decoding = tiny.model, type(tiny.model)._optimize_model_for_decode
+
+    @contextlib.contextmanager
+    def optimized(self: Any) -> Any:
+        with monkeypatch.context() as m:
+            m.setattr(type(self), "device", torch.device("cuda"))
+            switch = decoding(self)
+            switch.__enter__()
+        asked.append(self.get_experts_implementation())
+        yield
+        switch.__exit__(None, None, None)
+
+    monkeypatch.setattr(type(model), "_optimize_model_for_decode", optimized)
+    before = model.get_experts_implementation()
+    generation_agreement(model, tiny.inputs(ROWS, seed=1), [Stride(0.5)], 3).check()
+    assert asked == [before] and model.get_experts_implementation() == before
+    model.generate(**tiny.inputs(ROWS, seed=1), max_new_tokens=2, do_sample=False)
+    assert "batched_mm" in asked[1].values(), "transformers asks for no others any more"
 
 
 def test_experts_of_another_kind_are_refused(moe: TinyVLM) -> None:

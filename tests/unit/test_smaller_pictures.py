@@ -64,6 +64,15 @@ def test_a_fixed_number_of_tokens(images: Any) -> None:
         Downsample(keep=0.5).processor(SimpleNamespace(image_processor=images))
 
 
+@pytest.mark.parametrize("share", [0.1, 0.37, 0.5, 0.8])
+def test_what_the_processor_leaves_as_it_is_has_whole_patches(share: float) -> None:
+    images = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    made = smaller(SimpleNamespace(image_processor=images, patch_size=14), share).image_processor
+    [pixels] = made(images=[Image.new("RGB", (336, 448))], return_tensors="pt")["pixel_values"]
+    assert not any(n % 14 for n in pixels.shape[1:])
+    assert 0.75 * share < pixels.numel() / (3 * 336 * 448) < 1.25 * share
+
+
 def test_no_pictures() -> None:
     with pytest.raises(ValueError, match="expected a processor with an image_processor, got SimpleNamespace"):
         smaller(SimpleNamespace(), 0.5)

@@ -135,6 +135,9 @@ class _Subject:
     def first(self) -> None:
         """The round that is not counted: all is made that a call needs; the native loop is made and checked."""
         with self.at_work() as forward:
+            begun = now()
+            _logits(forward, self.inputs, 1)
+            self.row.first = now().since(begun).wall
             seen = _logits(forward, self.inputs, 3)
             self.row.peak_bytes = _peak(forward, self.inputs, self.model.device)
             if self.session is None:

@@ -43,10 +43,12 @@ def smaller(processor: Any, share: float) -> Any:
         raise ValueError(
             f"expected a processor with an image_processor, got {type(processor).__name__}, which has none"
         )
+    patch = getattr(processor, "patch_size", None) or getattr(images, "patch_size", None)
+    unit = patch if isinstance(patch, int) else 1  # towers differ in what they make of a part of a patch
     before, found = [_pixels(images, probe) for probe in _PROBES], list[tuple[float, Any]]()
     for one in (
         *(_with_settings(images, factor * share) for factor in _FACTORS[:1]),
-        _shrinking(_with_settings(images, share), math.sqrt(share)),
+        _shrinking(_with_settings(images, share), math.sqrt(share), unit),
         *(_with_settings(images, factor * share) for factor in _FACTORS[1:]),
     ):
         found.append((max(_pixels(one, probe) / n for probe, n in zip(_PROBES, before, strict=True)), one))
@@ -96,21 +98,22 @@ def _with_settings(images: Any, share: float) -> Any:
     return out
 
 
-def _shrinking(images: Any, side: float) -> Any:
-    """A copy that makes pictures smaller first."""
+def _shrinking(images: Any, side: float, unit: int) -> Any:
+    """A copy that makes pictures smaller first, to whole units of pixels."""
     kind: Any = type(images)
 
     def preprocess(self: Any, images: Any, *args: Any, **kwargs: Any) -> Any:
-        return kind.preprocess(self, _shrunk(images, side), *args, **kwargs)
+        return kind.preprocess(self, _shrunk(images, side, unit), *args, **kwargs)
 
     out = copy.deepcopy(images)
     out.__class__ = type(f"Smaller{kind.__name__}", (kind,), {"preprocess": preprocess})
     return out
 
 
-def _shrunk(images: Any, side: float) -> Any:
+def _shrunk(images: Any, side: float, unit: int) -> Any:
     if isinstance(images, list | tuple):
-        return [_shrunk(image, side) for image in images]
+        return [_shrunk(image, side, unit) for image in images]
     if not callable(getattr(images, "resize", None)) or not hasattr(images, "width"):
         raise TypeError(f"expected pictures of PIL, which can be made smaller, got {type(images).__name__}")
-    return images.resize((max(1, round(images.width * side)), max(1, round(images.height * side))))
+    sides = (max(1, round(n * side / unit)) * unit for n in (images.width, images.height))
+    return images.resize(tuple(sides))

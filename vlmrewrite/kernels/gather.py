@@ -101,12 +101,15 @@ def gather(xs: list[Tensor], dims: list[int], index: Tensor) -> list[Tensor]:
                 f"selecting from {tuple(x.shape)} at {dim} by an index {tuple(index.shape)}; expected tokens behind a"
                 f" batch of 1 or {index.shape[0]}"
             )
-        strides = _merged(x, dim)
-        if strides is None:
-            outs.append(select(x, index, dim).contiguous())
-            continue
+        x = x.resolve_conj()
         out = x.new_empty(index.shape[0], *x.shape[1:dim], n, *x.shape[dim + 1 :])
         outs.append(out)
+        if x.is_complex():  # which Triton does not know
+            x, out = torch.view_as_real(x), torch.view_as_real(out)
+        strides = _merged(x, dim)
+        if strides is None:
+            out.copy_(select(x, index, dim))
+            continue
         if out.numel():
             slots.append(_slot(x, out, dim, strides, n))
     for i in range(0, len(slots), MOST):

@@ -74,7 +74,8 @@ class IndexedMixer(Named):
         hidden: Any = parts["hidden_states"]
         n = hidden.shape[1]
         try:
-            self._run(parts, held, torch.ones(1, 1, n, n, dtype=torch.bool).tril(), torch.arange(n)[None], weights)
+            at = torch.arange(n, device=hidden.device)
+            self._run(parts, held, (at <= at[:, None])[None, None], at[None], weights)
         except _MadeError:
             (k, v), (index,) = held.made["keys"], held.made["index"]
         else:

@@ -12,6 +12,7 @@ import pydantic
 
 from vlmrewrite.errors import explain, noted
 from vlmrewrite.plan.plan import Plan
+from vlmrewrite.plan.tokens import contains
 
 T = TypeVar("T")
 
@@ -122,7 +123,7 @@ def _run(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
         if reason is None:
             p.change(new)
             spoke = new != plan or any(entry.told for entry in new.layers)
-            reason = new.unmet() or _beyond_kinds(new) if spoke else "its `change` says nothing to the plan"
+            reason = new.unmet() or _beyond_layers(new) if spoke else "its `change` says nothing to the plan"
         if reason is None:
             new.check()
     if reason is not None and strict:
@@ -144,16 +145,21 @@ def _run_on_variants(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
     return plan, outcome
 
 
-def _beyond_kinds(plan: Plan) -> str | None:
-    """Why a layer that is not one of attention cannot do what a plan, or one of its variants, says; or None."""
-    others = ", ".join(str(i) for i in range(plan.depth) if i not in plan.kinds) or "of which there is none"
-    for entry in (p.layers[i] for p in (plan, *plan.variants) for i in sorted(plan.kinds)):
-        kind = plan.kinds[entry.index]
-        if entry.keys != entry.run_set and kind == "recurrent":
-            found = f"cannot attend to {plan.render(entry.keys)} and run on {plan.render(entry.run_set)}"
-        elif plan.scored(entry.index):
+def _beyond_layers(plan: Plan) -> str | None:
+    """Why a layer of another kind, or with another one's keys, cannot do what a plan or a variant says; or None."""
+    for entry in (entry for p in (plan, *plan.variants) for entry in p.layers):
+        kind, scored, keys = plan.kinds.get(entry.index), plan.scored(entry.index), plan.render(entry.keys)
+        if kind == "recurrent" and entry.keys != entry.run_set:
+            found = f"cannot attend to {keys} and run on {plan.render(entry.run_set)}"
+        elif kind and scored:
             found = f"pays no attention {'that is known' if kind == 'indexed' else 'to choose by'}"
+        elif entry.owner and (lacking := [s for s in scored if not contains(entry.keys, s)]):
+            found = f"attends to layer {entry.owner.index}'s keys of {keys}, not of {plan.render(lacking[0])}"
         else:
             continue
-        return f"layer {entry.index} is {kind} and {found}; expected one of the layers with attention, {others}"
+        others = [i for i, x in enumerate(plan.layers) if i not in plan.kinds and (kind or x.owner is None)]
+        which = (
+            f"{'attention' if kind else 'keys of its own'}, {', '.join(map(str, others)) or 'of which there is none'}"
+        )
+        return f"layer {entry.index} {f'is {kind} and ' * bool(kind)}{found}; expected one of the layers with {which}"
     return None

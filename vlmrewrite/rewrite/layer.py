@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, Layer, axis, hidden_write, mixes, reachable, same, value, where
 from vlmrewrite.ops import TOKENS
-from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet, contains
+from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet
 from vlmrewrite.rewrite.sets import Emitter, Sets, Stream
 
 _VIEWS = {"unsqueeze", "to", "contiguous", "float", "type_as"}
@@ -91,11 +91,6 @@ class LayerNodes:
         if owner == self.layer.index:
             return self.value(node, s)
         held, new, _ = self.made.get(owner, (All, [node, node], []))
-        if not contains(held, s):
-            raise ValueError(
-                f"layer {self.layer.index} attends to the keys of layer {owner}, which are those of {held}: there are"
-                f" none of {s}"
-            )
         index = self.sets[s].index
         if held not in (All, s):
             index = self.emit.call(vlm.relative_index.default, self.sets[held].index, index)

@@ -11,7 +11,7 @@ import types
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from types import MappingProxyType
-from typing import Any, NoReturn
+from typing import Any
 
 from torch import Tensor, nn
 from transformers.cache_utils import StaticCache
@@ -182,12 +182,15 @@ def _prepared(session: Session, own: Callable[..., Any]) -> Callable[..., Any]:
     return prepare
 
 
-def _refusing(what: str) -> Callable[..., Any]:
-    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(
-            f"a recipe is applied to this {type(self).__name__}, which {what}: call vlmrewrite.restore(model) first,"
-            " and apply the recipe again afterwards"
-        )
+def _refusing(what: str, generate_may: bool = False) -> Callable[..., Any]:
+    """A method that raises; where ``generate_may`` is set, it does nothing when ``generate`` calls it."""
+
+    def refuse(self: nn.Module, *args: Any, **kwargs: Any) -> None:
+        if not (generate_may and current_prompt(session_of(self))):
+            raise ValueError(
+                f"a recipe is applied to this {type(self).__name__}, which {what}: call vlmrewrite.restore(model)"
+                " first, and apply the recipe again afterwards"
+            )
 
     return refuse
 
@@ -198,6 +201,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "generate": _generate,
     "set_attn_implementation": _refusing("runs vlmrewrite's attention while it is: its implementation cannot be set"),
-    "set_experts_implementation": _refusing("runs vlmrewrite's experts while it is: no other can be set"),
+    # by transformers' own, which on a GPU asks for others while it decodes: vlmrewrite's run all the same
+    "set_experts_implementation": _refusing("runs vlmrewrite's experts while it is: no other can be set", True),
 }
 """What stands on a rewritten model in place of its class's own."""

@@ -165,7 +165,7 @@ def _positions(model: nn.Module, inputs: dict[str, Any], tokens: Tensor) -> Tens
     from_ids: Any = next((m for m in model.modules() if hasattr(m, "create_position_ids_from_input_ids")), None)
     if from_ids is None:
         positions = generation_positions(model, ids, inputs)
-        return torch.cat([positions, positions[..., -1:] + torch.arange(1, tokens.shape[1] + 1)], -1)
+        return torch.cat([positions, positions[..., -1:] + torch.arange(1, tokens.shape[1] + 1, device=ids.device)], -1)
     steps = [(0, ids), *enumerate(tokens.split(1, 1), ids.shape[1])]
     each = [from_ids.create_position_ids_from_input_ids(x, from_ids.padding_idx, past) for past, x in steps]
     return torch.cat(each, 1)

@@ -80,7 +80,8 @@ class TinyVLM:
             seed: of the text, the images and the videos.
 
         Returns:
-            input_ids and attention_mask, int64 [B, T], pixel_values and the like if there is an image or a video.
+            input_ids and attention_mask, int64 [B, T], pixel_values and the like if there is an image or a video; where
+            the model is.
 
         Raises:
             ValueError: there is no row, a row without a token, or a video for a family that takes none.
@@ -111,7 +112,9 @@ class TinyVLM:
             if self.video_token_id is not None:
                 out[self.token_types] += 2 * ids.eq(self.video_token_id).long()
         out = out | pixels
-        return out if self.finish is None else self.finish(out)
+        out = out if self.finish is None else self.finish(out)
+        device = self.model.device
+        return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in out.items()}
 
 
 def text_tokens(n: int, generator: torch.Generator) -> list[int]:

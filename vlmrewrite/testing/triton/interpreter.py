@@ -63,7 +63,8 @@ def guarded(t: Tensor, pad: int = 4096) -> tuple[Tensor, Callable[[], None]]:
         That memory holds NaN, the largest integer, or True, so that reading it shows in results.
     """
     last = sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) if t.numel() else -1
-    filler = float("nan") if t.is_floating_point() else True if t.dtype == torch.bool else torch.iinfo(t.dtype).max
+    inexact = t.is_floating_point() or t.is_complex()
+    filler = float("nan") if inexact else True if t.dtype == torch.bool else torch.iinfo(t.dtype).max
     memory = torch.full((last + 1 + 2 * pad,), filler, dtype=t.dtype, device=t.device)
     outside = torch.ones_like(memory, dtype=torch.bool)
     view = memory.as_strided(t.shape, t.stride(), pad)
