@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from vlmrewrite.hf import cache_layers, feedforward_layers, is_recurrent
+from vlmrewrite.hf import cache_states
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
 from vlmrewrite.kvcache.state import FINAL, StateLayer
 
@@ -27,11 +27,9 @@ class PositionCache(Cache):
     layers: list[Any]
 
     def __init__(self, model: nn.Module | None = None) -> None:
-        kinds = [] if model is None else cache_layers(model)
-        states = {i: x.number_of_states for i, x in enumerate(kinds) if is_recurrent(x)}
-        states |= {} if model is None else dict.fromkeys(feedforward_layers(model, kinds), 0)
+        depth, states = (0, {}) if model is None else cache_states(model)
         if states:
-            made = [StateLayer(states[i]) if i in states else PositionLayer() for i in range(len(kinds))]
+            made = [StateLayer(states[i]) if i in states else PositionLayer() for i in range(depth)]
             super().__init__(layers=made)  # type: ignore[arg-type]
         else:
             super().__init__(layer_class_to_replicate=PositionLayer)
@@ -56,10 +54,10 @@ class PositionCache(Cache):
                 "this cache was filled by a rewritten model and holds other tokens in each layer; the model that runs"
                 " now is not rewritten: start with an empty cache"
             )
-        for layer in self.layers[layer_idx : layer_idx + 1]:
-            layer.length = self.length
-        keys, values = super().update(key_states, value_states, layer_idx, shared=self._shared)
-        self._by_keys[id(keys)] = self._latest = self.layers[layer_idx]
+        layer = self.layer(layer_idx)
+        layer.length = self.length
+        keys, values = layer.update(key_states, value_states, shared=self._shared)
+        self._by_keys[id(keys)] = self._latest = layer
         return keys, values
 
     def layer(self, layer_idx: int) -> Any:

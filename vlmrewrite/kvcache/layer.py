@@ -88,6 +88,11 @@ class Buffer:
         return self.show(n + t)
 
 
+def _same_kind(x: Tensor, y: Tensor) -> bool:
+    """Whether all but length and strides is the same; else, concatenation converts, or raises."""
+    return x.shape[:2] == y.shape[:2] and x.shape[3] == y.shape[3] and x.dtype is y.dtype and x.device == y.device
+
+
 class PositionLayer(DynamicLayer):
     """One layer's keys [B, Hk, m, D], values [B, Hk, m, Dv] and logical positions int64 [B, m].
 
@@ -135,13 +140,9 @@ class PositionLayer(DynamicLayer):
         return pos if self.positions is None else torch.cat([self.positions, pos], 1)
 
     def _append(self, k: Tensor, v: Tensor) -> None:
-        def kind(x: Tensor) -> object:
-            """All but length and strides: where it differs, concatenation converts, or raises."""
-            return x.shape[:2], x.shape[3], x.dtype, x.device
-
         if self.keys is None:
             self.keys, self.values = k, v
-        elif torch.is_grad_enabled() or any(kind(x) != kind(y) for x, y in ((self.keys, k), (self.values, v))):
+        elif torch.is_grad_enabled() or not (_same_kind(self.keys, k) and _same_kind(self.values, v)):
             self.buffer = None
             self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         else:

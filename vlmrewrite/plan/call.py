@@ -8,6 +8,7 @@ from functools import cached_property
 from itertools import compress
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -31,11 +32,10 @@ GROUPED = ("lengths", "ordinal", "grid", "frames")
 """Facts that are of groups of tokens; see :data:`vlmrewrite.plan.counts.PER`."""
 
 
-def _frames(tokens: Tensor, known: Sequence[int]) -> tuple[int, ...]:
+def _frames(tokens: np.ndarray, known: Sequence[int]) -> tuple[int, ...]:
     """Tokens of each frame of a video, whose tokens stand there in the sequence."""
-    pieces = tokens.tensor_split((tokens[1:] != tokens[:-1] + 1).nonzero()[:, 0] + 1)
-    whole = len(pieces) == 1 and sum(known) == len(tokens)
-    return tuple(filter(None, known)) if whole else tuple(map(len, pieces))
+    pieces = np.diff(np.flatnonzero(np.diff(tokens) != 1) + 1, prepend=0, append=len(tokens)).tolist()
+    return tuple(filter(None, known)) if pieces == [sum(known)] else tuple(pieces)
 
 
 def _on_host(numbers: Sequence[Any]) -> Tensor:
@@ -119,18 +119,16 @@ class Call:
         An image is an entry of the tower's output, cut where other tokens stand in between. A video is a whole entry;
         where other tokens stand in between, there are frames between them, else it has as many as it is known to have.
         """
-        flat = self.flat.cpu()
-        of_videos = torch.zeros_like(flat, dtype=torch.bool) if self.videos is None else self.of_videos.cpu()
-        lengths = torch.empty_like(flat)
+        flat = self.flat.cpu().numpy()
+        of_videos = np.zeros(len(flat), bool) if self.videos is None else self.of_videos.cpu().numpy()
+        entries, row_of = np.empty_like(flat), flat // self.length
         for which, given, first in ((~of_videos, self.feature_lengths, 0), (of_videos, self.video_lengths, len(flat))):
-            entries = _on_host(range(first, first + len(given)))
-            lengths[which] = entries.repeat_interleave(_on_host(given))
-        ends_entry = (lengths[1:] != lengths[:-1]) | (flat[1:] // self.length != flat[:-1] // self.length)
-        gap = flat[1:] != flat[:-1] + 1
-        cut = (ends_entry | (gap & ~of_videos[1:])).nonzero()[:, 0] + 1
-        images = [image for image in flat.tensor_split(cut) if len(image)]
-        rows = [int(image[0]) // self.length for image in images]
-        videos = [bool(x[0]) for x in of_videos.tensor_split(cut) if len(x)]
+            entries[which] = np.arange(first, first + len(given)).repeat(np.array(given, int))
+        ends_entry, gap = np.diff(entries) | np.diff(row_of), np.diff(flat) != 1
+        cuts = np.flatnonzero((ends_entry != 0) | (gap & ~of_videos[1:])) + 1
+        images = [image for image in np.split(flat, cuts) if len(image)]
+        firsts = [0, *cuts.tolist()][: len(images)]
+        rows, videos = row_of[firsts].tolist(), of_videos[firsts].tolist()
         known = iter(self.video_frames or ())
         frames = tuple(
             _frames(image, next(known, ())) if video else (len(image),)

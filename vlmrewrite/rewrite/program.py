@@ -114,6 +114,11 @@ class Program(Shown):
         plan, here = self.plan, frozenset(FEATURES) - missing.keys()
         return replace(self, plan=Plan(plan.depth, here, dict(missing), plan.owners, plan.kinds))
 
+    @functools.cached_property
+    def needs(self) -> set[str]:
+        """What the plan's policies and edits ask for."""
+        return self.plan.needs()
+
     @property
     def graph_module(self) -> torch.fx.GraphModule:
         """The graph; printable and runnable. Of a dispatch, the first plan's."""

@@ -260,7 +260,7 @@ class Session:
         call, missing = given.call(graph, inputs, *self._asked, model)
         assert call is not None, "a call on the meta device runs nothing"
         executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
-        if more := executable.program.plan.needs() - self._asked[0]:  # of a pass that makes do with something else
+        if more := executable.program.needs - self._asked[0]:  # of a pass that makes do with something else
             call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], model)
             assert call is not None
             executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
