@@ -11,6 +11,7 @@ images the matrix of all distances is not kept (only its rows' extremes, block b
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
@@ -84,12 +85,16 @@ def _closest_other(x: Tensor) -> Tensor:
     return best
 
 
+def _then(_: int, potential: Tensor, rows: Tensor, pick: Tensor, products: Tensor) -> Tensor:
+    return potential.maximum(products)
+
+
 class _Cosine:
     """Bounds of the similarities, products of rows of norm 1: off by at most ``product_rounding(C)``."""
 
     def __init__(self, x: Tensor, _: int) -> None:
         self.x = F.normalize(x, dim=2)
-        self.products = Products(self.x, x.shape[1], BLOCK)
+        self.products = Products(self.x, x.shape[1], _then, BLOCK)
         off = product_rounding(x.shape[2], x.device)
         self.off = torch.tensor([-off, off], device=x.device)[:, None, None]
 
@@ -99,8 +104,8 @@ class _Cosine:
         self.products.gram.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         return self.products.gram.amax(2)
 
-    def bounded(self, bounds: Tensor | None, picks: Tensor) -> Tensor:
-        more = self.products.of(picks) + self.off
+    def bounded(self, bounds: Tensor | None, picks: Sequence[int]) -> Tensor:
+        more = self.products.of(picks, None if bounds is None else bounds[0]) + self.off
         return more if bounds is None else bounds.maximum(more)
 
     def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ features; here 1e-6, the token nearest to the mean feature, and the projected on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import torch
@@ -82,7 +83,7 @@ class _Repulsion:
     def __init__(self, x: Tensor, k: int) -> None:
         self.x, self.mean = x, torch.stack([one.mean(0) for one in x])
         centred = x - self.mean[:, None]
-        self.products = Products(centred, k)
+        self.products = Products(centred, k, self._then)
         squares, off = self.products.squares(), product_rounding(x.shape[2], x.device)
         sign = torch.tensor([1.0, -1.0], device=x.device)[:, None, None]  # farther is less: the lower bound first
         self.sums = squares * (1 + sign * off) + EPSILON / 2
@@ -91,10 +92,15 @@ class _Repulsion:
     def first(self) -> Tensor:
         return torch.stack([_squares(x, mean) for x, mean in zip(self.x, self.mean, strict=True)])
 
-    def bounded(self, bounds: Tensor | None, picks: Tensor) -> Tensor:
-        sums = self.sums + self.sums[:, self.products.every, picks][:, :, None]
-        more = sums.sub_(self.products.of(picks), alpha=2).clamp_(min=EPSILON).reciprocal_()
+    def bounded(self, bounds: Tensor | None, picks: Sequence[int]) -> Tensor:
+        sums = self.sums + torch.stack([self.sums[:, i, pick] for i, pick in enumerate(picks)], 1)[:, :, None]
+        products = self.products.of(picks, None if bounds is None else bounds[0])
+        more = sums.sub_(products, alpha=2).clamp_(min=EPSILON).reciprocal_()
         return more * self.factor if bounds is None else bounds.addcmul_(more, self.factor)
+
+    def _then(self, image: int, potential: Tensor, rows: Tensor, pick: Tensor, products: Tensor) -> Tensor:
+        sums = self.sums[0, image].index_select(0, rows)
+        return potential + (sums + sums[pick] - 2 * products).clamp_(min=EPSILON).reciprocal_()
 
     def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
         more = 1 / (pairwise(_squares, picks, rows) + EPSILON)

@@ -102,6 +102,25 @@ def test_without_room_for_all_products(rule, kind, monkeypatch):
     assert torch.equal(picked(op, x, member, [100, 100, 100], [30, 30, 9]), expected)
 
 
+@pytest.mark.parametrize(("ahead", "among", "room"), [((1, 1), 1, 2**24), ((2, 8), 2, 2**24), ((16, 64), 3, 1000)])
+@given(
+    st.sampled_from(list(RULES)),
+    st.sampled_from(KINDS),
+    st.lists(st.integers(2, 40), min_size=1, max_size=3),
+    st.integers(1, 30),
+    st.sampled_from([1, 3, 64]),
+    st.integers(0, 999),
+)
+def test_rows_that_are_computed_ahead(monkeypatch, ahead, among, room, rule, kind, lengths, k, channels, seed):
+    op, definition = RULES[rule]
+    x, keep = features(kind, sum(lengths), channels, seed), [k] * len(lengths)
+    member = torch.ones(len(x), dtype=torch.bool)
+    expected = defined(definition, x, member, lengths, keep)
+    for name, value in {"WORTH": 0, "AHEAD": ahead, "AMONG": among, "ROOM": room}.items():
+        monkeypatch.setattr(greedy, name, value)
+    assert torch.equal(picked(op, x, member, lengths, keep), expected)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), 1e25])
 @pytest.mark.parametrize("rule", RULES)
 def test_what_is_not_finite_is_chosen_from_by_the_definition(rule, value):

@@ -12,7 +12,7 @@ the potentials of nearly all tokens are so near to one another that nearly all a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -24,8 +24,12 @@ ROOM = 2**24
 SIDE = 144
 """Rows whose products or distances are computed at a time."""
 
-WORTH = 16
-"""Rows of the matrix of products that take the time of one product of a matrix and a vector."""
+WORTH = 10
+"""The matrix of all products is made if one in so many of its rows is used, or more."""
+
+AHEAD, AMONG = (16, 64), 3
+"""Rows of it that are computed at a time where it is not made, the fewest and the most; and among how many times as
+many rows these are looked for."""
 
 
 class Rule(Protocol):
@@ -40,8 +44,8 @@ class Rule(Protocol):
     def first(self) -> Tensor:
         """The score that the first pick has least, by its definition, fp32 [I, m]."""
 
-    def bounded(self, bounds: Tensor | None, picks: Tensor) -> Tensor:
-        """Lower and upper bounds of the potentials [2, I, m], None before the first pick, after one more pick [I]."""
+    def bounded(self, bounds: Tensor | None, picks: Sequence[int]) -> Tensor:
+        """Lower and upper bounds of the potentials [2, I, m], None before the first pick, after one more pick each."""
 
     def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
         """Potentials of some tokens [r, C], fp32 [r], None before the first pick, after more picks, [p, C]."""
@@ -57,14 +61,14 @@ def search(rule: Rule, k: int) -> list[list[int]]:
     score = rule.first()
     (images, m), device = score.shape, score.device
     picks = [[pick] for pick in score.argmin(1).tolist()]
-    every, bounds = torch.arange(images, device=device), None
+    starts, bounds = m * torch.arange(images, device=device), None
     past = rule.x.new_empty(images, k - 1, rule.x.shape[2])  # the picks' features, so that none is gathered again
     known, seen = torch.zeros_like(score), torch.zeros(images, m, dtype=torch.int64, device=device)
     for t in range(k - 1):
-        last = torch.tensor([own[-1] for own in picks], device=device)
-        bounds = rule.bounded(bounds, last)
-        bounds[:, every, last] = torch.inf
-        past[:, t] = rule.x[every, last]
+        last = [own[-1] for own in picks]
+        bounds, flat = rule.bounded(bounds, last), torch.tensor(last, device=device) + starts
+        bounds.view(2, -1).index_fill_(1, flat, torch.inf)
+        past[:, t] = rule.x.view(images * m, -1).index_select(0, flat)
         rivals: list[list[int]] = [[] for _ in range(images)]
         for image, row in (bounds[0] <= bounds[1].amin(1, keepdim=True)).nonzero().tolist():
             rivals[image].append(row)
@@ -136,14 +140,27 @@ def upper_products(x: Tensor, side: int) -> Iterator[tuple[int, Tensor]]:
 class Products:
     """Products of the rows of each image, x [I, m, C].
 
-    With the matrix of all of them, ``gram`` [I, m, m], where there is room for it and at least ``k`` rows of it are
-    used, so many that a matrix product is faster than one with a vector at each pick.
+    With the matrix of all of them, ``gram`` [I, m, m], where there is room for it and so many of its rows are used that
+    it is worth it. Else rows are computed some at a time: that of a pick, and of those that are likely to be next. A
+    search among :data:`AMONG` times as many rows, those of least potential, says which. There are more at a time as
+    long as half of them become picks, fewer where they do not.
+
+    Args:
+        x: the rows.
+        k: how many are picked of each image.
+        then: the potentials of some rows of an image, [s], after another pick among them; takes the image, the
+            potentials, the numbers of the rows, the pick's place among them, and its products with them, [s].
+        side: rows of the matrix that are computed at a time.
     """
 
-    def __init__(self, x: Tensor, k: int, side: int = SIDE) -> None:
+    def __init__(
+        self, x: Tensor, k: int, then: Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor], side: int = SIDE
+    ) -> None:
         images, m, _ = x.shape
-        self.x, self.every = x, torch.arange(images, device=x.device)
+        self.x, self._then = x, then
         self.gram = self._gram(side) if images * m * m <= ROOM and k * WORTH >= m else None
+        self._known: list[dict[int, Tensor]] = [{} for _ in range(images)]
+        self._ahead, self._used = [AHEAD[0]] * images, [0] * images
 
     def _gram(self, side: int) -> Tensor:
         images, m, _ = self.x.shape
@@ -156,12 +173,45 @@ class Products:
                 to[begin:end, begin:end] += pairs[:, : len(pairs)].triu(1)
         return gram
 
-    def of(self, picks: Tensor) -> Tensor:
-        """Of each image's row at ``picks``, int64 [I], with all of its rows: [I, m]."""
+    def of(self, picks: Sequence[int], likely: Tensor | None) -> Tensor:
+        """Of each image's row with the pick's number, with all of its rows: [I, m].
+
+        Args:
+            picks: one of each image.
+            likely: the less, the sooner a row is picked, [I, m]; None: nothing is known of that.
+        """
         if self.gram is not None:
-            return self.gram[self.every, picks]
-        with torch.autocast(self.x.device.type, enabled=False):
-            return torch.stack([x @ x[pick] for x, pick in zip(self.x, picks, strict=True)])
+            return torch.stack([gram[pick] for gram, pick in zip(self.gram, picks, strict=True)])
+        return torch.stack([self._row(i, pick, None if likely is None else likely[i]) for i, pick in enumerate(picks)])
+
+    def _row(self, image: int, pick: int, likely: Tensor | None) -> Tensor:
+        known, x = self._known[image], self.x[image]
+        self._used[image] += 1
+        if pick not in known:
+            rows = [pick] if likely is None else self._next(image, pick, likely)
+            with torch.autocast(x.device.type, enabled=False):
+                made = x[rows] @ x.T
+            if (len(known) + len(made)) * len(x) * len(self.x) > ROOM:
+                known.clear()
+            known.update(zip(rows, made, strict=True))
+        return known[pick]
+
+    def _next(self, image: int, pick: int, likely: Tensor) -> list[int]:
+        """A pick, and the rows that would be next if there were no others than those of the least potentials."""
+        ahead = 2 * self._ahead[image] if 2 * self._used[image] >= self._ahead[image] else self._ahead[image] // 2
+        self._ahead[image], self._used[image] = min(max(ahead, AHEAD[0]), AHEAD[1]), 0
+        first = likely.index_fill(0, torch.tensor([pick], device=likely.device), -torch.inf)
+        potential, rows = first.topk(min(AMONG * self._ahead[image], len(first)), largest=False, sorted=False)
+        part = self.x[image].index_select(0, rows)
+        with torch.autocast(part.device.type, enabled=False):
+            products = part @ part.T
+        found = []
+        for _ in range(min(self._ahead[image], len(rows))):
+            least = potential.argmin()
+            found.append(least)
+            potential = self._then(image, potential, rows, least, products[least])
+            potential[least] = torch.inf
+        return [int(row) for row in rows[torch.stack(found)].tolist()]
 
     def squares(self) -> Tensor:
         """Of each row with itself, [I, m]."""
@@ -225,5 +275,5 @@ def greedy_scratch(features: Tensor, member: Tensor, lengths: Tensor, keep: Tens
     (n, channels), images = features.shape, max(1, len(lengths))
     m = max(1, n // images)
     together = min(images, max(1, ROOM // (m * max(m, channels))))
-    gram = together * m * m if together * m * m <= ROOM else 0
+    gram = min(together * m * m, ROOM)
     return 4 * (together * m * (2 * channels + 16) + gram + 2 * min(SIDE, m) * max(m, channels))
