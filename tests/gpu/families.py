@@ -15,25 +15,15 @@ from pathlib import Path
 
 import torch
 
-from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, DivPrune, FastV
+from tests.kernels.test_end_to_end import EACH, ROWS
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
-from vlmrewrite.testing.models import ZOO, Row
+from vlmrewrite.testing.models import ZOO
 from vlmrewrite.testing.triton.interpreter import trustworthy
 
 NAMES = (
     "llava", "qwen2_5_vl", "gemma3", "llava_qwen2", "internvl", "smolvlm", "llava_next", "qwen3_vl", "gemma4",
     "mistral3", "idefics3", "qwen3_5", "deepseek_vl", "llama4", "glm4v", "minimax_m3_vl",
 )  # fmt: skip
-ROWS = [Row(1, 2, 3), Row(2, 0, 1), Row(0, 4, 2)]
-RECIPES = {
-    "sts": [STS(keep=4, refine=2)],
-    "fastv": [FastV(keep=3, at=1)],
-    "divprune": [DivPrune(keep=3)],
-    "dpvr": [DPVR(at=1)],
-    "visor": [VISOR([0], [2])],
-    "dape": [DAPE(0.5)],
-    "sts then visor": [STS(keep=5, refine=None), VISOR([0, 1], [3])],
-}
 WAYS = [(torch.float32, "eager"), (torch.bfloat16, "eager"), (torch.float32, "inductor")]
 
 
@@ -52,7 +42,7 @@ def main() -> int:
     part, parts = map(int, options.part.split("/"))
     names = options.names[part::parts]
     begun, found = time.monotonic(), []
-    cells = itertools.product(options.ways, RECIPES.items())
+    cells = itertools.product(options.ways, EACH.items())
     for (way, (recipe, passes)), name in itertools.product(cells, names[:2] if options.dry else names):
         if time.monotonic() - begun > options.seconds:
             break
