@@ -62,7 +62,7 @@ families: $(READY) ## which technique works with which family of models (ARGS="-
 oldest: $(OLDEST)/.vlmrewrite ## quick tests with the oldest torch, transformers and Triton (an environment of several GB)
 	$(OLDEST)/bin/python -m pytest -m "not slow" $(OLDEST_TESTS) $(ARGS)
 
-ecosystem: $(ECOSYSTEM)/.vlmrewrite ## recipes on models of PEFT, bitsandbytes, torchao (an environment of its own)
+ecosystem: $(ECOSYSTEM)/.vlmrewrite ## recipes with PEFT, bitsandbytes, torchao, lmms-eval (an environment of its own)
 	$(ECOSYSTEM)/bin/python -m pytest tests/ecosystem $(ARGS)
 
 serving: $(SERVING)/.vlmrewrite ## recipes in vLLM and over Ray, on CPUs (an environment of its own; 20 minutes)
@@ -135,13 +135,15 @@ $(OLDEST)/.vlmrewrite: pyproject.toml constraints.txt $(READY)
 	$(OLDEST)/bin/python -m pip install -c "$(OLDEST)/constraints.txt" --no-build-isolation -e '.[dev]'
 	touch "$@"
 
-# Borrows what $(VENV) has, and adds the libraries of tests/ecosystem/requirements.txt.
-$(ECOSYSTEM)/.vlmrewrite: tests/ecosystem/requirements.txt $(READY)
+# Borrows what $(VENV) has, and adds the libraries of tests/ecosystem/requirements.txt. Of the packages of apart.txt what they
+# ask for is not installed: dozens of packages that the tests need nothing of.
+$(ECOSYSTEM)/.vlmrewrite: tests/ecosystem/requirements.txt tests/ecosystem/apart.txt $(READY)
 	$(BIN)/python -m venv "$(ECOSYSTEM)"
 	$(BIN)/python -c '$(SITES)' > "$$($(ECOSYSTEM)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/borrowed.pth"
 	cp "$(VENV)/constraints.txt" "$(ECOSYSTEM)/constraints.txt"
 	$(BIN)/python -m pip freeze --exclude-editable | grep -E '^(torch|transformers|triton|numpy)==' | cut -d+ -f1 >> "$(ECOSYSTEM)/constraints.txt"
 	$(ECOSYSTEM)/bin/python -m pip install -c "$(ECOSYSTEM)/constraints.txt" -r tests/ecosystem/requirements.txt
+	$(ECOSYSTEM)/bin/python -m pip install --no-deps -r tests/ecosystem/apart.txt
 	touch "$@"
 
 # Borrows what $(VENV) has. What vLLM names beside that is in requirements.txt; of the packages of apart.txt what they ask

@@ -87,12 +87,9 @@ def test_an_adapter_is_trained_under_a_recipe():
     assert seen[-1] < seen[0]
 
 
-def test_adapters_on_four_bits_run_and_are_not_trained():
-    """Asked for a gradient, bitsandbytes runs a function of its own, of which the graph does not say what it does."""
+def test_adapters_on_four_bits_agree_with_the_oracle():
+    """That they are trained is tested in test_qlora.py."""
     pytest.importorskip("bitsandbytes")
     tiny = quantised("bitsandbytes, 4 bits")
     model = peft.get_peft_model(tiny.model, config())
-    inputs = tiny.inputs(ROWS, side="left")
-    generation_agreement(model, inputs, SOME).check()
-    with vr.applied(model, SOME), pytest.raises(ValueError, match="autograd_function_apply' is not known to treat tok"):
-        model(**inputs, labels=inputs["input_ids"])
+    generation_agreement(model, tiny.inputs(ROWS, side="left"), SOME).check()

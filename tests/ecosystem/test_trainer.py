@@ -6,7 +6,13 @@ import warnings
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, Trainer, TrainingArguments
+from transformers import (
+    AutoModelForImageTextToText,
+    Seq2SeqTrainer,
+    Seq2SeqTrainingArguments,
+    Trainer,
+    TrainingArguments,
+)
 
 import vlmrewrite as vr
 from vlmrewrite.passes import DPVR, STS
@@ -28,11 +34,13 @@ def rows(tiny):
         yield {name: x[0] for name, x in one.items()} | {"labels": one["input_ids"][0]}
 
 
+GIVEN = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.01, "per_device_train_batch_size": 2, "use_cpu": True}
+QUIET = {"report_to": [], "disable_tqdm": True, "logging_steps": 1, "dataloader_pin_memory": False}
+
+
 def trainer(model, folder, **how):
-    given = {"max_steps": 4, "save_steps": 2, "learning_rate": 0.01, "per_device_train_batch_size": 2, "use_cpu": True}
-    quiet = {"report_to": [], "disable_tqdm": True, "logging_steps": 1, "dataloader_pin_memory": False}
     data = list(rows(made()))
-    arguments = TrainingArguments(folder, **given | quiet | how)
+    arguments = TrainingArguments(folder, **GIVEN | QUIET | how)
     return Trainer(model, arguments, train_dataset=data, eval_dataset=data[:2])
 
 
@@ -101,3 +109,28 @@ def test_what_the_trainer_saves_is_loaded(run, tmp_path):
     assert torch.equal(other(**inputs).logits, model(**inputs).logits)
     vr.restore(other)
     assert torch.equal(other(**inputs).logits, plain(**inputs).logits)
+
+
+def test_generated_answers_are_those_of_generate(tmp_path):
+    """While it is trained and behind that, `predict_with_generate` asks `generate()` of the rewritten model."""
+    model, data, said = made().model, list(rows(made())), []
+    vr.apply(model, RECIPE)
+    how = {"predict_with_generate": True, "eval_strategy": "steps", "eval_steps": 2, "generation_max_length": 25}
+    arguments = Seq2SeqTrainingArguments(tmp_path, **GIVEN | QUIET | how, per_device_eval_batch_size=2)
+    greedy = {"do_sample": False, "max_new_tokens": 4}
+
+    def generated(predicted):
+        said.append((torch.as_tensor(predicted.predictions), blocks(model)))
+        return {"seen": len(said)}
+
+    one = Seq2SeqTrainer(model, arguments, train_dataset=data, eval_dataset=data[:2], compute_metrics=generated)
+    before = blocks(model)
+    one.train()
+    assert len(said) == 2 and not same(said[0][1], said[1][1]) and not same(before, said[0][1])
+    batch = {name: torch.stack([row[name] for row in data[:2]]) for name in data[0] if name != "labels"}
+    found = torch.as_tensor(one.predict(data[:2], **greedy).predictions)
+    model.eval()
+    expected = model.generate(**batch, **greedy)
+    assert torch.equal(found, expected)
+    report = vr.report(model)
+    assert {p["name"]: p["reason"] for p in report.passes} == {"sts": None, "dpvr": None}

@@ -4,6 +4,7 @@ In: a Hugging Face model and the arguments of its ``forward``. Out: plain facts 
 for the stages behind. Nothing here knows of plans or graphs.
 """
 
+from vlmrewrite.hf.caches import cannot_hold, refuse_implementation
 from vlmrewrite.hf.checkpointing import Checkpointing, is_checkpointing, take_checkpointing
 from vlmrewrite.hf.decoder import (
     EXPERTS,
@@ -87,6 +88,7 @@ __all__ = [
     "cache_argument",
     "cache_layers",
     "cache_states",
+    "cannot_hold",
     "check_support",
     "chosen",
     "decoder_configs",
@@ -126,6 +128,7 @@ __all__ = [
     "prompt_end",
     "prompt_end_in",
     "recurrent_mixers",
+    "refuse_implementation",
     "refuse_packed",
     "run_around",
     "scattered",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, DynamicCache, StaticCache
 
-from vlmrewrite.hf import cache_states
+from vlmrewrite.hf import cache_states, cannot_hold
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
 from vlmrewrite.kvcache.state import FINAL, StateLayer
 
@@ -192,10 +192,7 @@ def adopt(given: Any, model: nn.Module) -> tuple[Any, Any]:
     if not isinstance(given, Cache):
         raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
     if type(given) not in (DynamicCache, StaticCache) or given.offloading:
-        raise NotImplementedError(
-            f"{type(given).__name__} cannot hold another number of tokens in each layer; expected a DynamicCache or a"
-            " StaticCache, without offloading (is cache_implementation set in the generation config?)"
-        )
+        raise NotImplementedError(cannot_hold(given))
     if int(given.get_seq_length()) > 0:
         raise ValueError(
             f"past_key_values holds {int(given.get_seq_length())} tokens that went through the unmodified model;"

@@ -139,6 +139,7 @@ def _forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _generate(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     session, generate = session_of(self), type(self).generate  # type: ignore[attr-defined]
+    hf.refuse_implementation(self, args, kwargs)
     prompt = Prompt(sizes=hf.Sizes.of(kwargs)) if session.inner else Prompt.of(args, kwargs)
     prompt.follows = (current_prompt((session, "forward")) or prompt).follows
     try:
@@ -201,6 +202,7 @@ _METHODS: dict[str, Callable[..., Any]] = {
     "forward": _forward,
     "generate": _generate,
     "set_attn_implementation": _refusing("runs vlmrewrite's attention while it is: its implementation cannot be set"),
+    "init_continuous_batching": _refusing("keeps a cache for each call: continuous batching shares one among requests"),
     # by transformers' own, which on a GPU asks for others while it decodes: vlmrewrite's run all the same
     "set_experts_implementation": _refusing("runs vlmrewrite's experts while it is: no other can be set", True),
 }
