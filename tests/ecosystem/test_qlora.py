@@ -33,3 +33,12 @@ def test_adapters_learn_on_quantised_weights():
         seen = losses(model, inputs, learning, 0.5, 5)
     assert seen[-1] < seen[0]
     assert all(torch.isfinite(p).all() for p in learning)
+
+
+def test_through_eight_bits_a_second_step_is_refused():
+    """What the first step leaves beside the weights has shapes that say less."""
+    tiny = quantised("bitsandbytes, 8 bits")
+    model = peft.get_peft_model(tiny.model, peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj"]))
+    inputs, learning = tiny.inputs(ROWS), [p for p in model.parameters() if p.requires_grad]
+    with vr.applied(model, [Stride(keep=0.5)]), pytest.raises(ValueError, match="two batch axes meet"):
+        losses(model, inputs, learning, 0.5, 2)
