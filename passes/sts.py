@@ -62,8 +62,8 @@ def repel(x: Tensor, k: int) -> Tensor:
     pick = _squares(x, x.mean(0)).argmin()
     picks = [pick]
     for _ in range(k - 1):
-        potential += 1 / (_squares(x, x[pick]) + EPSILON)
-        left[pick] = False
+        potential += 1 / (_squares(x, x.index_select(0, pick[None])) + EPSILON)
+        left = left.index_fill(0, pick[None], False)
         pick = least_of(potential, left)
         picks.append(pick)
     return torch.stack(picks)

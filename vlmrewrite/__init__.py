@@ -45,7 +45,7 @@ class _Lazy(ModuleType):
             raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}") from None
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in ("evaluate", "report", "rewrite", "tune") and isinstance(value, ModuleType):
+        if name in ("evaluate", "export", "report", "rewrite", "tune") and isinstance(value, ModuleType):
             return  # functions that have the names of folders, which importing a folder must not hide
         super().__setattr__(name, value)
 

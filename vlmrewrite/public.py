@@ -4,6 +4,7 @@ from vlmrewrite.api import applied, apply, calibrate, report, restore, verify
 from vlmrewrite.checkpoint import from_pretrained, load_blocks, push_to_hub, save_blocks
 from vlmrewrite.compiler import rewrite
 from vlmrewrite.evaluate import evaluate
+from vlmrewrite.export import Exported, export, load_export
 from vlmrewrite.plan import Budget, Depth, Pass, Plan
 from vlmrewrite.progress import disable_progress_bars, enable_progress_bars
 from vlmrewrite.recipe import Recipe
@@ -16,6 +17,7 @@ from vlmrewrite.tune import Tuned, tune
 __all__ = [
     "Budget",
     "Depth",
+    "Exported",
     "Pass",
     "Plan",
     "Program",
@@ -29,9 +31,11 @@ __all__ = [
     "disable_progress_bars",
     "enable_progress_bars",
     "evaluate",
+    "export",
     "from_pretrained",
     "kept_tokens",
     "load_blocks",
+    "load_export",
     "push_to_hub",
     "report",
     "restore",

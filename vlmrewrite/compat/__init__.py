@@ -45,6 +45,7 @@ from vlmrewrite.compat.modules import (
 )
 from vlmrewrite.compat.operators import (
     assert_scalar,
+    assert_tensor,
     at_most,
     autocast_marks,
     autograd_function,
@@ -67,6 +68,7 @@ __all__ = [
     "VersionError",
     "apply_gate",
     "assert_scalar",
+    "assert_tensor",
     "at_graph_limit",
     "at_most",
     "attention_implementation",

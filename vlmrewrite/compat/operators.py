@@ -7,6 +7,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vlmrewrite.compat.private import attribute, find
 
@@ -49,6 +50,15 @@ def gradient_mark() -> Any:
 def autocast_marks() -> tuple[Any, Any]:
     """What begins and ends a part under ``torch.autocast`` in a captured graph: the second takes the first's result."""
     return find("torch.amp", "_enter_autocast"), find("torch.amp", "_exit_autocast")
+
+
+def assert_tensor(condition: Tensor, message: str) -> None:
+    """Check a bool tensor of one number as it is computed, also in a graph that is being exported.
+
+    Raises:
+        RuntimeError: it is false, and this runs eagerly on a CPU.
+    """
+    attribute(torch, "_assert_async", "torch")(condition, message)
 
 
 def has_gradient(operator: Any) -> bool:

@@ -60,6 +60,7 @@ from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
     MODALITIES,
     Encoded,
+    EncoderOutput,
     Encoding,
     encode_images,
     encoded_images,
@@ -77,6 +78,7 @@ __all__ = [
     "MODALITIES",
     "Checkpointing",
     "Encoded",
+    "EncoderOutput",
     "Encoding",
     "Projection",
     "Sizes",

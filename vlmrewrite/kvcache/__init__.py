@@ -4,5 +4,6 @@ In: keys and values as a model's attention makes them. Out: all keys, values and
 """
 
 from vlmrewrite.kvcache.cache import PositionCache, adopt, adopted
+from vlmrewrite.kvcache.layer import PositionLayer
 
-__all__ = ["PositionCache", "adopt", "adopted"]
+__all__ = ["PositionCache", "PositionLayer", "adopt", "adopted"]

@@ -51,9 +51,8 @@ class StateLayer(LinearAttentionLayer):
 
     def activate_past_recording(self) -> None:
         """Refuse to remember earlier states, as assistants want it."""
-        if self.is_croppable:
-            return
-        raise NotImplementedError(f"{FINAL}: generate without an assistant")
+        if not self.is_croppable:
+            raise NotImplementedError(f"{FINAL}: generate without an assistant")
 
     def crop(self, tokens_to_remove: int, shared: Any = None) -> None:
         """Refuse to forget tokens.

@@ -30,7 +30,7 @@ from vlmrewrite.ops.positional import (
 )
 from vlmrewrite.ops.recurrent import RECURRENT, mixers_swapped, recurrent, swap_mixers
 from vlmrewrite.ops.rows import ROWS, TOKENS, Along, Join, Run, cut, joined
-from vlmrewrite.ops.scoring import greedy_flops, least_of, like_member, per_image, shared_out
+from vlmrewrite.ops.scoring import counted, greedy_flops, least_of, like_member, per_image, shared_out
 from vlmrewrite.ops.selection import select, token_index
 
 __all__ = [
@@ -60,6 +60,7 @@ __all__ = [
     "attention",
     "attention_blocks",
     "choose",
+    "counted",
     "cut",
     "define",
     "expert_linear",

@@ -18,6 +18,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from vlmrewrite.ops.scoring import is_counted, left_of
+
 ROOM = 2**24
 """Numbers in a batch's features, and in its matrix of products: 64 MiB of fp32."""
 
@@ -245,14 +247,18 @@ def greedy_choice(
         the chosen tokens, bool [F].
     """
     chosen, groups, start = torch.zeros_like(member), dict[tuple[int, int], list[Tensor]](), 0
-    for n, k in zip(lengths.tolist(), keep.tolist(), strict=True):
-        left = start + member[start : start + n].nonzero()[:, 0]
+    for i, (n, k) in enumerate(zip(lengths.tolist(), keep.tolist(), strict=True)):
+        left = left_of(member, start, n, i)
         if k >= len(left):
             chosen[left] = True
         elif k:
             groups.setdefault((len(left), k), []).append(left)
         start += n
     for (m, k), images in groups.items():
+        if is_counted():
+            for index in images:
+                chosen[index[definition(features[index].float(), k)]] = True
+            continue
         together = max(1, ROOM // (m * max(m, features.shape[1])))
         for at in range(0, len(images), together):
             index = torch.stack(images[at : at + together])

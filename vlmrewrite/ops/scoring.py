@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
@@ -54,6 +56,38 @@ def attention_received(
     return full.flatten()[flat]
 
 
+_LEFT: ContextVar[Sequence[int] | None] = ContextVar("vlmrewrite_left", default=None)
+
+
+@contextmanager
+def counted(left: Sequence[int]) -> Iterator[None]:
+    """While the block runs, in this context, policies are told how many tokens may be chosen of each image.
+
+    So what they do can be traced: no size in it depends on numbers in tensors.
+    """
+    token = _LEFT.set(left)
+    try:
+        yield
+    finally:
+        _LEFT.reset(token)
+
+
+def is_counted() -> bool:
+    """Whether policies are told how many tokens may be chosen, and are to look at no number in a tensor."""
+    return _LEFT.get() is not None
+
+
+def left_of(member: Tensor, start: int, n: int, i: int) -> Tensor:
+    """The tokens that may be chosen of image ``i``, whose ``n`` tokens begin at ``start``: int64 [m], ascending.
+
+    Args:
+        member: tokens that may be chosen, bool [F].
+    """
+    here, known = member[start : start + n], _LEFT.get()
+    found = here.nonzero()[:, 0] if known is None else (~here).to(torch.int8).argsort(stable=True)[: known[i]]
+    return start + found
+
+
 def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[Tensor, int, int], Tensor]) -> Tensor:
     """The loop of a policy that looks at each image for itself: what most references of policies are made of.
 
@@ -74,7 +108,7 @@ def per_image(member: Tensor, lengths: Tensor, keep: Tensor, choose: Callable[[T
     """
     chosen, start = torch.zeros_like(member), 0
     for i, (n, k) in enumerate(zip(lengths.tolist(), keep.tolist(), strict=True)):
-        left = start + member[start : start + n].nonzero()[:, 0]
+        left = left_of(member, start, n, i)
         k = min(k, len(left))
         if k:
             try:
