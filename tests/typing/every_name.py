@@ -84,6 +84,14 @@ def search(model: nn.Module, processor: Any, data: Path) -> vr.Recipe | None:
     return found.recipe
 
 
+def carry(model: nn.Module, inputs: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """Export a model under a recipe, and find what it takes."""
+    exported: vr.Exported = vr.export(model, inputs, passes.Stride(keep=4), strict=True)
+    exported.save(folder)
+    assert_type(vr.load_export(folder), vr.Exported)
+    return exported.arguments(inputs)
+
+
 def use(model: nn.Module, inputs: dict[str, Any], folder: Path) -> list[str]:
     """Do with a model all that can be done; returns what was told on the way."""
     vr.disable_progress_bars()

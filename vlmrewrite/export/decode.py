@@ -1,4 +1,4 @@
-"""A step behind a prompt as a module that can be exported: tokens and what each layer keeps in, the same, longer, out."""
+"""A step behind a prompt as a module that can be exported: a token and what layers keep in, logits and the same out."""
 
 from __future__ import annotations
 

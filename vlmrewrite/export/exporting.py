@@ -35,7 +35,7 @@ _CONSTANT = ("use_cache", "return_dict")
 def export(model: nn.Module, inputs: Mapping[str, Any], recipe: Any = None, **options: Any) -> Exported:
     """Export a model under a recipe: two ``ExportedProgram`` without any operator of this package in them.
 
-        exported = vr.export(model, inputs, "sts-128")
+        exported = vr.export(model, inputs, recipe)
         out = exported.prefill.module()(**exported.arguments(inputs))
         out["logits"], out["past_key_values"]
 
@@ -110,8 +110,8 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], session: Session, block
         first = _exported(prefill, takes, along, "the prompt")
         out = first.module()(**takes)
         step = _step(given, out[PAST])
-        shapes = {name: {1: Dim.DYNAMIC} if name == "attention_mask" else {} for name in step}
-        shapes[PAST] = tuple(({2: Dim.DYNAMIC}, {2: Dim.DYNAMIC}, {1: Dim.DYNAMIC}) for _ in out[PAST])  # type: ignore[assignment]
+        shapes: dict[str, Any] = {name: {1: Dim.DYNAMIC} if name == "attention_mask" else {} for name in step}
+        shapes[PAST] = [({2: Dim.DYNAMIC}, {2: Dim.DYNAMIC}, {1: Dim.DYNAMIC}) for _ in out[PAST]]
         more = _exported(Decode(model, positions, list(step)), step, shapes, "a step behind the prompt")
     assert program.call is not None
     return Exported(
@@ -214,7 +214,7 @@ def _step(given: Mapping[str, Any], past: Any) -> dict[str, Any]:
     }
     if at is not None:
         step["position_ids"] = at[..., -1:] + 1
-    return step | {PAST: tuple(map(tuple, past))}
+    return step | {PAST: past}
 
 
 def _exported(module: nn.Module, kwargs: dict[str, Any], shapes: dict[str, Any], what: str) -> ExportedProgram:
@@ -227,9 +227,13 @@ def _exported(module: nn.Module, kwargs: dict[str, Any], shapes: dict[str, Any],
         made = torch.export.export(module, (), kwargs, dynamic_shapes=shapes)
     except Exception as e:
         said = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
-        raise NotImplementedError(f"{what} cannot be exported by torch.export: {said}") from e
+        hint = "" if ENCODED in kwargs or PAST in kwargs else f" (images encoded, as {ENCODED}, leave the tower out)"
+        raise NotImplementedError(f"{what} cannot be exported by torch.export{hint}: {said}") from e
     graphs = [m.graph for m in made.graph_module.modules() if isinstance(m, torch.fx.GraphModule)]
-    left = {str(n.target) for graph in graphs for n in graph.nodes if str(n.target).startswith("vlm")}
-    if left:
-        raise NotImplementedError(f"{what} cannot be exported: {', '.join(sorted(left))} would be left in it")
+    targets = {n.target for graph in graphs for n in graph.nodes if n.op == "call_function"}
+    tagged = {str(x) for x in targets if torch.Tag.nondeterministic_seeded in getattr(x, "tags", ())}
+    if random := sorted(x for x in tagged if "attention" not in x and "dropout" not in x):  # none in eval mode
+        raise NotImplementedError(f"{what} draws random numbers, by {', '.join(random)}: expected none to export")
+    if left := sorted(str(x) for x in targets if str(x).startswith("vlm")):
+        raise NotImplementedError(f"{what} cannot be exported: {', '.join(left)} would be left in it")
     return made

@@ -1,4 +1,4 @@
-"""What a rewritten graph is given beside its captured inputs, said by tensor operations alone, so that it can be traced.
+"""What a rewritten graph is given beside its captured inputs, made by tensor operations alone, so that it is traced.
 
 Of an exported prompt the images are fixed, and with them every number that the host otherwise counts anew in each call.
 """

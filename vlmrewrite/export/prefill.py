@@ -171,7 +171,7 @@ class Prefill(Called):
         names: Sequence[str],
     ) -> None:
         super().__init__(names)
-        self.model, self.graph, self.vision = model, graph, vision
+        self.model, self.rewritten, self.vision = model, graph, vision
         self._modalities, self._reads, self._extras = modalities, reads, extras
         self._call, self._shown, self._positions = call, shown, positions
         self._listed = listed(call, extras)
@@ -182,7 +182,7 @@ class Prefill(Called):
         flat = self._flat(given)
         masks = dict(zip(self._modalities, self.vision(*flat), strict=True))
         call = self._fixed(masks, kwargs.get("attention_mask"))
-        out, _ = self.graph(*flat, *map(call.fill, self._extras))
+        out, _ = self.rewritten(*flat, *map(call.fill, self._extras))
         logits, layers = self._shown
         return {"logits": out[logits], PAST: [tuple(out[i] for i in places) for places in layers]}
 

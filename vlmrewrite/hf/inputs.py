@@ -44,9 +44,14 @@ def tidy(
         encode: False leaves images as they are.
 
     Raises:
-        NotImplementedError: attentions are asked for.
+        NotImplementedError: attentions are asked for, or ``torch.export`` is tracing the call.
         ValueError: there is no token.
     """
+    if torch.compiler.is_exporting():
+        raise NotImplementedError(
+            f"torch.export.export() cannot look into this {type(model).__name__}, which a recipe is applied to: call"
+            " vlmrewrite.export(model, inputs), which gives the prompt and a step behind it as exported programs"
+        )
     kwargs = named(model, args, kwargs)
     if _KEEP in argument_names(type(model).forward):
         kwargs.setdefault(_KEEP, 0)

@@ -214,19 +214,19 @@ def top_attention(weights: Tensor, member: Tensor, lengths: Tensor, keep: Tensor
     Returns:
         the chosen tokens, bool [F].
     """
-    there = torch.arange(int(lengths.max()) if len(lengths) else 0, device="cpu") < lengths[:, None]
-    shape, equal = there.shape, bool(there.all())
-    there = there.to(member.device)
+    sizes, device = lengths.tolist(), member.device
+    shape, equal = (len(sizes), max(sizes, default=0)), len({*sizes}) <= 1
     if equal:
         weights, left = weights.reshape(shape), member.reshape(shape)
     else:
-        weights = weights.new_zeros(shape).masked_scatter(there, weights)
-        left = member.new_zeros(shape).masked_scatter(there, member)
+        firsts = ((i * shape[1], n) for i, n in enumerate(sizes))
+        at = torch.cat([torch.arange(first, first + n, device=device) for first, n in firsts])
+        weights, left = (x.new_zeros(shape).flatten().scatter(0, at, x).view(shape) for x in (weights, member))
     order = weights.argsort(dim=1, descending=True, stable=True)
     best = left.gather(1, order)
-    best &= best.cumsum(1, dtype=torch.int32) <= keep.to(member.device)[:, None]
-    chosen = torch.zeros_like(left).scatter(1, order, best)
-    return chosen.flatten() if equal else chosen[there]
+    best &= best.cumsum(1, dtype=torch.int32) <= keep.to(device)[:, None]
+    chosen = torch.zeros_like(left).scatter(1, order, best).flatten()
+    return chosen if equal else chosen[at]
 
 
 def checked(chosen: Tensor, member: Tensor, lengths: Tensor, keep: Tensor, name: str) -> Tensor:

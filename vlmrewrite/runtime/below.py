@@ -43,7 +43,7 @@ def in_place(own: Callable[..., Any], method: Callable[..., Any]) -> Callable[..
     return functools.wraps(own)(lambda *args, **kwargs: method(*args, **kwargs))
 
 
-_REASON = "a rewritten model is compiled by apply(..., backend='inductor')"
+_REASON = "a rewritten model is compiled by apply(..., backend='inductor') and exported by vlmrewrite.export"
 
 
 @torch.compiler.disable(reason=_REASON)  # type: ignore[untyped-decorator]
