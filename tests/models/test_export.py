@@ -155,6 +155,7 @@ def test_other_images_are_refused_as_they_run():
 
 
 @slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # Inductor's own
 @torch.no_grad()
 def test_compiled_ahead_of_time(tmp_path):
     """By AOTInductor, on this CPU; what runs then is no Python."""

@@ -91,3 +91,9 @@ def test_an_operator_without_a_schema_or_of_another_name(monkeypatch: pytest.Mon
     monkeypatch.setattr(torch, "ops", object())
     with pytest.raises(compat.VersionError, match=r"^torch .* has no object\.aten\._assert_scalar\.default "):
         compat.assert_scalar()
+
+
+def test_a_tensor_is_checked_as_it_is_computed() -> None:
+    compat.assert_tensor(torch.tensor(True), "told")
+    with pytest.raises(RuntimeError, match="told"):
+        compat.assert_tensor(torch.tensor(False), "told")
