@@ -63,8 +63,8 @@ def spread(x: Tensor, k: int) -> Tensor:
     similarity = torch.full((len(x),), -torch.inf, device=x.device)  # to the most similar chosen token
     left = torch.ones(len(x), dtype=torch.bool, device=x.device)
     for _ in range(k - 1):
-        similarity = similarity.maximum(_cosines(x, x[pick]))
-        left[pick] = False
+        similarity = similarity.maximum(_cosines(x, x.index_select(0, pick[None])))
+        left = left.index_fill(0, pick[None], False)
         pick = least_of(similarity, left)
         picks.append(pick)
     return torch.stack(picks)

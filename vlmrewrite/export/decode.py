@@ -50,4 +50,5 @@ class Decode(Called):
         with capture.running(cache):
             own = type(self.model).forward
             out = own(self.model, past_key_values=cache, use_cache=True, return_dict=True, **kwargs)
-        return {"logits": out.logits, PAST: [(layer.keys, layer.values, layer.positions) for layer in cache.layers]}
+        kept = [(layer.keys, layer.values, layer.positions) for layer in cache.layers]
+        return {"logits": out.logits, PAST: [tuple(x.contiguous() for x in one) for one in kept]}

@@ -21,7 +21,7 @@ _PROGRAMS = ("prefill", "decode")
 def plain(x: Any) -> Any:
     """Tensors in nested dicts and lists, of what a vision tower gave; what only its own layers made is left out."""
     if isinstance(x, Tensor) or x is None:
-        return x
+        return x if x is None else x.contiguous()  # what is compiled ahead of time reads memory as in the example
     if isinstance(x, (list, tuple)):
         return [plain(y) for y in x]
     fields = x if isinstance(x, Mapping) else vars(x)
@@ -36,7 +36,7 @@ class Exported:
     Attributes:
         prefill: takes the arguments named in ``takes``; gives ``logits`` and ``past_key_values``.
         decode: takes ``input_ids`` int64 [B, 1], ``attention_mask`` [B, seen + 1], ``past_key_values`` as it was given
-            back last and, if ``prefill`` takes any, ``position_ids`` of the new tokens; gives the same as ``prefill``.
+            back last and, if ``prefill`` takes any, ``position_ids`` of the new tokens, all contiguous; gives the same.
         takes: the names of what ``prefill`` takes.
         model: the class of the model.
         recipe: its name.

@@ -99,7 +99,7 @@ def _export(model: nn.Module, inputs: Mapping[str, Any], session: Session, block
     positions = _makes_positions(model, given)
     if given.get(ENCODED) is not None:
         given[ENCODED] = plain(given[ENCODED])
-    takes = {name: x for name, x in given.items() if isinstance(x, Tensor) or name == ENCODED}
+    takes = {name: plain(x) for name, x in given.items() if isinstance(x, Tensor) or name == ENCODED}
     kwargs = _with_padding(model, prepared(model, given, positions))
     program = rewrite(trace(model, kwargs), session.recipe.passes, strict=session.strict, blocks=blocks)
     _check(program, session.recipe.name)
@@ -209,11 +209,11 @@ def _step(given: Mapping[str, Any], past: Any) -> dict[str, Any]:
     """An example of what a step takes."""
     ids, mask, at = given["input_ids"], given.get("attention_mask"), given.get("position_ids")
     step = {
-        "input_ids": ids[:, -1:],
+        "input_ids": ids[:, -1:].contiguous(),
         "attention_mask": F.pad(torch.ones_like(ids) if mask is None else mask, (0, 1), value=1),
     }
     if at is not None:
-        step["position_ids"] = at[..., -1:] + 1
+        step["position_ids"] = (at[..., -1:] + 1).contiguous()
     return step | {PAST: past}
 
 

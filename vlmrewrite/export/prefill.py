@@ -184,7 +184,7 @@ class Prefill(Called):
         call = self._fixed(masks, kwargs.get("attention_mask"))
         out, _ = self.rewritten(*flat, *map(call.fill, self._extras))
         logits, layers = self._shown
-        return {"logits": out[logits], PAST: [tuple(out[i] for i in places) for places in layers]}
+        return {"logits": out[logits], PAST: [tuple(out[i].contiguous() for i in places) for places in layers]}
 
     def _flat(self, given: Mapping[str, Any]) -> list[Any]:
         """The captured graph's inputs."""
