@@ -72,6 +72,13 @@ def same(got, expected):
     assert torch.equal(got.cpu(), expected.cpu())
 
 
+def test_numbers_that_are_conjugate_or_negative_by_a_bit(device):
+    x, index = torch.randn(2, 9, 4, dtype=torch.complex64).to(device), index_of(2, 9, 3).to(device)
+    views = [x.conj(), x.conj().imag]
+    for got, view in zip(kernels.gather(views, [1, 1], index), views, strict=True):
+        same(got, selection.select(view, index).resolve_conj().resolve_neg())
+
+
 @given(selections())
 def test_gather_is_its_reference(device, drawn):
     xs, dims, index = drawn

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from transformers import Gemma4Config, Gemma4ForConditionalGeneration, Llama4Tex
 
 import vlmrewrite as vr
 from tests.small import long
-from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
+from vlmrewrite.passes import DPVR, STS, VISOR, VTW, FastV, Stride
+from vlmrewrite.passes.visor.dispatch import Routed
+from vlmrewrite.plan import frozen_pass
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import All, Text
 from vlmrewrite.testing.agreement import forward_agreement, generation_agreement
@@ -125,6 +128,29 @@ def test_keys_that_the_owner_has_not_cannot_be_scored():
     why = r"layer 4 attends to layer 2's keys of Text, not of All; expected one of .* keys of its own, 0, 1, 2 \("
     with pytest.raises(ValueError, match=why):
         vr.rewrite(vr.trace(model, inputs), [VISOR([0, 1, 3, 4, 5]), FastV(at=4)], strict=True)
+
+
+@torch.no_grad()
+def test_what_one_plan_of_several_scores_is_no_matter_of_the_others():
+    @frozen_pass
+    class Both:
+        name: ClassVar[str] = "both"
+
+        def refuse(self, plan):
+            return None
+
+        def change(self, plan):
+            cheap, other = plan.copy(), plan.copy()
+            VTW(at=1).change(cheap)
+            FastV(0.5, at=4).change(other)
+            plan.dispatch(Routed(1, lambda hidden: torch.ones(len(hidden), dtype=torch.int64)), [cheap, other])
+
+    model, inputs = gemma4().model, gemma4().inputs(ROWS[:1])
+    found = []
+    for passes in ([Both()], [FastV(0.5, at=4)]):
+        with vr.applied(model, passes, strict=True):
+            found.append(model(**inputs).logits)
+    assert torch.equal(*found)
 
 
 def test_a_sharing_layer_attends_to_what_its_owner_keeps():

@@ -73,6 +73,13 @@ def test_what_the_processor_leaves_as_it_is_has_whole_patches(share: float) -> N
     assert 0.75 * share < pixels.numel() / (3 * 336 * 448) < 1.25 * share
 
 
+def test_no_picture_becomes_larger() -> None:
+    images = CLIPImageProcessorPil(do_resize=False, do_center_crop=False)
+    made = smaller(SimpleNamespace(image_processor=images, patch_size=14), 0.5).image_processor
+    [pixels] = made(images=[Image.new("RGB", (100, 7))], return_tensors="pt")["pixel_values"]
+    assert pixels.shape[1:] == (7, 70)
+
+
 def test_no_pictures() -> None:
     with pytest.raises(ValueError, match="expected a processor with an image_processor, got SimpleNamespace"):
         smaller(SimpleNamespace(), 0.5)

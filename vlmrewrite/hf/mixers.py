@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers.cache_utils import (
@@ -58,16 +57,10 @@ def feedforward_layers(model: nn.Module, layers: Sequence[Any] | None = None) ->
 
 
 def cache_states(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """How many decoder layers there are, and how many states each keeps that has no keys; worked out once a model."""
-    config, known = model.config, _STATES.get(model)
-    if known is None or known[0] is not config:
-        layers = cache_layers(model)
-        states = {i: x.number_of_states for i, x in enumerate(layers) if is_recurrent(x)}
-        _STATES[model] = known = config, len(layers), states | dict.fromkeys(feedforward_layers(model, layers), 0)
-    return known[1], known[2]
-
-
-_STATES: WeakKeyDictionary[nn.Module, tuple[Any, int, dict[int, int]]] = WeakKeyDictionary()
+    """How many decoder layers there are, and how many states each keeps that has no keys."""
+    layers = cache_layers(model)
+    states = {i: x.number_of_states for i, x in enumerate(layers) if is_recurrent(x)}
+    return len(layers), states | dict.fromkeys(feedforward_layers(model, layers), 0)
 
 
 def refuse_cache_layers(model: nn.Module) -> None:

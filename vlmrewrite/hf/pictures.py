@@ -115,5 +115,5 @@ def _shrunk(images: Any, side: float, unit: int) -> Any:
         return [_shrunk(image, side, unit) for image in images]
     if not callable(getattr(images, "resize", None)) or not hasattr(images, "width"):
         raise TypeError(f"expected pictures of PIL, which can be made smaller, got {type(images).__name__}")
-    sides = (max(1, round(n * side / unit)) * unit for n in (images.width, images.height))
+    sides = (min(n, max(1, round(n * side / unit)) * unit) for n in (images.width, images.height))
     return images.resize(tuple(sides))

@@ -101,7 +101,7 @@ def gather(xs: list[Tensor], dims: list[int], index: Tensor) -> list[Tensor]:
                 f"selecting from {tuple(x.shape)} at {dim} by an index {tuple(index.shape)}; expected tokens behind a"
                 f" batch of 1 or {index.shape[0]}"
             )
-        x = x.resolve_conj()
+        x = x.resolve_conj().resolve_neg()
         out = x.new_empty(index.shape[0], *x.shape[1:dim], n, *x.shape[dim + 1 :])
         outs.append(out)
         if x.is_complex():  # which Triton does not know

@@ -162,7 +162,7 @@ class Products:
         self.x, self._then = x, then
         self.gram = self._gram(side) if images * m * m <= ROOM and k * WORTH >= m else None
         self._known: list[dict[int, Tensor]] = [{} for _ in range(images)]
-        self._ahead, self._used = [AHEAD[0]] * images, [0] * images
+        self._ahead, self._used, self._left = [AHEAD[0]] * images, [0] * images, [k] * images
 
     def _gram(self, side: int) -> Tensor:
         images, m, _ = self.x.shape
@@ -189,8 +189,9 @@ class Products:
     def _row(self, image: int, pick: int, likely: Tensor | None) -> Tensor:
         known, x = self._known[image], self.x[image]
         self._used[image] += 1
+        self._left[image] -= 1
         if pick not in known:
-            rows = [pick] if likely is None else self._next(image, pick, likely)
+            rows = [pick] if likely is None else [i for i in self._next(image, pick, likely) if i not in known]
             with torch.autocast(x.device.type, enabled=False):
                 made = x[rows] @ x.T
             if (len(known) + len(made)) * len(x) * len(self.x) > ROOM:
@@ -208,7 +209,7 @@ class Products:
         with torch.autocast(part.device.type, enabled=False):
             products = part @ part.T
         found = []
-        for _ in range(min(self._ahead[image], len(rows))):
+        for _ in range(min(self._ahead[image], len(rows), 1 + max(0, self._left[image]))):
             least = potential.argmin()
             found.append(least)
             potential = self._then(image, potential, rows, least, products[least])

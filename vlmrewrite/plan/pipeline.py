@@ -147,8 +147,8 @@ def _run_on_variants(plan: Plan, p: Pass, strict: bool) -> tuple[Plan, Outcome]:
 
 def _beyond_layers(plan: Plan) -> str | None:
     """Why a layer of another kind, or with another one's keys, cannot do what a plan or a variant says; or None."""
-    for entry in (entry for p in (plan, *plan.variants) for entry in p.layers):
-        kind, scored, keys = plan.kinds.get(entry.index), plan.scored(entry.index), plan.render(entry.keys)
+    for entry, scored in ((x, p.scored(x.index)) for p in plan.variants or (plan,) for x in p.layers):
+        kind, keys = plan.kinds.get(entry.index), plan.render(entry.keys)
         if kind == "recurrent" and entry.keys != entry.run_set:
             found = f"cannot attend to {keys} and run on {plan.render(entry.run_set)}"
         elif kind and scored:

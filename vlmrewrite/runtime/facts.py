@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vlmrewrite import hf
 from vlmrewrite.capture import Graph
@@ -217,15 +217,14 @@ class Layout(NamedTuple):
 
     @classmethod
     def of(cls, x: Any) -> Any:
-        """The layout of a tensor that is no parameter; anything else as it is."""
-        plain = isinstance(x, Tensor) and not isinstance(x, nn.Parameter)
-        return cls(tuple(x.shape), x.stride(), x.dtype, x.device) if plain else x
+        """The layout of a tensor; anything else as it is."""
+        return cls(tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
 
 
 class LastCall(NamedTuple):
     """A call with an image that has run: what ran, what came out of it, the call, and what it was given.
 
-    ``inputs`` are the captured graph's flat inputs, a :class:`Layout` for each tensor that is no parameter;
+    ``inputs`` are the captured graph's flat inputs, a :class:`Layout` for each tensor;
     ``autocast`` the dtype that operators were cast to, or None.
     """
 
