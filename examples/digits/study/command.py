@@ -8,7 +8,7 @@ For each share of the FLOPs (1/2, 1/4, 1/8) every technique is the recipe that c
 by accuracy. All are asked the same held-out questions, by ``vlmrewrite.evaluate``. The output folder gets, for each
 task, a folder with all that ``vlmrewrite eval`` writes, and beside it NAME.json, NAME.md, NAME-kinds.md,
 NAME-absent.md and NAME.svg. Trained blocks are taken from the folder blocks beside this file; ``--train`` trains what
-is not there. The model that reads documents has to be trained first: python -m examples.digits.documents.train.
+is not there. The model that reads documents was made by python -m examples.digits.documents.train.
 """
 
 from __future__ import annotations
