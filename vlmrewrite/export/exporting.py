@@ -48,6 +48,7 @@ def export(model: nn.Module, inputs: Mapping[str, Any], recipe: Any = None, **op
     tokens than the others keeps all rows longer, for any of its text may be as long as the whole prompt.
 
     Positions are made from the attention mask as ``generate()`` makes them, unless ``inputs`` holds ``position_ids``.
+    While it is exported the model is unmodified, for all threads.
 
     Args:
         model: in eval mode; without ``recipe``, one that a recipe is applied to, which stays applied.
