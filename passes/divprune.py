@@ -94,7 +94,7 @@ class _Cosine:
 
     def __init__(self, x: Tensor, _: int) -> None:
         self.x = F.normalize(x, dim=2)
-        self.products = Products(self.x, x.shape[1], _then, BLOCK)
+        self.products = Products(self.x, x.shape[1], BLOCK)
         off = product_rounding(x.shape[2], x.device)
         self.off = torch.tensor([-off, off], device=x.device)[:, None, None]
 
@@ -105,7 +105,7 @@ class _Cosine:
         return self.products.gram.amax(2)
 
     def bounded(self, bounds: Tensor | None, picks: Sequence[int]) -> Tensor:
-        more = self.products.of(picks, None if bounds is None else bounds[0]) + self.off
+        more = self.products.of(picks, None if bounds is None else bounds[0], _then) + self.off
         return more if bounds is None else bounds.maximum(more)
 
     def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:

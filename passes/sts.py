@@ -83,7 +83,7 @@ class _Repulsion:
     def __init__(self, x: Tensor, k: int) -> None:
         self.x, self.mean = x, torch.stack([one.mean(0) for one in x])
         centred = x - self.mean[:, None]
-        self.products = Products(centred, k, self._then)
+        self.products = Products(centred, k)
         squares, off = self.products.squares(), product_rounding(x.shape[2], x.device)
         sign = torch.tensor([1.0, -1.0], device=x.device)[:, None, None]  # farther is less: the lower bound first
         self.sums = squares * (1 + sign * off) + EPSILON / 2
@@ -94,7 +94,7 @@ class _Repulsion:
 
     def bounded(self, bounds: Tensor | None, picks: Sequence[int]) -> Tensor:
         sums = self.sums + torch.stack([self.sums[:, i, pick] for i, pick in enumerate(picks)], 1)[:, :, None]
-        products = self.products.of(picks, None if bounds is None else bounds[0])
+        products = self.products.of(picks, None if bounds is None else bounds[0], self._then)
         more = sums.sub_(products, alpha=2).clamp_(min=EPSILON).reciprocal_()
         return more * self.factor if bounds is None else bounds.addcmul_(more, self.factor)
 

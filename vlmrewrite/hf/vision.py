@@ -161,8 +161,7 @@ def encoded_images(output: Any) -> Encoded:
         if all(isinstance(y, Tensor) and y.dim() > 1 for y in x):
             sizes = [y.shape[:-1].numel() for y in x]
             if sizes == next(iter(lengths.values()), sizes):  # of each image, and not of each layer
-                flat = [y.reshape(-1, y.shape[-1]) for y in x]
-                candidates[name], lengths[name] = flat[0] if len(flat) == 1 else torch.cat(flat), sizes
+                candidates[name], lengths[name] = torch.cat([y.reshape(-1, y.shape[-1]) for y in x]), sizes
                 return [candidates[name]]
         return [handed(f"{name}[{i}]", y) for i, y in enumerate(x)]
 

@@ -34,6 +34,9 @@ AHEAD, AMONG = (16, 64), 3
 many rows these are looked for."""
 
 
+Then = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
 class Rule(Protocol):
     """What greedy search takes the least of: bounds from products, and the definition.
 
@@ -150,16 +153,12 @@ class Products:
     Args:
         x: the rows.
         k: how many are picked of each image.
-        then: the potentials of some rows of an image, [s], after another pick among them; takes the image, the
-            potentials, the numbers of the rows, the pick's place among them, and its products with them, [s].
         side: rows of the matrix that are computed at a time.
     """
 
-    def __init__(
-        self, x: Tensor, k: int, then: Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor], side: int = SIDE
-    ) -> None:
+    def __init__(self, x: Tensor, k: int, side: int = SIDE) -> None:
         images, m, _ = x.shape
-        self.x, self._then = x, then
+        self.x = x
         self.gram = self._gram(side) if images * m * m <= ROOM and k * WORTH >= m else None
         self._known: list[dict[int, Tensor]] = [{} for _ in range(images)]
         self._ahead, self._used, self._left = [AHEAD[0]] * images, [0] * images, [k] * images
@@ -175,23 +174,26 @@ class Products:
                 to[begin:end, begin:end] += pairs[:, : len(pairs)].triu(1)
         return gram
 
-    def of(self, picks: Sequence[int], likely: Tensor | None) -> Tensor:
+    def of(self, picks: Sequence[int], likely: Tensor | None, then: Then) -> Tensor:
         """Of each image's row with the pick's number, with all of its rows: [I, m].
 
         Args:
             picks: one of each image.
             likely: the less, the sooner a row is picked, [I, m]; None: nothing is known of that.
+            then: the potentials of some rows of an image, [s], after another pick among them; takes the image, the
+                potentials, the numbers of the rows, the pick's place among them, and its products with them, [s].
         """
         if self.gram is not None:
             return torch.stack([gram[pick] for gram, pick in zip(self.gram, picks, strict=True)])
-        return torch.stack([self._row(i, pick, None if likely is None else likely[i]) for i, pick in enumerate(picks)])
+        each = [None] * len(picks) if likely is None else [*likely]
+        return torch.stack([self._row(i, pick, each[i], then) for i, pick in enumerate(picks)])
 
-    def _row(self, image: int, pick: int, likely: Tensor | None) -> Tensor:
+    def _row(self, image: int, pick: int, likely: Tensor | None, then: Then) -> Tensor:
         known, x = self._known[image], self.x[image]
         self._used[image] += 1
         self._left[image] -= 1
         if pick not in known:
-            rows = [pick] if likely is None else [i for i in self._next(image, pick, likely) if i not in known]
+            rows = [pick] if likely is None else [i for i in self._next(image, pick, likely, then) if i not in known]
             with torch.autocast(x.device.type, enabled=False):
                 made = x[rows] @ x.T
             if (len(known) + len(made)) * len(x) * len(self.x) > ROOM:
@@ -199,7 +201,7 @@ class Products:
             known.update(zip(rows, made, strict=True))
         return known[pick]
 
-    def _next(self, image: int, pick: int, likely: Tensor) -> list[int]:
+    def _next(self, image: int, pick: int, likely: Tensor, then: Then) -> list[int]:
         """A pick, and the rows that would be next if there were no others than those of the least potentials."""
         ahead = 2 * self._ahead[image] if 2 * self._used[image] >= self._ahead[image] else self._ahead[image] // 2
         self._ahead[image], self._used[image] = min(max(ahead, AHEAD[0]), AHEAD[1]), 0
@@ -212,7 +214,7 @@ class Products:
         for _ in range(min(self._ahead[image], len(rows), 1 + max(0, self._left[image]))):
             least = potential.argmin()
             found.append(least)
-            potential = self._then(image, potential, rows, least, products[least])
+            potential = then(image, potential, rows, least, products[least])
             potential[least] = torch.inf
         return [int(row) for row in rows[torch.stack(found)].tolist()]
 
