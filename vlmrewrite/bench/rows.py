@@ -21,7 +21,7 @@ class Row:
         prefill: seconds of each prefill (images encoded before), in order.
         decode: seconds per token of each decoding run, in order.
         prefill_process, decode_process: the same in process time: seconds of all its threads on processors.
-        first: seconds of the first prefill, all that is traced, compiled and tried out for it included.
+        first: seconds of the first prefill, with all that is traced, compiled and tried out for it, and was not before.
         peak_bytes: that tensors need at a time during a prefill, beyond those of before, as the allocator counts them.
         kv_bytes: keys and values in the cache after prefill.
         flops: matmul FLOPs of the decoder layers' prefill; None for the unmodified model without a recipe beside it.

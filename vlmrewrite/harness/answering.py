@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
 from vlmrewrite.api import applied_recipe, apply
 from vlmrewrite.errors import one_of
@@ -119,8 +118,4 @@ class Answering:
 
     def _on_device(self, given: Any) -> dict[str, Any]:
         """Tensors where the model is, those of numbers in its dtype."""
-        found = dict(given)
-        for key, x in found.items():
-            if isinstance(x, Tensor):
-                found[key] = x.to(self.model.device, self.model.dtype if x.is_floating_point() else x.dtype)
-        return found
+        return dict(BatchFeature(dict(given)).to(self.model.device, dtype=self.model.dtype))

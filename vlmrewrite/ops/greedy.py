@@ -216,7 +216,8 @@ class Products:
             found.append(least)
             potential = then(image, potential, rows, least, products[least])
             potential[least] = torch.inf
-        return [int(row) for row in rows[torch.stack(found)].tolist()]
+        order: list[int] = rows[torch.stack(found)].tolist()
+        return order
 
     def squares(self) -> Tensor:
         """Of each row with itself, [I, m]."""

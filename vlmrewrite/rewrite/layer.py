@@ -15,7 +15,7 @@ from torch.fx import Node
 
 from vlmrewrite.analysis import Anatomy, Layer, axis, hidden_write, mixes, reachable, same, value, where
 from vlmrewrite.ops import TOKENS
-from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet
+from vlmrewrite.plan import GROUPED, NEEDS, All, Last, TokenSet, contains
 from vlmrewrite.rewrite.sets import Emitter, Sets, Stream
 
 _VIEWS = {"unsqueeze", "to", "contiguous", "float", "type_as"}
@@ -91,6 +91,7 @@ class LayerNodes:
         if owner == self.layer.index:
             return self.value(node, s)
         held, new, _ = self.made.get(owner, (All, [node, node], []))
+        assert contains(held, s), f"layer {owner} has no keys of {s}: the plan was to be checked for it"
         index = self.sets[s].index
         if held not in (All, s):
             index = self.emit.call(vlm.relative_index.default, self.sets[held].index, index)
