@@ -68,7 +68,7 @@ class Setting:
 PLANS = {
     "cpu": [
         Setting(16, 1, 1, 576, 4),
-        Setting(8, 4, 1, 576, 1),
+        Setting(16, 4, 1, 576, 2),
         Setting(8, 1, 16, 64, 1),
         Setting(4, 4, 16, 64, 1),
         Setting(8, 1, 1, 2880, 1, hidden=512),
