@@ -33,7 +33,12 @@ def _(x, packed, scales, out, largest):
 
 
 library = torch.library.Library("foreign", "FRAGMENT")
-library.define("without_gradient(Tensor x, Tensor packed, Tensor scales, int out, bool largest) -> Tensor")
+for name in ("without_gradient", "bent"):
+    library.define(f"{name}(Tensor x, Tensor packed, Tensor scales, int out, bool largest) -> Tensor")
+
+    @torch.library.register_fake(f"foreign::{name}")
+    def _(x, packed, scales, out, largest):
+        return x.new_empty((*x.shape[:-1], out))
 
 
 @torch.library.impl(library, "without_gradient", "CPU")
@@ -41,9 +46,9 @@ def _(x, packed, scales, out, largest):
     return x @ plain(packed, scales, out).to(x.dtype).T
 
 
-@torch.library.register_fake("foreign::without_gradient")
+@torch.library.impl(library, "bent", "CPU")
 def _(x, packed, scales, out, largest):
-    return x.new_empty((*x.shape[:-1], out))
+    return (x @ plain(packed, scales, out).to(x.dtype).T).relu()
 
 
 def _keep(ctx, inputs, output):
@@ -135,16 +140,29 @@ def test_a_copy_that_is_trained_has_plain_weights(buffers):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:layer .* is quantised")
-def test_what_has_no_gradient_is_not_trained_through():
+def test_a_linear_map_without_a_gradient_gets_one():
     """PyTorch would leave the gradient out and warn; the branch before it would learn nothing of what it should."""
-    tiny = quantised(by="without_gradient")
+    found = []
+    for by in ("without_gradient", "of_four_bits"):  # the same map; the second has its own gradient
+        tiny = quantised(by=by)
+        inputs = tiny.inputs(ROWS, side="left")
+        with vr.applied(tiny.model, DPVR(at=1)):
+            tiny.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+            found.append([p.grad for p in tiny.model.vlmrewrite_blocks.parameters()])
+    assert max(g.abs().max() for g in found[1]) > 0
+    torch.testing.assert_close(*found, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:layer .* is quantised")
+def test_what_has_no_gradient_and_is_not_linear_is_not_trained_through():
+    tiny = quantised(by="bent")
     inputs = tiny.inputs(ROWS, side="left")
-    forward_agreement(tiny.model, inputs, DPVR(at=1)).check()
     with vr.applied(tiny.model, DPVR(at=1)):
         tiny.model.requires_grad_(False)
         expected = tiny.model(**inputs).logits
         tiny.model.vlmrewrite_blocks.requires_grad_(True)
-        with pytest.raises(NotImplementedError, match="without_gradient.default has no gradient, and something"):
+        with pytest.raises(NotImplementedError, match=r"bent.default has no gradient, .* it is no linear map"):
             tiny.model(**inputs)
         with torch.no_grad():
             torch.testing.assert_close(tiny.model(**inputs).logits, expected)

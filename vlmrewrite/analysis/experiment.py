@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Mapping
 from operator import attrgetter
 from typing import Any
@@ -15,6 +14,7 @@ from torch.fx.node import map_arg
 from vlmrewrite.analysis.functions import TRIED, Function, as_calls
 from vlmrewrite.analysis.graph import expression, is_number, sizes, symbols, value
 from vlmrewrite.compat import has_gradient, operator_of, schema_of
+from vlmrewrite.ops import Differentiable
 
 _OURS = ("aten", "prim", "prims", "vlm")
 _KEPT, _LOUD = slice(0, None, 2), 1000.0
@@ -33,36 +33,21 @@ def try_operators(gm: GraphModule, inputs: Mapping[Node, object]) -> None:
     other results by far more than rounding does.
 
     Args:
-        gm: changed in place, where an operator has no gradient: it raises where one is asked for.
+        gm: changed in place, where an operator has no gradient: it gets one, if it is linear.
         inputs: what each placeholder was given.
     """
-    found: dict[str, str | None] = {}
+    found: dict[str, tuple[str | None, Any]] = {}
     as_calls(gm)
     for node in gm.graph.nodes:
         operator = operator_of(node.target) if node.op == "call_function" else None
         if isinstance(node.target, Function) or (operator is not None and operator.namespace not in _OURS):
             key = repr((node.target, map_arg(node.args, _form), map_arg(node.kwargs, _form)))
             if key not in found:
-                found[key] = _trial(node, operator, gm, inputs)
-            node.meta[TRIED] = found[key]
-            if found[key] is None and operator is not None and not has_gradient(operator):
-                node.target = _without_gradient(operator)
-
-
-@functools.cache
-def _without_gradient(operator: Any) -> Callable[..., Any]:
-    """An operator that autograd does not know: PyTorch would go on as if it were constant."""
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in args):
-            raise NotImplementedError(
-                f"{operator} has no gradient, and something before it is trained: expected a call under"
-                " torch.no_grad(), or no parameter before it that requires a gradient"
-            )
-        return operator(*args, **kwargs)
-
-    call.__name__ = operator.name().replace("::", "_").replace(".", "_")
-    return call
+                known = operator is None or has_gradient(operator)
+                found[key] = _trial(node, operator, gm, inputs), None if known else Differentiable(operator)
+            node.meta[TRIED], instead = found[key]
+            if instead is not None and node.meta[TRIED] is None:
+                node.target = instead
 
 
 def _trial(node: Node, operator: Any, gm: GraphModule, inputs: Mapping[Node, object]) -> str | None:

@@ -68,7 +68,7 @@ class Traces:
         # A code object of its own: Dynamo counts recompiles per code object, and forms must not share the limit.
         own = types.FunctionType(_entry.__code__.replace(), _entry.__globals__, "vlmrewrite_entry")
         whole, traced = lambda: CALLER.get().whole, lambda seconds: CALLER.get().traced(seconds)
-        self.run = captured(own, backend, lambda: limit() * me().users, whole, traced)
+        self.run = captured(own, backend, lambda: limit() * me().users, whole, traced, "model")
         # What Dynamo made of a code object keeps it alive, by way of the module's globals.
         weakref.finalize(self, forget_code, own.__code__).atexit = False
         self._code = own.__code__

@@ -59,6 +59,7 @@ def captured(
     recompile_limit: Callable[[], int],
     repeats: Callable[[], bool],
     traced: Callable[[float], None],
+    fixed: str,
 ) -> Callable[..., Any]:
     """``torch.compile(function, backend=backend, fullgraph=True, dynamic=True)`` with a capture's options.
 
@@ -67,6 +68,7 @@ def captured(
         repeats: whether what is traced does the same over and over. What operators give for tensors of a form is kept
             then; else, keeping it takes longer than asking again.
         traced: told the seconds of each trace.
+        fixed: the function's argument whose tensors have one size in a graph.
     """
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):  # global_hooks cannot check while it is traced
         find("torch.nn.modules.module", name)
@@ -80,6 +82,7 @@ def captured(
 
     def lasting(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         _unguarded("_CAN_RECORD_REGISTRY")
+        _of_fixed_sizes(gm.graph, fixed)
         return backend(gm, example_inputs)  # type: ignore[no-any-return]
 
     return _behind_dynamo(function, lasting, options, traced)
@@ -102,6 +105,21 @@ def _unguarded(name: str) -> None:
         read |= {source} - {None}
     for source in read:
         attribute(guards, "remove_guards_with_source", "torch")(source)
+
+
+def _of_fixed_sizes(graph: torch.fx.Graph, argument: str) -> None:
+    """In a backend: let tensors that are reached by way of an argument have the sizes that they have.
+
+    Dynamo does so with plain parameters; those of other classes, and tensors that a module keeps elsewhere, have sizes
+    that vary, which cannot be told from a batch's.
+    """
+    for node in graph.find_nodes(op="placeholder"):
+        source: Any = getattr(node.meta.get("grapharg"), "source", None)
+        while getattr(source, "base", None) is not None:
+            source = source.base
+        if getattr(source, "local_name", None) == argument:
+            for size in getattr(node.meta["example_value"], "shape", ()):
+                int(size)  # a guard, by which the symbol is a number from here on
 
 
 def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from vlmrewrite.ops.greedy import (
 )
 from vlmrewrite.ops.indexed import INDEX_KEYS, INDEXED, flops_of_indexed
 from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, SCRATCH, define, replaced
+from vlmrewrite.ops.linear import Differentiable
 from vlmrewrite.ops.mixers import FEEDFORWARD, fill
 from vlmrewrite.ops.positional import (
     attention_blocks,
@@ -50,6 +51,7 @@ __all__ = [
     "Along",
     "Backend",
     "Choice",
+    "Differentiable",
     "Join",
     "Kernels",
     "Products",
