@@ -1,4 +1,4 @@
-"""Two processes of one model: DistributedDataParallel trains it, shards are refused."""
+"""Two processes of one model: DistributedDataParallel and one group of shards train it; shards of layers are refused."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def train(recipe: str, how: str) -> None:
     rank, tiny = dist.get_rank(), FAMILIES["llava"](layers=3)
     model, inputs = tiny.model.train(), tiny.inputs([Row(1, 3, 4 + dist.get_rank())], seed=dist.get_rank())
     vr.apply(model, ONE_EACH[recipe])
-    if how == "shard":
-        for layer in model.get_decoder().layers:
+    if how in ("layers", "whole"):
+        for layer in model.get_decoder().layers if how == "layers" else ():
             fully_shard(layer)
         fully_shard(model)
     else:
@@ -44,7 +44,8 @@ def train(recipe: str, how: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         say(f"loss {rank} {float(loss.detach()):.6f}")
-    total = torch.stack([p.detach().double().sum() for p in some]).sum()
+    whole = [p.detach().full_tensor() if hasattr(p, "full_tensor") else p.detach() for p in some]
+    total = torch.stack([p.double().sum() for p in whole]).sum()
     both = [torch.empty_like(total) for _ in range(2)]
     dist.all_gather(both, total)
     say(f"equal {rank} {both[0].item() == both[1].item()}")
@@ -79,10 +80,21 @@ def test_data_parallel(recipe, how):
         assert f"equal {rank} True" in said
 
 
-def test_shards_are_refused():
-    code, said = two("sts", "shard")
+@pytest.mark.parametrize("recipe", ["sts", "dpvr"])
+def test_one_group_of_shards_learns_as_copies_do(recipe):
+    (code, said), (_, copies) = two(recipe, "whole"), two(recipe, "plain")
+    assert code == 0, said
+    for rank in (0, 1):
+        assert losses(said, rank) == pytest.approx(losses(copies, rank), abs=1e-5)
+        assert len(losses(said, rank)) == 3
+        assert f"equal {rank} True" in said
+
+
+def test_shards_of_layers_are_refused():
+    code, said = two("sts", "layers")
     assert code != 0
-    assert "is sharded over processes (fully_shard, or a tensor-parallel plan): expected whole parameters" in said
+    assert "is sharded over processes (fully_shard of layers, or a tensor-parallel plan): expected whole para" in said
+    assert "or one group of them all: apply, then fully_shard(model) alone" in said
 
 
 if __name__ == "__main__":

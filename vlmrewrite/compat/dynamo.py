@@ -108,17 +108,18 @@ def _unguarded(name: str) -> None:
 
 
 def _of_fixed_sizes(graph: torch.fx.Graph, argument: str) -> None:
-    """In a backend: let tensors that are reached by way of an argument have the sizes that they have.
+    """In a backend: let tensors and numbers that are reached by way of an argument have the sizes that they have.
 
-    Dynamo does so with plain parameters; those of other classes, and tensors that a module keeps elsewhere, have sizes
-    that vary, which cannot be told from a batch's.
+    Dynamo does so with plain parameters and with numbers of plain modules; for parameters of other classes, tensors
+    that a module keeps elsewhere, and modules of FSDP, there are symbols, which cannot be told from a batch's.
     """
     for node in graph.find_nodes(op="placeholder"):
         source: Any = getattr(node.meta.get("grapharg"), "source", None)
         while getattr(source, "base", None) is not None:
             source = source.base
         if getattr(source, "local_name", None) == argument:
-            for size in getattr(node.meta["example_value"], "shape", ()):
+            x = node.meta["example_value"]
+            for size in [x] if isinstance(x, torch.SymInt) else getattr(x, "shape", ()):
                 int(size)  # a guard, by which the symbol is a number from here on
 
 

@@ -17,8 +17,9 @@ def scattered(model: nn.Module) -> str | None:
     sharded = next((name for name, p in named.items() if hasattr(p, "device_mesh")), None)
     if sharded is not None:
         return (
-            f"{sharded} is sharded over processes (fully_shard, or a tensor-parallel plan): expected whole parameters"
-            " in each process, as DistributedDataParallel keeps them"
+            f"{sharded} is sharded over processes (fully_shard of layers, or a tensor-parallel plan): expected whole"
+            " parameters in each process, as DistributedDataParallel keeps them, or one group of them all: apply, then"
+            " fully_shard(model) alone"
         )
     absent = [name for name, p in named.items() if p.is_meta]
     if absent and (len(absent) < len(named) or any(map(exchanged, decoder.modules()))):
