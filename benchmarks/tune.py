@@ -4,8 +4,8 @@
     python -m benchmarks.tune --out /tmp/t.json --budget 0.25 --seed 0 --random 20 --questions 60 --judges 100
 
 Random recipes are drawn from the same space, each solved for the same budget. An answer counts if the first token is
-the right word. The best of the random ones is chosen on the very questions that judge, which is to its favour. The file
-is written behind each run.
+the right word. The best of the random ones is chosen on the very questions that judge, which is to its favour; both are
+then asked more questions, which neither was chosen by. The file is written behind each run.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from vlmrewrite.tune import Prompts, Space, solve
 DIGITS: Any = importlib.import_module("examples.digits.model")
 SCENES: Any = importlib.import_module("examples.digits.scenes")
 BUDGETS, SEEDS, BATCH = (0.5, 0.25, 0.125), (0, 1, 2), 16
-JUDGES = 900
-"""Seed of the questions that judge; those of a search have its own seed and a hundred."""
+JUDGES, MORE = 900, 901
+"""Seeds of the questions that judge; those of a search have its own seed and a hundred."""
 
 
 def random_recipes(space: Space, prompts: Prompts, share: float, number: int, seed: int) -> list[tuple[Pass, ...]]:
@@ -51,6 +51,13 @@ def right(prompts: Prompts, words: Sequence[int], passes: Sequence[Pass]) -> lis
     return [float(a == b) for a, b in zip(said.tolist(), words, strict=True)]
 
 
+def asked_of(model: Any, processor: Any, number: int, seed: int) -> tuple[Prompts, Sequence[int]]:
+    """Held-out questions, and the tokens of the right words."""
+    records = SCENES.held_out_questions(number, seed)
+    batches = [dict(DIGITS.encode(processor, records[i : i + BATCH])) for i in range(0, number, BATCH)]
+    return Prompts(model, batches), processor.tokenizer.convert_tokens_to_ids([r.answer for r in records])
+
+
 def measured(options: argparse.Namespace, share: float, seed: int) -> dict[str, Any]:
     """One search, and what random recipes do on the questions that judge."""
     model, processor = DIGITS.load()
@@ -61,15 +68,14 @@ def measured(options: argparse.Namespace, share: float, seed: int) -> dict[str, 
         model, processor, asked, {"flops": share}, None, trials=options.trials, seed=seed, batch=BATCH, max_new_tokens=4
     )
     took = {"seconds": time.perf_counter() - begun, "process_seconds": time.process_time() - worked}
-    judges = SCENES.held_out_questions(options.judges, JUDGES)
-    batches = [dict(DIGITS.encode(processor, judges[i : i + BATCH])) for i in range(0, len(judges), BATCH)]
-    prompts, words = Prompts(model, batches), processor.tokenizer.convert_tokens_to_ids([r.answer for r in judges])
-    mine = right(prompts, words, found.best.passes)
-    plain = right(prompts, words, [])
+    prompts, words = asked_of(model, processor, options.judges, JUDGES)
     drawn = random_recipes(Space(found.profile), prompts, share, options.random, seed)
     scored = [(right(prompts, words, passes), passes) for passes in drawn]
     best, passes = max(scored, key=lambda x: sum(x[0]))
-    ahead = paired(best, mine)
+    mine, plain = right(prompts, words, found.best.passes), right(prompts, words, [])
+    ahead, more = paired(best, mine), asked_of(model, processor, options.more, MORE)
+    again, other, unmodified = right(*more, found.best.passes), right(*more, passes), right(*more, [])
+    fair = paired(other, again)
     return {
         "budget": share,
         "seed": seed,
@@ -87,6 +93,14 @@ def measured(options: argparse.Namespace, share: float, seed: int) -> dict[str, 
         "all_random": sorted(sum(x) / len(x) for x, _ in scored),
         "difference": ahead.difference,
         "interval": ahead.interval,
+        "more": {
+            "questions": options.more,
+            "unmodified": sum(unmodified) / len(unmodified),
+            "tuned": sum(again) / len(again),
+            "best_random": sum(other) / len(other),
+            "difference": fair.difference,
+            "interval": fair.interval,
+        },
         "verdict": found.verdict,
         "notes": found.notes,
     }
@@ -99,8 +113,9 @@ def main() -> None:
     parser.add_argument("--budget", type=float, action="append", help="share of the FLOPs; may be given several times")
     parser.add_argument("--seed", type=int, action="append", help="may be given several times")
     parser.add_argument("--trials", type=int, default=300)
-    parser.add_argument("--questions", type=int, default=400, help="that are searched on, and held out of that")
-    parser.add_argument("--judges", type=int, default=600, help="other questions")
+    parser.add_argument("--questions", type=int, default=800, help="that are searched on, and held out of that")
+    parser.add_argument("--judges", type=int, default=300, help="other questions")
+    parser.add_argument("--more", type=int, default=1500, help="questions that judge once more")
     parser.add_argument("--random", type=int, default=200, help="recipes")
     options = parser.parse_args()
     optuna.logging.set_verbosity(optuna.logging.WARNING)
@@ -111,7 +126,7 @@ def main() -> None:
             run = measured(options, share, seed)
             found[share, seed] = run
             options.out.write_text(json.dumps([*found.values()], indent=1) + "\n")
-            told = {key: run[key] for key in ("budget", "seed", "seconds", "tuned", "best_random", "interval")}
+            told = {key: run[key] for key in ("budget", "seed", "seconds", "tuned", "best_random", "interval", "more")}
             print(json.dumps(told), file=sys.stderr, flush=True)
 
 
