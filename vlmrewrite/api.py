@@ -14,7 +14,7 @@ from torch import nn
 
 from vlmrewrite.compat import Apart
 from vlmrewrite.errors import noted, shown
-from vlmrewrite.hf import base_model_of, check_support, language_model, on_base_model
+from vlmrewrite.hf import base_model_of, check_support, device_of, language_model, lends, on_base_model
 from vlmrewrite.ops import Backend, Kernels, choose
 from vlmrewrite.oracle import verify_applied
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
@@ -82,15 +82,20 @@ def apply(
     if named_folder(recipe):
         return apply_stored(model, read(recipe), backend=backend, kernels=kernels, strict=strict)  # type: ignore[arg-type]
     chosen = Recipe.of(recipe)
-    depth = check_support(model)
+    depth = check_support(model, offloaded=True)
     selected = _backend(chosen.backend if backend == "auto" else backend)
     picked: Kernels = chosen.kernels if kernels == "auto" else kernels
-    choose(picked, next(model.parameters()).device)
+    choose(picked, device_of(model))
     chosen.check_layers(depth)
     chosen = calibrate(model, chosen)
     with noted(lambda _: [f"for a decoder of {depth} layers" + (f", from {chosen.source}" if chosen.source else "")]):
         plan, _ = run_passes(Plan(depth, frozenset(FEATURES)), chosen.passes)
     inner = language_model(model) is not None
+    if plan.blocks and lends(model):
+        raise ValueError(
+            f"recipe {chosen.name!r} has blocks ({', '.join(plan.blocks)}), and this {type(model).__name__} is"
+            " offloaded: expected a recipe without blocks, or a model that is on one device"
+        )
     blocks = Apart(build(model, plan.blocks)) if plan.blocks else None
     install_session(model, Session(chosen, selected, picked, strict, plan, blocks, inner), METHODS)
     if any(hasattr(item, "processor") for item in chosen.passes):

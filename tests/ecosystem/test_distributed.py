@@ -1,4 +1,4 @@
-"""Two processes of one model: DistributedDataParallel and one group of shards train it; shards of layers are refused."""
+"""Two processes of one model: DistributedDataParallel and one group of shards train it; layers apart are refused."""
 
 from __future__ import annotations
 

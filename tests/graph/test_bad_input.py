@@ -182,7 +182,7 @@ def test_weights_that_are_not_there():
     decoder = model.get_decoder()
     decoder.layers[1].mlp.to("meta")
     before = snapshot(model)
-    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj\.weight is offloaded.*expected all weights on"):
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.gate_proj\.weight is offloaded.*or all weights on one dev"):
         vr.apply(model, "sts-half")
     assert snapshot(model) == before
 

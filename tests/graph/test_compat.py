@@ -163,7 +163,7 @@ def test_a_capture_and_code_that_is_forgotten() -> None:
         return gm
 
     before = compat.graph_limit(), torch._dynamo.config.specialize_float
-    call = compat.captured(double, backend, lambda: 5, bool, seconds.append)
+    call = compat.captured(double, backend, lambda: 5, bool, seconds.append, "neither")
     assert call(torch.ones(3)).tolist() == [2, 2, 2] and len(graphs) == len(seconds) == 1
     assert call(torch.ones(4)).tolist() == [2, 2, 2, 2] and len(graphs) == 1, "sizes are symbols from the start"
     compat.forget_code(double.__code__)
@@ -221,7 +221,7 @@ GONE = [
     ("torch._dynamo.exc", "FailOnRecompileLimitHit", compat.at_graph_limit),
     ("torch._dynamo.exc", "Unsupported", compat.untraceable),
     ("torch._dynamo.exc", "UserError", compat.untraceable),
-    ("torch._dynamo", "optimize", lambda: compat.captured(len, len, lambda: 1, bool, print)),
+    ("torch._dynamo", "optimize", lambda: compat.captured(len, len, lambda: 1, bool, print, "x")),
     ("torch._dynamo.convert_frame", "compile_lock", lambda: compat.tracing_options().__enter__()),
 ]
 
@@ -256,7 +256,7 @@ def test_attributes_that_are_gone(monkeypatch: pytest.MonkeyPatch, llava: TinyVL
         compat.hooks_of(module)
     monkeypatch.setattr(torch._dynamo, "optimize", lambda *_, **__: object())
     with pytest.raises(compat.VersionError, match=r"^torch .* has no object\.callback "):
-        compat.captured(len, len, lambda: 1, bool, print)
+        compat.captured(len, len, lambda: 1, bool, print, "x")
     with monkeypatch.context() as gone:
         gone.delattr(nn.Module, "_compiled_call_impl")
         with pytest.raises(compat.VersionError, match=r"^torch .* has no Module\._compiled_call_impl "):

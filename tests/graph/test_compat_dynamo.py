@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import types
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -49,7 +50,7 @@ def test_while_one_thread_traces_others_do_not() -> None:
             compiling.append(other.submit(torch.compiler.is_compiling).result())
         return gm.forward
 
-    call = compat.captured(lambda x: x + 1, backend, lambda: 5, bool, lambda _: None)
+    call = compat.captured(lambda x: x + 1, backend, lambda: 5, bool, lambda _: None, "model")
     assert call(torch.ones(1)).item() == 2
     assert compiling == [False] and not torch.compiler.is_compiling()
 
@@ -69,7 +70,7 @@ def test_a_graph_runs_while_another_thread_is_in_a_tracer_of_fx() -> None:
             assert other.submit(call, torch.ones(1)).result().item() == 2
         return x
 
-    call = compat.captured(lambda x: x + 1, backend, lambda: 5, bool, lambda _: None)
+    call = compat.captured(lambda x: x + 1, backend, lambda: 5, bool, lambda _: None, "model")
     make_fx(traced)(torch.ones(1))
     assert ran == [1]
 
@@ -80,7 +81,7 @@ def test_no_count_of_frames_that_threads_share(monkeypatch) -> None:
         pytest.skip("this torch counts no frames")
     counted: list[int] = []
     monkeypatch.setattr(torch._dynamo.eval_frame, name, lambda n: counted.append(n) or 0)
-    call = compat.captured(lambda x: x + 1, lambda gm, _: gm.forward, lambda: 5, bool, lambda _: None)
+    call = compat.captured(lambda x: x + 1, lambda gm, _: gm.forward, lambda: 5, bool, lambda _: None, "model")
     assert call(torch.ones(1)).item() == 2 and not counted
 
 
@@ -95,7 +96,27 @@ def test_no_count_of_frames_that_threads_share(monkeypatch) -> None:
 def test_what_a_capture_needs_is_gone(monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.delattr(importlib.import_module(module), name)
     with pytest.raises(compat.VersionError, match=rf"^torch .* has no {module}\.{name} "):
-        compat.captured(len, len, lambda: 1, bool, print)
+        compat.captured(len, len, lambda: 1, bool, print, "model")
     if name == "optimize":
         with pytest.raises(compat.VersionError, match=r"no torch\._dynamo\.optimize "):
             compat.inductor(torch.fx.symbolic_trace(nn.Identity()))
+
+
+def test_what_hangs_on_the_fixed_argument_has_one_size():
+    """Dynamo lets tensors that a model keeps beside its parameters vary: they would look like a batch's."""
+
+    class Kept:
+        def __init__(self, size):
+            self.left = torch.ones(2, size)
+
+    def add(model, other):
+        return other @ model.left
+
+    made = []
+    for fixed in ("model", "neither"):
+        own, graphs = types.FunctionType(add.__code__.replace(), globals()), []
+        call = compat.captured(own, lambda gm, _, g=graphs: g.append(gm) or gm.forward, lambda: 5, bool, print, fixed)
+        for size, rows in ((3, 4), (3, 5), (6, 4)):
+            assert call(Kept(size), torch.ones(rows, 2)).shape == (rows, size)
+        made.append(len(graphs))
+    assert made == [2, 1]

@@ -43,6 +43,7 @@ from vlmrewrite.compat.modules import (
     tree_leaves,
     tree_unflatten,
 )
+from vlmrewrite.compat.offloading import HOOKED_FORWARD, OFFLOAD_HOOK, offload_hooks
 from vlmrewrite.compat.operators import (
     assert_scalar,
     assert_tensor,
@@ -63,6 +64,8 @@ from vlmrewrite.compat.server import serve
 from vlmrewrite.compat.training import modes_kept, part_trainer
 
 __all__ = [
+    "HOOKED_FORWARD",
+    "OFFLOAD_HOOK",
     "TESTED",
     "Apart",
     "VersionError",
@@ -100,6 +103,7 @@ __all__ = [
     "memory_of",
     "modes_kept",
     "nn_functions",
+    "offload_hooks",
     "operator_of",
     "part_trainer",
     "record_outputs",

@@ -41,6 +41,7 @@ from vlmrewrite.hf.inputs import (
     with_tokens,
     without_full_mask,
 )
+from vlmrewrite.hf.lent import device_of, hollow, lends, put_forward, to_bring
 from vlmrewrite.hf.mixers import (
     attending,
     cache_argument,
@@ -97,6 +98,7 @@ __all__ = [
     "decoder_layers",
     "decoder_of",
     "dequantise",
+    "device_of",
     "drop",
     "drop_forward",
     "encode_images",
@@ -108,6 +110,7 @@ __all__ = [
     "frames_of",
     "goes_by_number",
     "grids",
+    "hollow",
     "hooked",
     "images_of",
     "in_order",
@@ -117,6 +120,7 @@ __all__ = [
     "keeping_all_tokens",
     "language_model",
     "learned_queries",
+    "lends",
     "marked",
     "merged_inside",
     "merged_outside",
@@ -129,6 +133,7 @@ __all__ = [
     "projections",
     "prompt_end",
     "prompt_end_in",
+    "put_forward",
     "recurrent_mixers",
     "refuse_implementation",
     "refuse_packed",
@@ -138,6 +143,7 @@ __all__ = [
     "swap_attention",
     "take_checkpointing",
     "tidy",
+    "to_bring",
     "wants_cache",
     "watched",
     "with_tokens",

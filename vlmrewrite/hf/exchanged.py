@@ -6,17 +6,24 @@ from pathlib import Path
 
 from torch import nn
 
-from vlmrewrite.compat import hooks_of
+from vlmrewrite.compat import HOOKED_FORWARD, hooks_of, offload_hooks
 from vlmrewrite.hf.undo import drop
 
 _HERE = Path(__file__).parents[1]
 
 
 def exchanged(module: nn.Module) -> bool:
-    """Whether a module's forward was exchanged on the instance, by somebody else than a recipe."""
-    forward = vars(module).get("forward")
-    code = getattr(getattr(forward, "__func__", forward), "__code__", None)
-    return forward is not None and (code is None or not Path(code.co_filename).is_relative_to(_HERE))
+    """Whether a module's forward was exchanged on the instance, by somebody else than a recipe or accelerate."""
+    forward = vars(module).get(HOOKED_FORWARD if offload_hooks(module) else "forward")
+    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
+        return False
+    return not is_ours(forward)
+
+
+def is_ours(method: object) -> bool:
+    """Whether a function or a method was written here."""
+    code = getattr(getattr(method, "__func__", method), "__code__", None)
+    return code is not None and Path(code.co_filename).is_relative_to(_HERE)
 
 
 def hooked(model: nn.Module) -> str:

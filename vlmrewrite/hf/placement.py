@@ -6,7 +6,9 @@ from typing import Any
 
 from torch import nn
 
+from vlmrewrite.compat import offload_hooks
 from vlmrewrite.hf.exchanged import exchanged
+from vlmrewrite.hf.lent import lends, places
 
 
 def scattered(model: nn.Module) -> str | None:
@@ -21,17 +23,23 @@ def scattered(model: nn.Module) -> str | None:
             " parameters in each process, as DistributedDataParallel keeps them, or one group of them all: apply, then"
             " fully_shard(model) alone"
         )
-    absent = [name for name, p in named.items() if p.is_meta]
-    if absent and (len(absent) < len(named) or any(map(exchanged, decoder.modules()))):
+    brought = {f"{x.path}.{x.name}": x.device for x in places(model)} if lends(model) else {}
+    absent = [name for name, p in named.items() if p.is_meta and (name not in brought or not _is_plain(p))]
+    if absent and (len(absent) < len(named) or any(exchanged(m) or offload_hooks(m) for m in decoder.modules())):
         return (
-            f"{absent[0]} is offloaded, and brought only while its module runs: expected all weights on one device"
-            " (quantised, if they do not fit)"
+            f"{absent[0]} is offloaded, and not by hooks on the whole model that bring plain weights: expected those of"
+            " accelerate's cpu_offload, disk_offload or dispatch_model, or all weights on one device"
         )
-    devices = sorted({str(p.device) for p in named.values()})
+    devices = sorted({str(brought.get(name, p.device)) for name, p in named.items()})
     if len(devices) > 1:
         return f"its decoder's parameters are on {' and '.join(devices)}: expected all of them on one device"
     parts = getattr(model, "hf_device_map", None) or {}
-    places = sorted({f"cuda:{x}" if isinstance(x, int) else str(x) for x in parts.values()})
-    if len(places) > 1:
-        return f"its device_map puts parts on {' and '.join(places)}: expected the whole model on one device"
+    kept = {"cpu", "disk"} if brought else set()
+    put = sorted({f"cuda:{x}" if isinstance(x, int) else str(x) for x in parts.values()} - kept)
+    if len(put) > 1:
+        return f"its device_map puts parts on {' and '.join(put)}: expected the whole model on one device"
     return None
+
+
+def _is_plain(p: nn.Parameter) -> bool:
+    return type(p) is nn.Parameter and p.is_floating_point()

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from vlmrewrite.compat import experts_implementation, is_compiled
 from vlmrewrite.hf.decoder import EXPERTS
 from vlmrewrite.hf.inner import language_model
+from vlmrewrite.hf.lent import lends
 from vlmrewrite.hf.mixers import refuse_cache_layers
 from vlmrewrite.hf.placement import scattered
 
@@ -18,8 +19,12 @@ APPLIED = "vlmrewrite_undo"
 """Attribute of a model that a recipe is applied to: what takes it off again; None in a copy of such a model."""
 
 
-def check_support(model: Any) -> int:
+def check_support(model: Any, offloaded: bool = False) -> int:
     """Check that a model can be rewritten, without changing it.
+
+    Args:
+        model: any object.
+        offloaded: whether its weights may come and go.
 
     Returns:
         the number of decoder layers that its config names.
@@ -31,6 +36,10 @@ def check_support(model: Any) -> int:
             cache is of another kind.
     """
     _check_kind(model)
+    if lends(model) and not offloaded:
+        raise ValueError(
+            f"{type(model).__name__} is offloaded by accelerate: expected a model on one device (apply takes this one)"
+        )
     config = model.config
     inside = hasattr(model, "generate") and language_model(model) is not None
     if not inside and not hasattr(model.base_model, "get_image_features"):
@@ -82,7 +91,7 @@ def _check_kind(model: Any) -> None:
     if (reason := scattered(model)) is not None:
         raise ValueError(f"{type(model).__name__} cannot be rewritten: {reason}")
     for name in ("forward", "generate"):
-        if name in model.__dict__:
+        if name in model.__dict__ and not (name == "forward" and lends(model)):
             raise ValueError(
                 f"{type(model).__name__}.{name} was exchanged on this instance (by hooks or another tool); expected an"
                 " unmodified model"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
 from vlmrewrite.compat import grouped_mm
 from vlmrewrite.ops.library import define
@@ -23,6 +24,9 @@ def expert_linear(
     Returns:
         [N, k, D], dtype of ``weight``.
     """
+    if has_torch_function((weight,)):  # a weight that is brought for this call
+        given = x, experts, weight, bias, transposed
+        return handle_torch_function(expert_linear, (weight,), *given)
     n, k = experts.shape
     by_expert, order = experts.flatten().sort(stable=True)
     rows = x[order // k] if x.dim() == 2 else x.flatten(0, 1)[order]

@@ -50,7 +50,7 @@ _REASON = "a rewritten model is compiled by apply(..., backend='inductor') and e
 def behind_compile(session: Session | None, run: Callable[..., Any], self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Run a forward of a rewritten model that somebody put behind ``torch.compile``, and say so once."""
     session = session or session_of(self)
-    eager = resolve(session.backend, next(self.parameters()).device) == "eager"
+    eager = resolve(session.backend, hf.device_of(self)) == "eager"
     if eager and not session.compile_told and current_prompt(session) is None:  # generate() compiles on its own account
         session.compile_told = True
         message = "torch.compile around a rewritten model compiles nothing: apply(..., backend='inductor') does"

@@ -18,6 +18,12 @@ from vlmrewrite.lower import Executable
 from vlmrewrite.ops import Backend, Kernels, replaced, resolve
 from vlmrewrite.recipe import Recipe
 
+_ELSE = "expected backend='eager' (or 'auto', which runs such a call without the compiler)"
+_CHECKPOINTING = (
+    f"gradient checkpointing is on, and with backend={{!r}} gradients of some layers came out wrong: {_ELSE}"
+)
+_OFFLOADED = f"weights are offloaded, and are not brought for backend={{!r}}: {_ELSE}"
+
 
 class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
     """What each captured graph became; it dies with the graph.
@@ -39,6 +45,7 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
         device: torch.device,
         blocks: nn.ModuleDict | None,
         again: Checkpointing | None,
+        lent: bool,
     ) -> Executable:
         """The graph under the recipe.
 
@@ -47,21 +54,25 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
             device: where it runs.
             blocks: modules of the recipe's blocks that are in use.
             again: which layers the backward pass computes again.
+            lent: whether weights come and go.
 
         Raises:
-            NotImplementedError: layers are to be computed again behind Inductor.
+            NotImplementedError: layers are to be computed again behind Inductor, or weights come and go there, or in
+                blocks.
         """
-        made, key = self.setdefault(graph, {}), (frozenset(missing), device, replaced(), blocks, again and again.form)
+        made, key = (
+            self.setdefault(graph, {}),
+            (frozenset(missing), device, replaced(), blocks, again and again.form, lent),
+        )
         with contextlib.nullcontext() if key in made else self._lock:
             if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self._backend, device)
-                if again is not None and self._backend in ("inductor", "inductor-whole"):
-                    raise NotImplementedError(
-                        f"gradient checkpointing is on, and with backend={self._backend!r} gradients of some layers"
-                        " came out wrong: expected backend='eager' (or 'auto', which runs such a call without the"
-                        " compiler)"
-                    )
-                backend = "eager" if again is not None else backend
+                if lent and blocks is not None:
+                    raise NotImplementedError("weights are offloaded, and blocks were made of them: restore the model")
+                eager = _CHECKPOINTING if again is not None else _OFFLOADED if lent else None
+                if eager is not None and self._backend in ("inductor", "inductor-whole"):
+                    raise NotImplementedError(eager.format(self._backend))
+                backend = backend if eager is None else "eager"
                 how = self._recipe.passes, self._strict, blocks, self._kernels, backend, device, again
                 made[key] = new = compile(program, *how)
                 told = {f"{o.configuration} does nothing: {o.reason}" for o in new.program.outcomes if o.reason}

@@ -54,7 +54,8 @@ def install_session(
             undo.put(generating, "generate", types.MethodType(generate, generating))
         put_below(undo, model, session)
         for name, method in {**_METHODS, **methods}.items():
-            undo.put(model, name, types.MethodType(in_place(getattr(type(model), name, method), method), model))
+            made = types.MethodType(in_place(getattr(type(model), name, method), method), model)
+            undo.put(model, name, made) if name != "forward" else hf.put_forward(undo, model, made)
         undo.callback(drop, model, APPLIED)
         vars(model)[APPLIED] = undo
         SESSIONS[model] = session

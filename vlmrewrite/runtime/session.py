@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 from weakref import WeakKeyDictionary
 
 import torch
@@ -144,7 +144,7 @@ class Session:
                 refuse_packed(kwargs)
             if given is not None and self.untraced is None:
                 try:
-                    return self._with_images(captures_of(model).call, model, model, cache, given, rest, keep)
+                    return self._with_images("call", model, model, cache, given, rest, keep)
                 except CaptureError as e:
                     if hf.exchanged(hf.decoder_of(model)):  # by what this one cannot see into
                         raise
@@ -176,7 +176,7 @@ class Session:
                     return self._text(decoder, cache if keep else None, rest)
                 if not keep:
                     refuse_packed(kwargs)
-                return self._with_images(captures_of(decoder).inner, model, decoder, cache, given, rest, keep)
+                return self._with_images("inner", model, decoder, cache, given, rest, keep)
 
         with contextlib.ExitStack() as stack:
             runs = [] if images else stack.enter_context(hf.projections(model))
@@ -185,11 +185,11 @@ class Session:
 
     def _text(self, model: nn.Module, cache: PositionCache | None, kwargs: dict[str, Any]) -> Any:
         """A call without an image: nothing is dropped, and what the cache holds is what each layer sees."""
-        device = next(model.parameters()).device
+        device = hf.device_of(model)
         self.text_calls[threading.get_ident(), cache is not None and cache.get_seq_length() > 0] += 1
         if cache is not None:
             kwargs = without_full_mask(kwargs)
-            if (backend := resolve(self.backend, device)) != "eager":
+            if (backend := resolve(self.backend, device)) != "eager" and not hf.lends(model):
                 self.compiled_calls[threading.get_ident()] += 1
                 return self._compiled(model, cache, kwargs, device, backend)
         kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
@@ -214,7 +214,7 @@ class Session:
 
     def _with_images(
         self,
-        one: CapturedForward,
+        role: Literal["call", "inner"],
         model: nn.Module,
         target: nn.Module,
         cache: PositionCache,
@@ -225,13 +225,13 @@ class Session:
         """A call with an image, of the model or (``target``) of its decoder alone."""
         if self.plan.judges_logits and target.get_output_embeddings() is None:  # type: ignore[operator]
             raise NotImplementedError(
-                f"recipe {self.recipe.name!r} chooses by logits, and {type(target).__name__}, which is captured without"
-                f" the rest of {type(model).__name__}, has none: expected a recipe that needs none, or a model whose"
-                " forward can be captured whole"
+                f"recipe {self.recipe.name!r} chooses by logits, and {type(target).__name__}, captured without the rest"
+                f" of {type(model).__name__}, has none: expected another recipe, or a model that can be captured whole"
             )
         keep = kwargs.get("logits_to_keep")
         if self.plan.judges_logits and isinstance(keep, int) and keep and not _at_the_end(kwargs, given, keep):
             kwargs = kwargs | {"logits_to_keep": 0}
+        one: CapturedForward = getattr(captures_of(target := hf.hollow(model, target, self)), role)
         told, before = list[LastCall](), len(one.graphs)
         out = one(functools.partial(self._run, model, given, told), target, cache, kwargs, given.images, model)
         graphs, limit = len(one.graphs), capture.limit()
@@ -256,15 +256,15 @@ class Session:
 
     def _run(self, model: nn.Module, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
         blocks = blocks_of(model)
-        again = self.checkpointing if model.training and torch.is_grad_enabled() else None
+        again, lent = self.checkpointing if model.training and torch.is_grad_enabled() else None, hf.lends(model)
         call, missing = given.call(graph, inputs, *self._asked, model)
         assert call is not None, "a call on the meta device runs nothing"
-        executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
+        executable = self.executables.of(graph, missing, call.vision.device, blocks, again, lent)
         if more := executable.program.needs - self._asked[0]:  # of a pass that makes do with something else
             call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], model)
             assert call is not None
-            executable = self.executables.of(graph, missing, call.vision.device, blocks, again)
-        result = executable.run(inputs, call)
+            executable = self.executables.of(graph, missing, call.vision.device, blocks, again, lent)
+        result = executable.run(hf.to_bring(inputs) if lent else inputs, call)
         kind, layouts = call.vision.device.type, tuple(map(Layout.of, inputs))
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         told.append(LastCall(executable, replace(result, out=None), call, given, layouts, autocast))
