@@ -14,12 +14,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
+import numpy as np
+import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vlmrewrite.draw import Draw
 from vlmrewrite.ops import (
+    Array,
     Products,
     define,
     greedy_choice,
@@ -85,8 +88,8 @@ def _closest_other(x: Tensor) -> Tensor:
     return best
 
 
-def _then(_: int, potential: Tensor, rows: Tensor, pick: Tensor, products: Tensor) -> Tensor:
-    return potential.maximum(products)
+def _then(_: int, potential: Array, rows: npt.NDArray[np.intp], pick: int, products: Array) -> Array:
+    return np.maximum(potential, products)
 
 
 class _Cosine:
@@ -96,7 +99,7 @@ class _Cosine:
         self.x = F.normalize(x, dim=2)
         self.products = Products(self.x, x.shape[1], BLOCK)
         off = product_rounding(x.shape[2], x.device)
-        self.off = torch.tensor([-off, off], device=x.device)[:, None, None]
+        self.off = np.array([-off, off], np.float32)[:, None, None]
 
     def first(self) -> Tensor:
         if self.products.gram is None:
@@ -104,9 +107,9 @@ class _Cosine:
         self.products.gram.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         return self.products.gram.amax(2)
 
-    def bounded(self, bounds: Tensor | None, picks: Sequence[int]) -> Tensor:
+    def bounded(self, bounds: Array | None, picks: Sequence[int]) -> Array:
         more = self.products.of(picks, None if bounds is None else bounds[0], _then) + self.off
-        return more if bounds is None else bounds.maximum(more)
+        return more if bounds is None else np.maximum(bounds, more, out=bounds)
 
     def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
         more = pairwise(_cosines, picks, rows).amax(0)

@@ -16,11 +16,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar, Literal
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from vlmrewrite.draw import Draw
 from vlmrewrite.ops import (
+    Array,
     Products,
     added_in_order,
     define,
@@ -84,23 +87,24 @@ class _Repulsion:
         self.x, self.mean = x, torch.stack([one.mean(0) for one in x])
         centred = x - self.mean[:, None]
         self.products = Products(centred, k)
-        squares, off = self.products.squares(), product_rounding(x.shape[2], x.device)
-        sign = torch.tensor([1.0, -1.0], device=x.device)[:, None, None]  # farther is less: the lower bound first
+        squares, off = self.products.squares().cpu().numpy(), product_rounding(x.shape[2], x.device)
+        sign = np.array([1, -1], np.float32)[:, None, None]  # farther is less: the lower bound first
         self.sums = squares * (1 + sign * off) + EPSILON / 2
-        self.factor = (1 - sign * product_rounding(k, x.device)).expand_as(self.sums).contiguous()
+        self.factor = 1 - sign * product_rounding(k, x.device)
 
     def first(self) -> Tensor:
         return torch.stack([_squares(x, mean) for x, mean in zip(self.x, self.mean, strict=True)])
 
-    def bounded(self, bounds: Tensor | None, picks: Sequence[int]) -> Tensor:
-        sums = self.sums + torch.stack([self.sums[:, i, pick] for i, pick in enumerate(picks)], 1)[:, :, None]
-        products = self.products.of(picks, None if bounds is None else bounds[0], self._then)
-        more = sums.sub_(products, alpha=2).clamp_(min=EPSILON).reciprocal_()
-        return more * self.factor if bounds is None else bounds.addcmul_(more, self.factor)
+    def bounded(self, bounds: Array | None, picks: Sequence[int]) -> Array:
+        more = self.sums + self.sums[:, np.arange(len(picks)), picks][:, :, None]
+        more -= 2 * self.products.of(picks, None if bounds is None else bounds[0], self._then)
+        np.reciprocal(np.maximum(more, EPSILON, out=more), out=more)
+        more *= self.factor
+        return more if bounds is None else np.add(bounds, more, out=bounds)
 
-    def _then(self, image: int, potential: Tensor, rows: Tensor, pick: Tensor, products: Tensor) -> Tensor:
-        sums = self.sums[0, image].index_select(0, rows)
-        return potential + (sums + sums[pick] - 2 * products).clamp_(min=EPSILON).reciprocal_()
+    def _then(self, image: int, potential: Array, rows: npt.NDArray[np.intp], pick: int, products: Array) -> Array:
+        sums = self.sums[0, image, rows]
+        return potential + 1 / np.maximum(sums + sums[pick] - 2 * products, EPSILON)
 
     def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
         more = 1 / (pairwise(_squares, picks, rows) + EPSILON)

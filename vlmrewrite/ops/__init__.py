@@ -8,6 +8,7 @@ from vlmrewrite.ops.choice import Backend, Choice, Kernels, Running, choose, res
 from vlmrewrite.ops.device import interpreted, kernels_missing
 from vlmrewrite.ops.experts import EXPERT_LINEAR, expert_linear
 from vlmrewrite.ops.greedy import (
+    Array,
     Products,
     added_in_order,
     greedy_choice,
@@ -49,6 +50,7 @@ __all__ = [
     "SCRATCH",
     "TOKENS",
     "Along",
+    "Array",
     "Backend",
     "Choice",
     "Differentiable",

@@ -15,6 +15,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -34,7 +36,10 @@ AHEAD, AMONG = (16, 64), 3
 many rows these are looked for."""
 
 
-Then = Callable[[int, Tensor, Tensor, Tensor, Tensor], Tensor]
+Array = npt.NDArray[np.float32]
+"""Bounds are on the host: NumPy's functions of some hundred numbers take less time than PyTorch's."""
+
+Then = Callable[[int, Array, npt.NDArray[np.intp], int, Array], Array]
 
 
 class Rule(Protocol):
@@ -49,7 +54,7 @@ class Rule(Protocol):
     def first(self) -> Tensor:
         """The score that the first pick has least, by its definition, fp32 [I, m]."""
 
-    def bounded(self, bounds: Tensor | None, picks: Sequence[int]) -> Tensor:
+    def bounded(self, bounds: Array | None, picks: Sequence[int]) -> Array:
         """Lower and upper bounds of the potentials [2, I, m], None before the first pick, after one more pick each."""
 
     def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
@@ -66,23 +71,23 @@ def search(rule: Rule, k: int) -> list[list[int]]:
     score = rule.first()
     (images, m), device = score.shape, score.device
     picks = [[pick] for pick in score.argmin(1).tolist()]
-    starts, bounds = m * torch.arange(images, device=device), None
+    bounds: Array | None = None
     past = rule.x.new_empty(images, k - 1, rule.x.shape[2])  # the picks' features, so that none is gathered again
     known, seen = torch.zeros_like(score), torch.zeros(images, m, dtype=torch.int64, device=device)
     for t in range(k - 1):
-        last = [own[-1] for own in picks]
-        bounds, flat = rule.bounded(bounds, last), torch.tensor(last, device=device) + starts
-        bounds.view(2, -1).index_fill_(1, flat, torch.inf)
-        past[:, t] = rule.x.view(images * m, -1).index_select(0, flat)
+        bounds = rule.bounded(bounds, [own[-1] for own in picks])
+        for image, own in enumerate(picks):
+            bounds[:, image, own[-1]] = np.inf
+            past[image, t] = rule.x[image, own[-1]]
         rivals: list[list[int]] = [[] for _ in range(images)]
-        for image, row in (bounds[0] <= bounds[1].amin(1, keepdim=True)).nonzero().tolist():
+        for image, row in np.argwhere(bounds[0] <= bounds[1].min(1, keepdims=True)).tolist():
             rivals[image].append(row)
         for image, own in enumerate(rivals):
             least = 0
             if len(own) > 1:
                 rows = torch.tensor(own, device=device)
                 true = _renewed(rule, known[image], seen[image], rule.x[image], rows, past[image, : t + 1])
-                bounds[:, image, rows] = true
+                bounds[:, image, own] = true.cpu().numpy()
                 least = int(true.argmin())
             picks[image].append(own[least])
     return picks
@@ -160,7 +165,8 @@ class Products:
         images, m, _ = x.shape
         self.x = x
         self.gram = self._gram(side) if images * m * m <= ROOM and k * WORTH >= m else None
-        self._known: list[dict[int, Tensor]] = [{} for _ in range(images)]
+        self._rows = None if self.gram is None else self.gram.cpu().numpy()
+        self._known: list[dict[int, Array]] = [{} for _ in range(images)]
         self._ahead, self._used, self._left = [AHEAD[0]] * images, [0] * images, [k] * images
 
     def _gram(self, side: int) -> Tensor:
@@ -174,7 +180,7 @@ class Products:
                 to[begin:end, begin:end] += pairs[:, : len(pairs)].triu(1)
         return gram
 
-    def of(self, picks: Sequence[int], likely: Tensor | None, then: Then) -> Tensor:
+    def of(self, picks: Sequence[int], likely: Array | None, then: Then) -> Array:
         """Of each image's row with the pick's number, with all of its rows: [I, m].
 
         Args:
@@ -183,40 +189,41 @@ class Products:
             then: the potentials of some rows of an image, [s], after another pick among them; takes the image, the
                 potentials, the numbers of the rows, the pick's place among them, and its products with them, [s].
         """
-        if self.gram is not None:
-            return torch.stack([gram[pick] for gram, pick in zip(self.gram, picks, strict=True)])
+        if self._rows is not None:
+            found: Array = self._rows[np.arange(len(picks)), picks]
+            return found
         each = [None] * len(picks) if likely is None else [*likely]
-        return torch.stack([self._row(i, pick, each[i], then) for i, pick in enumerate(picks)])
+        return np.stack([self._row(i, pick, each[i], then) for i, pick in enumerate(picks)])
 
-    def _row(self, image: int, pick: int, likely: Tensor | None, then: Then) -> Tensor:
+    def _row(self, image: int, pick: int, likely: Array | None, then: Then) -> Array:
         known, x = self._known[image], self.x[image]
         self._used[image] += 1
         self._left[image] -= 1
         if pick not in known:
             rows = [pick] if likely is None else [i for i in self._next(image, pick, likely, then) if i not in known]
             with torch.autocast(x.device.type, enabled=False):
-                made = x[rows] @ x.T
+                made = (x[rows] @ x.T).cpu().numpy()
             if (len(known) + len(made)) * len(x) * len(self.x) > ROOM:
                 known.clear()
             known.update(zip(rows, made, strict=True))
         return known[pick]
 
-    def _next(self, image: int, pick: int, likely: Tensor, then: Then) -> list[int]:
+    def _next(self, image: int, pick: int, likely: Array, then: Then) -> list[int]:
         """A pick, and the rows that would be next if there were no others than those of the least potentials."""
         ahead = 2 * self._ahead[image] if 2 * self._used[image] >= self._ahead[image] else self._ahead[image] // 2
         self._ahead[image], self._used[image] = min(max(ahead, AHEAD[0]), AHEAD[1]), 0
-        first = likely.index_fill(0, torch.tensor([pick], device=likely.device), -torch.inf)
-        potential, rows = first.topk(min(AMONG * self._ahead[image], len(first)), largest=False, sorted=False)
-        part = self.x[image].index_select(0, rows)
+        first = likely.copy()
+        first[pick] = -np.inf
+        rows = np.argpartition(first, min(AMONG * self._ahead[image], len(first)) - 1)[: AMONG * self._ahead[image]]
+        potential, part = first[rows], self.x[image, torch.from_numpy(rows)]
         with torch.autocast(part.device.type, enabled=False):
-            products = part @ part.T
+            products = (part @ part.T).cpu().numpy()
         found = []
         for _ in range(min(self._ahead[image], len(rows), 1 + max(0, self._left[image]))):
-            least = potential.argmin()
-            found.append(least)
+            found.append(least := int(potential.argmin()))
             potential = then(image, potential, rows, least, products[least])
-            potential[least] = torch.inf
-        order: list[int] = rows[torch.stack(found)].tolist()
+            potential[least] = np.inf
+        order: list[int] = rows[found].tolist()
         return order
 
     def squares(self) -> Tensor:
