@@ -89,22 +89,23 @@ class _Repulsion:
         self.products = Products(centred, k)
         squares, off = self.products.squares().cpu().numpy(), product_rounding(x.shape[2], x.device)
         sign = np.array([1, -1], np.float32)[:, None, None]  # farther is less: the lower bound first
-        self.sums = squares * (1 + sign * off) + EPSILON / 2
+        self.sums: Array = squares * (1 + sign * off) + EPSILON / 2
         self.factor = 1 - sign * product_rounding(k, x.device)
 
     def first(self) -> Tensor:
         return torch.stack([_squares(x, mean) for x, mean in zip(self.x, self.mean, strict=True)])
 
     def bounded(self, bounds: Array | None, picks: Sequence[int]) -> Array:
-        more = self.sums + self.sums[:, np.arange(len(picks)), picks][:, :, None]
+        more: Array = self.sums + self.sums[:, np.arange(len(picks)), picks][:, :, None]
         more -= 2 * self.products.of(picks, None if bounds is None else bounds[0], self._then)
         np.reciprocal(np.maximum(more, EPSILON, out=more), out=more)
         more *= self.factor
         return more if bounds is None else np.add(bounds, more, out=bounds)
 
     def _then(self, image: int, potential: Array, rows: npt.NDArray[np.intp], pick: int, products: Array) -> Array:
-        sums = self.sums[0, image, rows]
-        return potential + 1 / np.maximum(sums + sums[pick] - 2 * products, EPSILON)
+        sums: Array = self.sums[0, image, rows]
+        more: Array = potential + 1 / np.maximum(sums + sums[pick] - 2 * products, EPSILON)
+        return more
 
     def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
         more = 1 / (pairwise(_squares, picks, rows) + EPSILON)
