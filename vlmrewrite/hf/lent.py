@@ -130,11 +130,13 @@ def _hollow(model: nn.Module) -> nn.Module:
             tensor = nn.Parameter(tensor, requires_grad=False)
         setattr(tensor, _LENT, Lent(tensor, place.home, place.key))
         made[place.path, place.name] = tensor
-    return _twin(model, "", made)
+    return _twin(model, "", made, {})
 
 
-def _twin(module: nn.Module, path: str, made: dict[tuple[str, str], Tensor]) -> nn.Module:
-    twin = type(module).__new__(type(module))
+def _twin(module: nn.Module, path: str, made: dict[tuple[str, str], Tensor], known: dict[int, nn.Module]) -> nn.Module:
+    if id(module) in known:
+        return known[id(module)]
+    twin = known[id(module)] = type(module).__new__(type(module))
     own = dict(vars(module))
     if offload_hooks(module):
         forward = own.pop(HOOKED_FORWARD)
@@ -150,7 +152,7 @@ def _twin(module: nn.Module, path: str, made: dict[tuple[str, str], Tensor]) -> 
         own[kind] = {name: made.get((path, name), x) for name, x in own[kind].items()}
     below = f"{path}." if path else ""
     own["_modules"] = {
-        name: x if x is None else _twin(x, f"{below}{name}", made) for name, x in own["_modules"].items()
+        name: x if x is None else _twin(x, f"{below}{name}", made, known) for name, x in own["_modules"].items()
     }
     vars(twin).update(own)
     return twin
@@ -177,5 +179,5 @@ def _take_forward(model: nn.Module) -> None:
     for name in {HOOKED_FORWARD, "forward"} & own.keys():
         if is_ours(own[name]):
             del own[name]
-    if OFFLOAD_HOOK in own:
-        own[HOOKED_FORWARD] = types.MethodType(type(model).forward, model)
+            if name == HOOKED_FORWARD:
+                own[name] = types.MethodType(type(model).forward, model)
