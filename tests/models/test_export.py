@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -191,7 +192,7 @@ def test_torch_export_points_here(llava):
 
 def test_bad_input(llava):
     inputs = llava.inputs([Row(1, 2, 3)])
-    with pytest.raises(ValueError, match="not rewritten; expected a model that a recipe was applied to"):
+    with pytest.raises(ValueError, match=r"no recipe for this Llava.*; expected export\(model, inputs, recipe\), or a"):
         vr.export(llava.model, inputs)
     with pytest.raises(ValueError, match="expected strict with a recipe to export"):
         vr.export(llava.model, inputs, strict=True)
@@ -206,8 +207,32 @@ def test_bad_input(llava):
     tiny = MODELS["qwen2_5_vl"]
     with pytest.raises(ValueError, match="makes positions of its own"):
         vr.export(tiny.model, tiny.inputs([Row(1, 2, 3)]), RECIPES["stride"])
+    with pytest.raises(TypeError, match="inputs is a str; expected what the model's forward takes, by name"):
+        vr.export(llava.model, "hello", RECIPES["stride"])
+    with pytest.raises(
+        ValueError, match=r"inputs hold images, which Llava.* does not take; expected some of attention_"
+    ):
+        vr.export(llava.model, inputs | {"images": inputs["pixel_values"]}, RECIPES["stride"])
+    with pytest.raises(TypeError, match="inputs hold pixel_values as a ndarray; expected a tensor"):
+        vr.export(llava.model, inputs | {"pixel_values": inputs["pixel_values"].numpy()}, RECIPES["stride"])
+    with pytest.raises(ValueError, match="inputs hold labels, and an export gives logits and no loss; leave them out"):
+        vr.export(llava.model, inputs | {"labels": inputs["input_ids"]}, RECIPES["stride"])
+
+
+def test_a_folder_that_is_damaged(tmp_path):
     with pytest.raises(FileNotFoundError, match="vlmrewrite_export.json is missing"):
         vr.load_export("nowhere")
+    told = {"takes": ["input_ids"], "model": "M", "recipe": "r", "images": [4]}
+    for name in ("prefill", "decode"):
+        (tmp_path / f"{name}.pt2").write_bytes(b"no program")
+    file = tmp_path / "vlmrewrite_export.json"
+    for text in ("{", json.dumps(told | {"takes": "abc"}), json.dumps(told | {"images": None})):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=r"vlmrewrite_export.json is damaged \(.*\); expected what Exported.save"):
+            vr.load_export(tmp_path)
+    file.write_text(json.dumps(told))
+    with pytest.raises(ValueError, match=r"prefill.pt2 is damaged \(.*\); expected what Exported.save has written"):
+        vr.load_export(tmp_path)
 
 
 @slow

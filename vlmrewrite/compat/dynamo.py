@@ -68,7 +68,7 @@ def captured(
         repeats: whether what is traced does the same over and over. What operators give for tensors of a form is kept
             then; else, keeping it takes longer than asking again.
         traced: told the seconds of each trace.
-        fixed: the function's argument whose tensors have one size in a graph.
+        fixed: the function's argument whose parameters have one size in a graph.
     """
     for name in ("_global_forward_hooks", "_global_forward_pre_hooks"):  # global_hooks cannot check while it is traced
         find("torch.nn.modules.module", name)
@@ -108,10 +108,10 @@ def _unguarded(name: str) -> None:
 
 
 def _of_fixed_sizes(graph: torch.fx.Graph, argument: str) -> None:
-    """In a backend: let tensors and numbers that are reached by way of an argument have the sizes that they have.
+    """In a backend: let parameters and numbers that are reached by way of an argument have the sizes that they have.
 
-    Dynamo does so with plain parameters and with numbers of plain modules; for parameters of other classes, tensors
-    that a module keeps elsewhere, and modules of FSDP, there are symbols, which cannot be told from a batch's.
+    Dynamo does so with plain parameters and with numbers of plain modules; for parameters of other classes, and modules
+    of FSDP, there are symbols, which cannot be told from a batch's.
     """
     for node in graph.find_nodes(op="placeholder"):
         source: Any = getattr(node.meta.get("grapharg"), "source", None)
@@ -119,7 +119,7 @@ def _of_fixed_sizes(graph: torch.fx.Graph, argument: str) -> None:
             source = source.base
         if getattr(source, "local_name", None) == argument:
             x = node.meta["example_value"]
-            for size in [x] if isinstance(x, torch.SymInt) else getattr(x, "shape", ()):
+            for size in [x] if isinstance(x, torch.SymInt) else x.shape if isinstance(x, torch.nn.Parameter) else ():
                 int(size)  # a guard, by which the symbol is a number from here on
 
 

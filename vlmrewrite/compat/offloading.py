@@ -11,7 +11,10 @@ OFFLOAD_HOOK, HOOKED_FORWARD = "_hf_hook", "_old_forward"
 
 
 def offload_hooks(module: nn.Module) -> list[Any]:
-    """Its hooks that say where a module's weights are kept and wanted; none if there are others beside them."""
+    """Its hooks that say where a module's weights are kept and wanted; none if others are around it."""
     hook: Any = vars(module).get(OFFLOAD_HOOK)
+    forward = getattr(vars(module).get("forward"), "func", None)
+    if hook is None or forward is None or not forward.__module__.startswith("accelerate."):
+        return []
     found = [*hook.hooks] if hasattr(hook, "hooks") else [hook]
     return found if all(hasattr(x, "execution_device") and hasattr(x, "offload") for x in found) else []

@@ -87,7 +87,7 @@ def load_export(folder: str | os.PathLike[str]) -> Exported:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: the folder holds no export.
+        ValueError: the folder holds no export, or a damaged one.
     """
     path = Path(folder)
     for name in (FILE, *(f"{name}.pt2" for name in _PROGRAMS)):
@@ -95,9 +95,18 @@ def load_export(folder: str | os.PathLike[str]) -> Exported:
             raise FileNotFoundError(f"{path / name} is missing; expected a folder that Exported.save has written")
     try:
         told = json.loads((path / FILE).read_text())
+        if not all(isinstance(told[name], list) for name in ("takes", "images")):
+            raise ValueError(f"takes={told['takes']!r}, images={told['images']!r}, where lists are expected")
         facts = {"takes": tuple(told["takes"]), "model": str(told["model"]), "recipe": str(told["recipe"])}
         facts["images"] = tuple(map(int, told["images"]))
     except (ValueError, KeyError, TypeError) as e:
         raise ValueError(f"{path / FILE} is damaged ({e}); expected what Exported.save has written") from e
-    programs = {name: torch.export.load(path / f"{name}.pt2") for name in _PROGRAMS}
+    programs = {}
+    for name in _PROGRAMS:
+        try:
+            programs[name] = torch.export.load(path / f"{name}.pt2")
+        except Exception as e:  # of zip files, of JSON, of PyTorch's own
+            raise ValueError(
+                f"{path / name}.pt2 is damaged ({type(e).__name__}: {e}); expected what Exported.save has written"
+            ) from e
     return Exported(**programs, **facts)  # type: ignore[arg-type]

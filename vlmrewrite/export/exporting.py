@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,7 +25,7 @@ from vlmrewrite.lower import lower
 from vlmrewrite.ops import mixers_swapped
 from vlmrewrite.plan import blocks_of
 from vlmrewrite.rewrite import Program
-from vlmrewrite.runtime import Session, install_session, remove_session, session_of, trace
+from vlmrewrite.runtime import SESSIONS, Session, install_session, remove_session, session_of, trace
 from vlmrewrite.saving import METHODS
 
 _CONSTANT = ("use_cache", "return_dict")
@@ -69,6 +69,12 @@ def export(model: nn.Module, inputs: Mapping[str, Any], recipe: Any = None, **op
             return export(model, inputs)
     if options:
         raise ValueError(f"expected {', '.join(options)} with a recipe to export, got no recipe")
+    if model not in SESSIONS:
+        raise ValueError(
+            f"no recipe for this {type(model).__name__}; expected export(model, inputs, recipe), or a model that a"
+            " recipe is applied to"
+        )
+    _checked(model, inputs)
     if model.training:
         raise ValueError(
             f"this {type(model).__name__} is in training mode; expected model.eval() before it is exported"
@@ -91,6 +97,26 @@ def _taken_off(model: nn.Module) -> Iterator[tuple[Session, nn.ModuleDict | None
         yield session, blocks
     finally:
         install_session(model, session, METHODS)
+
+
+def _checked(model: nn.Module, inputs: Any) -> None:
+    """Raise where inputs are not what a model's forward takes by name, or what an export gives nothing for."""
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs is a {type(inputs).__name__}; expected what the model's forward takes, by name")
+    if inputs.get("labels") is not None:
+        raise ValueError("inputs hold labels, and an export gives logits and no loss; leave them out")
+    kind, base = type(model), cast(Any, type(model.base_model))
+    methods = [kind.forward, base.forward, *(getattr(base, f"get_{m}_features", None) for m in hf.MODALITIES)]
+    known = {ENCODED, PAST, *(name for method in methods if method is not None for name in hf.argument_names(method))}
+    if strange := sorted(inputs.keys() - known - {*_CONSTANT}):
+        raise ValueError(
+            f"inputs hold {', '.join(strange)}, which {type(model).__name__}.forward does not take; expected some of"
+            f" {', '.join(sorted(known - {'self', 'labels', 'kwargs'}))}"
+        )
+    plain_types = (Tensor, Mapping, bool, int, float, str, type(None))
+    for name, x in inputs.items():
+        if not isinstance(x, plain_types) and name not in (PAST, ENCODED):
+            raise TypeError(f"inputs hold {name} as a {type(x).__name__}; expected a tensor")
 
 
 def _export(model: nn.Module, inputs: Mapping[str, Any], session: Session, blocks: nn.ModuleDict | None) -> Exported:

@@ -15,7 +15,7 @@ from vlmrewrite.hf.decoder import (
     parameter_inputs,
     swap_attention,
 )
-from vlmrewrite.hf.exchanged import drop_forward, exchanged, hooked
+from vlmrewrite.hf.exchanged import exchanged, hooked
 from vlmrewrite.hf.frames import frames_of, in_order, picked_of
 from vlmrewrite.hf.grid import Sizes, frame_grids, grids, learned_queries
 from vlmrewrite.hf.inner import (
@@ -41,7 +41,7 @@ from vlmrewrite.hf.inputs import (
     with_tokens,
     without_full_mask,
 )
-from vlmrewrite.hf.lent import device_of, hollow, lends, put_forward, to_bring
+from vlmrewrite.hf.lent import APPLIED, device_of, has_own_forward, hollow, lends, offloads, put_forward, to_bring
 from vlmrewrite.hf.mixers import (
     attending,
     cache_argument,
@@ -56,7 +56,7 @@ from vlmrewrite.hf.mixers import (
 from vlmrewrite.hf.numbers import goes_by_number
 from vlmrewrite.hf.pictures import smaller
 from vlmrewrite.hf.placement import scattered
-from vlmrewrite.hf.support import APPLIED, check_support
+from vlmrewrite.hf.support import check_support
 from vlmrewrite.hf.undo import Undo, drop
 from vlmrewrite.hf.vision import (
     MODALITIES,
@@ -100,7 +100,6 @@ __all__ = [
     "dequantise",
     "device_of",
     "drop",
-    "drop_forward",
     "encode_images",
     "encoded_images",
     "encoder_features",
@@ -110,6 +109,7 @@ __all__ = [
     "frames_of",
     "goes_by_number",
     "grids",
+    "has_own_forward",
     "hollow",
     "hooked",
     "images_of",
@@ -126,6 +126,7 @@ __all__ = [
     "merged_outside",
     "mixer_of",
     "named",
+    "offloads",
     "on_base_model",
     "parameter_inputs",
     "picked_of",

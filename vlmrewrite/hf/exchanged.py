@@ -7,7 +7,6 @@ from pathlib import Path
 from torch import nn
 
 from vlmrewrite.compat import HOOKED_FORWARD, hooks_of, offload_hooks
-from vlmrewrite.hf.undo import drop
 
 _HERE = Path(__file__).parents[1]
 
@@ -40,9 +39,3 @@ def hooked(model: nn.Module) -> str:
         return ""
     more = f" and {len(found) - 3} more" if len(found) > 3 else ""
     return f" (there are hooks on {', '.join(found[:3])}{more}: expected hooks that Dynamo can trace, or none)"
-
-
-def drop_forward(module: nn.Module) -> None:
-    """Take off a forward that a recipe put on a module, unless somebody has put another in its place meanwhile."""
-    if not exchanged(module):
-        drop(module, "forward")

@@ -7,6 +7,7 @@ weights; as the graph runs, each weight is brought for the operation that takes 
 
 from __future__ import annotations
 
+import contextlib
 import types
 import weakref
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,11 @@ from vlmrewrite.compat import HOOKED_FORWARD, OFFLOAD_HOOK, offload_hooks
 from vlmrewrite.hf.exchanged import is_ours
 from vlmrewrite.hf.undo import Undo
 
+APPLIED = "vlmrewrite_undo"
+"""Attribute of a model that a recipe is applied to: what takes it off again; None in a copy of such a model."""
+
 _LENT = "vlmrewrite_lent"
+_TENSORS = ("_parameters", "_buffers")
 _LAYOUT = ("shape", "dtype", "device", "ndim", "dim", "size", "numel", "stride", "requires_grad", "is_floating_point")
 
 
@@ -55,6 +60,11 @@ class Lent:
 def lends(model: nn.Module) -> bool:
     """Whether hooks on a model say where its weights are wanted."""
     return OFFLOAD_HOOK in vars(model) and bool(offload_hooks(model))
+
+
+def offloads(model: nn.Module) -> bool:
+    """Whether a model's weights come and go by its hooks."""
+    return lends(model) and next(places(model), None) is not None
 
 
 class Place(NamedTuple):
@@ -95,67 +105,96 @@ def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device if first is None else first.device
 
 
-_TWINS: weakref.WeakKeyDictionary[Any, tuple[Any, nn.Module]] = weakref.WeakKeyDictionary()
+class Twin:
+    """A model without such hooks, whose parameters that come and go are hollow: of one number, and no number at that.
+
+    It is the same object, with the same hollow parameters, as long as these are of one form, and shares everything else
+    with the model as it is when asked for.
+    """
+
+    def __init__(self) -> None:
+        self._modules: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
+        self._hollow: dict[tuple[str, str], Tensor] = {}
+
+    def of(self, model: nn.Module) -> nn.Module:
+        """What stands for a model."""
+        found = {(x.path, x.name): self._hollow_of(model, x) for x in places(model)}
+        self._hollow = found
+        return self._module(model, "", set())
+
+    def _hollow_of(self, model: nn.Module, place: Place) -> Tensor:
+        like = getattr(model.get_submodule(place.path), place.name)
+        known = self._hollow.get((place.path, place.name))
+        form = like.shape, like.dtype, place.device, isinstance(like, nn.Parameter)
+        if known is None or (known.shape, known.dtype, known.device, isinstance(known, nn.Parameter)) != form:
+            number = torch.full((), torch.nan if like.is_floating_point() else 0, dtype=like.dtype, device=place.device)
+            known = number.expand(like.shape)
+            if isinstance(like, nn.Parameter):
+                known = nn.Parameter(known, requires_grad=False)
+        setattr(known, _LENT, Lent(known, place.home, place.key))
+        return known
+
+    def _module(self, module: nn.Module, path: str, done: set[int]) -> nn.Module:
+        twin = self._modules.get(module)
+        if twin is None:
+            twin = self._modules[module] = type(module).__new__(type(module))
+        if id(module) in done:
+            return twin
+        done.add(id(module))
+        own = dict(vars(module))
+        if offload_hooks(module):
+            own["forward"] = own.pop(HOOKED_FORWARD)
+            del own[OFFLOAD_HOOK]
+        if _is_of(own.get("forward"), module) and own["forward"].__func__ is type(module).forward:
+            del own["forward"]
+        if not path:
+            own = {k: x for k, x in own.items() if not isinstance(x, (types.FunctionType, types.MethodType))}
+            own.pop(APPLIED, None)
+        own = {k: types.MethodType(x.__func__, twin) if _is_of(x, module) else x for k, x in own.items()}
+        below = f"{path}." if path else ""
+        tables = {kind: {n: self._hollow.get((path, n), x) for n, x in own[kind].items()} for kind in _TENSORS}
+        tables["_modules"] = {
+            name: x if x is None else self._module(x, f"{below}{name}", done) for name, x in own["_modules"].items()
+        }
+        for kind, table in tables.items():  # the same dicts, which others look at for what has changed
+            own[kind] = held = vars(twin).get(kind, {})
+            for name in held.keys() - table.keys():
+                del held[name]
+            held.update(table)
+        for name in vars(twin).keys() - own.keys():
+            vars(twin).pop(name, None)
+        vars(twin).update(own)
+        return twin
 
 
 def hollow(model: nn.Module, target: nn.Module, owner: object) -> nn.Module:
-    """A twin without such hooks, whose parameters that come and go are hollow: of one number, and no number at that.
-
-    It shares everything else with the model as it was when ``owner`` first asked.
+    """What Dynamo is to see in the place of a model.
 
     Args:
-        model: where no weight of it comes and goes, there is no twin.
+        model: where nothing says where its weights are wanted, there is no twin.
         target: the model, or its decoder.
-        owner: keeps the twin.
+        owner: keeps the :class:`Twin`.
 
     Returns:
         what is ``target`` in the twin.
     """
     if not lends(model):
         return target
-    known = _TWINS.get(owner)
-    if known is None or known[0] is not vars(model)[OFFLOAD_HOOK]:
-        known = _TWINS[owner] = vars(model)[OFFLOAD_HOOK], _hollow(model)
-    twin: Any = known[1]
+    twin: Any = vars(owner).setdefault(_LENT, Twin()).of(model)
     return twin if target is model else twin.get_decoder()  # type: ignore[no-any-return]
 
 
-def _hollow(model: nn.Module) -> nn.Module:
-    made: dict[tuple[str, str], Tensor] = {}
-    for place in places(model):
-        like = getattr(model.get_submodule(place.path), place.name)
-        number = torch.full((), torch.nan if like.is_floating_point() else 0, dtype=like.dtype, device=place.device)
-        tensor: Tensor = number.expand(like.shape)
-        if isinstance(like, nn.Parameter):
-            tensor = nn.Parameter(tensor, requires_grad=False)
-        setattr(tensor, _LENT, Lent(tensor, place.home, place.key))
-        made[place.path, place.name] = tensor
-    return _twin(model, "", made, {})
-
-
-def _twin(module: nn.Module, path: str, made: dict[tuple[str, str], Tensor], known: dict[int, nn.Module]) -> nn.Module:
-    if id(module) in known:
-        return known[id(module)]
-    twin = known[id(module)] = type(module).__new__(type(module))
-    own = dict(vars(module))
-    if offload_hooks(module):
-        forward = own.pop(HOOKED_FORWARD)
-        own.pop(OFFLOAD_HOOK)
-        own["forward"] = forward
-    bound = own.get("forward")
-    if isinstance(bound, types.MethodType) and bound.__func__ is type(module).forward:
-        del own["forward"]
-    if not path:
-        own = {k: x for k, x in own.items() if not isinstance(x, (types.FunctionType, types.MethodType))}
-    own = {k: types.MethodType(x.__func__, twin) if _is_of(x, module) else x for k, x in own.items()}
-    for kind in ("_parameters", "_buffers"):
-        own[kind] = {name: made.get((path, name), x) for name, x in own[kind].items()}
-    below = f"{path}." if path else ""
-    own["_modules"] = {
-        name: x if x is None else _twin(x, f"{below}{name}", made, known) for name, x in own["_modules"].items()
-    }
-    vars(twin).update(own)
-    return twin
+@contextlib.contextmanager
+def weights_brought(module: nn.Module) -> Iterator[None]:
+    """While a module does something else than its forward: weights of its own are there, as its hooks bring them."""
+    hooks = [hook for hook in offload_hooks(module) if hook.offload]
+    for hook in hooks:
+        hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.post_forward(module, None)
 
 
 def _is_of(x: object, module: nn.Module) -> bool:
@@ -167,17 +206,23 @@ def to_bring(inputs: Sequence[Any]) -> list[Any]:
     return [getattr(x, _LENT, x) for x in inputs]
 
 
-def put_forward(undo: Undo, model: nn.Module, method: Any) -> None:
-    """Let a model have a forward of its own; below such hooks, where they are and come to be."""
-    name = HOOKED_FORWARD if lends(model) else "forward"
-    vars(model)[name] = method
-    undo.callback(_take_forward, model)
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's, below such hooks or without."""
+    name = HOOKED_FORWARD if offload_hooks(module) else "forward"
+    forward = vars(module).get(name)
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
 
 
-def _take_forward(model: nn.Module) -> None:
-    own = vars(model)
-    for name in {HOOKED_FORWARD, "forward"} & own.keys():
-        if is_ours(own[name]):
-            del own[name]
-            if name == HOOKED_FORWARD:
-                own[name] = types.MethodType(type(model).forward, model)
+def put_forward(undo: Undo, module: nn.Module, method: Any) -> None:
+    """Let a module have another forward, below such hooks, where they are and come to be."""
+    vars(module)[HOOKED_FORWARD if offload_hooks(module) else "forward"] = method
+    undo.callback(_take_forward, module)
+
+
+def _take_forward(module: nn.Module) -> None:
+    """Take it off, unless somebody has put another in its place meanwhile."""
+    own = vars(module)
+    if is_ours(own.get(HOOKED_FORWARD)):
+        own[HOOKED_FORWARD] = types.MethodType(type(module).forward, module)
+    if is_ours(own.get("forward")):
+        del own["forward"]

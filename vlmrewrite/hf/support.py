@@ -11,12 +11,9 @@ from transformers import PreTrainedModel
 from vlmrewrite.compat import experts_implementation, is_compiled
 from vlmrewrite.hf.decoder import EXPERTS
 from vlmrewrite.hf.inner import language_model
-from vlmrewrite.hf.lent import lends
-from vlmrewrite.hf.mixers import refuse_cache_layers
+from vlmrewrite.hf.lent import APPLIED, lends, offloads
+from vlmrewrite.hf.mixers import indexed_mixers, recurrent_mixers, refuse_cache_layers
 from vlmrewrite.hf.placement import scattered
-
-APPLIED = "vlmrewrite_undo"
-"""Attribute of a model that a recipe is applied to: what takes it off again; None in a copy of such a model."""
 
 
 def check_support(model: Any, offloaded: bool = False) -> int:
@@ -69,6 +66,11 @@ def check_support(model: Any, offloaded: bool = False) -> int:
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"the text config has num_hidden_layers={depth!r}; expected at least one decoder layer")
     refuse_cache_layers(model)
+    if offloads(model) and (recurrent_mixers(model) or indexed_mixers(model)):
+        raise ValueError(
+            f"{type(model).__name__} is offloaded, and has layers with a recurrent state or an index, whose modules run"
+            " by themselves: expected all weights on one device"
+        )
     return depth
 
 

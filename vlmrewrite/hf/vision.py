@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmrewrite.hf.lent import weights_brought
+
 
 class EncoderOutput:
     """What a vision tower gave, as the decoder reads it: the fields of transformers' own output, by attribute or name.
@@ -92,7 +94,8 @@ def encode_images(
             )
         arguments = _arguments(encoder, names[0], kwargs)
         encoder = encoder if remember is None else watched(model, encoder, remember)
-        outputs[modality] = encoder(**arguments, return_dict=True)
+        with weights_brought(model.base_model):  # type: ignore[arg-type]
+            outputs[modality] = encoder(**arguments, return_dict=True)
         taken |= arguments.keys() | {names[0]}
     if not taken:
         return kwargs

@@ -10,16 +10,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 _OFF = 0.05
-"""How far a linear map may be from one, by rounding of what it takes and gives, as a share of the largest number."""
+"""How far it may be from a linear map, by rounding of what it takes and gives, as a share of a channel's largest."""
+
+_TOKENS = 16
 
 
 class Differentiable:
     """An operator that autograd does not know: PyTorch would go on as if it were constant.
 
-    A map ``[.., in]`` to ``[.., out]`` of the one argument that has a gradient is linear if it is so with the numbers
-    of the first call that asks for one. Its gradient is that of the weights that the unit vectors show; rounding of
-    activations is passed straight through (arXiv 1308.3432, section 3). These weights, in x out in the dtype of the
-    activations, are there while one backward step of it runs.
+    A map ``[.., in]`` to ``[.., out]`` of the one argument that has a gradient is linear if it is so with random
+    numbers, when a gradient is first asked for. Its gradient is that of the weights that the unit vectors show;
+    rounding of activations is passed straight through (arXiv 1308.3432, section 3). These weights, in x out in the
+    dtype of the activations, are there while one backward step of it runs.
 
     Args:
         operator: of another library.
@@ -52,10 +54,11 @@ class Differentiable:
 
         x = given[asked[0]]
         if self._linear is None:
-            self._linear = _is_linear(run, x.detach())
+            self._linear = _is_linear(run, x)
         if not self._linear:
             raise NotImplementedError(self._refusal("it is no linear map"))
-        return _Linear.apply(x, run)  # type: ignore[no-untyped-call]
+        rest = [other for key, other in given.items() if isinstance(other, Tensor) and key != asked[0]]
+        return _Linear.apply(x, run, *rest)  # type: ignore[no-untyped-call]
 
     def _refusal(self, why: str) -> str:
         return (
@@ -65,26 +68,36 @@ class Differentiable:
 
 
 @torch.no_grad()
-def _is_linear(run: Callable[[Tensor], Tensor], x: Tensor) -> bool:
-    """Whether a map of ``x``, [.., in], to [.., out] adds up."""
-    other, nothing = x.flip(-1), run(torch.zeros_like(x))
-    both, apart = run(x + other) + nothing, run(x) + run(other)
-    if not x.dtype.is_floating_point or both.shape[:-1] != x.shape[:-1]:
+def _is_linear(run: Callable[[Tensor], Any], like: Tensor) -> bool:
+    """Whether a map of [.., in] to [.., out] adds up, in each of the numbers that it gives."""
+    if not like.is_floating_point():
         return False
-    return bool((both - apart).abs().max() <= _OFF * apart.abs().max())
+    shape, numbers = (*(1,) * (like.dim() - 2), _TOKENS, like.shape[-1]), torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=numbers).to(like.device, like.dtype) for _ in range(2))
+    try:
+        nothing, *found = (run(x) for x in (torch.zeros_like(a), a, b, a + b))
+        each, other, both = (x.double() - nothing for x in found)
+    except Exception:  # it takes no other tokens than those that it was given, or gives no tensor
+        return False
+    if both.shape[:-1] != a.shape[:-1]:
+        return False
+    size = (each.abs() + other.abs()).flatten(0, -2).amax(0)
+    return bool(((both - each - other).abs().flatten(0, -2).amax(0) <= _OFF * size).all())
 
 
 class _Linear(torch.autograd.Function):
     """A linear map, given as a function of [.., in]."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor]) -> Tensor:
-        ctx.run, ctx.inside = run, x.shape[-1]
+    def forward(ctx: Any, x: Tensor, run: Callable[[Tensor], Tensor], *rest: Tensor) -> Tensor:
+        ctx.run, ctx.inside, ctx.dtype = run, x.shape[-1], x.dtype
+        ctx.save_for_backward(*rest)  # by which PyTorch sees that one is written to meanwhile
         return run(x)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        unit = torch.eye(ctx.inside, dtype=gradient.dtype, device=gradient.device)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        rest = ctx.saved_tensors
+        unit = torch.eye(ctx.inside, dtype=ctx.dtype, device=gradient.device)
         weights = ctx.run(unit) - ctx.run(torch.zeros_like(unit[:1]))
-        return gradient @ weights.to(gradient.dtype).T, None
+        return (gradient @ weights.to(gradient.dtype).T).to(ctx.dtype), None, *[None] * len(rest)

@@ -35,10 +35,10 @@ def in_place_of(decoder: nn.Module, run: Run) -> Iterator[None]:
 
 def watched_for(undo: hf.Undo, decoder: nn.Module) -> None:
     """Let calls of a decoder's forward go where :func:`in_place_of` says; elsewhere they are what they were."""
-    if "forward" not in vars(decoder):
+    if hf.has_own_forward(decoder):
         own = functools.wraps(type(decoder).forward)  # generate() looks at the names of a forward's arguments
-        vars(decoder)["forward"] = types.MethodType(own(lambda *args, **kwargs: handed_on(*args, **kwargs)), decoder)
-        undo.callback(hf.drop_forward, decoder)
+        handing = own(lambda *args, **kwargs: handed_on(*args, **kwargs))
+        hf.put_forward(undo, decoder, types.MethodType(handing, decoder))
 
 
 def handed_on(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

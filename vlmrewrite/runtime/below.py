@@ -32,9 +32,9 @@ def put_below(undo: hf.Undo, model: nn.Module, session: Session | None) -> None:
         session: the recipe's; None while a model without one is captured.
     """
     base: Any = model.base_model
-    if base is not model and "forward" not in vars(base):
-        vars(base)["forward"] = types.MethodType(in_place(type(base).forward, _below(session, model)), base)
-        undo.callback(hf.drop_forward, base)
+    if base is not model and hf.has_own_forward(base):
+        below = in_place(type(base).forward, _below(session, model))
+        hf.put_forward(undo, base, types.MethodType(below, base))
     watched_for(undo, hf.decoder_of(model))
 
 
@@ -65,7 +65,7 @@ def _below(session: Session | None, model: nn.Module) -> Callable[..., Any]:
     def run(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         whole: Any = this()
         inside = whole is None or current_prompt((session, "call")) is not None
-        if inside or "forward" not in vars(whole):  # the oracle takes it off
+        if inside or hf.has_own_forward(whole):  # the oracle takes it off
             return handed_on(self, *args, **kwargs)
         if self is not whole.base_model:
             raise ValueError(

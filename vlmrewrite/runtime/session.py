@@ -256,7 +256,7 @@ class Session:
 
     def _run(self, model: nn.Module, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
         blocks = blocks_of(model)
-        again, lent = self.checkpointing if model.training and torch.is_grad_enabled() else None, hf.lends(model)
+        again, lent = self.checkpointing if model.training and torch.is_grad_enabled() else None, hf.offloads(model)
         call, missing = given.call(graph, inputs, *self._asked, model)
         assert call is not None, "a call on the meta device runs nothing"
         executable = self.executables.of(graph, missing, call.vision.device, blocks, again, lent)
