@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import types
 import weakref
@@ -67,6 +68,7 @@ def test_offloaded_as_without(way, name, first, tmp_path):
     assert torch.equal(model.generate(**inputs, **GREEDY), tokens)
     assert all(torch.equal(a.vision, b.vision) for a, b in zip(vr.kept_tokens(model), kept, strict=True))
     assert is_away(model)
+    assert torch.equal(copy.deepcopy(model)(**inputs).logits, logits)
     assert vr.report(model).graphs["captured"] >= 1
     vr.restore(model)
     assert is_away(model)

@@ -116,6 +116,10 @@ class Twin:
         self._modules: weakref.WeakKeyDictionary[nn.Module, nn.Module] = weakref.WeakKeyDictionary()
         self._hollow: dict[tuple[str, str], Tensor] = {}
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Twin:
+        """A copy of a model has a twin of its own, made when it is asked for."""
+        return Twin()
+
     def of(self, model: nn.Module) -> nn.Module:
         """What stands for a model."""
         found = {(x.path, x.name): self._hollow_of(model, x) for x in places(model)}
