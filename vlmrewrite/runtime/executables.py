@@ -60,10 +60,8 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
             NotImplementedError: layers are to be computed again behind Inductor, or weights come and go there, or in
                 blocks.
         """
-        made, key = (
-            self.setdefault(graph, {}),
-            (frozenset(missing), device, replaced(), blocks, again and again.form, lent),
-        )
+        made, form = self.setdefault(graph, {}), again and again.form
+        key = frozenset(missing), device, replaced(), blocks, form, lent
         with contextlib.nullcontext() if key in made else self._lock:
             if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self._backend, device)
