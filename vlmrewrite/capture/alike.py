@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.fx import GraphModule
 
 from vlmrewrite.capture.expand import UnlikeError, expand, stands_in, traced
-from vlmrewrite.hf import APPLIED, decoder_layers, goes_by_number, indexed_mixers, recurrent_mixers
+from vlmrewrite.hf import APPLIED, decoder_layers, goes_by_number, indexed_mixers, is_bound, recurrent_mixers
 
 _USUAL = (nn.Parameter, Tensor, type(None))
 _PLAIN = (int, float, str, bool, type(None), set, frozenset, torch.dtype, torch.device)
@@ -43,7 +43,7 @@ class Alike:
         names = decoder_layers(model)
         self.layers = [model.get_submodule(name) for name in names]
         path = _path(model, names[0].rpartition(".")[0])
-        strange = any("forward" in vars(m) and not _bound(vars(m)["forward"], m) for _, m in path[1:])
+        strange = any("forward" in vars(m) and not is_bound(vars(m)["forward"], m) for _, m in path[1:])
         kinds = [] if strange else _kinds(model, self.layers)
         self.copies = {i: kind[0] for kind in kinds for i in kind[1:-1]}
         self.told = repr(self.copies)
@@ -150,9 +150,9 @@ def _become(twin: Any, module: nn.Module, own: dict[str, Any], but: Collection[s
     new = {}
     for name, x in own.items():
         known = vars(twin).get(name)
-        if not _bound(x, module):
+        if not is_bound(x, module):
             new[name] = x
-        elif not _bound(known, twin) or known.__func__ is not x.__func__:
+        elif not is_bound(known, twin) or known.__func__ is not x.__func__:
             new[name] = types.MethodType(x.__func__, twin)
     vars(twin).update(new)
 
@@ -163,10 +163,6 @@ def _path(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     for part in name.split("."):
         found.append((part, found[-1][1].get_submodule(part)))
     return found
-
-
-def _bound(x: object, module: nn.Module) -> bool:
-    return isinstance(x, types.MethodType) and x.__self__ is module
 
 
 def _own(module: nn.Module, root: bool) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from vlmrewrite.hf.decoder import (
     parameter_inputs,
     swap_attention,
 )
-from vlmrewrite.hf.exchanged import exchanged, hooked
+from vlmrewrite.hf.exchanged import exchanged, has_own_forward, hooked, is_bound
 from vlmrewrite.hf.frames import frames_of, in_order, picked_of
 from vlmrewrite.hf.grid import Sizes, frame_grids, grids, learned_queries
 from vlmrewrite.hf.inner import (
@@ -41,7 +41,7 @@ from vlmrewrite.hf.inputs import (
     with_tokens,
     without_full_mask,
 )
-from vlmrewrite.hf.lent import APPLIED, device_of, has_own_forward, hollow, lends, offloads, put_forward, to_bring
+from vlmrewrite.hf.lent import APPLIED, device_of, hollow, lends, offloads, put_forward, to_bring
 from vlmrewrite.hf.mixers import (
     attending,
     cache_argument,
@@ -115,6 +115,7 @@ __all__ = [
     "images_of",
     "in_order",
     "indexed_mixers",
+    "is_bound",
     "is_checkpointing",
     "is_recurrent",
     "keeping_all_tokens",

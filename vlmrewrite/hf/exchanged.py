@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from pathlib import Path
 
 from torch import nn
@@ -13,10 +14,23 @@ _HERE = Path(__file__).parents[1]
 
 def exchanged(module: nn.Module) -> bool:
     """Whether a module's forward was exchanged on the instance, by somebody else than a recipe or accelerate."""
-    forward = vars(module).get(HOOKED_FORWARD if offload_hooks(module) else "forward")
-    if forward is None or getattr(forward, "__func__", None) is type(module).forward:
-        return False
-    return not is_ours(forward)
+    return not has_own_forward(module) and not is_ours(vars(module)[forward_name(module)])
+
+
+def forward_name(module: nn.Module) -> str:
+    """The attribute that holds a forward of the instance: below accelerate's hooks, where there are any."""
+    return HOOKED_FORWARD if offload_hooks(module) else "forward"
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether a module's forward is its class's, below such hooks or without."""
+    forward = vars(module).get(forward_name(module))
+    return forward is None or getattr(forward, "__func__", None) is type(module).forward
+
+
+def is_bound(x: object, module: nn.Module) -> bool:
+    """Whether something is a method of this very module."""
+    return isinstance(x, types.MethodType) and x.__self__ is module
 
 
 def is_ours(method: object) -> bool:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.fx.node import map_aggregate
 
 from vlmrewrite.compat import HOOKED_FORWARD, OFFLOAD_HOOK, offload_hooks
-from vlmrewrite.hf.exchanged import is_ours
+from vlmrewrite.hf.exchanged import forward_name, is_bound, is_ours
 from vlmrewrite.hf.undo import Undo
 
 APPLIED = "vlmrewrite_undo"
@@ -59,7 +59,7 @@ class Lent:
 
 def lends(model: nn.Module) -> bool:
     """Whether hooks on a model say where its weights are wanted."""
-    return OFFLOAD_HOOK in vars(model) and bool(offload_hooks(model))
+    return bool(offload_hooks(model))
 
 
 def offloads(model: nn.Module) -> bool:
@@ -149,12 +149,12 @@ class Twin:
         if offload_hooks(module):
             own["forward"] = own.pop(HOOKED_FORWARD)
             del own[OFFLOAD_HOOK]
-        if _is_of(own.get("forward"), module) and own["forward"].__func__ is type(module).forward:
+        if is_bound(own.get("forward"), module) and own["forward"].__func__ is type(module).forward:
             del own["forward"]
         if not path:
             own = {k: x for k, x in own.items() if not isinstance(x, (types.FunctionType, types.MethodType))}
             own.pop(APPLIED, None)
-        own = {k: types.MethodType(x.__func__, twin) if _is_of(x, module) else x for k, x in own.items()}
+        own = {k: types.MethodType(x.__func__, twin) if is_bound(x, module) else x for k, x in own.items()}
         below = f"{path}." if path else ""
         tables = {kind: {n: self._hollow.get((path, n), x) for n, x in own[kind].items()} for kind in _TENSORS}
         tables["_modules"] = {
@@ -201,25 +201,14 @@ def weights_brought(module: nn.Module) -> Iterator[None]:
             hook.post_forward(module, None)
 
 
-def _is_of(x: object, module: nn.Module) -> bool:
-    return isinstance(x, types.MethodType) and x.__self__ is module
-
-
 def to_bring(inputs: Sequence[Any]) -> list[Any]:
     """A graph's inputs with what is lent in the place of what is hollow."""
     return [getattr(x, _LENT, x) for x in inputs]
 
 
-def has_own_forward(module: nn.Module) -> bool:
-    """Whether a module's forward is its class's, below such hooks or without."""
-    name = HOOKED_FORWARD if offload_hooks(module) else "forward"
-    forward = vars(module).get(name)
-    return forward is None or getattr(forward, "__func__", None) is type(module).forward
-
-
 def put_forward(undo: Undo, module: nn.Module, method: Any) -> None:
     """Let a module have another forward, below such hooks, where they are and come to be."""
-    vars(module)[HOOKED_FORWARD if offload_hooks(module) else "forward"] = method
+    vars(module)[forward_name(module)] = method
     undo.callback(_take_forward, module)
 
 

@@ -55,7 +55,10 @@ def install_session(
         put_below(undo, model, session)
         for name, method in {**_METHODS, **methods}.items():
             made = types.MethodType(in_place(getattr(type(model), name, method), method), model)
-            undo.put(model, name, made) if name != "forward" else hf.put_forward(undo, model, made)
+            if name == "forward":
+                hf.put_forward(undo, model, made)
+            else:
+                undo.put(model, name, made)
         undo.callback(drop, model, APPLIED)
         vars(model)[APPLIED] = undo
         SESSIONS[model] = session
