@@ -14,7 +14,7 @@ from torch import nn
 
 from vlmrewrite.compat import Apart
 from vlmrewrite.errors import noted, shown
-from vlmrewrite.hf import base_model_of, check_support, device_of, language_model, offloads, on_base_model
+from vlmrewrite.hf import base_model_of, check_support, device_of, elsewhere, language_model, on_base_model
 from vlmrewrite.ops import Backend, Kernels, choose
 from vlmrewrite.oracle import verify_applied
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
@@ -91,10 +91,10 @@ def apply(
     with noted(lambda _: [f"for a decoder of {depth} layers" + (f", from {chosen.source}" if chosen.source else "")]):
         plan, _ = run_passes(Plan(depth, frozenset(FEATURES)), chosen.passes)
     inner = language_model(model) is not None
-    if plan.blocks and offloads(model):
+    if plan.blocks and elsewhere(model):
         raise ValueError(
             f"recipe {chosen.name!r} has blocks ({', '.join(plan.blocks)}), and this {type(model).__name__} is"
-            " offloaded: expected a recipe without blocks, or a model that is on one device"
+            " offloaded or on several devices: expected a recipe without blocks, or a model that is on one device"
         )
     blocks = Apart(build(model, plan.blocks)) if plan.blocks else None
     install_session(model, Session(chosen, selected, picked, strict, plan, blocks, inner), METHODS)

@@ -19,7 +19,7 @@ from torch import nn
 from vlmrewrite.analysis import analyse
 from vlmrewrite.capture import Graph
 from vlmrewrite.hf import Checkpointing
-from vlmrewrite.lower import Executable, behind, by_kind, lower, recomputed
+from vlmrewrite.lower import Executable, behind, by_kind, lower, placed, recomputed
 from vlmrewrite.ops import Kernels, Running
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
 from vlmrewrite.progress import waiting
@@ -129,6 +129,7 @@ def compile(
     backend: Running,
     device: torch.device,
     again: Checkpointing | None = None,
+    weights: Sequence[torch.device | None] = (),
 ) -> Executable:
     """Make a captured program ready to run under some passes.
 
@@ -139,9 +140,11 @@ def compile(
         blocks: modules of the blocks that the passes ask for, by name.
         kernels, backend, device: what runs it, and where.
         again: which layers the backward pass computes again.
+        weights: for each input of the captured graph that is a weight, where it is, if that is not one place for all.
 
     Raises:
         ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
+        NotImplementedError: the weights are on several devices, and the passes choose among plans.
         RuntimeError: kernels asked for by name cannot run there.
     """
     begun = time.perf_counter()
@@ -149,7 +152,11 @@ def compile(
         made = rewritten(program, passes, strict=strict, blocks=blocks)
         lowered = [lower(gm, kernels, device) for gm in made.graphs]
         graphs = tuple(low.graph_module for low in lowered)
-    saving = graphs if again is None else tuple(recomputed(gm, again.run, again.which) for gm in graphs)
+    running = graphs
+    if {*weights} - {None, device}:
+        _check_apart(made, weights)
+        running = tuple(placed(gm, weights, device, made.captured.graph) for gm in graphs)
+    saving = running if again is None else tuple(recomputed(gm, again.run, again.which) for gm in running)
     parts = tuple(behind(gm, backend) for gm in saving)
     said = ", ".join(o.configuration + f" (refused: {o.reason})" * (o.reason is not None) for o in made.outcomes)
     what = "%d graph(s) for %s under %s in %.2f s: %d decoder layers, %d selections"
@@ -157,6 +164,25 @@ def compile(
     seconds = time.perf_counter() - begun
     _LOG.info(what, len(graphs), device, said or "no pass", seconds, made.plan.depth, selections)
     return Executable(made, backend, by_kind(sum((low.counts for low in lowered), Counter())), graphs, parts)
+
+
+def _check_apart(program: Program, weights: Sequence[torch.device | None]) -> None:
+    """Raise where a program cannot run with its weights on several devices."""
+    if program.dispatch is not None:
+        raise NotImplementedError(
+            "the model is on several devices, and the recipe chooses among plans in each call: expected a recipe of one"
+            " plan, or a model on one device"
+        )
+    inputs = program.captured.graph.find_nodes(op="placeholder")
+    known = {
+        program.parameters[n.name][0]: d for n, d in zip(inputs, weights, strict=True) if n.name in program.parameters
+    }
+    for layer, owner in enumerate(program.plan.owners):
+        if known.get(layer) != known.get(owner):
+            raise NotImplementedError(
+                f"layer {layer} is on {known.get(layer)}, and layer {owner}, to whose keys it attends, on"
+                f" {known.get(owner)}: expected both on one device"
+            )
 
 
 def _modules(program: Program, plan: Plan, given: nn.ModuleDict | None) -> nn.ModuleDict:

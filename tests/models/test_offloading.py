@@ -238,17 +238,20 @@ def test_what_cannot_be_offloaded_is_refused():
         return accelerate.cpu_offload(model, execution_device=CPU)
 
     with pytest.raises(
-        ValueError, match="recipe 'custom' has blocks .dpvr., and this .* is offloaded: expected a reci"
+        ValueError,
+        match="recipe 'custom' has blocks .dpvr., and this .* is offloaded or on several devices: expected a reci",
     ):
         vr.apply(offloaded(), DPVR(at=1))
-    with pytest.raises(ValueError, match=r"is offloaded by accelerate: .* \(apply takes this one\)"):
+    with pytest.raises(ValueError, match=r"has accelerate's hooks, which say where .* \(apply takes this one\)"):
         vr.trace(offloaded(), {})
     model = offloaded()
     remove_hook_from_module(model)
     with pytest.raises(ValueError, match="is offloaded, and not by hooks on the whole model that bring plain weights"):
         vr.apply(model, PASSES)
 
-    with pytest.raises(ValueError, match="is offloaded, and has layers with a recurrent state or an index"):
+    with pytest.raises(
+        ValueError, match="is offloaded or on several devices, and has layers with a recurrent state or an index"
+    ):
         vr.apply(accelerate.cpu_offload(ZOO["qwen3_5"](layers=3).model, execution_device=CPU), PASSES)
 
     def packed(linear):
@@ -268,9 +271,12 @@ def test_offloaded_later_than_a_recipe_that_cannot():
     inputs = tiny.inputs(ROWS)
     vr.apply(tiny.model, DPVR(at=1))
     accelerate.cpu_offload(tiny.model, execution_device=CPU)
-    with pytest.raises(NotImplementedError, match="weights are offloaded, and blocks were made of them"):
+    with pytest.raises(NotImplementedError, match="weights are offloaded or on several devices, and blocks were"):
         tiny.model(**inputs)
     vr.restore(tiny.model)
     vr.apply(tiny.model, [Stride(0.5)], backend="inductor")
-    with pytest.raises(NotImplementedError, match="weights are offloaded, and are not brought for backend='inductor'"):
+    with pytest.raises(
+        NotImplementedError,
+        match="weights are offloaded or on several devices, and are not there for backend='inductor'",
+    ):
         tiny.model(**inputs)

@@ -1,4 +1,4 @@
-"""Weights that are on several devices are refused before anything is changed; some may be on disk."""
+"""Weights on several devices without hooks are refused before anything is changed; some may be on disk."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ class OnAnotherGPU(nn.Parameter):
 
 
 def test_layers_on_several_devices() -> None:
-    """As a device_map with several entries leaves them."""
+    """As somebody put them there; what accelerate does about that is in tests/models/test_devices.py."""
     model = FAMILIES["llava"]().model
     layer = model.get_decoder().layers[1].mlp
     layer.gate_proj.weight = OnAnotherGPU(layer.gate_proj.weight.detach())
     before = dict(vars(model))
-    message = (
-        "^LlavaForConditionalGeneration cannot be rewritten: its decoder's parameters are on cpu and cuda:1: expected"
-    )
+    message = "^LlavaForConditionalGeneration cannot .*: its deco.* are on cpu and cuda:1, and no hooks take"
     with pytest.raises(ValueError, match=message):
         vr.apply(model, "sts-half")
     assert vars(model) == before

@@ -3,7 +3,7 @@
 In: a captured graph. Out: an :class:`Anatomy` and numbers.
 """
 
-from vlmrewrite.analysis.anatomy import Anatomy, Layer, analyse, append_of
+from vlmrewrite.analysis.anatomy import Anatomy, Layer, analyse, append_of, cache_of
 from vlmrewrite.analysis.costs import LayerCost, costs
 from vlmrewrite.analysis.experiment import try_operators
 from vlmrewrite.analysis.functional import functional
@@ -27,6 +27,7 @@ __all__ = [
     "append_of",
     "as_cast",
     "axis",
+    "cache_of",
     "cast",
     "closure",
     "costs",

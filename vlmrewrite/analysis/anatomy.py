@@ -150,13 +150,13 @@ def analyse(gm: GraphModule, features: Mapping[str, Mapping[str, int]]) -> Anato
 def _logits(outputs: Sequence[Any], attention: Node) -> int:
     """The output that depends on the last attention node, other than the cache: the logits, or the hidden state."""
     after = reachable([attention])
-    found = [i for i, n in enumerate(outputs) if n in after and _cache(n) is None]
+    found = [i for i, n in enumerate(outputs) if n in after and cache_of(n) is None]
     if not found:
         raise ValueError("no output of the graph depends on the last attention node; expected logits or hidden states")
     return found[-1]
 
 
-def _cache(node: Node) -> Node | None:
+def cache_of(node: Node) -> Node | None:
     """The ``vlm::kv_append`` or ``vlm::recurrent`` node that a node is a result of, or None."""
     source = node.args[0] if node.target is operator.getitem else None
     return source if isinstance(source, Node) and source.target in (KV_APPEND, RECURRENT) else None
@@ -243,7 +243,7 @@ def _layer(index: int, owner: int, attention: Node, entry: Node, exit: Node, ins
             index, entry, exit, attention, None, owner, middle, frozenset(region), 0, 0, 0, 0, {}, {}, {}, maps, 0
         )
     q, k, v = cast(tuple[Node, Node, Node], attention.args[:3])
-    append, direct = append_of(k), _cache(k) is not None
+    append, direct = append_of(k), cache_of(k) is not None
     if owner != index and append is not None and not direct:
         raise ValueError(
             f"layer {index} attends to what layer {owner} made of the keys that it holds: expected a layer that attends"

@@ -41,7 +41,7 @@ from vlmrewrite.hf.inputs import (
     with_tokens,
     without_full_mask,
 )
-from vlmrewrite.hf.lent import APPLIED, device_of, hollow, lends, offloads, put_forward, to_bring
+from vlmrewrite.hf.lent import APPLIED, device_of, elsewhere, hollow, lends, put_forward, to_bring, wanted
 from vlmrewrite.hf.mixers import (
     attending,
     cache_argument,
@@ -100,6 +100,7 @@ __all__ = [
     "dequantise",
     "device_of",
     "drop",
+    "elsewhere",
     "encode_images",
     "encoded_images",
     "encoder_features",
@@ -127,7 +128,6 @@ __all__ = [
     "merged_outside",
     "mixer_of",
     "named",
-    "offloads",
     "on_base_model",
     "parameter_inputs",
     "picked_of",
@@ -146,6 +146,7 @@ __all__ = [
     "take_checkpointing",
     "tidy",
     "to_bring",
+    "wanted",
     "wants_cache",
     "watched",
     "with_tokens",

@@ -1,8 +1,9 @@
-"""Weights that come and go: a library's hooks bring each while its module runs, and take it away again.
+"""Weights that are elsewhere: a library's hooks bring each while its module runs, or tokens to the weight's device.
 
 Such hooks (accelerate's, of ``cpu_offload``, ``disk_offload`` and ``dispatch_model``) know where a weight is kept and
-where it is wanted. What is captured is a twin of the model, without them and with hollow parameters in place of the
-weights; as the graph runs, each weight is brought for the operation that takes it, and for no longer.
+where it is wanted. What is captured is a twin of the model, without them and with hollow parameters in place of these
+weights, all on the device that the model's inputs come to. As the graph runs, a weight that comes and goes is brought
+for the operation that takes it, and for no longer; one on another device stays there, and what meets it comes to it.
 """
 
 from __future__ import annotations
@@ -34,17 +35,16 @@ class Lent:
 
     Args:
         like: the hollow tensor.
-        home: where weights are kept, by name.
-        name: the weight's.
+        place: where the weight is kept, and wanted.
     """
 
-    def __init__(self, like: Tensor, home: Any, name: str) -> None:
-        self._like, self._home, self._name = like, home, name
+    def __init__(self, like: Tensor, place: Place) -> None:
+        self._like, self.place = like, place
 
     def brought(self) -> Tensor:
         """The weight, where it is wanted."""
-        weight: Tensor = self._home[self._name]
-        return weight.to(self._like.device, self._like.dtype)
+        weight: Tensor = self.place.home[self.place.key]
+        return weight.to(self.place.device, self._like.dtype)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -62,18 +62,19 @@ def lends(model: nn.Module) -> bool:
     return bool(offload_hooks(model))
 
 
-def offloads(model: nn.Module) -> bool:
-    """Whether a model's weights come and go by its hooks."""
+def elsewhere(model: nn.Module) -> bool:
+    """Whether weights of a model come and go by its hooks, or are on several devices."""
     return lends(model) and next(places(model), None) is not None
 
 
 class Place(NamedTuple):
-    """Where a weight that comes and goes is kept.
+    """Where a weight is kept that comes and goes, or is on another device than the model's inputs.
 
     Attributes:
         path, name: of its module in the model, and its own in the module.
         home, key: a mapping that holds it, and under which name.
         device: where it is wanted.
+        stays: whether it is there, too.
     """
 
     path: str
@@ -81,32 +82,42 @@ class Place(NamedTuple):
     home: Any
     key: str
     device: torch.device
+    stays: bool
 
 
 def places(model: nn.Module) -> Iterator[Place]:
-    """Each weight that comes and goes."""
+    """Each weight that comes and goes, or is on another device than :func:`device_of`."""
+    main = device_of(model)
     above: list[tuple[str, Any]] = []
     for path, module in model.named_modules():
         inside = f"{path}." if path else ""
         above = [(at, hook) for at, hook in above if inside.startswith(at)]
         above += [(inside, hook) for hook in offload_hooks(module) if hook.offload]
-        for name, x in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            near = [(at, hook) for at, hook in above if at == inside or hook.place_submodules]
-            if x.is_meta and near:
-                at, hook = near[-1]
-                wanted = hook.execution_device
-                device = torch.device("cuda", wanted) if isinstance(wanted, int) else torch.device(wanted)
-                yield Place(path, name, hook.weights_map, (inside + name).removeprefix(at), device)
+        for table in (vars(module)[kind] for kind in _TENSORS):
+            for name, x in table.items():
+                near = [(at, hook) for at, hook in above if at == inside or hook.place_submodules]
+                if x is not None and not x.is_meta and x.device != main:
+                    yield Place(path, name, table, name, x.device, stays=True)
+                elif x is not None and x.is_meta and near:
+                    at, hook = near[-1]
+                    key, device = (inside + name).removeprefix(at), _device(hook.execution_device)
+                    yield Place(path, name, hook.weights_map, key, device, stays=False)
+
+
+def _device(wanted: Any) -> torch.device:
+    device = torch.device("cuda", wanted) if isinstance(wanted, int) else torch.device(wanted)
+    return device if device.type in ("cpu", "meta") else torch.empty(0, device=device).device  # with its index
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where a model runs: where its first parameter is, or is wanted."""
-    first = next(places(model), None) if lends(model) else None
-    return next(model.parameters()).device if first is None else first.device
+    """Where a model's inputs come to: as its hooks say, else where its first parameter is."""
+    hooks = (hook for module in model.modules() for hook in offload_hooks(module)) if lends(model) else ()
+    wanted = next((hook.execution_device for hook in hooks if hook.execution_device is not None), None)
+    return next(model.parameters()).device if wanted is None else _device(wanted)
 
 
 class Twin:
-    """A model without such hooks, whose parameters that come and go are hollow: of one number, and no number at that.
+    """A model without such hooks, whose weights that are elsewhere are hollow: of one number, and no number at that.
 
     It is the same object, with the same hollow parameters, as long as these are of one form, and shares everything else
     with the model as it is when asked for.
@@ -122,20 +133,22 @@ class Twin:
 
     def of(self, model: nn.Module) -> nn.Module:
         """What stands for a model."""
-        found = {(x.path, x.name): self._hollow_of(model, x) for x in places(model)}
+        main = device_of(model)
+        found = {(x.path, x.name): self._hollow_of(model, x, main) for x in places(model)}
         self._hollow = found
         return self._module(model, "", set())
 
-    def _hollow_of(self, model: nn.Module, place: Place) -> Tensor:
+    def _hollow_of(self, model: nn.Module, place: Place, main: torch.device) -> Tensor:
         like = getattr(model.get_submodule(place.path), place.name)
         known = self._hollow.get((place.path, place.name))
-        form = like.shape, like.dtype, place.device, isinstance(like, nn.Parameter)
-        if known is None or (known.shape, known.dtype, known.device, isinstance(known, nn.Parameter)) != form:
-            number = torch.full((), torch.nan if like.is_floating_point() else 0, dtype=like.dtype, device=place.device)
+        trained = place.stays and like.requires_grad
+        form = like.shape, like.dtype, main, isinstance(like, nn.Parameter), trained
+        if known is None or _form(known) != form:
+            number = torch.full((), torch.nan if like.is_floating_point() else 0, dtype=like.dtype, device=main)
             known = number.expand(like.shape)
             if isinstance(like, nn.Parameter):
-                known = nn.Parameter(known, requires_grad=False)
-        setattr(known, _LENT, Lent(known, place.home, place.key))
+                known = nn.Parameter(known, requires_grad=trained)
+        setattr(known, _LENT, Lent(known, place))
         return known
 
     def _module(self, module: nn.Module, path: str, done: set[int]) -> nn.Module:
@@ -171,6 +184,10 @@ class Twin:
         return twin
 
 
+def _form(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device, isinstance(x, nn.Parameter), x.requires_grad
+
+
 def hollow(model: nn.Module, target: nn.Module, owner: object) -> nn.Module:
     """What Dynamo is to see in the place of a model.
 
@@ -202,8 +219,17 @@ def weights_brought(module: nn.Module) -> Iterator[None]:
 
 
 def to_bring(inputs: Sequence[Any]) -> list[Any]:
-    """A graph's inputs with what is lent in the place of what is hollow."""
-    return [getattr(x, _LENT, x) for x in inputs]
+    """A graph's inputs with the weight, or what is lent, in the place of what is hollow."""
+    each = (getattr(x, _LENT, x) for x in inputs)
+    return [x.brought() if isinstance(x, Lent) and x.place.stays else x for x in each]
+
+
+def wanted(inputs: Sequence[Any]) -> tuple[torch.device | None, ...]:
+    """For each of a graph's inputs that is a weight, where operations that take it run."""
+    each = (getattr(x, _LENT, x) for x in inputs)
+    return tuple(
+        x.place.device if isinstance(x, Lent) else x.device if isinstance(x, nn.Parameter) else None for x in each
+    )
 
 
 def put_forward(undo: Undo, module: nn.Module, method: Any) -> None:

@@ -31,13 +31,17 @@ def scattered(model: nn.Module) -> str | None:
             " accelerate's cpu_offload, disk_offload or dispatch_model, or all weights on one device"
         )
     devices = sorted({str(brought.get(name, p.device)) for name, p in named.items()})
-    if len(devices) > 1:
-        return f"its decoder's parameters are on {' and '.join(devices)}: expected all of them on one device"
-    parts = getattr(model, "hf_device_map", None) or {}
-    kept = {"cpu", "disk"} if brought else set()
-    put = sorted({f"cuda:{x}" if isinstance(x, int) else str(x) for x in parts.values()} - kept)
-    if len(put) > 1:
-        return f"its device_map puts parts on {' and '.join(put)}: expected the whole model on one device"
+    if len(devices) > 1 and not lends(model):
+        return (
+            f"its decoder's parameters are on {' and '.join(devices)}, and no hooks take tokens from one to the other:"
+            " expected those of accelerate's dispatch_model (device_map), or all parameters on one device"
+        )
+    other = next((name for name, p in named.items() if name in brought and not p.is_floating_point()), None)
+    if other is not None:
+        return (
+            f"{other} is {named[other].dtype} and on {brought[other]}, where the model's inputs are not: expected a"
+            " quantised decoder on one device"
+        )
     return None
 
 

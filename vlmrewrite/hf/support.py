@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from vlmrewrite.compat import experts_implementation, is_compiled
 from vlmrewrite.hf.decoder import EXPERTS
 from vlmrewrite.hf.inner import language_model
-from vlmrewrite.hf.lent import APPLIED, lends, offloads
+from vlmrewrite.hf.lent import APPLIED, elsewhere, lends
 from vlmrewrite.hf.mixers import indexed_mixers, recurrent_mixers, refuse_cache_layers
 from vlmrewrite.hf.placement import scattered
 
@@ -21,7 +21,7 @@ def check_support(model: Any, offloaded: bool = False) -> int:
 
     Args:
         model: any object.
-        offloaded: whether its weights may come and go.
+        offloaded: whether its weights may come and go, or be on several devices.
 
     Returns:
         the number of decoder layers that its config names.
@@ -35,7 +35,8 @@ def check_support(model: Any, offloaded: bool = False) -> int:
     _check_kind(model)
     if lends(model) and not offloaded:
         raise ValueError(
-            f"{type(model).__name__} is offloaded by accelerate: expected a model on one device (apply takes this one)"
+            f"{type(model).__name__} has accelerate's hooks, which say where its weights are: expected a model on one"
+            " device (apply takes this one)"
         )
     config = model.config
     inside = hasattr(model, "generate") and language_model(model) is not None
@@ -66,10 +67,10 @@ def check_support(model: Any, offloaded: bool = False) -> int:
     if not isinstance(depth, int) or depth < 1:
         raise ValueError(f"the text config has num_hidden_layers={depth!r}; expected at least one decoder layer")
     refuse_cache_layers(model)
-    if offloads(model) and (recurrent_mixers(model) or indexed_mixers(model)):
+    if elsewhere(model) and (recurrent_mixers(model) or indexed_mixers(model)):
         raise ValueError(
-            f"{type(model).__name__} is offloaded, and has layers with a recurrent state or an index, whose modules run"
-            " by themselves: expected all weights on one device"
+            f"{type(model).__name__} is offloaded or on several devices, and has layers with a recurrent state or an"
+            " index, whose modules run by themselves: expected all weights on one device"
         )
     return depth
 

@@ -7,8 +7,9 @@ from vlmrewrite import moved
 from vlmrewrite.lower.decode_step import DecodeStep
 from vlmrewrite.lower.lowering import Executable, by_kind, lower
 from vlmrewrite.lower.pieces import behind
+from vlmrewrite.lower.placing import placed
 from vlmrewrite.lower.recompute import recomputed
 
-__all__ = ["DecodeStep", "Executable", "behind", "by_kind", "lower", "recomputed"]
+__all__ = ["DecodeStep", "Executable", "behind", "by_kind", "lower", "placed", "recomputed"]
 
 moved.register(__name__)

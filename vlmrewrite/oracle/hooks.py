@@ -50,7 +50,7 @@ class _State:
         """The stream [B, T, H] with the tokens of those branches that rejoin at a layer."""
         for b in branches:
             if b.rejoin == at:
-                stream = torch.where(b.tokens[..., None], self.away[id(b)], stream)
+                stream = _where(b.tokens[..., None], self.away[id(b)], stream)
         return stream
 
 
@@ -93,7 +93,8 @@ def _attention(
         scores = torch.tanh(scores / softcap) * softcap
     if attention_mask.is_floating_point():  # it is added, and its lowest numbers hide keys
         scores, attention_mask = scores + attention_mask, attention_mask > torch.finfo(attention_mask.dtype).min / 2
-    seen = attention_mask & _STATE.get().keys[module.layer_idx][:, None, None, :]  # type: ignore[index]
+    keys = _STATE.get().keys[module.layer_idx].to(query.device)  # type: ignore[index]
+    seen = attention_mask & keys[:, None, None, :]
     weights = scores.masked_fill(~seen, float("-inf")).softmax(-1, dtype=torch.float32).nan_to_num(0.0)
     _STATE.get().paid = weights
     return (weights.to(query.dtype) @ value).transpose(1, 2).contiguous(), None
@@ -188,13 +189,15 @@ def _around(
         def paid(keys: Tensor) -> Tensor:
             through(module.forward, keys)
             assert state.paid is not None
-            return state.paid
+            return state.paid.to(keys.device)
 
         stream = state.rejoined(stream, i, left)
         if entry.entry is not None:
             stream = entry.entry(stream)
         for edit in entry.edits:
-            stream = edited(edit, stream, state.merged, paid)
+            home, merged = edit.tokens.device, state.merged
+            found = edited(edit, stream.to(home), None if merged is None else merged.to(home), paid)
+            stream = found.to(stream.device)
         for b in entry.branches:
             state.away[id(b)] = stream if b.block is None else through(b.block, b.tokens)
             stream = state.rejoined(stream, i, [b])
@@ -202,12 +205,17 @@ def _around(
 
     def behind(_: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         def kept(out: Tensor) -> Tensor:
-            out = torch.where(entry.run[..., None], out, args[0])
+            out = _where(entry.run[..., None], out, args[0])
             return state.rejoined(out, i + 1, (*left, *entry.branches)) if i + 1 == len(layers) else out
 
         return _changed(output, kept)
 
     return before, behind
+
+
+def _where(which: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """Some of x and the rest of y, on the device that the layer's output is on, or its input."""
+    return torch.where(which.to(x.device), x, y.to(x.device))
 
 
 def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
@@ -217,7 +225,7 @@ def _changed(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
 
 def _only(tokens: Tensor, _: nn.Module, __: Any, output: Any) -> Any:
     """Zero the MLP's output [B, T, H] (or [B * T, H]) elsewhere: what is added to the stream there is nothing."""
-    return _changed(output, lambda out: torch.where(tokens.reshape(*out.shape[:-1], 1), out, 0.0))
+    return _changed(output, lambda out: torch.where(tokens.reshape(*out.shape[:-1], 1).to(out.device), out, 0.0))
 
 
 @contextlib.contextmanager

@@ -22,7 +22,7 @@ _ELSE = "expected backend='eager' (or 'auto', which runs such a call without the
 _CHECKPOINTING = (
     f"gradient checkpointing is on, and with backend={{!r}} gradients of some layers came out wrong: {_ELSE}"
 )
-_OFFLOADED = f"weights are offloaded, and are not brought for backend={{!r}}: {_ELSE}"
+_ELSEWHERE = f"weights are offloaded or on several devices, and are not there for backend={{!r}}: {_ELSE}"
 
 
 class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
@@ -45,7 +45,7 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
         device: torch.device,
         blocks: nn.ModuleDict | None,
         again: Checkpointing | None,
-        lent: bool,
+        weights: tuple[torch.device | None, ...],
     ) -> Executable:
         """The graph under the recipe.
 
@@ -54,24 +54,26 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
             device: where it runs.
             blocks: modules of the recipe's blocks that are in use.
             again: which layers the backward pass computes again.
-            lent: whether weights come and go.
+            weights: where they are, if some come and go or are on another device; see :func:`vlmrewrite.hf.wanted`.
 
         Raises:
-            NotImplementedError: layers are to be computed again behind Inductor, or weights come and go there, or in
-                blocks.
+            NotImplementedError: layers are to be computed again behind Inductor, or weights are elsewhere there, or in
+                blocks; or see :func:`vlmrewrite.compiler.compile`.
         """
         made, form = self.setdefault(graph, {}), again and again.form
-        key = frozenset(missing), device, replaced(), blocks, form, lent
+        key = frozenset(missing), device, replaced(), blocks, form, weights
         with contextlib.nullcontext() if key in made else self._lock:
             if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self._backend, device)
-                if lent and blocks is not None:
-                    raise NotImplementedError("weights are offloaded, and blocks were made of them: restore the model")
-                eager = _CHECKPOINTING if again is not None else _OFFLOADED if lent else None
+                if weights and blocks is not None:
+                    raise NotImplementedError(
+                        "weights are offloaded or on several devices, and blocks were made of them: restore the model"
+                    )
+                eager = _CHECKPOINTING if again is not None else _ELSEWHERE if weights else None
                 if eager is not None and self._backend in ("inductor", "inductor-whole"):
                     raise NotImplementedError(eager.format(self._backend))
                 backend = backend if eager is None else "eager"
-                how = self._recipe.passes, self._strict, blocks, self._kernels, backend, device, again
+                how = self._recipe.passes, self._strict, blocks, self._kernels, backend, device, again, weights
                 made[key] = new = compile(program, *how)
                 told = {f"{o.configuration} does nothing: {o.reason}" for o in new.program.outcomes if o.reason}
                 for message in sorted(told - self._warned):
