@@ -18,7 +18,7 @@ class OnAnotherGPU(nn.Parameter):
 
 
 def test_layers_on_several_devices() -> None:
-    """As somebody put them there; what accelerate does about that is in tests/models/test_devices.py."""
+    """As somebody put them there; what accelerate does about that is in tests/graph/test_devices.py."""
     model = FAMILIES["llava"]().model
     layer = model.get_decoder().layers[1].mlp
     layer.gate_proj.weight = OnAnotherGPU(layer.gate_proj.weight.detach())
