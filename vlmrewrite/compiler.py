@@ -18,7 +18,7 @@ from torch import nn
 
 from vlmrewrite.analysis import analyse
 from vlmrewrite.capture import Graph
-from vlmrewrite.hf import Checkpointing
+from vlmrewrite.hf import Checkpointing, Site
 from vlmrewrite.lower import Executable, behind, by_kind, lower, placed, recomputed
 from vlmrewrite.ops import Kernels, Running
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
@@ -129,7 +129,7 @@ def compile(
     backend: Running,
     device: torch.device,
     again: Checkpointing | None = None,
-    weights: Sequence[torch.device | None] = (),
+    sites: Sequence[Site | None] = (),
 ) -> Executable:
     """Make a captured program ready to run under some passes.
 
@@ -140,7 +140,7 @@ def compile(
         blocks: modules of the blocks that the passes ask for, by name.
         kernels, backend, device: what runs it, and where.
         again: which layers the backward pass computes again.
-        weights: for each input of the captured graph that is a weight, where it is, if that is not one place for all.
+        sites: where the captured graph's inputs are, if that may not be one place for all.
 
     Raises:
         ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
@@ -153,9 +153,9 @@ def compile(
         lowered = [lower(gm, kernels, device) for gm in made.graphs]
         graphs = tuple(low.graph_module for low in lowered)
     running = graphs
-    if {*weights} - {None, device}:
-        _check_apart(made, weights)
-        running = tuple(placed(gm, weights, device, made.captured.graph) for gm in graphs)
+    if any(site is not None and site.device != device for site in sites):
+        _check_apart(made, sites)
+        running = tuple(placed(gm, sites, device, made.captured.graph) for gm in graphs)
     saving = running if again is None else tuple(recomputed(gm, again.run, again.which) for gm in running)
     parts = tuple(behind(gm, backend) for gm in saving)
     said = ", ".join(o.configuration + f" (refused: {o.reason})" * (o.reason is not None) for o in made.outcomes)
@@ -166,22 +166,23 @@ def compile(
     return Executable(made, backend, by_kind(sum((low.counts for low in lowered), Counter())), graphs, parts)
 
 
-def _check_apart(program: Program, weights: Sequence[torch.device | None]) -> None:
+def _check_apart(program: Program, sites: Sequence[Site | None]) -> None:
     """Raise where a program cannot run with its weights on several devices."""
     if program.dispatch is not None:
         raise NotImplementedError(
             "the model is on several devices, and the recipe chooses among plans in each call: expected a recipe of one"
             " plan, or a model on one device"
         )
-    inputs = program.captured.graph.find_nodes(op="placeholder")
-    known = {
-        program.parameters[n.name][0]: d for n, d in zip(inputs, weights, strict=True) if n.name in program.parameters
-    }
+    found: dict[int, set[str]] = {}
+    for node, site in zip(program.captured.graph.find_nodes(op="placeholder"), sites, strict=True):
+        if site is not None and node.name in program.parameters:
+            found.setdefault(program.parameters[node.name][0], set()).add(str(site.device))
     for layer, owner in enumerate(program.plan.owners):
-        if known.get(layer) != known.get(owner):
+        if layer != owner and len(found[layer] | found[owner]) > 1:
+            here, there = (" and ".join(sorted(found[i])) for i in (layer, owner))
             raise NotImplementedError(
-                f"layer {layer} is on {known.get(layer)}, and layer {owner}, to whose keys it attends, on"
-                f" {known.get(owner)}: expected both on one device"
+                f"layer {layer} is on {here}, and layer {owner}, to whose keys it attends, on {there}: expected both on"
+                " one device"
             )
 
 

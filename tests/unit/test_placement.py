@@ -23,7 +23,7 @@ def test_layers_on_several_devices() -> None:
     layer = model.get_decoder().layers[1].mlp
     layer.gate_proj.weight = OnAnotherGPU(layer.gate_proj.weight.detach())
     before = dict(vars(model))
-    message = "^LlavaForConditionalGeneration cannot .*: its deco.* are on cpu and cuda:1, and no hooks take"
+    message = "^LlavaForConditionalGeneration cannot .*: its deco.* are on cpu and cuda:1, and no hooks on"
     with pytest.raises(ValueError, match=message):
         vr.apply(model, "sts-half")
     assert vars(model) == before

@@ -41,7 +41,7 @@ from vlmrewrite.hf.inputs import (
     with_tokens,
     without_full_mask,
 )
-from vlmrewrite.hf.lent import APPLIED, device_of, elsewhere, hollow, lends, put_forward, to_bring, wanted
+from vlmrewrite.hf.lent import APPLIED, Site, copied, device_of, elsewhere, hollow, lends, put_forward, sites, to_bring
 from vlmrewrite.hf.mixers import (
     attending,
     cache_argument,
@@ -82,6 +82,7 @@ __all__ = [
     "EncoderOutput",
     "Encoding",
     "Projection",
+    "Site",
     "Sizes",
     "Undo",
     "argument_names",
@@ -94,6 +95,7 @@ __all__ = [
     "cannot_hold",
     "check_support",
     "chosen",
+    "copied",
     "decoder_configs",
     "decoder_layers",
     "decoder_of",
@@ -141,12 +143,12 @@ __all__ = [
     "refuse_packed",
     "run_around",
     "scattered",
+    "sites",
     "smaller",
     "swap_attention",
     "take_checkpointing",
     "tidy",
     "to_bring",
-    "wanted",
     "wants_cache",
     "watched",
     "with_tokens",

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
+from transformers.utils.generic import ModelOutput
 
 from vlmrewrite.compat import HOOKED_FORWARD, OFFLOAD_HOOK, offload_hooks
 from vlmrewrite.hf.exchanged import forward_name, is_bound, is_ours
@@ -106,7 +107,7 @@ def places(model: nn.Module) -> Iterator[Place]:
 
 def _device(wanted: Any) -> torch.device:
     device = torch.device("cuda", wanted) if isinstance(wanted, int) else torch.device(wanted)
-    return device if device.type in ("cpu", "meta") else torch.empty(0, device=device).device  # with its index
+    return device if ":" in str(device) or device.type == "cpu" else torch.empty(0, device=device).device
 
 
 def device_of(model: nn.Module) -> torch.device:
@@ -224,12 +225,32 @@ def to_bring(inputs: Sequence[Any]) -> list[Any]:
     return [x.brought() if isinstance(x, Lent) and x.place.stays else x for x in each]
 
 
-def wanted(inputs: Sequence[Any]) -> tuple[torch.device | None, ...]:
-    """For each of a graph's inputs that is a weight, where operations that take it run."""
-    each = (getattr(x, _LENT, x) for x in inputs)
-    return tuple(
-        x.place.device if isinstance(x, Lent) else x.device if isinstance(x, nn.Parameter) else None for x in each
-    )
+class Site(NamedTuple):
+    """Where one of a graph's inputs is, and whether it is a weight, which operations come to."""
+
+    device: torch.device
+    weight: bool
+
+
+def sites(inputs: Sequence[Any]) -> tuple[Site | None, ...]:
+    """Where each of a graph's inputs is, or is wanted; None for what is no tensor."""
+
+    def site(x: Any) -> Site | None:
+        lent = getattr(x, _LENT, None)
+        if lent is not None:
+            return Site(lent.place.device, weight=True)
+        return Site(x.device, isinstance(x, nn.Parameter)) if isinstance(x, Tensor) else None
+
+    return tuple(map(site, inputs))
+
+
+def copied(x: Any, device: torch.device) -> Any:
+    """A tensor, or those in a tuple, a list or an output of transformers, on another device; anything else as it is."""
+    if isinstance(x, (tuple, list)):
+        return type(x)(copied(part, device) for part in x)
+    if isinstance(x, ModelOutput):
+        return type(x)(**{name: copied(part, device) for name, part in x.items()})
+    return x.to(device) if isinstance(x, Tensor) else x
 
 
 def put_forward(undo: Undo, module: nn.Module, method: Any) -> None:

@@ -33,8 +33,8 @@ def scattered(model: nn.Module) -> str | None:
     devices = sorted({str(brought.get(name, p.device)) for name, p in named.items()})
     if len(devices) > 1 and not lends(model):
         return (
-            f"its decoder's parameters are on {' and '.join(devices)}, and no hooks take tokens from one to the other:"
-            " expected those of accelerate's dispatch_model (device_map), or all parameters on one device"
+            f"its decoder's parameters are on {' and '.join(devices)}, and no hooks on the whole model take tokens"
+            " from one to the other: expected those of accelerate's dispatch_model(model) (device_map), or one device"
         )
     other = next((name for name, p in named.items() if name in brought and not p.is_floating_point()), None)
     if other is not None:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmrewrite.hf.lent import weights_brought
+from vlmrewrite.hf.lent import copied, device_of, lends, weights_brought
 
 
 class EncoderOutput:
@@ -95,7 +95,8 @@ def encode_images(
         arguments = _arguments(encoder, names[0], kwargs)
         encoder = encoder if remember is None else watched(model, encoder, remember)
         with weights_brought(model.base_model):  # type: ignore[arg-type]
-            outputs[modality] = encoder(**arguments, return_dict=True)
+            made = encoder(**arguments, return_dict=True)
+        outputs[modality] = copied(made, device_of(model)) if lends(model) else made
         taken |= arguments.keys() | {names[0]}
     if not taken:
         return kwargs

@@ -8,24 +8,17 @@ from typing import Any
 
 import torch
 import torch.fx
-from torch import Tensor
 from torch.fx import Node
 from torch.fx.node import map_arg
 
 from vlmrewrite.analysis import cache_of, is_number
 from vlmrewrite.compat import tree_leaves
+from vlmrewrite.hf import Site, copied
 from vlmrewrite.rewrite import with_blocks
 
 
-def copied(x: Any, device: torch.device) -> Any:
-    """A tensor, or the tensors in a tuple or list, on another device; a number as it is."""
-    if isinstance(x, (tuple, list)):
-        return type(x)(copied(part, device) for part in x)
-    return x.to(device) if isinstance(x, Tensor) else x
-
-
 def placed(
-    gm: torch.fx.GraphModule, weights: Sequence[torch.device | None], main: torch.device, captured: torch.fx.Graph
+    gm: torch.fx.GraphModule, sites: Sequence[Site | None], main: torch.device, captured: torch.fx.Graph
 ) -> torch.fx.GraphModule:
     """A lowered graph that runs on several devices; the given graph is not changed.
 
@@ -35,15 +28,16 @@ def placed(
 
     Args:
         gm: a rewritten and lowered graph.
-        weights: for each input of the captured graph that is a weight, where it is.
-        main: where all other inputs are.
+        sites: where the captured graph's inputs are; None for numbers.
+        main: where inputs are that the host adds, and what a call returns.
         captured: what ``gm`` was made of; its outputs are the first of ``gm``'s.
     """
     graph = copy.deepcopy(gm.graph)
     *nodes, output = graph.nodes
     inputs = graph.find_nodes(op="placeholder")
-    owned = {node: device for node, device in zip(inputs, weights, strict=False) if device is not None}
-    at, copies, here = dict[Node, torch.device](), dict[tuple[Node, torch.device], Node](), main
+    given = {node: site for node, site in zip(inputs, sites, strict=False) if site is not None}
+    owned = {node: site.device for node, site in given.items() if site.weight}
+    at, copies, here = {node: site.device for node, site in given.items()}, dict[Any, Node](), main
 
     def take(source: Node, to: torch.device, user: Node) -> Node:
         if at[source] == to:
@@ -56,7 +50,7 @@ def placed(
     for node in nodes:
         takes = [n for n in node.all_input_nodes if not is_number(n)]
         if node.op in ("placeholder", "get_attr"):
-            at[node] = owned.get(node, main)
+            at.setdefault(node, main)
             continue
         mine = [owned[n] for n in takes if n in owned]
         here = mine[0] if mine else here
@@ -65,8 +59,8 @@ def placed(
             node.replace_input_with(n, take(n, to, node))
         named = any(isinstance(x, torch.device) for x in tree_leaves((node.args, node.kwargs)))
         at[node] = main if named else to
-    given: Any = output.args[0], captured.output_node().args[0]
-    (returned, *rest), before = given
+    outs: Any = output.args[0], captured.output_node().args[0]
+    (returned, *rest), before = outs
     made: list[tuple[Any, Any, Any]] = [(n, x, cache_of(x)) for n, x in zip(returned, before, strict=True)]
     layers = {append: at[n] for n, x, append in made if append is not None and x.args[1] == 0}
     back = [take(n, layers.get(append, main), output) if isinstance(n, Node) else n for n, _, append in made]

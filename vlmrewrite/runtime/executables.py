@@ -13,7 +13,7 @@ from torch import nn
 
 from vlmrewrite.capture import Graph
 from vlmrewrite.compiler import compile, program_of
-from vlmrewrite.hf import Checkpointing
+from vlmrewrite.hf import Checkpointing, Site
 from vlmrewrite.lower import Executable
 from vlmrewrite.ops import Backend, Kernels, replaced, resolve
 from vlmrewrite.recipe import Recipe
@@ -45,7 +45,7 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
         device: torch.device,
         blocks: nn.ModuleDict | None,
         again: Checkpointing | None,
-        weights: tuple[torch.device | None, ...],
+        sites: tuple[Site | None, ...],
     ) -> Executable:
         """The graph under the recipe.
 
@@ -54,26 +54,26 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
             device: where it runs.
             blocks: modules of the recipe's blocks that are in use.
             again: which layers the backward pass computes again.
-            weights: where they are, if some come and go or are on another device; see :func:`vlmrewrite.hf.wanted`.
+            sites: where its inputs are, if weights come and go or are on several devices.
 
         Raises:
             NotImplementedError: layers are to be computed again behind Inductor, or weights are elsewhere there, or in
                 blocks; or see :func:`vlmrewrite.compiler.compile`.
         """
         made, form = self.setdefault(graph, {}), again and again.form
-        key = frozenset(missing), device, replaced(), blocks, form, weights
+        key = frozenset(missing), device, replaced(), blocks, form, sites
         with contextlib.nullcontext() if key in made else self._lock:
             if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self._backend, device)
-                if weights and blocks is not None:
+                if sites and blocks is not None:
                     raise NotImplementedError(
                         "weights are offloaded or on several devices, and blocks were made of them: restore the model"
                     )
-                eager = _CHECKPOINTING if again is not None else _ELSEWHERE if weights else None
+                eager = _CHECKPOINTING if again is not None else _ELSEWHERE if sites else None
                 if eager is not None and self._backend in ("inductor", "inductor-whole"):
                     raise NotImplementedError(eager.format(self._backend))
                 backend = backend if eager is None else "eager"
-                how = self._recipe.passes, self._strict, blocks, self._kernels, backend, device, again, weights
+                how = self._recipe.passes, self._strict, blocks, self._kernels, backend, device, again, sites
                 made[key] = new = compile(program, *how)
                 told = {f"{o.configuration} does nothing: {o.reason}" for o in new.program.outcomes if o.reason}
                 for message in sorted(told - self._warned):

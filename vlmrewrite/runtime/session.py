@@ -256,15 +256,15 @@ class Session:
 
     def _run(self, model: nn.Module, given: Given, told: list[LastCall], graph: Graph, inputs: Sequence[Any]) -> Any:
         blocks, again = blocks_of(model), self.checkpointing if model.training and torch.is_grad_enabled() else None
-        weights = hf.wanted(inputs) if hf.elsewhere(model) else ()
+        sites = hf.sites(inputs) if hf.elsewhere(model) else ()
         call, missing = given.call(graph, inputs, *self._asked, model)
         assert call is not None, "a call on the meta device runs nothing"
-        executable = self.executables.of(graph, missing, call.vision.device, blocks, again, weights)
+        executable = self.executables.of(graph, missing, call.vision.device, blocks, again, sites)
         if more := executable.program.needs - self._asked[0]:  # of a pass that makes do with something else
             call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], model)
             assert call is not None
-            executable = self.executables.of(graph, missing, call.vision.device, blocks, again, weights)
-        result = executable.run(hf.to_bring(inputs) if weights else inputs, call)
+            executable = self.executables.of(graph, missing, call.vision.device, blocks, again, sites)
+        result = executable.run(hf.to_bring(inputs) if sites else inputs, call)
         kind, layouts = call.vision.device.type, tuple(map(Layout.of, inputs))
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         told.append(LastCall(executable, replace(result, out=None), call, given, layouts, autocast))
