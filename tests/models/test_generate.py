@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import DynamicCache, EncoderDecoderCache
 
 import vlmrewrite as vr
 from tests.small import crossed, family, long
@@ -227,10 +227,8 @@ def test_an_empty_cache_is_exchanged_and_others_refused(llava):
         assert mine.get_seq_length() == inputs["input_ids"].shape[1]
         with pytest.raises(ValueError, match=r"holds \d+ tokens that went through the unmodified model"):
             model(**inputs, past_key_values=used)
-        with pytest.raises(
-            NotImplementedError, match=r"^past_key_values is a DynamicCache\(offloading=True\); .*leave"
-        ):
-            model(**inputs, past_key_values=DynamicCache(offloading=True))
+        with pytest.raises(NotImplementedError, match=r"^past_key_values is a EncoderDecoderCache; .*leave"):
+            model(**inputs, past_key_values=EncoderDecoderCache(DynamicCache(), DynamicCache()))
         with pytest.raises(TypeError, match="expected a transformers Cache"):
             model(**inputs, past_key_values=())
     with pytest.raises(RuntimeError, match="filled by a rewritten model"):

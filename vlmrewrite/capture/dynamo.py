@@ -156,12 +156,13 @@ class CapturedForward:
 
         outputs: Any = None
         if images is not None:
-            cache.contiguous()
             outputs = {name: one.output for name, one in images.items()}
         token = CALLER.set(Caller(noted, alike is None, self.seconds.append))
         try:
             given = (model, "") if alike is None else (alike.short, alike.told)
-            with nullcontext() if alike is None else alike.lent():
+            with nullcontext() if alike is None else alike.lent(), cache.opened():
+                if images is not None:
+                    cache.contiguous()
                 out = self._traces.run(self._traces.forward, *given, cache, self._absent | kwargs, outputs)
             if not ran:
                 raise NotCapturedError(

@@ -21,8 +21,9 @@ class _GrownLayer(PositionLayer):
         self.keys, self.values, self.positions = keys, values, positions
         self.seen, self.holes, self.is_initialized = seen, True, True
 
-    def _append(self, k: Tensor, v: Tensor) -> None:
+    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
+        return self.keys, self.values
 
 
 class Decode(Called):

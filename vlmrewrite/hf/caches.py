@@ -7,12 +7,12 @@ from typing import Any
 
 from torch import nn
 
-_OTHER = ("offloaded", "quantized", "paged")
-"""Parts of the names of those that do not."""
+_OTHER = "paged"
+"""A part of the names of those that do not."""
 
 _EXPECTED = (
-    "a rewritten model holds another number of tokens in each layer, which takes a DynamicCache or a StaticCache,"
-    " without offloading; leave it out (cache_implementation: of the call, its generation config, the model's)"
+    "a rewritten model holds another number of tokens in each layer, which takes a DynamicCache, a StaticCache or a"
+    " QuantizedCache; leave it out (cache_implementation: of the call, its generation config, the model's)"
 )
 
 
@@ -34,11 +34,10 @@ def refuse_implementation(model: nn.Module, args: tuple[Any, ...], kwargs: Mappi
                 found[key] = value
     found |= {key: kwargs[key] for key in ("cache_implementation", "use_cache") if kwargs.get(key) is not None}
     name = found.get("cache_implementation")
-    if isinstance(name, str) and found.get("use_cache", True) and any(part in name for part in _OTHER):
+    if isinstance(name, str) and found.get("use_cache", True) and _OTHER in name:
         raise NotImplementedError(f"cache_implementation={name!r}: {_EXPECTED}")
 
 
 def cannot_hold(given: Any) -> str:
     """What is said of a cache that somebody gave, which is of another kind."""
-    kind = f"{type(given).__name__}(offloading=True)" if getattr(given, "offloading", False) else type(given).__name__
-    return f"past_key_values is a {kind}; {_EXPECTED}"
+    return f"past_key_values is a {type(given).__name__}; {_EXPECTED}"

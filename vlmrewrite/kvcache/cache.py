@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import copy
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, DynamicCache, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, QuantizedCache, StaticCache
 
 from vlmrewrite.hf import cache_states, cannot_hold
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
 from vlmrewrite.kvcache.state import FINAL, StateLayer
+from vlmrewrite.kvcache.stored import StoredLayer
 
 
 class PositionCache(Cache):
@@ -22,14 +25,17 @@ class PositionCache(Cache):
 
     Args:
         model: for which; where it has layers without keys, the cache has a :class:`StateLayer` for each from the start.
+        stores: empty transformers layers that keep keys and values, one for each layer, the last of them for all behind
+            it; without any, the cache keeps them itself.
     """
 
     layers: list[Any]
 
-    def __init__(self, model: nn.Module | None = None) -> None:
+    def __init__(self, model: nn.Module | None = None, stores: Sequence[CacheLayerMixin] = ()) -> None:
         depth, states = (0, {}) if model is None else cache_states(model)
+        self.stores = stores
         if states:
-            made = [StateLayer(states[i]) if i in states else PositionLayer() for i in range(depth)]
+            made = [StateLayer(states[i]) if i in states else self._new(i) for i in range(depth)]
             super().__init__(layers=made)  # type: ignore[arg-type]
         else:
             super().__init__(layer_class_to_replicate=PositionLayer)
@@ -56,15 +62,55 @@ class PositionCache(Cache):
             )
         layer = self.layer(layer_idx)
         layer.length = self.length
-        keys, values = layer.update(key_states, value_states, shared=self._shared)
+        if self.offloading:
+            layer.prefetch()  # unless it was while the layer before computed
+        if self.offloading and key_states.is_cuda:
+            keys, values = super().update(key_states, value_states, layer_idx, shared=self._shared)
+        else:
+            keys, values = layer.update(key_states, value_states, shared=self._shared)
+            if self.offloading:
+                layer.offload()
         self._by_keys[id(keys)] = self._latest = layer
+        if self.stores:  # nobody holds these keys, and another tensor may come to have their identity
+            weakref.finalize(keys, self._by_keys.pop, id(keys), None).atexit = False
         return keys, values
 
     def layer(self, layer_idx: int) -> Any:
         """Layer ``layer_idx``, there from now on."""
         while len(self.layers) <= layer_idx:
-            self.layers.append(PositionLayer())
+            self.layers.append(self._new(len(self.layers)))
         return self.layers[layer_idx]
+
+    def _new(self, layer_idx: int) -> PositionLayer:
+        if not self.stores:
+            return PositionLayer()
+        return StoredLayer(self.stores[min(layer_idx, len(self.stores) - 1)])
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """While the block runs, all keys and values are here, as captured graphs take and return them.
+
+        What was appended in it is stored behind it, unless it fails.
+        """
+        if not self.stores:
+            yield
+            return
+        before = self.layers, self.stores, self.offloading
+        self.layers = [x.opened() if isinstance(x, StoredLayer) else x for x in self.layers]
+        self.stores, self.offloading = (), False
+        try:
+            yield
+        finally:
+            plain = self.layers
+            self.layers, self.stores, self.offloading = before
+        for i, layer in enumerate(plain):
+            if isinstance(layer, PositionLayer):
+                stored = self.layer(i)
+                if self.offloading:
+                    stored.prefetch()
+                stored.take(layer)
+                if self.offloading:
+                    stored.offload()
 
     @property
     def attended(self) -> list[PositionLayer]:
@@ -106,6 +152,14 @@ class PositionCache(Cache):
     def end(self) -> None:
         """Called after each uncaptured forward."""
         self._in_use = False
+        if self.offloading and self.prefetch_stream.device.type == "cuda":  # the first layer's are on their way
+            torch.cuda.current_stream(self.prefetch_stream.device).wait_stream(self.prefetch_stream)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PositionCache:
+        new = memo[id(self)] = type(self).__new__(type(self))
+        same = {k: x for k, x in vars(self).items() if isinstance(x, torch.Stream)}  # which nothing copies
+        vars(new).update({k: copy.deepcopy(x, memo) for k, x in vars(self).items() if k not in same} | same)
+        return new
 
     def seen_by(self, layer: PositionLayer, q: Tensor, mask: Tensor | None, visible: Callable[..., T]) -> T:
         """What queries q [B, H, t, D] see of a layer's keys, worked out once for layers that hold the same tokens.
@@ -133,7 +187,7 @@ class PositionCache(Cache):
 
     def kv_lengths(self) -> list[int]:
         """Number of keys each layer holds; 0 for one without."""
-        return [0 if getattr(x, "keys", None) is None else x.keys.shape[2] for x in self.layers]
+        return [0 if getattr(x, "positions", None) is None else x.positions.shape[1] for x in self.layers]
 
     def holes(self) -> bool:
         """Whether any layer may have empty slots."""
@@ -154,8 +208,8 @@ class PositionCache(Cache):
         return True
 
     def kv_bytes(self) -> int:
-        """Bytes of the keys and values held, without the spare room."""
-        return sum(x.nbytes for layer in self.attended for x in (layer.keys, layer.values) if x is not None)
+        """Bytes of the keys and values held, as they are stored, without the spare room."""
+        return sum(layer.nbytes() for layer in self.attended)
 
 
 @contextlib.contextmanager
@@ -184,21 +238,25 @@ def adopted(given: Any, model: nn.Module) -> Iterator[PositionCache]:
 def adopt(given: Any, model: nn.Module) -> tuple[Any, Any]:
     """Turn a cache that somebody gave into a :class:`PositionCache`, in place; what it was is returned.
 
-    One with a static length keeps it: see :class:`PositionLayer`.
+    One with a static length keeps it: see :class:`PositionLayer`. One that is quantised or offloaded stays so: see
+    :class:`StoredLayer`.
 
     Raises:
         TypeError, NotImplementedError, ValueError: as for :func:`adopted`.
     """
     if not isinstance(given, Cache):
         raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
-    if type(given) not in (DynamicCache, StaticCache) or given.offloading:
+    if type(given) not in (DynamicCache, StaticCache, QuantizedCache):
         raise NotImplementedError(cannot_hold(given))
     if int(given.get_seq_length()) > 0:
         raise ValueError(
             f"past_key_values holds {int(given.get_seq_length())} tokens that went through the unmodified model;"
             " start again with an empty cache"
         )
-    before, made = (given.__class__, given.__dict__), PositionCache(model)
+    stores: Sequence[Any] = given.layers if type(given) is QuantizedCache else [DynamicLayer()] * given.offloading
+    before, made = (given.__class__, given.__dict__), PositionCache(model, stores)
+    if given.offloading:
+        made.offloading, made.only_non_sliding, made.prefetch_stream = True, False, given.prefetch_stream
     final = any(isinstance(layer, StateLayer) and not layer.is_croppable for layer in made.layers)
     if final and any(getattr(layer, "record_past", False) for layer in given.layers):
         raise NotImplementedError(f"{FINAL}: generate without an assistant")

@@ -123,13 +123,14 @@ class PositionLayer(DynamicLayer):
             self.keys, self.values, self.positions = torch.ops.vlm.kv_append.default(
                 self.keys, self.values, self.positions, key_states, value_states, pos
             )
+            keys, values = self.keys, self.values
         else:
             shared: Shared = kwargs.get("shared", {})
             self.positions = once(shared, (self.positions,), lambda: self._grown(key_states))
-            self._append(key_states, value_states)
+            keys, values = self._append(key_states, value_states)
         self.is_initialized = True
         self.seen += key_states.shape[2]
-        return self.keys, self.values
+        return keys, values
 
     def _next(self, key_states: Tensor) -> Tensor:
         at = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)
@@ -139,7 +140,7 @@ class PositionLayer(DynamicLayer):
         pos = self._next(key_states)
         return pos if self.positions is None else torch.cat([self.positions, pos], 1)
 
-    def _append(self, k: Tensor, v: Tensor) -> None:
+    def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys is None:
             self.keys, self.values = k, v
         elif torch.is_grad_enabled() or not (_same_kind(self.keys, k) and _same_kind(self.values, v)):
@@ -147,6 +148,7 @@ class PositionLayer(DynamicLayer):
             self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         else:
             self.keys, self.values = self.reserve(k.shape[2]).append(k, v)
+        return self.keys, self.values
 
     def own(self) -> Buffer | None:
         """The buffer that this layer's keys and values lie in."""
@@ -170,6 +172,10 @@ class PositionLayer(DynamicLayer):
         if self.keys is not None:
             self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
 
+    def nbytes(self) -> int:
+        """Bytes of the keys and values held, without the spare room."""
+        return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)
+
     def get_seq_length(self) -> int:
         """Logical length in tokens."""
         return self.seen
@@ -186,12 +192,17 @@ class PositionLayer(DynamicLayer):
         """
         if tokens_to_remove > 0:
             raise ValueError(f"crop expects a number of tokens to remove as a negative integer, got {tokens_to_remove}")
-        if tokens_to_remove == 0 or self.keys is None:
+        if tokens_to_remove == 0 or self.positions is None:
             return
+        before = self.positions.shape[1]
         self.seen = max(0, self.seen + tokens_to_remove)
         self.positions, holes = once({} if shared is None else shared, (self.positions,), self._cropped)
         self.holes = self.holes or holes
-        n, buffer = self.positions.shape[1], self.own()
+        self._keep(self.positions.shape[1], before)
+
+    def _keep(self, n: int, before: int) -> None:
+        """Of the keys and values of ``before`` tokens, only the first ``n``."""
+        buffer = self.own()
         self.keys, self.values = (self.keys[:, :, :n], self.values[:, :, :n]) if buffer is None else buffer.show(n)
 
     def _cropped(self) -> tuple[Tensor, bool]:
@@ -213,8 +224,7 @@ class PositionLayer(DynamicLayer):
         self._rows(lambda rows: rows[indices], shared)
 
     def _rows(self, choose: Callable[[Tensor], Tensor], shared: Shared | None) -> None:
-        """Copy some rows, once: to where the next tokens can follow, unless gradients are recorded."""
-        if self.keys is None:
+        if self.positions is None:
             return
         positions = self.positions
 
@@ -223,6 +233,10 @@ class PositionLayer(DynamicLayer):
             return rows, positions.index_select(0, rows)
 
         rows, self.positions = once({} if shared is None else shared, (positions,), chosen)
+        self._take_rows(rows)
+
+    def _take_rows(self, rows: Tensor) -> None:
+        """Copy rows, once: to where the next tokens can follow, unless gradients are recorded."""
         rows = rows.to(self.keys.device)
         if torch.is_grad_enabled():
             self.buffer = None
