@@ -172,6 +172,13 @@ def main(name: str) -> None:
             assert [x.keys.device.type for x in layers] == ["cpu", NAME, NAME, "cpu"]
             assert all(x.keys.device == x.positions.device for x in layers)
             assert layers[1].positions is layers[2].positions or layers[1].keys.shape != layers[2].keys.shape
+        for beams in (1, 2):  # keys go to the CPU and come back, with their numbers
+            how = greedy | {"num_beams": beams, "return_dict_in_generate": True, "cache_implementation": "offloaded"}
+            out = model.generate(**double[0], **how)
+            check(f"offloaded, {passes}", out.sequences, before[beams])
+            stores = [x.store for x in out.past_key_values.layers]
+            assert [x.device.type for x in stores] == ["cpu", NAME, NAME, "cpu"]
+            assert {y.device.type for x in stores for y in (x.keys, x.values)} == {"cpu"}
         vr.restore(model)
     with torch.no_grad():
         for passes in [
