@@ -189,7 +189,7 @@ class Session:
         self.text_calls[threading.get_ident(), cache is not None and cache.get_seq_length() > 0] += 1
         if cache is not None:
             kwargs = without_full_mask(kwargs)
-            if (backend := resolve(self.backend, device)) != "eager" and not hf.lends(model):
+            if (backend := resolve(self.backend, device)) != "eager" and not (hf.lends(model) or cache.stores):
                 self.compiled_calls[threading.get_ident()] += 1
                 return self._compiled(model, cache, kwargs, device, backend)
         kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
@@ -198,7 +198,7 @@ class Session:
             return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
 
     def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: Any, device: torch.device, how: Running) -> Any:
-        """The same behind a compiler."""
+        """The same behind a compiler, which is given all layers' keys at once."""
         plain = kwargs.get("attention_mask") is None and not cache.holes()
         given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
         reserved = cache.reserve(given.shape[1])
