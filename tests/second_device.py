@@ -89,17 +89,12 @@ def scatter(model: nn.Module, layers: list[int], tower: bool) -> None:
     """Some layers, and the vision tower if so wished, on the second device, all else on the CPU, by accelerate."""
     decoder = next(name for name, module in model.named_modules() if module is model.get_decoder().layers)
     places: dict[str, str] = {}
-    for name, module in model.named_modules():
-        if (
-            name
-            and not decoder.startswith(f"{name}.")
-            and name != decoder
-            and (not any(name.startswith(f"{above}.") for above in places))
-        ):
-            seen = tower and any(part in name for part in ("vision", "visual"))
-            mine = name.startswith(decoder) and int(name.removeprefix(f"{decoder}.")) in layers
-            places[name] = f"{NAME}:0" if seen or mine else "cpu"
-            del module
+    for name, _ in model.named_modules():
+        if f"{decoder}.".startswith(f"{name}.") or not name or any(name.startswith(f"{above}.") for above in places):
+            continue
+        seen = tower and any(part in name for part in ("vision", "visual"))
+        mine = name.startswith(decoder) and int(name.removeprefix(f"{decoder}.")) in layers
+        places[name] = f"{NAME}:0" if seen or mine else "cpu"
     accelerate.dispatch_model(model, places, main_device="cpu", force_hooks=True)
 
 

@@ -8,7 +8,7 @@ from transformers import QuantizedCache
 
 import vlmrewrite as vr
 from tests.small import family
-from vlmrewrite.compat import tree_leaves
+from tests.unit.test_cache_stores import held
 from vlmrewrite.kvcache.stored import StoredLayer
 from vlmrewrite.passes import STS, Stride
 from vlmrewrite.testing.models import Row
@@ -19,10 +19,6 @@ WAYS = {
     "4 bits, other axes": {"nbits": 4, "q_group_size": 8, "residual_length": 3, "axis_key": 1, "axis_value": 1},
     "2 bits, a long window": {"nbits": 2, "q_group_size": 16},
 }
-
-
-def held(layer):
-    return [x for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
 
 
 def same(one, other):

@@ -17,9 +17,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.fx.node import map_aggregate
-from transformers.utils.generic import ModelOutput
 
-from vlmrewrite.compat import HOOKED_FORWARD, OFFLOAD_HOOK, offload_hooks
+from vlmrewrite.compat import HOOKED_FORWARD, OFFLOAD_HOOK, offload_hooks, tree_flatten, tree_unflatten
 from vlmrewrite.hf.exchanged import forward_name, is_bound, is_ours
 from vlmrewrite.hf.undo import Undo
 
@@ -94,9 +93,9 @@ def places(model: nn.Module) -> Iterator[Place]:
         inside = f"{path}." if path else ""
         above = [(at, hook) for at, hook in above if inside.startswith(at)]
         above += [(inside, hook) for hook in offload_hooks(module) if hook.offload]
+        near = [(at, hook) for at, hook in above if at == inside or hook.place_submodules]
         for table in (vars(module)[kind] for kind in _TENSORS):
             for name, x in table.items():
-                near = [(at, hook) for at, hook in above if at == inside or hook.place_submodules]
                 if x is not None and not x.is_meta and x.device != main:
                     yield Place(path, name, table, name, x.device, stays=True)
                 elif x is not None and x.is_meta and near:
@@ -245,12 +244,9 @@ def sites(inputs: Sequence[Any]) -> tuple[Site | None, ...]:
 
 
 def copied(x: Any, device: torch.device) -> Any:
-    """A tensor, or those in a tuple, a list or an output of transformers, on another device; anything else as it is."""
-    if isinstance(x, (tuple, list)):
-        return type(x)(copied(part, device) for part in x)
-    if isinstance(x, ModelOutput):
-        return type(x)(**{name: copied(part, device) for name, part in x.items()})
-    return x.to(device) if isinstance(x, Tensor) else x
+    """What holds tensors, or is one, with these on another device."""
+    leaves, spec = tree_flatten(x)
+    return tree_unflatten([leaf.to(device) if isinstance(leaf, Tensor) else leaf for leaf in leaves], spec)
 
 
 def put_forward(undo: Undo, module: nn.Module, method: Any) -> None:

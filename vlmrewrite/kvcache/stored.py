@@ -12,6 +12,9 @@ from transformers.cache_utils import CacheLayerMixin, DynamicLayer
 from vlmrewrite.compat import tree_leaves
 from vlmrewrite.kvcache.layer import PositionLayer, Shared
 
+_KNOWN = ("positions", "seen", "holes", "is_initialized")
+"""What a layer knows of its tokens, wherever their keys and values are."""
+
 
 class StoredLayer(PositionLayer):
     """Positions are here; keys and values are in ``store``, which is fed those that this layer keeps, a call at a time.
@@ -48,7 +51,7 @@ class StoredLayer(PositionLayer):
     def opened(self) -> PositionLayer:
         """A plain layer that holds what an attention sees of this one, which stays as it is."""
         plain = PositionLayer()
-        for name in ("positions", "seen", "holes", "is_initialized"):
+        for name in _KNOWN:
             setattr(plain, name, getattr(self, name))
         if self.nothing is not None:
             look, rows = copy.copy(self.store), len(self.positions)  # a store changes its attributes, never its tensors
@@ -59,7 +62,7 @@ class StoredLayer(PositionLayer):
     def take(self, plain: PositionLayer) -> None:
         """Become what a plain layer that :meth:`opened` made has grown to; its keys and values are let go."""
         n = 0 if self.positions is None else self.positions.shape[1]
-        for name in ("positions", "seen", "holes", "is_initialized"):
+        for name in _KNOWN:
             setattr(self, name, getattr(plain, name))
         if plain.keys is not None and plain.keys.shape[2] > n:
             self._append(*(x.narrow(2, n, x.shape[2] - n) for x in (plain.keys, plain.values)))
