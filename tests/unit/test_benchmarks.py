@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks import host
 from benchmarks.compare import main, read
 from benchmarks.run import PLANS
 from benchmarks.table import table
@@ -141,3 +142,17 @@ def test_settings_can_be_built(plan: str) -> None:
         text = config.text_config
         assert (text.num_hidden_layers, text.hidden_size) == (setting.layers, setting.hidden)
         assert text.num_attention_heads * text.head_dim == text.hidden_size
+
+
+@pytest.mark.slow
+def test_what_the_host_does_is_told_by_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    host.main(["--recipe", "stride-half", "--layers", "2", "--rounds", "1", "--steps", "1"])
+    *_, row = capsys.readouterr().out.splitlines()
+    name, *numbers = row.split()
+    assert name == "stride-half"
+    assert len([float(x) for x in numbers]) == 4
+
+
+def test_what_is_beyond_is_the_least_and_the_median_of_each_call() -> None:
+    ours, plain = [[3.0, 5.0], [9.0, 4.0], [4.0, 6.0]], [[1.0, 1.0], [1.0, 3.0], [2.0, 2.0]]
+    assert host.beyond(ours, plain) == (3.5 - 1.0, 4.5 - 1.5)

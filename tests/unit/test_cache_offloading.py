@@ -7,7 +7,7 @@ import copy
 import torch
 from transformers.cache_utils import DynamicLayer
 
-from tests.unit.test_cache import DV, HEADS, D
+from tests.caches import DV, HEADS, D
 from tests.unit.test_cache_stores import DEPTH, Beside
 from vlmrewrite.compat import fake_mode
 from vlmrewrite.kvcache.cache import PositionCache

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers.cache_utils import DynamicLayer, Fp8QuantizedLayer, QuantizedLayer
 
-from tests.unit.test_cache import DV, HEADS, D, tokens
+from tests.caches import DV, HEADS, D, tokens
 from vlmrewrite.compat import tree_leaves
 from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.kvcache.layer import PositionLayer

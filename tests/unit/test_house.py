@@ -31,7 +31,6 @@ NAMED = {
 LONG = {
     "tests/kernels/test_attention.py": 370,
     "tests/kernels/test_sample.py": 350,
-    "tests/unit/test_cache.py": 450,
     "tests/graph/test_dape.py": 420,
     "tests/graph/test_profile.py": 310,
     "tests/models/test_relatives.py": 470,

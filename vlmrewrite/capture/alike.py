@@ -13,6 +13,7 @@ import operator
 import types
 import weakref
 from collections.abc import Collection, Iterator, Sequence
+from itertools import starmap
 from operator import attrgetter
 from typing import Any
 
@@ -60,11 +61,12 @@ class Alike:
         self.short = self._shortened(path) if self.copies else None
         self._path = [(weakref.ref(m), self._twins.get(name if i else None)) for i, (name, m) in enumerate(path)]
         self._places: dict[int, tuple[object, list[tuple[dict[str, Any], str]]]] = {}
+        self._lent: dict[int, tuple[dict[str, Any], dict[str, Any]]] = {}
 
     def still(self) -> bool:
         """Whether nothing has changed of what was compared."""
         try:
-            same = all(now == then for now, then in self._seen)
+            same = all(starmap(operator.eq, self._seen))
         except (RuntimeError, ValueError):  # two tensors that are not the same object were compared
             return False
         return same and all(map(operator.eq, map(_may_change, self._held), self._layouts))
@@ -75,13 +77,15 @@ class Alike:
         given = []
         for i, (ref, twin) in enumerate(self._path):
             module: Any = ref()
-            own = {k: x for k, x in _own(module, not i).items() if k != "_modules"}
-            _become(twin, module, own, {"_modules"})
-            given.append((module, twin, own))
+            own, known = _own(module, not i), self._lent.get(i)
+            if known is None or not (_unchanged(own, known[0]) and _unchanged(vars(twin), known[1])):
+                _become(twin, module, {k: x for k, x in own.items() if k != "_modules"}, {"_modules"})
+                known = self._lent[i] = own, dict(vars(twin))
+            given.append((module, twin, known[1]))
         yield
-        for module, twin, own in given:
-            for name, x in dict(vars(twin)).items():
-                if name != "_modules" and own.get(name) is not x and not isinstance(x, types.MethodType):
+        for module, twin, before in given:
+            for name, x in () if _unchanged(vars(twin), before) else dict(vars(twin)).items():
+                if name != "_modules" and before.get(name) is not x and not isinstance(x, types.MethodType):
                     vars(module)[name] = x
 
     def complete(self, gm: GraphModule, inputs: Sequence[object]) -> list[tuple[int, str]] | str:
@@ -157,6 +161,11 @@ def _become(twin: Any, module: nn.Module, own: dict[str, Any], but: Collection[s
     vars(twin).update(new)
 
 
+def _unchanged(now: dict[str, Any], then: dict[str, Any]) -> bool:
+    """Whether two dicts hold the very same things."""
+    return now.keys() == then.keys() and all(map(operator.is_, now.values(), then.values()))
+
+
 def _path(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
     """The modules from the model to the one of this name."""
     found = [("", model)]
@@ -167,8 +176,12 @@ def _path(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
 def _own(module: nn.Module, root: bool) -> dict[str, Any]:
     """What a module holds; of the whole model without functions, which its class has too, and which may hold it."""
-    kinds = (types.FunctionType, types.MethodType) if root else ()
-    return {k: x for k, x in vars(module).items() if k != APPLIED and not isinstance(x, kinds)}
+    own = dict(vars(module))
+    own.pop(APPLIED, None)
+    return {k: x for k, x in own.items() if not isinstance(x, _FUNCTIONS)} if root else own
+
+
+_FUNCTIONS = types.FunctionType, types.MethodType
 
 
 _may_change = attrgetter("dtype", "requires_grad", "device")

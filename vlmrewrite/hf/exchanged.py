@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
+import inspect
 import types
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
 from vlmrewrite.compat import HOOKED_FORWARD, hooks_of, offload_hooks
 
 _HERE = Path(__file__).parents[1]
+
+
+_PARAMETERS: WeakKeyDictionary[Callable[..., Any], Mapping[str, inspect.Parameter]] = WeakKeyDictionary()
+
+
+def parameters_of(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    """What a bound method, or a function, takes; looked up once for each function."""
+    function = getattr(method, "__func__", method)
+    if not isinstance(function, types.FunctionType):
+        return inspect.signature(method).parameters
+    if function not in _PARAMETERS:
+        _PARAMETERS[function] = inspect.signature(function).parameters
+    found = _PARAMETERS[function]
+    return found if method is function else dict(list(found.items())[1:])
 
 
 def exchanged(module: nn.Module) -> bool:

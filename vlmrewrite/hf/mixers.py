@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 from transformers.cache_utils import (
@@ -24,6 +25,8 @@ _USUAL = (DynamicLayer, DynamicSlidingWindowLayer)
 _OF_TOKENS = ("hidden_states", "position_embeddings", "attention_mask", "position_ids")
 
 CACHE_ARGUMENTS = ("cache_params", "past_key_values")
+
+_STATES: WeakKeyDictionary[nn.Module, tuple[int, dict[int, int]]] = WeakKeyDictionary()
 
 
 def cache_layers(model: nn.Module) -> list[Any]:
@@ -57,10 +60,12 @@ def feedforward_layers(model: nn.Module, layers: Sequence[Any] | None = None) ->
 
 
 def cache_states(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """How many decoder layers there are, and how many states each keeps that has no keys."""
-    layers = cache_layers(model)
-    states = {i: x.number_of_states for i, x in enumerate(layers) if is_recurrent(x)}
-    return len(layers), states | dict.fromkeys(feedforward_layers(model, layers), 0)
+    """How many decoder layers there are, and how many states each keeps that has no keys; found once for a model."""
+    if model not in _STATES:
+        layers = cache_layers(model)
+        states = {i: x.number_of_states for i, x in enumerate(layers) if is_recurrent(x)}
+        _STATES[model] = len(layers), states | dict.fromkeys(feedforward_layers(model, layers), 0)
+    return _STATES[model]
 
 
 def refuse_cache_layers(model: nn.Module) -> None:

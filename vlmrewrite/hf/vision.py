@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import inspect
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vlmrewrite.hf.exchanged import parameters_of
 from vlmrewrite.hf.lent import copied, device_of, lends, weights_brought
 
 
@@ -109,14 +109,14 @@ def encode_images(
 def _encoder(model: nn.Module, modality: str, names: Sequence[str]) -> Callable[..., Any] | None:
     """What encodes pixels given under some names; the one for images encodes whatever the forward takes besides."""
     own: Callable[..., Any] | None = getattr(model.base_model, f"get_{modality}_features", None)
-    if own is None and names[0] in inspect.signature(model.forward).parameters:
+    if own is None and names[0] in parameters_of(model.forward):
         return getattr(model.base_model, "get_image_features", None)
     return own
 
 
 def _arguments(encoder: Callable[..., Any], pixels: str, kwargs: dict[str, Any]) -> dict[str, Any]:
     """What an encoder takes of a forward's arguments; None for what it must be given and the forward was not."""
-    parameters = {n: p for n, p in inspect.signature(encoder).parameters.items() if p.kind != p.VAR_KEYWORD}
+    parameters = {n: p for n, p in parameters_of(encoder).items() if p.kind != p.VAR_KEYWORD}
     taken = {n: kwargs.get(n) for n, p in parameters.items() if kwargs.get(n) is not None or p.default is p.empty}
     if pixels not in parameters:  # the forward calls it otherwise
         taken[next(iter(parameters))] = kwargs[pixels]
@@ -128,7 +128,7 @@ def _position_ids(model: nn.Module, kwargs: dict[str, Any]) -> Tensor | None:
     compute = getattr(model.base_model, "compute_3d_position_ids", None)
     if compute is None or kwargs.get("position_ids") is not None:
         return None
-    names = inspect.signature(compute).parameters
+    names = parameters_of(compute)
     given: dict[str, Any] = {n: kwargs.get(n) for n in names}
     if given.get("inputs_embeds") is None and kwargs.get("input_ids") is not None and "inputs_embeds" in names:
         given["inputs_embeds"] = model.get_input_embeddings()(kwargs["input_ids"])  # type: ignore[operator]

@@ -1,9 +1,10 @@
 """One layer's keys and values, with the logical position of each, and spare room behind them.
 
-A token is appended without copying those before it. A layer makes a buffer when it first appends, with room for a share
-of what it holds; where none is left it makes another. So the memory of a cache that grows is at most an eighth more
-than its tokens need (8 tokens, if that is more), of which one layer's is there twice while it moves; and a token that
-stays is copied some nine times in all, not once a step.
+A token is appended without copying those before it, unless these are so few that copying takes less time. A layer
+makes a buffer when it first appends to more, with room for a share of what it holds; where none is left it makes
+another. So the memory of a cache that grows is at most an eighth more than its tokens need (8 tokens, if that is more),
+of which one layer's is there twice while it moves; and a token that stays is copied some nine times in all, not once a
+step.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -26,14 +28,17 @@ Shared = dict[tuple[int, ...], tuple[object, Any]]
 def once(shared: Shared, objects: tuple[object, ...], make: Callable[[], T]) -> T:
     """What was made of these very objects; made at the first request for it."""
     key = tuple(map(id, objects))
-    if key not in shared:
-        shared[key] = objects, make()
-    made: T = shared[key][1]
+    if (found := shared.get(key)) is None:
+        found = shared[key] = objects, make()
+    made: T = found[1]
     return made
 
 
 SHARE, LEAST = 8, 8
 """Buffer is made for an eighth more tokens than there are, and for at least 8 more."""
+
+SMALL = 1 << 17
+"""Keys of fewer bytes are copied at each append: it takes less time than two views of a buffer."""
 
 
 class Buffer:
@@ -54,7 +59,9 @@ class Buffer:
         capacity = n + room + 1 if room >= more else n + more + max(LEAST, (n + more) // SHARE)
         with torch.inference_mode(False):
             self.keys, self.values = (x.new_empty(batch, x.shape[1], capacity, x.shape[3]) for x in (keys, values))
-        self.written = 0
+        self._alias = self.keys.data, self.values.data
+        self._ways = [(x, *x.shape[:2], x.shape[3], x.stride()) for x in self._alias]
+        self.written, self.capacity = 0, capacity
         for new, old in zip(self.show(n), (keys, values), strict=True):
             if rows is None:
                 new.copy_(old)
@@ -63,9 +70,9 @@ class Buffer:
 
     def show(self, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` tokens, which the layer holds from now on."""
-        self.written = max(self.written, n)
-        # .data: no views to autograd, which would take each append for a change of what was shown before, nor to
-        # Dynamo, which would guard the buffer's shape too.
+        if n > self.written:
+            self.written = n
+        # .data: no views to Dynamo, which would guard the buffer's shape too.
         self.shown = self.keys.narrow(2, 0, n).data, self.values.narrow(2, 0, n).data
         return self.shown
 
@@ -76,21 +83,27 @@ class Buffer:
         compiler would compile for it anew.)
         """
         n = self.shown[0].shape[2]
-        if n < self.written and not any(memory_is_shared(x, 2) for x in (self.keys, self.values)):
+        if n < self.written and not any(memory_is_shared(x, 3) for x in (self.keys, self.values)):
             self.written = n
-        return n >= self.written and n + more < self.keys.shape[2]
+        return n >= self.written and n + more < self.capacity
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k [B, Hk, t, D] and v [B, Hk, t, Dv] after what is shown; :meth:`takes` said that they fit."""
         n, t = self.shown[0].shape[2], k.shape[2]
         self.keys.narrow(2, n, t).copy_(k)
         self.values.narrow(2, n, t).copy_(v)
-        return self.show(n + t)
+        self.written = n = n + t
+        # Of tensors that share the memory and no version: autograd does not take an append for a change of these.
+        keys, values = [x.as_strided((rows, heads, n, size), way, 0) for x, rows, heads, size, way in self._ways]
+        self.shown = keys, values
+        return self.shown
 
 
 def _same_kind(x: Tensor, y: Tensor) -> bool:
     """Whether all but length and strides is the same; else, concatenation converts, or raises."""
-    return x.shape[:2] == y.shape[:2] and x.shape[3] == y.shape[3] and x.dtype is y.dtype and x.device == y.device
+    (batch, heads, _, size), (rows, others, _, width) = x.shape, y.shape
+    same = batch == rows and heads == others and size == width
+    return same and x.dtype is y.dtype and x.device == y.device
 
 
 class PositionLayer(DynamicLayer):
@@ -137,18 +150,25 @@ class PositionLayer(DynamicLayer):
         return at.repeat(key_states.shape[0], 1)  # not a view, which Dynamo would compile for anew
 
     def _grown(self, key_states: Tensor) -> Tensor:
-        pos = self._next(key_states)
-        return pos if self.positions is None else torch.cat([self.positions, pos], 1)
+        if self.positions is None:
+            return self._next(key_states)
+        if key_states.shape[2] > 1:
+            return torch.cat([self.positions, self._next(key_states)], 1)
+        return F.pad(self.positions, (0, 1), value=self.seen)
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if self.keys is None:
             self.keys, self.values = k, v
-        elif torch.is_grad_enabled() or not (_same_kind(self.keys, k) and _same_kind(self.values, v)):
+        elif self._copies() or not (_same_kind(self.keys, k) and _same_kind(self.values, v)):
             self.buffer = None
             self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         else:
-            self.keys, self.values = self.reserve(k.shape[2]).append(k, v)
+            self.keys, self.values = self._room(k.shape[2]).append(k, v)
         return self.keys, self.values
+
+    def _copies(self) -> bool:
+        """Whether tokens that are appended come with a copy of all: under gradients, or where that is cheaper."""
+        return torch.is_grad_enabled() or (self.buffer is None and not self.length and self.keys.nbytes < SMALL)
 
     def own(self) -> Buffer | None:
         """The buffer that this layer's keys and values lie in."""
@@ -156,18 +176,24 @@ class PositionLayer(DynamicLayer):
         return self.buffer if own else None
 
     def reserve(self, more: int) -> Buffer:
-        """A buffer with room for ``more`` tokens after those held, made if there is none.
+        """A buffer with room for ``more`` tokens after those held, for Dynamo to see, made if there is none.
 
         Not where gradients are recorded.
         """
+        buffer = self._room(more)
+        self.keys, self.values = buffer.show(self.keys.shape[2])
+        return buffer
+
+    def _room(self, more: int) -> Buffer:
         buffer = self.own()
         if buffer is None or not buffer.takes(more):
             self.buffer = buffer = Buffer(self.keys, self.values, more, self.length - self.seen)
-            self.keys, self.values = buffer.shown
         return buffer
 
     def release(self) -> None:
         """Lay keys and values out in one way only, without spare room."""
+        if self.own() is not None:
+            self.keys, self.values = self.keys.data, self.values.data
         self.buffer = None
         if self.keys is not None:
             self.keys, self.values = self.keys.contiguous(), self.values.contiguous()
@@ -238,7 +264,7 @@ class PositionLayer(DynamicLayer):
     def _take_rows(self, rows: Tensor) -> None:
         """Copy rows, once: to where the next tokens can follow, unless gradients are recorded."""
         rows = rows.to(self.keys.device)
-        if torch.is_grad_enabled():
+        if self._copies():
             self.buffer = None
             self.keys, self.values = self.keys.index_select(0, rows), self.values.index_select(0, rows)
         else:

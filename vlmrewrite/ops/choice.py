@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,13 +42,18 @@ def choose(kernels: str, device: torch.device) -> Choice:
     """
     if kernels not in ("auto", "reference", "triton"):
         raise ValueError(f"kernels={kernels!r}; expected 'auto', 'reference' or 'triton'")
+    return _chosen(kernels, device, interpreted())
+
+
+@functools.lru_cache(maxsize=64)
+def _chosen(kernels: str, device: torch.device, by_interpreter: bool) -> Choice:
     if kernels == "reference":
         return Choice("reference", "plain PyTorch was asked for")
     reason = kernels_missing(device)
     if kernels == "triton":
         if reason is not None:
             raise RuntimeError(f"kernels='triton' was asked for, and {reason}; use 'auto' or 'reference'")
-        return Choice("triton", "in Triton's interpreter" if interpreted() else "asked for")
+        return Choice("triton", "in Triton's interpreter" if by_interpreter else "asked for")
     if reason is None and device.type != "cuda":
         reason = f"the model is on {device.type}, and Triton's interpreter runs when asked for by name"
     return Choice("triton", f"on {device.type}") if reason is None else Choice("reference", f"plain PyTorch: {reason}")

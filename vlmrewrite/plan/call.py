@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from itertools import compress
+from functools import cached_property, lru_cache
+from itertools import compress, pairwise
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,6 +36,12 @@ def _frames(tokens: np.ndarray, known: Sequence[int]) -> tuple[int, ...]:
     """Tokens of each frame of a video, whose tokens stand there in the sequence."""
     pieces = np.diff(np.flatnonzero(np.diff(tokens) != 1) + 1, prepend=0, append=len(tokens)).tolist()
     return tuple(filter(None, known)) if pieces == [sum(known)] else tuple(pieces)
+
+
+@lru_cache(maxsize=128)
+def _one(counts: TokenCounts) -> TokenCounts:
+    """The same for equal counts, which remember how many tokens are in each set."""
+    return counts
 
 
 def _on_host(numbers: Sequence[Any]) -> Tensor:
@@ -124,28 +130,30 @@ class Call:
         entries, row_of = np.empty_like(flat), flat // self.length
         for which, given, first in ((~of_videos, self.feature_lengths, 0), (of_videos, self.video_lengths, len(flat))):
             entries[which] = np.arange(first, first + len(given)).repeat(np.array(given, int))
-        ends_entry, gap = np.diff(entries) | np.diff(row_of), np.diff(flat) != 1
-        cuts = np.flatnonzero((ends_entry != 0) | (gap & ~of_videos[1:])) + 1
-        images = [image for image in np.split(flat, cuts) if len(image)]
-        firsts = [0, *cuts.tolist()][: len(images)]
+        ends_entry, gap = (entries[1:] != entries[:-1]) | (row_of[1:] != row_of[:-1]), flat[1:] - flat[:-1] != 1
+        cuts = np.flatnonzero(ends_entry | (gap & ~of_videos[1:])) + 1
+        images = list(pairwise([0, *cuts.tolist(), len(flat)])) if len(flat) else []
+        firsts = [first for first, _ in images]
         rows, videos = row_of[firsts].tolist(), of_videos[firsts].tolist()
         known = iter(self.video_frames or ())
         frames = tuple(
-            _frames(image, next(known, ())) if video else (len(image),)
-            for image, video in zip(images, videos, strict=True)
+            _frames(flat[a:b], next(known, ())) if video else (b - a,)
+            for (a, b), video in zip(images, videos, strict=True)
         )
         *text, overlap = torch.cat([self.text.sum(1), (self.vision & self.text).any()[None]]).tolist()  # at once
         kinds = list(zip(rows, videos, strict=True))
-        return TokenCounts(
-            length=self.length,
-            text=tuple(text),
-            images=tuple(map(len, images)),
-            rows=tuple(rows),
-            ordinals=tuple(kinds[:i].count(kind) for i, kind in enumerate(kinds)),
-            padded=self.padding is not None,
-            overlap=bool(overlap),
-            videos=tuple(videos) if any(videos) else (),
-            frames=frames if any(videos) else (),
+        return _one(
+            TokenCounts(
+                length=self.length,
+                text=tuple(text),
+                images=tuple(b - a for a, b in images),
+                rows=tuple(rows),
+                ordinals=tuple(kinds[:i].count(kind) for i, kind in enumerate(kinds)),
+                padded=self.padding is not None,
+                overlap=bool(overlap),
+                videos=tuple(videos) if any(videos) else (),
+                frames=frames if any(videos) else (),
+            )
         )
 
     def fact(self, name: str, per: str = "image") -> Any:

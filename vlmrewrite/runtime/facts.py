@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlmrewrite import hf
 from vlmrewrite.capture import Graph
@@ -174,7 +174,7 @@ class Given(NamedTuple):
             else:
                 taken[m] = one
         if vision.is_meta:
-            found["grid"] = hf.grids(model.config, whole.get("image", ()), None, queries=hf.learned_queries(model))
+            found["grid"] = hf.grids(model.config, whole.get("image", ()), None, queries=_queries(graph, model))
             return None, {name: fact for name, fact in found.items() if isinstance(fact, str)}
         end = ends = None
         padding = None if self.padding is None else self.padding[:, -vision.shape[1] :].bool().to(vision.device)
@@ -202,9 +202,13 @@ class Given(NamedTuple):
         if "grid" in asks:
             counts = call.counts
             given = counts.each, counts.are_videos, counts.rows, len(vision), self.sizes, call.picked
-            found["grid"] = hf.frame_grids(model.config, *given, hf.learned_queries(model))
+            found["grid"] = hf.frame_grids(model.config, *given, _queries(graph, model))
             call.grids = None if isinstance(found["grid"], str) else found["grid"]
         return call, {name: fact for name, fact in found.items() if isinstance(fact, str)}
+
+
+def _queries(graph: Graph, model: Any) -> frozenset[int]:
+    return graph.once("queries", lambda: hf.learned_queries(model))
 
 
 class Layout(NamedTuple):
@@ -219,6 +223,12 @@ class Layout(NamedTuple):
     def of(cls, x: Any) -> Any:
         """The layout of a tensor; anything else as it is."""
         return cls(tuple(x.shape), x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x
+
+    @classmethod
+    def of_all(cls, graph: Graph, inputs: Sequence[Any]) -> tuple[Any, ...]:
+        """That of each input of a graph; a parameter's is looked at once, since Dynamo makes another for another."""
+        fixed = graph.once("layouts", lambda: [cls.of(x) if isinstance(x, nn.Parameter) else None for x in inputs])
+        return tuple(cls.of(x) if known is None else known for known, x in zip(fixed, inputs, strict=True))
 
 
 class LastCall(NamedTuple):

@@ -265,7 +265,7 @@ class Session:
             assert call is not None
             executable = self.executables.of(graph, missing, call.vision.device, blocks, again, sites)
         result = executable.run(hf.to_bring(inputs) if sites else inputs, call)
-        kind, layouts = call.vision.device.type, tuple(map(Layout.of, inputs))
+        kind, layouts = call.vision.device.type, Layout.of_all(graph, inputs)
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         told.append(LastCall(executable, replace(result, out=None), call, given, layouts, autocast))
         return result.out
