@@ -40,7 +40,8 @@ def calls(model: Any, inputs: dict[str, Any], steps: int) -> list[float]:
 
 def beyond(ours: Sequence[Sequence[float]], plain: Sequence[Sequence[float]]) -> tuple[float, float]:
     """Of calls in rounds, the mean over the calls: least time beyond the other's least, and median beyond median."""
-    least, usual = ([mean(map(each, zip(*x, strict=True))) for x in (ours, plain)] for each in (min, median))
+    of_call = list(zip(*ours, strict=True)), list(zip(*plain, strict=True))
+    least, usual = ([mean(map(min, x)) for x in of_call], [mean(map(median, x)) for x in of_call])
     return least[0] - least[1], usual[0] - usual[1]
 
 
