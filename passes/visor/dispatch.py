@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,23 +56,50 @@ def cheapest(right: Tensor) -> Tensor:
     return (right == right.amax(1, keepdim=True)).int().argmax(1)
 
 
+def start_of(likeliest: Tensor, flops: Sequence[Sequence[int]], threshold: float) -> tuple[int, list[float]]:
+    """With which plan to start, so that rows cost least; the cheaper one, if there are several.
+
+    Args:
+        likeliest: the probability of each row's most likely first token under each plan, [C, R].
+        flops: of each plan, those of each layer. Layers before the first that plans treat differently run once.
+        threshold: below it, the next plan is tried, as :class:`Confidence` does.
+
+    Returns:
+        the plan, and what starting with each one costs, in units of the last plan's cost.
+    """
+    shared = next((i for i, of_layer in enumerate(zip(*flops, strict=True)) if len(set(of_layer)) > 1), 0)
+    last, costs = len(flops) - 1, []
+    for start in range(len(flops)):
+        total, left = len(likeliest[0]) * sum(flops[last][:shared]), torch.ones_like(likeliest[0], dtype=torch.bool)
+        for i in range(start, len(flops)):
+            total += int(left.sum()) * sum(flops[i][shared:])
+            left = left & (likeliest[i].nan_to_num(1.0) < threshold)
+        costs.append(total / (len(likeliest[0]) * max(1, sum(flops[last]))))
+    return costs.index(min(costs)), costs
+
+
 @dataclass(frozen=True)
 class Confidence:
-    """From the cheapest plan on, the next one for rows whose most likely next token is below ``threshold``."""
+    """From plan ``start`` on, the next one for rows whose most likely next token is below ``threshold``."""
 
     at: Depth
     threshold: float
+    start: int = 0
     op: ClassVar[None] = None
     weights: ClassVar[tuple[str, ...]] = ()
 
     def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
-        """The cheapest."""
-        return 0
+        """The same for all."""
+        return self.start
 
     def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> Tensor | None:
         """The next, for rows with an image that are not confident, unless it was the last."""
         sure = logits.float().softmax(-1).amax(-1).nan_to_num(1.0)  # no plan mends NaN
         return tried + (images & (sure < self.threshold)).long() if tried + 1 < variants else None
+
+    def __str__(self) -> str:
+        told = f"Confidence(at={self.at}, threshold={self.threshold}"
+        return f"{told}, start={self.start})" if self.start else f"{told})"
 
 
 @dataclass(frozen=True)

@@ -14,18 +14,22 @@ positions; the budget by :mod:`vlmrewrite.report.layer_profile` (contribution of
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Annotated, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field
 from torch import nn
 
 from vlmrewrite.draw import Draw
 from vlmrewrite.passes.visor.allocate import spend
-from vlmrewrite.passes.visor.dispatch import THRESHOLD, Confidence, Routed, Router
+from vlmrewrite.passes.visor.dispatch import THRESHOLD, Confidence, Routed, Router, start_of
 from vlmrewrite.plan import Layers, Plan, Text, Weights, chosen_layers, frozen_pass
-from vlmrewrite.report import calibration
+from vlmrewrite.report import calibration, tried
+
+_LOG = logging.getLogger(__name__)
 
 
 @frozen_pass
@@ -46,6 +50,9 @@ class VISOR:
         chain: configurations, cheapest first: mappings with ``self_layers``, ``cross_layers`` and ``sa_vision_mlp``;
             what one updates or reads, the next does too.
         threshold: of the policy ``"confidence"``, in (0, 1].
+        start: of the policy ``"confidence"``: the configuration that it begins with, by its number in the chain. Where
+            most prompts end with a later one, the first ones are work for nothing: :func:`vlmrewrite.calibrate` with
+            prompts of the kind finds the start that costs least.
         enough: of the policy ``"router"``, in (0, 1]: a row runs the first configuration such that, by the router's
             probabilities, none behind it is needed with at least this one; the closer to 1, the more work. Blocks that
             were trained with another one can be loaded. None: the likeliest configuration.
@@ -63,6 +70,7 @@ class VISOR:
     policy: Literal["confidence", "router"] | Callable[..., Any] | None = None
     chain: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()
     threshold: Annotated[float, Field(gt=0, le=1)] = THRESHOLD
+    start: Annotated[int, Field(ge=0)] = dataclasses.field(default=0, metadata={"blocks": False})
     enough: Annotated[float, Field(gt=0, le=1)] | None = dataclasses.field(default=None, metadata={"blocks": False})
     cross: Annotated[Layers, Field(exclude=True)] = ()
 
@@ -81,12 +89,16 @@ class VISOR:
             raise ValueError("expected a budget with calibration inputs, got these alone")
         if self.policy != "confidence" and self.threshold != THRESHOLD:
             raise ValueError(f"threshold={self.threshold} is for policy='confidence', got policy={self.policy!r}")
+        if self.policy != "confidence" and self.start:
+            raise ValueError(f"start={self.start} is for policy='confidence', got policy={self.policy!r}")
         if self.policy != "router" and self.enough is not None:
             raise ValueError(f"enough={self.enough} is for policy='router', got policy={self.policy!r}")
         object.__setattr__(self, "chain", tuple({k: _tuple(v) for k, v in c.items()} for c in self.chain))
         if self.chain:
             if len(self.chain) < 2:
                 raise ValueError("expected a chain of at least two configurations, got one")
+            if self.start >= len(self.chain):
+                raise ValueError(f"start={self.start}; expected the number of one of {len(self.chain)} configurations")
             self.configurations()
         if not isinstance(self.self_layers, float) and not isinstance(self.cross_layers, float):
             _apart(self.self_layers, self.cross_layers)
@@ -106,7 +118,12 @@ class VISOR:
         return [VISOR(**c) for c in self.chain]
 
     def calibrated(self, model: nn.Module, inputs: Any = None) -> VISOR:
-        """The pass with the layers that its budget buys on this model; see :func:`vlmrewrite.calibrate`."""
+        """The pass with the layers that its budget buys on this model, or the start of its chain that costs least.
+
+        See :func:`vlmrewrite.calibrate`. The start is looked for where there are inputs, and with this pass alone.
+        """
+        if self.policy == "confidence" and inputs is not None:
+            return self._started(model, inputs)
         if self.budget is None:
             return self
         found = calibration(model, self.calibration if inputs is None else inputs, f"VISOR(budget={self.budget})")
@@ -116,6 +133,21 @@ class VISOR:
             least = min(share) / len(share)
             raise ValueError(f"VISOR(budget={self.budget}) buys no layer; expected at least {least:.3g} for this model")
         return VISOR(self_layers=tuple(own), cross_layers=tuple(cross), sa_vision_mlp=self.sa_vision_mlp)
+
+    def _started(self, model: nn.Module, inputs: Any) -> VISOR:
+        found = tried(model, inputs, [[p] for p in self.configurations()])
+        likeliest = torch.stack([x.likeliest for x in found])
+        start, costs = start_of(likeliest, [x.flops for x in found], self.threshold)
+        unsure = (likeliest < self.threshold).sum(1).tolist()
+        _LOG.info(
+            "VISOR starts with configuration %d: of %d prompts %s were unsure after each; starting with each one costs"
+            " %s of the last one's FLOPs",
+            start,
+            likeliest.shape[1],
+            ", ".join(map(str, unsure)),
+            ", ".join(f"{x:.2f}" for x in costs),
+        )
+        return dataclasses.replace(self, start=start)
 
     @classmethod
     def tuned(cls, amount: float, draw: Draw) -> VISOR:
@@ -178,7 +210,7 @@ class VISOR:
         if at is None:
             raise ValueError("the configurations of the chain are all the same on this model")
         if self.policy == "confidence":
-            plan.dispatch(Confidence(at, self.threshold), plans)
+            plan.dispatch(Confidence(at, self.threshold, self.start), plans)
         elif self.policy == "router":
             block = plan.block(Weights(lambda hidden: Router(hidden, len(plans))), "router")
             names = tuple(f"{block}.{n}" for n in ("inner", "inner_bias", "outer", "outer_bias"))

@@ -11,11 +11,9 @@ captured graph while an fx interpreter runs it. Nothing is hooked into the model
 
 from __future__ import annotations
 
-import contextlib
-import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,12 +23,12 @@ import torch.fx
 from torch import Tensor, nn
 
 from vlmrewrite.compiler import rewritten
-from vlmrewrite.hf import check_support, encode_images, on_base_model
-from vlmrewrite.plan import All, Call, Plan, Text, TokenSet
+from vlmrewrite.hf import on_base_model
+from vlmrewrite.plan import All, Plan, Text, TokenSet
 from vlmrewrite.report.observe import observe
 from vlmrewrite.report.plot import check_plot
+from vlmrewrite.report.programs import next_token, programs_on
 from vlmrewrite.rewrite import Program
-from vlmrewrite.runtime import trace
 from vlmrewrite.text import table
 
 _COLUMNS = {
@@ -176,22 +174,7 @@ def profile(
             a result is not finite.
         RuntimeError: the forward could not be captured.
     """
-    check_support(model)
-    batches = [inputs] if isinstance(inputs, Mapping) else inputs
-    if not isinstance(batches, Sequence) or not all(isinstance(batch, Mapping) for batch in batches):
-        raise TypeError(
-            f"expected a mapping of the forward's inputs or a sequence of them, got {type(inputs).__name__}"
-        )
-    if any(p.is_meta for p in model.parameters()):
-        raise ValueError(f"this {type(model).__name__} is on the meta device; expected a model with weights")
-    with _evaluating(model):
-        programs = []
-        for i, batch in enumerate(batches):
-            progress(f"capture {i + 1} of {len(batches)}", 0, 1)
-            programs += captured(model, batch)
-        if not programs:
-            number = f"{len(batches)} batch{'es' * (len(batches) != 1)}"
-            raise ValueError(f"no image in {number} of inputs; expected at least one row with an image")
+    with programs_on(model, inputs, progress) as programs:
         return measure(programs, progress)
 
 
@@ -206,34 +189,6 @@ def calibration(model: nn.Module, inputs: Any, who: str) -> LayerProfile:
             f"{who} measures the layers; expected calibration=inputs, or vlmrewrite.calibrate(model, recipe, inputs)"
         )
     return profile(model, inputs)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    before = [(m, m.training) for m in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in before:
-            module.training = training
-
-
-def captured(model: nn.Module, batch: Mapping[str, Any]) -> list[Program]:
-    """The batch's program, or nothing if no row has an image."""
-    kwargs = encode_images(model, {k: v for k, v in batch.items() if k not in ("labels", "logits_to_keep")})
-    if (kwargs.get("mm_encoder_outputs") or {}).get("image") is None:
-        return []
-    mask = kwargs.get("attention_mask")
-    ends = not isinstance(mask, Tensor) or mask.dim() != 2 or bool(mask[:, -1].all())
-    if ends and "logits_to_keep" in inspect.signature(type(model).forward).parameters:
-        kwargs["logits_to_keep"] = 1
-    program = trace(model, kwargs)
-    call = _call(program)
-    wrong = call.vision.gather(1, call.last)[:, 0].nonzero()[:, 0].tolist()
-    if wrong:
-        raise ValueError(f"row {wrong[0]} ends in an image; expected prompts that end in text")
-    return [program]
 
 
 def measure(programs: list[Program], progress: Callable[[str, int, int], None]) -> LayerProfile:
@@ -296,23 +251,6 @@ class _Bypass:
     def change(self, plan: Plan) -> None:
         """One layer."""
         plan.layer(self.at).run_on(Text).attend_to(self.keys)
-
-
-def _call(program: Program) -> Call:
-    assert program.call is not None
-    return program.call
-
-
-def next_token(program: Program, outputs: Sequence[Any]) -> Tensor:
-    """Log-probabilities behind the last prompt token of each row with an image, fp64 [R, V], on the CPU.
-
-    ``outputs`` are the captured graph's; the logits are [B, t, V] of the last t tokens.
-    """
-    call, logits = _call(program), outputs[program.anatomy.logits]
-    columns = call.last[:, 0] - (call.length - logits.shape[1])
-    rows = call.vision.any(1).nonzero()[:, 0]
-    chosen: Tensor = logits[rows, columns[rows]]
-    return chosen.cpu().double().log_softmax(-1)
 
 
 def first_token_kl(p: Tensor, q: Tensor) -> Tensor:
