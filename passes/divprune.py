@@ -22,6 +22,7 @@ from torch import Tensor
 
 from vlmrewrite.draw import Draw
 from vlmrewrite.ops import (
+    SIDE,
     Array,
     Products,
     define,
@@ -35,8 +36,6 @@ from vlmrewrite.ops import (
     upper_products,
 )
 from vlmrewrite.plan import Budget, Per, Plan, Policy, frozen_pass
-
-BLOCK = 144
 
 
 def divprune_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
@@ -80,7 +79,7 @@ def _cosines(x: Tensor, y: Tensor) -> Tensor:
 def _closest_other(x: Tensor) -> Tensor:
     """Cosine of each row of x [m, C] to its most similar other row; each pair is computed once, so ties stay ties."""
     best = torch.full((len(x),), -torch.inf, device=x.device)
-    for start, pairs in upper_products(x, BLOCK):
+    for start, pairs in upper_products(x, SIDE):
         pairs.masked_fill_(torch.ones_like(pairs, dtype=torch.bool).tril(), -torch.inf)
         rows = best[start : start + len(pairs)]
         rows.copy_(rows.maximum(pairs.amax(1)))
@@ -97,7 +96,7 @@ class _Cosine:
 
     def __init__(self, x: Tensor, _: int) -> None:
         self.x = F.normalize(x, dim=2)
-        self.products = Products(self.x, x.shape[1], BLOCK)
+        self.products = Products(self.x, x.shape[1], SIDE)
         off = product_rounding(x.shape[2], x.device)
         self.off = np.array([-off, off], np.float32)[:, None, None]
 

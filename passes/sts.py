@@ -23,6 +23,7 @@ from torch import Tensor
 
 from vlmrewrite.draw import Draw
 from vlmrewrite.ops import (
+    SIDE,
     Array,
     Products,
     added_in_order,
@@ -93,7 +94,8 @@ class _Repulsion:
         self.factor = 1 - sign * product_rounding(k, x.device)
 
     def first(self) -> Tensor:
-        return torch.stack([_squares(x, mean) for x, mean in zip(self.x, self.mean, strict=True)])
+        pairs = zip(self.x, self.mean, strict=True)
+        return torch.stack([torch.cat([_squares(some, mean) for some in x.split(SIDE)]) for x, mean in pairs])
 
     def bounded(self, bounds: Array | None, picks: Sequence[int]) -> Array:
         more: Array = self.sums + self.sums[:, np.arange(len(picks)), picks][:, :, None]

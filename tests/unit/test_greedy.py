@@ -148,3 +148,18 @@ def test_under_autocast_and_with_short_products(rule):
             assert torch.equal(picked(op, x, member, [120], [40]), expected)
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = before
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("gap", [None, 0, 5, 11])
+@pytest.mark.parametrize("strided", [False, True])
+def test_images_that_follow_one_another_and_images_with_gaps(rule, gap, strided):
+    op, definition = RULES[rule]
+    x = features("random", 36, 8, 3)
+    x = torch.stack([x, x], 1)[:, 0] if strided else x
+    member, before = torch.ones(36, dtype=torch.bool), x.clone()
+    if gap is not None:
+        member[[gap, gap + 12, gap + 24]] = False
+    got = picked(op, x, member, [12, 12, 12], [4, 4, 4])
+    assert torch.equal(got, defined(definition, x, member, [12, 12, 12], [4, 4, 4]))
+    assert torch.equal(x, before)

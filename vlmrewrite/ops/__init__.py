@@ -8,6 +8,7 @@ from vlmrewrite.ops.choice import Backend, Choice, Kernels, Running, choose, res
 from vlmrewrite.ops.device import interpreted, kernels_missing
 from vlmrewrite.ops.experts import EXPERT_LINEAR, expert_linear
 from vlmrewrite.ops.greedy import (
+    SIDE,
     Array,
     Products,
     added_in_order,
@@ -48,6 +49,7 @@ __all__ = [
     "REFERENCES",
     "ROWS",
     "SCRATCH",
+    "SIDE",
     "TOKENS",
     "Along",
     "Array",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -69,23 +69,19 @@ def search(rule: Rule, k: int) -> list[list[int]]:
         k: 1 <= k < m.
     """
     score = rule.first()
-    (images, m), device = score.shape, score.device
     picks = [[pick] for pick in score.argmin(1).tolist()]
     bounds: Array | None = None
-    past = rule.x.new_empty(images, k - 1, rule.x.shape[2])  # the picks' features, so that none is gathered again
-    known, seen = torch.zeros_like(score), torch.zeros(images, m, dtype=torch.int64, device=device)
+    past = rule.x.new_empty(len(score), k - 1, rule.x.shape[2])  # the picks' features, so that none is gathered again
+    known, seen = torch.zeros_like(score), torch.zeros_like(score, dtype=torch.int64)
     for t in range(k - 1):
         bounds = rule.bounded(bounds, [own[-1] for own in picks])
         for image, own in enumerate(picks):
             bounds[:, image, own[-1]] = np.inf
             past[image, t] = rule.x[image, own[-1]]
-        rivals: list[list[int]] = [[] for _ in range(images)]
-        for image, row in np.argwhere(bounds[0] <= bounds[1].min(1, keepdims=True)).tolist():
-            rivals[image].append(row)
-        for image, own in enumerate(rivals):
-            least = 0
+        for image, (lower, upper) in enumerate(zip(*bounds, strict=True)):
+            own, least = np.flatnonzero(lower <= upper.min()).tolist(), 0
             if len(own) > 1:
-                rows = torch.tensor(own, device=device)
+                rows = torch.tensor(own, device=score.device)
                 true = _renewed(rule, known[image], seen[image], rule.x[image], rows, past[image, : t + 1])
                 bounds[:, image, own] = true.cpu().numpy()
                 least = int(true.argmin())
@@ -190,10 +186,9 @@ class Products:
                 potentials, the numbers of the rows, the pick's place among them, and its products with them, [s].
         """
         if self._rows is not None:
-            found: Array = self._rows[np.arange(len(picks)), picks]
-            return found
-        each = [None] * len(picks) if likely is None else [*likely]
-        return np.stack([self._row(i, pick, each[i], then) for i, pick in enumerate(picks)])
+            return cast(Array, self._rows[np.arange(len(picks)), picks])
+        rows = [self._row(i, x, None if likely is None else likely[i], then) for i, x in enumerate(picks)]
+        return np.stack(rows) if len(rows) > 1 else rows[0][None]
 
     def _row(self, image: int, pick: int, likely: Array | None, then: Then) -> Array:
         known, x = self._known[image], self.x[image]
@@ -270,10 +265,11 @@ def greedy_choice(
             for index in images:
                 chosen[index[definition(features[index].float(), k)]] = True
             continue
-        together = max(1, ROOM // (m * max(m, features.shape[1])))
+        room = ROOM if k * WORTH >= m else ROOM // 4  # without the matrix, few images stay nearer to the processor
+        together = max(1, room // (m * max(m, features.shape[1])))
         for at in range(0, len(images), together):
             index = torch.stack(images[at : at + together])
-            x = features[index].float()
+            x = _taken(features, index).float()
             finite = (8 * torch.linalg.vector_norm(x, dim=(1, 2)).square()).isfinite()
             some = finite.nonzero()[:, 0]
             if len(some):
@@ -284,13 +280,20 @@ def greedy_choice(
     return chosen
 
 
+def _taken(features: Tensor, index: Tensor) -> Tensor:
+    """``features[index]`` [J, m, C]; without a copy, where these tokens follow one another."""
+    first, last = index[[0, -1], [0, -1]].tolist()  # they ascend
+    together = last - first == index.numel() - 1
+    return features[first : last + 1].reshape(*index.shape, -1) if together else features[index]
+
+
 def greedy_scratch(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> int:
     """About how many bytes greedy search holds, for images of equal size of which all tokens may be chosen.
 
-    For :func:`vlmrewrite.ops.define` as ``scratch``. Features twice, in fp32, the matrix of products, and two blocks.
+    For :func:`vlmrewrite.ops.define` as ``scratch``. Features in fp32, or twice, the matrix, and two blocks.
     """
     (n, channels), images = features.shape, max(1, len(lengths))
     m = max(1, n // images)
     together = min(images, max(1, ROOM // (m * max(m, channels))))
-    gram = min(together * m * m, ROOM)
-    return 4 * (together * m * (2 * channels + 16) + gram + 2 * min(SIDE, m) * max(m, channels))
+    copies, gram = 1 + (features.dtype != torch.float32), min(together * m * m, ROOM)
+    return 4 * (together * m * (copies * channels + 16) + gram + 2 * min(SIDE, m) * max(m, channels))
