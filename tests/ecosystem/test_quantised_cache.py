@@ -1,4 +1,4 @@
-"""transformers' quantised cache with HQQ's quantiser, and recipes on it."""
+"""transformers' quantised cache with HQQ's quantiser and with quanto's, and recipes on it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from vlmrewrite.passes import STS, Stride
 from vlmrewrite.testing.models import Row
 
 GREEDY = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+AXES = {"axis_key": 1, "axis_value": 1}
 WAYS = {
-    "4 bits, a short window": {"nbits": 4, "q_group_size": 16, "residual_length": 4},
-    "4 bits, other axes": {"nbits": 4, "q_group_size": 8, "residual_length": 3, "axis_key": 1, "axis_value": 1},
-    "2 bits, a long window": {"nbits": 2, "q_group_size": 16},
+    "4 bits, a short window": {"backend": "hqq", "nbits": 4, "q_group_size": 16, "residual_length": 4},
+    "4 bits, other axes": {"backend": "hqq", "nbits": 4, "q_group_size": 8, "residual_length": 3} | AXES,
+    "2 bits, a long window": {"backend": "hqq", "nbits": 2, "q_group_size": 16},
+    "quanto, 4 bits": {"backend": "quanto", "nbits": 4, "q_group_size": 8, "residual_length": 4},
+    "quanto, 2 bits": {"backend": "quanto", "nbits": 2, "q_group_size": 16, "residual_length": 3},
 }
 
 
@@ -27,8 +30,9 @@ def same(one, other):
 
 
 @pytest.fixture(autouse=True)
-def _hqq():
+def _quantisers():
     pytest.importorskip("hqq.core.quantize")
+    pytest.importorskip("optimum.quanto")
 
 
 @pytest.mark.parametrize("beams", [1, 2])
@@ -36,7 +40,7 @@ def _hqq():
 def test_without_a_dropped_token_it_is_the_unmodified_models(name, beams):
     tiny = family("llava")
     how = GREEDY | {"max_new_tokens": 9, "num_beams": beams, "cache_implementation": "quantized"}
-    how |= {"cache_config": {"backend": "hqq", **WAYS[name]}} | tiny.inputs([Row(2, 3, 4)], seed=13)
+    how |= {"cache_config": WAYS[name]} | tiny.inputs([Row(2, 3, 4)], seed=13)
     expected = tiny.model.generate(**how)
     with vr.applied(tiny.model, [Stride(1.0)]):
         got = tiny.model.generate(**how)
@@ -58,8 +62,8 @@ def test_what_is_left_of_a_prompt_is_quantised_as_transformers_does(name, monkey
         return out
 
     monkeypatch.setattr(StoredLayer, "update", watched)
-    cache = QuantizedCache("hqq", tiny.model.config, **WAYS[name])
-    fresh = QuantizedCache("hqq", tiny.model.config, **WAYS[name]).layers
+    cache, other = (QuantizedCache(config=tiny.model.config, **WAYS[name]) for _ in range(2))
+    fresh = other.layers
     with vr.applied(tiny.model, [STS(keep=6, refine=3, at=2)]):
         prompt = tiny.model.generate(**inputs, **GREEDY, max_new_tokens=1).past_key_values.layers
         tiny.model.generate(**inputs, **GREEDY, max_new_tokens=9, past_key_values=cache)

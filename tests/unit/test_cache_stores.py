@@ -32,8 +32,13 @@ STORES = {"plain": DynamicLayer, "fp8": Fp8QuantizedLayer, "groups": lambda: InG
 
 
 def held(layer):
-    """All tensors that a layer holds."""
-    return [x for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor)]
+    """All plain tensors that a layer holds, by itself or in others."""
+    return [y for x in tree_leaves(vars(layer)) if isinstance(x, torch.Tensor) for y in parts(x)]
+
+
+def parts(x):
+    inside = x.__tensor_flatten__()[0] if hasattr(x, "__tensor_flatten__") else []
+    return [z for name in inside for z in parts(getattr(x, name))] if inside else [x]
 
 
 def same(one, other):
