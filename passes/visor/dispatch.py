@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -56,25 +56,26 @@ def cheapest(right: Tensor) -> Tensor:
     return (right == right.amax(1, keepdim=True)).int().argmax(1)
 
 
-def start_of(likeliest: Tensor, flops: Sequence[Sequence[int]], threshold: float) -> tuple[int, list[float]]:
+def start_of(likeliest: Tensor, flops: Tensor, threshold: float) -> tuple[int, list[float]]:
     """With which plan to start, so that rows cost least; the cheaper one, if there are several.
 
     Args:
         likeliest: the probability of each row's most likely first token under each plan, [C, R].
-        flops: of each plan, those of each layer. Layers before the first that plans treat differently run once.
+        flops: of each layer, [C, R, L]. Layers before the first that plans treat differently run once.
         threshold: below it, the next plan is tried, as :class:`Confidence` does.
 
     Returns:
         the plan, and what starting with each one costs, in units of the last plan's cost.
     """
-    shared = next((i for i, of_layer in enumerate(zip(*flops, strict=True)) if len(set(of_layer)) > 1), 0)
-    last, costs = len(flops) - 1, []
+    apart = (flops != flops[-1:]).any(1).any(0).nonzero()[:, 0].tolist()  # the layers
+    once, each = flops[-1, :, : min(apart, default=0)].sum(1), flops[:, :, min(apart, default=0) :].sum(2)
+    sure, costs = likeliest.nan_to_num(1.0) >= threshold, []
     for start in range(len(flops)):
-        total, left = len(likeliest[0]) * sum(flops[last][:shared]), torch.ones_like(likeliest[0], dtype=torch.bool)
+        total, left = once.clone(), torch.ones_like(once, dtype=torch.bool)
         for i in range(start, len(flops)):
-            total += int(left.sum()) * sum(flops[i][shared:])
-            left = left & (likeliest[i].nan_to_num(1.0) < threshold)
-        costs.append(total / (len(likeliest[0]) * max(1, sum(flops[last]))))
+            total += each[i] * left
+            left &= ~sure[i]
+        costs.append(float(total.sum() / flops[-1].sum()))
     return costs.index(min(costs)), costs
 
 

@@ -136,8 +136,8 @@ class VISOR:
 
     def _started(self, model: nn.Module, inputs: Any) -> VISOR:
         found = tried(model, inputs, [[p] for p in self.configurations()])
-        likeliest = torch.stack([x.likeliest for x in found])
-        start, costs = start_of(likeliest, [x.flops for x in found], self.threshold)
+        likeliest, flops = (torch.stack(x) for x in zip(*found, strict=True))
+        start, costs = start_of(likeliest, flops, self.threshold)
         unsure = (likeliest < self.threshold).sum(1).tolist()
         _LOG.info(
             "VISOR starts with configuration %d: of %d prompts %s were unsure after each; starting with each one costs"

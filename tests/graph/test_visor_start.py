@@ -23,6 +23,11 @@ def sure(*rows: list[float]) -> torch.Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
+def of_each(likeliest: torch.Tensor, flops: list[list[int]]) -> torch.Tensor:
+    """The FLOPs of each layer under each plan, the same for all rows."""
+    return torch.tensor(flops, dtype=torch.float64)[:, None].expand(-1, likeliest.shape[1], -1)
+
+
 @pytest.mark.parametrize(
     ("likeliest", "start", "costs"),
     [
@@ -35,12 +40,19 @@ def sure(*rows: list[float]) -> torch.Tensor:
     ],
 )
 def test_the_start_that_costs_least(likeliest, start, costs):
-    assert start_of(likeliest, [[1, 0, 0], [1, 1, 0], [2, 1, 1]], 0.8) == (start, costs)
+    assert start_of(likeliest, of_each(likeliest, [[1, 0, 0], [1, 1, 0], [2, 1, 1]]), 0.8) == (start, costs)
 
 
 def test_layers_before_the_plans_part_run_once():
-    flops = [[4, 1, 0], [4, 1, 1], [4, 4, 8]]
-    assert start_of(sure([0.1], [0.1], [0.1]), flops, 0.8) == (2, [(4 + 1 + 2 + 12) / 16, (4 + 2 + 12) / 16, 1.0])
+    likeliest = sure([0.1], [0.1], [0.1])
+    flops = of_each(likeliest, [[4, 1, 0], [4, 1, 1], [4, 4, 8]])
+    assert start_of(likeliest, flops, 0.8) == (2, [(4 + 1 + 2 + 12) / 16, (4 + 2 + 12) / 16, 1.0])
+
+
+def test_rows_that_cost_more_count_for_more():
+    likeliest, flops = sure([0.9, 0.1], [0.9, 0.9]), torch.tensor([[[1.0], [6.0]], [[2.0], [8.0]]], dtype=torch.float64)
+    assert start_of(likeliest, flops, 0.8) == (1, [(1 + 6 + 8) / 10, 1.0])
+    assert start_of(likeliest.flip(1), flops, 0.8) == (0, [(1 + 2 + 6) / 10, 1.0])
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -228,3 +229,29 @@ def test_a_room_keeps_its_tensors_contiguous_and_larger_than_what_is_shown():
     assert buffer.takes(2 + LEAST)
     assert not buffer.takes(3 + LEAST)
     assert buffer.shown[0]._base is None  # or Dynamo would guard the capacity too
+
+
+@pytest.mark.parametrize("copied", [lambda x: pickle.loads(pickle.dumps(x)), copy.deepcopy], ids=["pickle", "deepcopy"])
+@pytest.mark.parametrize("modes", [("no_grad", "no_grad"), ("inference", "no_grad"), ("no_grad", "inference")])
+def test_a_copy_goes_on_in_memory_of_its_own(copied, modes):
+    with MODES[modes[0]]():
+        cache = prefilled(5)
+        forward(cache, 1, 1)
+        other = copied(cache)
+    with MODES[modes[1]]():
+        for one in (other, cache):
+            for i in range(3):
+                forward(one, 1, 2 + i)
+    for a, b in zip(cache.layers, other.layers, strict=True):
+        assert torch.equal(a.keys, b.keys)
+        assert torch.equal(a.values, b.values)
+    assert not set(places(cache)) & set(places(other))
+
+
+@torch.no_grad()
+def test_rows_that_are_not_the_caches_change_nothing():
+    cache = prefilled(5, 1)
+    cache.begin()
+    with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+        cache.update(*tokens(3, 1, 9), 0)
+    assert cache.layers[0].positions.shape[1] == cache.layers[0].keys.shape[2] == 5

@@ -152,11 +152,18 @@ def test_under_autocast_and_with_short_products(rule):
 
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("gap", [None, 0, 5, 11])
-@pytest.mark.parametrize("strided", [False, True])
-def test_images_that_follow_one_another_and_images_with_gaps(rule, gap, strided):
+@pytest.mark.parametrize("laid", ["together", "apart", "by column", "expanded"])
+@pytest.mark.parametrize("seed", range(8))
+def test_images_that_follow_one_another_and_images_with_gaps(rule, gap, laid, seed):
     op, definition = RULES[rule]
-    x = features("random", 36, 8, 3)
-    x = torch.stack([x, x], 1)[:, 0] if strided else x
+    x = features("near copies", 36, 40, seed)
+    match laid:
+        case "apart":
+            x = torch.stack([x, x], 1)[:, 0]
+        case "by column":
+            x = x.T.contiguous().T
+        case "expanded":
+            x = x[:, :1].expand(-1, 40)
     member, before = torch.ones(36, dtype=torch.bool), x.clone()
     if gap is not None:
         member[[gap, gap + 12, gap + 24]] = False

@@ -27,7 +27,9 @@ def parameters_of(method: Callable[..., Any]) -> Mapping[str, inspect.Parameter]
     if function not in _PARAMETERS:
         _PARAMETERS[function] = inspect.signature(function).parameters
     found = _PARAMETERS[function]
-    return found if method is function else dict(list(found.items())[1:])
+    first = next(iter(found.values()), None)
+    own = method is function or first is None or first.kind is first.VAR_POSITIONAL
+    return found if own else dict(list(found.items())[1:])
 
 
 def exchanged(module: nn.Module) -> bool:

@@ -26,7 +26,7 @@ _OF_TOKENS = ("hidden_states", "position_embeddings", "attention_mask", "positio
 
 CACHE_ARGUMENTS = ("cache_params", "past_key_values")
 
-_STATES: WeakKeyDictionary[nn.Module, tuple[int, dict[int, int]]] = WeakKeyDictionary()
+_STATES: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], tuple[int, dict[int, int]]]] = WeakKeyDictionary()
 
 
 def cache_layers(model: nn.Module) -> list[Any]:
@@ -60,12 +60,19 @@ def feedforward_layers(model: nn.Module, layers: Sequence[Any] | None = None) ->
 
 
 def cache_states(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """How many decoder layers there are, and how many states each keeps that has no keys; found once for a model."""
-    if model not in _STATES:
+    """How many decoder layers there are, and how many states each keeps that has no keys.
+
+    Found once for a model, as long as its config says the same.
+    """
+    config = vars(model.config.get_text_config(decoder=True))  # type: ignore[union-attr, operator]
+    known = _STATES.get(model)
+    if known is None or known[0] != config:
         layers = cache_layers(model)
         states = {i: x.number_of_states for i, x in enumerate(layers) if is_recurrent(x)}
-        _STATES[model] = len(layers), states | dict.fromkeys(feedforward_layers(model, layers), 0)
-    return _STATES[model]
+        states |= dict.fromkeys(feedforward_layers(model, layers), 0)
+        told = {k: list(x) if isinstance(x, list) else x for k, x in config.items()}
+        known = _STATES[model] = told, (len(layers), states)
+    return known[1]
 
 
 def refuse_cache_layers(model: nn.Module) -> None:

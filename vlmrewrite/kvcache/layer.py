@@ -59,14 +59,24 @@ class Buffer:
         capacity = n + room + 1 if room >= more else n + more + max(LEAST, (n + more) // SHARE)
         with torch.inference_mode(False):
             self.keys, self.values = (x.new_empty(batch, x.shape[1], capacity, x.shape[3]) for x in (keys, values))
-        self._alias = self.keys.data, self.values.data
-        self._ways = [(x, *x.shape[:2], x.shape[3], x.stride()) for x in self._alias]
         self.written, self.capacity = 0, capacity
+        self._alias()
         for new, old in zip(self.show(n), (keys, values), strict=True):
             if rows is None:
                 new.copy_(old)
             else:
                 torch.index_select(old, 0, rows, out=new)
+
+    def _alias(self) -> None:
+        """Look at the memory by tensors that share no version with ``keys`` and ``values``, by which it is written."""
+        self._ways = [(x.data, *x.shape[:2], x.shape[3], x.stride()) for x in (self.keys, self.values)]
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {k: x for k, x in vars(self).items() if k != "_ways"}  # pickled, they would be memory of their own
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._alias()
 
     def show(self, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` tokens, which the layer holds from now on."""
@@ -85,7 +95,8 @@ class Buffer:
         n = self.shown[0].shape[2]
         if n < self.written and not any(memory_is_shared(x, 3) for x in (self.keys, self.values)):
             self.written = n
-        return n >= self.written and n + more < self.capacity
+        mine = torch.is_inference_mode_enabled() or not self.keys.is_inference()  # and not a copy made in that mode
+        return mine and n >= self.written and n + more < self.capacity
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k [B, Hk, t, D] and v [B, Hk, t, Dv] after what is shown; :meth:`takes` said that they fit."""
@@ -93,7 +104,6 @@ class Buffer:
         self.keys.narrow(2, n, t).copy_(k)
         self.values.narrow(2, n, t).copy_(v)
         self.written = n = n + t
-        # Of tensors that share the memory and no version: autograd does not take an append for a change of these.
         keys, values = [x.as_strided((rows, heads, n, size), way, 0) for x, rows, heads, size, way in self._ways]
         self.shown = keys, values
         return self.shown
@@ -102,8 +112,7 @@ class Buffer:
 def _same_kind(x: Tensor, y: Tensor) -> bool:
     """Whether all but length and strides is the same; else, concatenation converts, or raises."""
     (batch, heads, _, size), (rows, others, _, width) = x.shape, y.shape
-    same = batch == rows and heads == others and size == width
-    return same and x.dtype is y.dtype and x.device == y.device
+    return (batch, heads, size) == (rows, others, width) and x.dtype is y.dtype and x.device == y.device
 
 
 class PositionLayer(DynamicLayer):
@@ -152,7 +161,7 @@ class PositionLayer(DynamicLayer):
     def _grown(self, key_states: Tensor) -> Tensor:
         if self.positions is None:
             return self._next(key_states)
-        if key_states.shape[2] > 1:
+        if key_states.shape[2] > 1 or len(key_states) != len(self.positions):
             return torch.cat([self.positions, self._next(key_states)], 1)
         return F.pad(self.positions, (0, 1), value=self.seen)
 

@@ -283,7 +283,7 @@ def greedy_choice(
 def _taken(features: Tensor, index: Tensor) -> Tensor:
     """``features[index]`` [J, m, C]; without a copy, where these tokens follow one another."""
     first, last = index[[0, -1], [0, -1]].tolist()  # they ascend
-    together = last - first == index.numel() - 1
+    together = features.is_contiguous() and last - first == index.numel() - 1  # else, sums go in another order
     return features[first : last + 1].reshape(*index.shape, -1) if together else features[index]
 
 

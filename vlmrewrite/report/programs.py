@@ -96,11 +96,11 @@ class Tried(NamedTuple):
 
     Attributes:
         likeliest: the probability of the most likely first token of each row with an image, fp64 [R].
-        flops: matmul FLOPs of each layer, of all prompts.
+        flops: matmul FLOPs of each layer for each of these rows, fp64 [R, L]. Rows of a batch cost the same.
     """
 
     likeliest: Tensor
-    flops: tuple[int, ...]
+    flops: Tensor
 
 
 @on_base_model
@@ -122,12 +122,13 @@ def tried(
     with programs_on(model, inputs) as programs:
         for passes in plans:
             made = {p.captured: rewritten(p, list(passes), propagate=False) for p in programs}
-            sure, flops = list[Tensor](), list[list[int]]()
+            sure, flops = list[Tensor](), list[Tensor]()
             for p in programs:
                 assert p.call is not None
                 changed = made[p.captured]
                 out, _ = changed.run(*p.inputs, call=p.call)
                 sure.append(next_token(p, out).amax(1).exp())
-                flops.append([cost.flops for cost in changed.costs(p.call.counts, p.call.past)])
-            found.append(Tried(torch.cat(sure), tuple(map(sum, zip(*flops, strict=True)))))
+                of_layers = [cost.flops / len(p.call.vision) for cost in changed.costs(p.call.counts, p.call.past)]
+                flops.append(torch.tensor(of_layers, dtype=torch.float64).expand(len(sure[-1]), -1))
+            found.append(Tried(torch.cat(sure), torch.cat(flops)))
     return found
