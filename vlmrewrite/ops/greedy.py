@@ -72,16 +72,16 @@ def search(rule: Rule, k: int) -> list[list[int]]:
     picks = [[pick] for pick in score.argmin(1).tolist()]
     bounds: Array | None = None
     past = rule.x.new_empty(len(score), k - 1, rule.x.shape[2])  # the picks' features, so that none is gathered again
-    known, seen = torch.zeros_like(score), torch.zeros_like(score, dtype=torch.int64)
+    known, seen, there = torch.zeros_like(score), torch.zeros_like(score, dtype=torch.int64), [0] * len(score)
     for t in range(k - 1):
-        bounds = rule.bounded(bounds, [own[-1] for own in picks])
-        for image, own in enumerate(picks):
-            bounds[:, image, own[-1]] = np.inf
-            past[image, t] = rule.x[image, own[-1]]
+        bounds = rule.bounded(bounds, last := [own[-1] for own in picks])
+        bounds[:, np.arange(len(last)), last] = np.inf
         for image, (lower, upper) in enumerate(zip(*bounds, strict=True)):
             own, least = np.flatnonzero(lower <= upper.min()).tolist(), 0
             if len(own) > 1:
-                rows = torch.tensor(own, device=score.device)
+                rows, n = torch.tensor(own, device=score.device), there[image]
+                there[image] = t + 1
+                past[image, n : t + 1] = rule.x[image, picks[image][n:]]
                 true = _renewed(rule, known[image], seen[image], rule.x[image], rows, past[image, : t + 1])
                 bounds[:, image, own] = true.cpu().numpy()
                 least = int(true.argmin())
