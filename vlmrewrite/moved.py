@@ -83,6 +83,7 @@ LEFT = {
     "kernels.decode": "kernels.launch",
     "lower": "lower.lowering",
     "passes.dape": "passes.dape.technique",
+    "passes.divprune": "ops.greedy",
     "passes.visor": "passes.visor.dispatch passes.visor.allocate",
     "recipe": "registry",
 }
@@ -104,6 +105,7 @@ RENAMED = {
     "kernels.sample.sts_sample": "kernels.greedy.sample.repulsion",
     "lower.compiled": "compat.dynamo.inductor",
     "lower.told": "lower.lowering.by_kind",
+    "passes.divprune.BLOCK": "ops.greedy.SIDE",
     "program.say": "plan.pipeline.run_passes",
     "session.Last": "runtime.facts.LastCall",
     "terminal.Complaints": "cli.terminal.Errors",

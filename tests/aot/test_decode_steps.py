@@ -10,6 +10,7 @@ import torch
 import vlmrewrite as vr
 from tests.small import long, places
 from vlmrewrite.capture import CAPTURES
+from vlmrewrite.kvcache import layer
 from vlmrewrite.kvcache.layer import LEAST
 from vlmrewrite.passes import STS
 from vlmrewrite.testing.models import FAMILIES, Row
@@ -30,8 +31,9 @@ ROWS = [Row(1, 2, 3), Row(1, 3, 2)]
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rows", [ROWS, ROWS[:1]][: 1 + long()], ids=len)
-def test_compiled_decode_steps_write_in_place(as_they_are, rows):
+def test_compiled_decode_steps_write_in_place(as_they_are, rows, monkeypatch):
     """Through a buffer that is used up, a crop and a reordering, and in one graph."""
+    monkeypatch.setattr(layer, "SMALL", 0)  # or eager steps copy
     tiny = FAMILIES["llava"](layers=3)
     inputs, token = tiny.inputs(rows, side="left"), torch.full((len(rows), 1), 9)
     beams = torch.arange(len(rows)).flip(0)

@@ -306,7 +306,7 @@ def brute_force(x, k):
 def test_divprune_is_brute_force(n, k, channels, block, seed):
     x = torch.randn(n, channels, generator=torch.Generator().manual_seed(seed))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(divprune, "BLOCK", block)
+        patch.setattr(divprune, "SIDE", block)
         chosen = divprune_sample(x, torch.ones(n, dtype=torch.bool), torch.tensor([n]), torch.tensor([k]))
     if n > 2 and channels == 2:  # on a circle distances are too close for fp32 to order them as fp64 does
         assert int(chosen.sum()) == min(n, k)

@@ -142,19 +142,18 @@ class Call:
         )
         *text, overlap = torch.cat([self.text.sum(1), (self.vision & self.text).any()[None]]).tolist()  # at once
         kinds = list(zip(rows, videos, strict=True))
-        return _one(
-            TokenCounts(
-                length=self.length,
-                text=tuple(text),
-                images=tuple(b - a for a, b in images),
-                rows=tuple(rows),
-                ordinals=tuple(kinds[:i].count(kind) for i, kind in enumerate(kinds)),
-                padded=self.padding is not None,
-                overlap=bool(overlap),
-                videos=tuple(videos) if any(videos) else (),
-                frames=frames if any(videos) else (),
-            )
+        made = TokenCounts(
+            length=self.length,
+            text=tuple(text),
+            images=tuple(b - a for a, b in images),
+            rows=tuple(rows),
+            ordinals=tuple(kinds[:i].count(kind) for i, kind in enumerate(kinds)),
+            padded=self.padding is not None,
+            overlap=bool(overlap),
+            videos=tuple(videos) if any(videos) else (),
+            frames=frames if any(videos) else (),
         )
+        return _one(made)
 
     def fact(self, name: str, per: str = "image") -> Any:
         """A fact of the call by its name; of each frame, image or row, if it is one of groups."""
