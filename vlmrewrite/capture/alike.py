@@ -176,11 +176,8 @@ def _path(model: nn.Module, name: str) -> list[tuple[str, nn.Module]]:
 
 def _own(module: nn.Module, root: bool) -> dict[str, Any]:
     """What a module holds; of the whole model without functions, which its class has too, and which may hold it."""
-    own = {k: x for k, x in vars(module).items() if k != APPLIED}
-    return {k: x for k, x in own.items() if not isinstance(x, _FUNCTIONS)} if root else own
-
-
-_FUNCTIONS = types.FunctionType, types.MethodType
+    kinds = (types.FunctionType, types.MethodType) if root else ()
+    return {k: x for k, x in vars(module).items() if k != APPLIED and not isinstance(x, kinds)}
 
 
 _may_change = attrgetter("dtype", "requires_grad", "device")

@@ -62,14 +62,13 @@ class PositionCache(Cache):
             )
         layer = self.layer(layer_idx)
         layer.length = self.length
-        if not self.offloading:
-            keys, values = layer.update(key_states, value_states, shared=self._shared)
-        else:
+        if self.offloading:
             layer.prefetch()  # unless it was while the layer before computed
-            if key_states.is_cuda:
-                keys, values = super().update(key_states, value_states, layer_idx, shared=self._shared)
-            else:
-                keys, values = layer.update(key_states, value_states, shared=self._shared)
+        if self.offloading and key_states.is_cuda:
+            keys, values = super().update(key_states, value_states, layer_idx, shared=self._shared)
+        else:
+            keys, values = layer.update(key_states, value_states, shared=self._shared)
+            if self.offloading:
                 layer.offload()
         self._by_keys[id(keys)] = self._latest = layer
         if self.stores:  # nobody holds these keys, and another tensor may come to have their identity

@@ -59,30 +59,18 @@ class Buffer:
         capacity = n + room + 1 if room >= more else n + more + max(LEAST, (n + more) // SHARE)
         with torch.inference_mode(False):
             self.keys, self.values = (x.new_empty(batch, x.shape[1], capacity, x.shape[3]) for x in (keys, values))
-        self.written, self.capacity = 0, capacity
-        self._alias()
+        self.written = 0
         for new, old in zip(self.show(n), (keys, values), strict=True):
             if rows is None:
                 new.copy_(old)
             else:
                 torch.index_select(old, 0, rows, out=new)
 
-    def _alias(self) -> None:
-        """Look at the memory by tensors that share no version with ``keys`` and ``values``, by which it is written."""
-        self._ways = [(x.data, *x.shape[:2], x.shape[3], x.stride()) for x in (self.keys, self.values)]
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {k: x for k, x in vars(self).items() if k != "_ways"}  # pickled, they would be memory of their own
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._alias()
-
     def show(self, n: int) -> tuple[Tensor, Tensor]:
         """The first ``n`` tokens, which the layer holds from now on."""
-        if n > self.written:
-            self.written = n
-        # .data: no views to Dynamo, which would guard the buffer's shape too.
+        self.written = max(self.written, n)
+        # .data: no views to autograd, which would take each append for a change of what was shown before, nor to
+        # Dynamo, which would guard the buffer's shape too.
         self.shown = self.keys.narrow(2, 0, n).data, self.values.narrow(2, 0, n).data
         return self.shown
 
@@ -93,20 +81,17 @@ class Buffer:
         compiler would compile for it anew.)
         """
         n = self.shown[0].shape[2]
-        if n < self.written and not any(memory_is_shared(x, 3) for x in (self.keys, self.values)):
+        if n < self.written and not any(memory_is_shared(x, 2) for x in (self.keys, self.values)):
             self.written = n
         mine = torch.is_inference_mode_enabled() or not self.keys.is_inference()  # and not a copy made in that mode
-        return mine and n >= self.written and n + more < self.capacity
+        return mine and n >= self.written and n + more < self.keys.shape[2]
 
     def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Write k [B, Hk, t, D] and v [B, Hk, t, Dv] after what is shown; :meth:`takes` said that they fit."""
         n, t = self.shown[0].shape[2], k.shape[2]
         self.keys.narrow(2, n, t).copy_(k)
         self.values.narrow(2, n, t).copy_(v)
-        self.written = n = n + t
-        keys, values = [x.as_strided((rows, heads, n, size), way, 0) for x, rows, heads, size, way in self._ways]
-        self.shown = keys, values
-        return self.shown
+        return self.show(n + t)
 
 
 def _same_kind(x: Tensor, y: Tensor) -> bool:
@@ -172,7 +157,7 @@ class PositionLayer(DynamicLayer):
             self.buffer = None
             self.keys, self.values = torch.cat([self.keys, k], 2), torch.cat([self.values, v], 2)
         else:
-            self.keys, self.values = self._room(k.shape[2]).append(k, v)
+            self.keys, self.values = self.reserve(k.shape[2]).append(k, v)
         return self.keys, self.values
 
     def _copies(self) -> bool:
@@ -185,24 +170,18 @@ class PositionLayer(DynamicLayer):
         return self.buffer if own else None
 
     def reserve(self, more: int) -> Buffer:
-        """A buffer with room for ``more`` tokens after those held, for Dynamo to see, made if there is none.
+        """A buffer with room for ``more`` tokens after those held, made if there is none.
 
         Not where gradients are recorded.
         """
-        buffer = self._room(more)
-        self.keys, self.values = buffer.show(self.keys.shape[2])
-        return buffer
-
-    def _room(self, more: int) -> Buffer:
         buffer = self.own()
         if buffer is None or not buffer.takes(more):
             self.buffer = buffer = Buffer(self.keys, self.values, more, self.length - self.seen)
+            self.keys, self.values = buffer.shown
         return buffer
 
     def release(self) -> None:
         """Lay keys and values out in one way only, without spare room."""
-        if self.own() is not None:
-            self.keys, self.values = self.keys.data, self.values.data
         self.buffer = None
         if self.keys is not None:
             self.keys, self.values = self.keys.contiguous(), self.values.contiguous()

@@ -6,7 +6,7 @@ In: a rewritten program or a model. Out: records that print as tables and turn i
 from vlmrewrite.report.layer_profile import LayerProfile, calibration, first_token_kl, measure, profile
 from vlmrewrite.report.page import program_html, report_html
 from vlmrewrite.report.plot import check_plot
-from vlmrewrite.report.programs import Tried, captured, next_token, tried
+from vlmrewrite.report.programs import Tried, captured, next_token, tried, under
 from vlmrewrite.report.report import Report, make_report, report_on
 from vlmrewrite.report.summary import summary, verdict
 
@@ -27,5 +27,6 @@ __all__ = [
     "report_on",
     "summary",
     "tried",
+    "under",
     "verdict",
 ]

@@ -91,6 +91,19 @@ def _call(program: Program) -> Call:
     return program.call
 
 
+def under(passes: Sequence[Pass]) -> Callable[[Program], Program]:
+    """A function that gives a program under some passes; those of one graph and the same facts share its rewrite."""
+    made = dict[Any, Program]()
+
+    def of(program: Program) -> Program:
+        kind = program.captured, frozenset(program.plan.features)
+        if kind not in made:
+            made[kind] = rewritten(program, passes, propagate=False)
+        return made[kind]
+
+    return of
+
+
 class Tried(NamedTuple):
     """A plan on some prompts.
 
@@ -121,11 +134,10 @@ def tried(
     found = []
     with programs_on(model, inputs) as programs:
         for passes in plans:
-            made = {p.captured: rewritten(p, list(passes), propagate=False) for p in programs}
-            sure, flops = list[Tensor](), list[Tensor]()
+            changing, sure, flops = under(passes), list[Tensor](), list[Tensor]()
             for p in programs:
                 assert p.call is not None
-                changed = made[p.captured]
+                changed = changing(p)
                 out, _ = changed.run(*p.inputs, call=p.call)
                 sure.append(next_token(p, out).amax(1).exp())
                 of_layers = [cost.flops / len(p.call.vision) for cost in changed.costs(p.call.counts, p.call.past)]

@@ -9,9 +9,8 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from vlmrewrite.compiler import rewritten
 from vlmrewrite.plan import Pass, Plan, Text, frozen_pass, run_passes
-from vlmrewrite.report import LayerProfile, captured, first_token_kl, measure, next_token
+from vlmrewrite.report import LayerProfile, captured, first_token_kl, measure, next_token, under
 from vlmrewrite.rewrite import Program
 
 _LOOKED_AT = 8
@@ -122,16 +121,13 @@ class Prompts:
 
     def next_tokens(self, passes: Sequence[Pass]) -> Callable[[int, int], list[Tensor]]:
         """A function that runs batches under some passes: log-probabilities of the first token, [B, V] of each."""
-        made = dict[Any, Program]()
+        changed = under(passes)
 
         @torch.no_grad()
         def run(start: int, stop: int) -> list[Tensor]:
             found = list[Tensor]()
             for program in self.programs[start:stop]:
-                kind = program.captured, frozenset(program.plan.features)
-                if kind not in made:
-                    made[kind] = rewritten(program, passes, propagate=False)
-                found.append(next_token(program, made[kind].run(*program.inputs, call=program.call)[0]))
+                found.append(next_token(program, changed(program).run(*program.inputs, call=program.call)[0]))
             return found
 
         return run
