@@ -120,3 +120,18 @@ def test_what_hangs_on_the_fixed_argument_has_one_size():
             assert call(Kept(size), torch.ones(rows, 2)).shape == (rows, size)
         made.append(len(graphs))
     assert made == [2, 1]
+
+
+def test_a_tensor_that_stays_where_it_is_is_told_to_backends_and_no_guard() -> None:
+    told: list[object] = []
+
+    def backend(gm, _):
+        told.append(
+            [n.meta["tensor_dict"].get("_dynamo_static_input_type") for n in gm.graph.find_nodes(op="placeholder")]
+        )
+        return gm.forward
+
+    call = torch.compile(torch.add, backend=backend, fullgraph=True)
+    for _ in range(2):
+        call(compat.stays_where_it_is(torch.zeros(3)), torch.ones(3))
+    assert told == [["unguarded", None]]

@@ -208,7 +208,7 @@ def test_what_a_graph_reads_of_a_cache_besides_is_not_exchanged():
     total = graph.call_function(torch.sum, (old[0],))
     graph.output((*parts, total))
     gm = torch.fx.GraphModule({}, graph)
-    made = DecodeStep.of(gm, True, True, "reference", torch.device("cpu"), "eager")
+    made = DecodeStep.of(gm, True, True, False, "reference", torch.device("cpu"), "eager")
     assert not made.writes
     with torch.no_grad():
         cache = prefilled(5, layers=1)

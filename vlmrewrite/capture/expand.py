@@ -46,6 +46,7 @@ def stand_in(
     seen: Any,
     held: tuple[Any, ...],
     like: tuple[Tensor, Tensor, Tensor],
+    fixed: bool = False,
 ) -> tuple[Tensor, ...]:
     """Keys, values and positions that a layer with these arguments holds, and its result [B, T, H].
 
@@ -54,10 +55,11 @@ def stand_in(
         args, kwargs: what it is given, but for the cache.
         seen, held: tokens that its part of the cache has seen; keys, values and positions there, or None.
         like: what ``source`` holds, this call's tokens included.
+        fixed: its part of the cache stays as long as it is.
     """
     x = _apart(args, kwargs)[0][0]
     n = x.shape[1]
-    grown = n if held[0] is None else held[0].shape[2] + n
+    grown = n if held[0] is None else held[0].shape[2] + (0 if fixed else n)
     keys, values = (k.new_empty((k.shape[0], k.shape[1], grown, k.shape[3])) for k in like[:2])
     return keys, values, like[2].new_empty((like[2].shape[0], grown)), torch.empty_like(x)
 
@@ -93,9 +95,9 @@ def stands_in(layer: int, source: int) -> Callable[..., Tensor]:
             raise UnlikeError("a layer does not append to the cache")
         like, own = cache.layers[source], cache.layer(layer)
         held, there = (own.keys, own.values, own.positions), (like.keys, like.values, like.positions)
-        own.keys, own.values, own.positions, out = stand_in(layer, source, args, kwargs, own.seen, held, there)
-        own.is_initialized = True
-        own.seen += out.shape[1]
+        how = (True,) if own.fixed else ()
+        *grown, out = stand_in(layer, source, args, kwargs, own.seen, held, there, *how)
+        own.took(*grown, out.shape[1])
         return out
 
     return forward
@@ -186,7 +188,7 @@ class _Body:
         def needed(ends: Any) -> set[Node]:
             return closure(ends, lambda n: () if n is self.append else (m for m in n.all_input_nodes if m in layer))
 
-        every, at = needed([*cast(Any, self.append.args[3:]), self.leave.args[1]]), inside.index(self.append)
+        every, at = needed([*cast(Any, self.append.args[3:6]), self.leave.args[1]]), inside.index(self.append)
         self.before, self.behind = ([n for n in part if n in every] for part in (inside[:at], inside[at + 1 :]))
         told = set().union(*(symbols(n) for x in self.tensors for n in sizes(x)))
         nodes = {*self.before, *self.behind}

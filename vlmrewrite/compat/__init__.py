@@ -14,6 +14,7 @@ from vlmrewrite.compat.dynamo import (
     graphs_allowed,
     inductor,
     inside_torch_compile,
+    stays_where_it_is,
     tracing_options,
     untraceable,
 )
@@ -111,6 +112,7 @@ __all__ = [
     "serve",
     "set_attention_implementation",
     "set_experts_implementation",
+    "stays_where_it_is",
     "taking",
     "tokens_of_image",
     "tracing_options",

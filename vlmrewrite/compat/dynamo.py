@@ -12,6 +12,7 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.fx
+from torch import Tensor
 
 from vlmrewrite.compat.private import attribute, find, patched
 from vlmrewrite.compat.stored import keep_compiled
@@ -44,6 +45,12 @@ def at_graph_limit() -> type[Exception]:
 def untraceable() -> tuple[type[Exception], ...]:
     """What Dynamo raises where it cannot make one graph of what a function does."""
     return tuple(find("torch._dynamo.exc", name) for name in ("Unsupported", "UserError", "TorchRuntimeError"))
+
+
+def stays_where_it_is(tensor: Tensor) -> Tensor:
+    """The tensor; compilers are told that it is not moved, so that a CUDA graph writes to it, not to a copy."""
+    find("torch._dynamo", "mark_static_address")(tensor, guard=False)
+    return tensor
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, QuantizedCache, StaticCache
 
 from vlmrewrite.hf import cache_states, cannot_hold
+from vlmrewrite.kvcache.fixed import Fixed
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
 from vlmrewrite.kvcache.state import FINAL, StateLayer
 from vlmrewrite.kvcache.stored import StoredLayer
@@ -43,6 +44,7 @@ class PositionCache(Cache):
         self._by_keys: dict[int, PositionLayer] = {}
         self._latest: PositionLayer | None = None
         self._in_use = False
+        self._fixed: Fixed | None = None
         self.length = 0
 
     def update(
@@ -112,6 +114,35 @@ class PositionCache(Cache):
                 if self.offloading:
                     stored.offload()
 
+    @contextlib.contextmanager
+    def in_full(self, more: int) -> Iterator[bool]:
+        """While the block runs, a step of one token, each layer is all of its buffer, if that can be; whether it is.
+
+        It can if the sequence's length was said, and all layers hold keys. See :mod:`vlmrewrite.kvcache.fixed`.
+        """
+        held = self.layers
+        can_be = all(type(layer) is PositionLayer and layer.keys is not None for layer in held)
+        seen = {layer.seen for layer in held} if can_be else {self.length}
+        if more != 1 or torch.is_grad_enabled() or len(seen) != 1 or seen.pop() >= self.length:
+            yield False
+            return
+        fixed, self._fixed = self._fixed, None  # if the block fails, something may have been written
+        if fixed is None or not fixed.still(held):
+            for layer in held:
+                layer.length = self.length
+            fixed = Fixed(held)
+        self.layers = fixed.layers
+        try:
+            yield True
+        finally:
+            self.layers = held
+        fixed.advance(held)
+        self._fixed = fixed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but what is made anew where it is missing."""
+        return vars(self) | {"_fixed": None}
+
     @property
     def attended(self) -> list[PositionLayer]:
         """The layers that hold keys."""
@@ -157,8 +188,9 @@ class PositionCache(Cache):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PositionCache:
         new = memo[id(self)] = type(self).__new__(type(self))
-        same = {k: x for k, x in vars(self).items() if isinstance(x, torch.Stream)}  # which nothing copies
-        vars(new).update({k: copy.deepcopy(x, memo) for k, x in vars(self).items() if k not in same} | same)
+        state = self.__getstate__()
+        same = {k: x for k, x in state.items() if isinstance(x, torch.Stream)}  # which nothing copies
+        vars(new).update({k: copy.deepcopy(x, memo) for k, x in state.items() if k not in same} | same)
         return new
 
     def seen_by(self, layer: PositionLayer, q: Tensor, mask: Tensor | None, visible: Callable[..., T]) -> T:

@@ -113,6 +113,7 @@ class PositionLayer(DynamicLayer):
     keys: Any
     values: Any
     supports_early_init = False
+    fixed = False
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -126,18 +127,24 @@ class PositionLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append k [B, Hk, t, D] and v [B, Hk, t, Dv] of the next t tokens and return all keys and values."""
         if torch.compiler.is_dynamo_compiling():
-            pos = self._next(key_states)
-            self.keys, self.values, self.positions = torch.ops.vlm.kv_append.default(
-                self.keys, self.values, self.positions, key_states, value_states, pos
+            how = (True,) if self.fixed else ()
+            keys, values, positions = torch.ops.vlm.kv_append.default(
+                self.keys, self.values, self.positions, key_states, value_states, self._next(key_states), *how
             )
-            keys, values = self.keys, self.values
-        else:
-            shared: Shared = kwargs.get("shared", {})
-            self.positions = once(shared, (self.positions,), lambda: self._grown(key_states))
-            keys, values = self._append(key_states, value_states)
+            self.took(keys, values, positions, key_states.shape[2])
+            return keys, values
+        shared: Shared = kwargs.get("shared", {})
+        self.positions = once(shared, (self.positions,), lambda: self._grown(key_states))
+        keys, values = self._append(key_states, value_states)
         self.is_initialized = True
         self.seen += key_states.shape[2]
         return keys, values
+
+    def took(self, keys: Tensor, values: Tensor, positions: Tensor, more: int) -> None:
+        """Hold these from now on: a compiled step has appended ``more`` tokens."""
+        self.keys, self.values, self.positions = keys, values, positions
+        self.is_initialized = True
+        self.seen += more
 
     def _next(self, key_states: Tensor) -> Tensor:
         at = torch.arange(self.seen, self.seen + key_states.shape[2], device=key_states.device)

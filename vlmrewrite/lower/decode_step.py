@@ -27,8 +27,11 @@ def _positioned(graph: torch.fx.Graph, plain: bool) -> None:
     first: dict[Any, tuple[Any, torch.fx.Node]] = {}
     for grown in graph.find_nodes(op="call_function", target=ops.KV_APPEND):
         mine = [user for user in grown.users if user.args == (grown, 2)]
+        if not mine:
+            with graph.inserting_after(grown):
+                mine = [graph.call_function(operator.getitem, (grown, 2))]
         new, every = first.setdefault(grown.args[2], (grown.args[5], mine[0]))
-        grown.args = (*grown.args[:5], new)
+        grown.args = (*grown.args[:5], new, *grown.args[6:])
         for node in mine:
             if node is not every:
                 node.replace_all_uses_with(every)
@@ -56,6 +59,30 @@ def kv_write(
     return keys[:, :, :n], values[:, :, :n], torch.cat([positions, pos], 1)
 
 
+def write(held: Tensor, new: Tensor, at: Tensor) -> Tensor:
+    """Write to slots ``at`` int64 [t] of keys or values [B, Hk, C, D], or positions [B, C], in place."""
+    return held.index_copy_(min(2, held.dim() - 1), at, new)
+
+
+def _in_full(graph: torch.fx.Graph) -> None:
+    """Let each append to a layer of a fixed size write to what it was given; the free slots are counted once."""
+    inputs, slots = {*graph.find_nodes(op="placeholder")}, dict[Any, torch.fx.Node]()
+    for grown in graph.find_nodes(op="call_function", target=ops.KV_APPEND):
+        keys, values, positions, k, v, pos, _ = grown.args
+        if not all(x in inputs and set(x.users) == {grown} for x in (keys, values)):
+            raise RuntimeError(f"something else than {grown.name} reads what its layer of the cache held before")
+        with graph.inserting_before(grown):
+            if first := positions not in slots:
+                slots[positions] = graph.call_function(ops.free_slots, (positions, pos))
+            made = [graph.call_function(write, (*x, slots[positions])) for x in ((keys, k), (values, v))]
+            if first:
+                made.append(graph.call_function(write, (positions, pos, slots[positions])))
+        for item in list(grown.users):
+            item.replace_all_uses_with(made[item.args[1]])
+            graph.erase_node(item)
+        graph.erase_node(grown)
+
+
 class DecodeStep(NamedTuple):
     """A graph captured from a call without images, compiled, that takes buffers for the layers it appends to.
 
@@ -63,11 +90,13 @@ class DecodeStep(NamedTuple):
 
     Attributes:
         compiled: the graph, lowered and compiled.
+        full: it writes to what it is given, which is all of each layer.
         writes: for each layer that is written in place, where its keys and its values stand among the inputs.
         shown: for each output that is None, which of these layers it is of, and 0 for its keys or 1 for its values.
     """
 
     compiled: Any
+    full: bool
     writes: list[tuple[int, int]]
     shown: dict[int, tuple[int, int]]
 
@@ -77,6 +106,7 @@ class DecodeStep(NamedTuple):
         gm: torch.fx.GraphModule,
         plain: bool,
         reserved: bool,
+        full: bool,
         kernels: Kernels,
         device: torch.device,
         backend: Running,
@@ -87,6 +117,7 @@ class DecodeStep(NamedTuple):
             gm: the graph, with a cache.
             plain: no key of the cache is hidden from a query, except by causality.
             reserved: the layers have room: each append to what only it reads of them is made in place.
+            full: they are of a fixed size: :mod:`vlmrewrite.kvcache.fixed`. Then all are made in place.
             kernels, device: as for :func:`vlmrewrite.lower.lowering.lower`.
             backend: what compiles it.
 
@@ -95,7 +126,7 @@ class DecodeStep(NamedTuple):
         """
         graph = copy.deepcopy(gm.graph)
         _positioned(graph, plain)
-        positions_apart(graph)
+        _in_full(graph) if full else positions_apart(graph)
         inputs = {node: i for i, node in enumerate(graph.find_nodes(op="placeholder"))}
         (output,) = graph.find_nodes(op="output")
         appends = graph.find_nodes(op="call_function", target=ops.KV_APPEND) if reserved else []
@@ -111,7 +142,7 @@ class DecodeStep(NamedTuple):
         output.args = (tuple(outputs),)
         writes = [(inputs[n.args[0]], inputs[n.args[1]]) for n in written]
         made = lower(torch.fx.GraphModule(gm, graph), kernels, device).graph_module
-        return cls(behind(made, backend), writes, shown)
+        return cls(behind(made, backend), full, writes, shown)
 
     def run(self, cache: PositionCache, inputs: Sequence[Any], t: int) -> Any:
         """Run it on the captured inputs of a call with ``t`` tokens.
@@ -119,6 +150,8 @@ class DecodeStep(NamedTuple):
         Every layer has room for them (:meth:`vlmrewrite.kvcache.PositionCache.reserve`), if it is made for that; one
         that is not written in place loses its buffer.
         """
+        if self.full:
+            return self.compiled(*inputs)
         of_keys: dict[int, Any] = {id(layer.keys): layer.own() for layer in cache.attended}
         buffers = [of_keys[id(inputs[keys])] for keys, _ in self.writes]
         given = list(inputs)

@@ -3,7 +3,7 @@
 In: tensors. Out: tensors. Which implementation a node gets is chosen in :mod:`vlmrewrite.lower`, by the rules here.
 """
 
-from vlmrewrite.ops.attention import ATTENTION, KV_APPEND, attend, attention, kv_append, visible
+from vlmrewrite.ops.attention import ATTENTION, FREE, KV_APPEND, attend, attention, free_slots, kv_append, visible
 from vlmrewrite.ops.choice import Backend, Choice, Kernels, Running, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
 from vlmrewrite.ops.experts import EXPERT_LINEAR, expert_linear
@@ -40,6 +40,7 @@ __all__ = [
     "ATTENTION",
     "EXPERT_LINEAR",
     "FEEDFORWARD",
+    "FREE",
     "INDEXED",
     "INDEX_KEYS",
     "KERNELS",
@@ -72,6 +73,7 @@ __all__ = [
     "expert_linear",
     "fill",
     "flops_of_indexed",
+    "free_slots",
     "greedy_choice",
     "greedy_flops",
     "greedy_scratch",

@@ -118,15 +118,34 @@ def attention(
     return attend(q, k, v, visible(mask, q_pos, k_pos, plain), scale, softcap, dropout)
 
 
+FREE = -2
+"""Position of a slot that nothing was written to yet; no other one, of any row, is before it."""
+
+
+def free_slots(positions: Tensor, pos: Tensor) -> Tensor:
+    """The first slots that are free for tokens of positions ``pos`` int64 [B, t], among int64 [B, m]: int64 [t]."""
+    return (positions[0] != FREE).sum() + torch.arange(pos.shape[1], device=pos.device)
+
+
 def kv_append(
-    keys: Tensor | None, values: Tensor | None, positions: Tensor | None, k: Tensor, v: Tensor, pos: Tensor
+    keys: Tensor | None,
+    values: Tensor | None,
+    positions: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    fixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Grow one layer's cache: keys [B, Hk, m, D], values [B, Hk, m, Dv] and logical positions int64 [B, m] together.
 
-    The first three are None for an empty cache; a position of -1 marks an empty slot.
+    The first three are None for an empty cache; a position of -1 marks an empty slot. A ``fixed`` cache stays as long
+    as it is: tokens take the first slots that are free.
     """
     if keys is None or values is None or positions is None:
         return k, v, pos
+    if fixed:
+        at = free_slots(positions, pos)
+        return keys.index_copy(2, at, k), values.index_copy(2, at, v), positions.index_copy(1, at, pos)
     return torch.cat([keys, k], 2), torch.cat([values, v], 2), torch.cat([positions, pos], 1)
 
 
@@ -136,18 +155,30 @@ def attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) ->
 
 
 def _kv_append_op(
-    keys: Tensor | None, values: Tensor | None, positions: Tensor | None, k: Tensor, v: Tensor, pos: Tensor
+    keys: Tensor | None,
+    values: Tensor | None,
+    positions: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    fixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     if keys is None:
         return k.clone(), v.clone(), pos.clone()  # an operator's output must not be its input
-    return kv_append(keys, values, positions, k, v, pos)
+    return kv_append(keys, values, positions, k, v, pos, fixed)
 
 
 def _kv_append_fake(
-    keys: Tensor | None, values: Tensor | None, positions: Tensor | None, k: Tensor, v: Tensor, pos: Tensor
+    keys: Tensor | None,
+    values: Tensor | None,
+    positions: Tensor | None,
+    k: Tensor,
+    v: Tensor,
+    pos: Tensor,
+    fixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     past = 0 if keys is None else keys.shape[2]
-    n = past + k.shape[2]
+    n = past if fixed else past + k.shape[2]
     return (
         k.new_empty(k.shape[0], k.shape[1], n, k.shape[3]),
         v.new_empty(v.shape[0], v.shape[1], n, v.shape[3]),
@@ -172,8 +203,8 @@ define(
 )
 
 define(
-    "kv_append(Tensor? keys, Tensor? values, Tensor? positions, Tensor k, Tensor v, Tensor pos)"
-    " -> (Tensor, Tensor, Tensor)",
+    "kv_append(Tensor? keys, Tensor? values, Tensor? positions, Tensor k, Tensor v, Tensor pos,"
+    " bool fixed=False) -> (Tensor, Tensor, Tensor)",
     _kv_append_op,
     _kv_append_fake,
 )

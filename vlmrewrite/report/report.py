@@ -104,11 +104,12 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         kernels={} if latest is None else latest.executable.choices,
         graphs={} if one is None else {"captured": len(one.graphs), "limit": limit(), "copied_layers": one.copied},
         seconds={} if one is None else {"capture": sum(one.seconds)},
-        plain_calls=session.text_calls.total(),
-        continued_calls=sum(n for (_, continued), n in session.text_calls.items() if continued),
-        compiled_calls=session.compiled_calls.total(),
+        plain_calls=session.text.calls.total(),
+        continued_calls=sum(n for (_, continued), n in session.text.calls.items() if continued),
+        compiled_calls=session.text.compiled.total(),
         memory=peak_memory(session) if memory else {},
         inner=inner,
+        uncompiled=[*session.text.why.values()],
     )
     return made if latest is None else replace(made, kept=kept_picture(model, latest))
 
@@ -140,6 +141,7 @@ def make_report(
     compiled_calls: int = 0,
     memory: dict[str, int] | None = None,
     inner: str | None = None,
+    uncompiled: Sequence[str] = (),
 ) -> Report:
     """The report of a recipe at work.
 
@@ -155,6 +157,7 @@ def make_report(
             went through Inductor.
         memory: peak bytes before and after, if known.
         inner: what is captured of the model and why, if it is not the whole.
+        uncompiled: why Inductor does not run decode steps, or not as it was asked to.
     """
     notes = [inner] if inner else []
     if continued_calls:
@@ -169,6 +172,7 @@ def make_report(
         )
     if compiled_calls:
         notes.append(f"Inductor compiled {compiled_calls} of the {plain_calls} calls without a new image")
+    notes += uncompiled
     if program is None or call is None:
         untried: tuple[dict[str, Any], ...] = tuple(
             {"name": p.name, "configuration": repr(p), "matched": None, "changed": None, "reason": None} for p in passes

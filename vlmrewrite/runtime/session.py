@@ -9,7 +9,6 @@ import contextlib
 import functools
 import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
@@ -22,10 +21,9 @@ from torch import Tensor, nn
 from vlmrewrite import capture, hf
 from vlmrewrite.capture import CapturedForward, Graph, captures_of
 from vlmrewrite.errors import CaptureError
-from vlmrewrite.hf import Encoded, Encoding, refuse_packed, tidy, wants_cache, without_full_mask
+from vlmrewrite.hf import Encoded, Encoding, refuse_packed, tidy, wants_cache
 from vlmrewrite.kvcache import PositionCache, adopted
-from vlmrewrite.lower import DecodeStep
-from vlmrewrite.ops import Backend, Kernels, Running, choose, replaced, resolve
+from vlmrewrite.ops import Backend, Kernels
 from vlmrewrite.plan import All, Plan, blocks_of
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.around import entering, in_place_of, refuse_unrewritten
@@ -33,6 +31,7 @@ from vlmrewrite.runtime.executables import Executables
 from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, encoded_in, prompt_of
 from vlmrewrite.runtime.latest import Latest
 from vlmrewrite.runtime.learning import learning
+from vlmrewrite.runtime.text import TextCalls
 
 
 @dataclass(eq=False)
@@ -44,8 +43,6 @@ class Session:
         plan: the recipe's, as far as it is known without a model's graph.
         blocks: the parameters that it adds to the model, as they were put there, if there are any.
         inner: whether a language model inside generates, or merges: see :func:`vlmrewrite.hf.language_model`.
-        text_calls: calls without an image, by thread, so that none waits for another, and whether a cache was there.
-        compiled_calls: those of them that a compiler ran.
         checkpointing: which layers the backward pass computes again, as of the last call in training.
         compile_told: whether it was said that ``torch.compile`` around the model compiles nothing.
         untraced: why the decoder alone is captured, and not the model's forward; None where that is not so.
@@ -58,8 +55,6 @@ class Session:
     plan: Plan
     blocks: nn.Module | None
     inner: bool
-    text_calls: Counter[tuple[int, bool]] = field(default_factory=Counter)
-    compiled_calls: Counter[int] = field(default_factory=Counter)
     untraced: str | None = None
     checkpointing: hf.Checkpointing | None = None
     _thread: threading.local = field(default_factory=threading.local)
@@ -71,6 +66,11 @@ class Session:
     def executables(self) -> Executables:
         """Each captured graph under it."""
         return Executables(self.recipe, self.backend, self.kernels, self.strict)
+
+    @functools.cached_property
+    def text(self) -> TextCalls:
+        """Calls without an image."""
+        return TextCalls(self.backend, self.kernels)
 
     @property
     def latest(self) -> LastCall | None:
@@ -139,7 +139,7 @@ class Session:
             given, rest = Given.of(kwargs, cache, prompt)
             images, untraced = hf.marked(rest, cache) if given is None else given.images, None
             if not images:
-                return self._text(model, cache if keep else None, rest)
+                return self.text(model, cache if keep else None, rest)
             if not keep:
                 refuse_packed(kwargs)
             if given is not None and self.untraced is None:
@@ -173,7 +173,7 @@ class Session:
             with adopted(past, model) as cache:
                 given, rest = entering(kwargs, cache, prompt, images, runs)
                 if given is None:
-                    return self._text(decoder, cache if keep else None, rest)
+                    return self.text(decoder, cache if keep else None, rest)
                 if not keep:
                     refuse_packed(kwargs)
                 return self._with_images("inner", model, decoder, cache, given, rest, keep)
@@ -182,35 +182,6 @@ class Session:
             runs = [] if images else stack.enter_context(hf.projections(model))
             stack.enter_context(in_place_of(decoder, run))
             yield
-
-    def _text(self, model: nn.Module, cache: PositionCache | None, kwargs: dict[str, Any]) -> Any:
-        """A call without an image: nothing is dropped, and what the cache holds is what each layer sees."""
-        device = hf.device_of(model)
-        self.text_calls[threading.get_ident(), cache is not None and cache.get_seq_length() > 0] += 1
-        if cache is not None:
-            kwargs = without_full_mask(kwargs)
-            if (backend := resolve(self.backend, device)) != "eager" and not (hf.lends(model) or cache.stores):
-                self.compiled_calls[threading.get_ident()] += 1
-                return self._compiled(model, cache, kwargs, device, backend)
-        kernels = self.kernels if choose(self.kernels, device).kernel == "triton" else None
-        with capture.running(cache, kernels):
-            forward, kwargs = type(model).forward, hf.keeping_all_tokens(kwargs)
-            return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
-
-    def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: Any, device: torch.device, how: Running) -> Any:
-        """The same behind a compiler, which is given all layers' keys at once."""
-        plain = kwargs.get("attention_mask") is None and not cache.holes()
-        given = kwargs["inputs_embeds"] if kwargs.get("input_ids") is None else kwargs["input_ids"]
-        reserved = cache.reserve(given.shape[1])
-
-        def runner(graph: Graph, inputs: Sequence[Any]) -> Any:
-            made = plain, reserved, self.kernels, device, how
-            step = graph.once(("decode", *made, replaced()), lambda: DecodeStep.of(graph.gm, *made))
-            return step.run(cache, inputs, given.shape[1])
-
-        if not reserved:
-            cache.contiguous()
-        return captures_of(model).text(runner, model, cache, kwargs, None)
 
     def _with_images(
         self,
