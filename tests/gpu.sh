@@ -12,6 +12,7 @@
 #   families  families of models by kernels, under the oracle; ones that fail can be named by FAMILIES="a b"
 #   compiled  some of them, compiled
 #   bench     every kernel beside what PyTorch has, and the ceilings of the card
+#   graphs    decode steps, compiled, on a static cache, and as CUDA graphs
 #   profile   where the host's time goes
 #   model     LLaVA-1.5-7B, random weights, bf16, batch 8, eager
 #   inductor  the same compiled
@@ -21,7 +22,7 @@ dry=; parts=()
 for argument in "$@"; do
     if [ "$argument" = --dry ]; then dry=--dry; else parts+=("$argument"); fi
 done
-[ ${#parts[@]} -gt 0 ] || parts=(machine sampling kernels+memcheck+digits+families+compiled bench profile model inductor)
+[ ${#parts[@]} -gt 0 ] || parts=(machine sampling kernels+memcheck+digits+families+compiled bench profile graphs model inductor)
 OUT=${OUT:-build/gpu}; PYTHON=${PYTHON:-python3}
 mkdir -p "$OUT"
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}" PYTHONUNBUFFERED=1 HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
@@ -71,6 +72,7 @@ print("python", platform.python_version(), "torch", torch.__version__, "triton",
         families-*) module 130 "$1" families --part "${1#*-}/4" --seconds 100 ${FAMILIES:+--names $FAMILIES} ;;
         compiled) module 130 compiled families --ways 2 --names llava qwen2_5_vl gemma3 --seconds 100 ;;
         bench) module "${BENCH:-150}" bench kernels --seconds $((${BENCH:-150} - 25)) ${AGAINST:+--against $AGAINST} ;;
+        graphs) module "${GRAPHS:-150}" graphs graphs ;;
         profile) limit 90 profile "$PYTHON" -m tests.gpu.profile $dry ;;
         model) limit "${MODEL:-120}" model "${e2e[@]}" --backend eager --json "$OUT/model.json" ;;
         inductor) limit "${MODEL:-240}" inductor "${e2e[@]}" --backend inductor --json "$OUT/inductor.json" ;;

@@ -118,9 +118,10 @@ class PositionCache(Cache):
     def in_full(self, more: int) -> Iterator[bool]:
         """While the block runs, a step of one token, each layer is all of its buffer, if that can be; whether it is.
 
-        It can if the sequence's length was said, and all layers hold keys. See :mod:`vlmrewrite.kvcache.fixed`.
+        It can if the sequence's length was said, and all layers of attention hold keys; recurrent ones stay as they
+        are. See :mod:`vlmrewrite.kvcache.fixed`.
         """
-        held = self.layers
+        held = self.attended
         can_be = all(type(layer) is PositionLayer and layer.keys is not None for layer in held)
         seen = {layer.seen for layer in held} if can_be else {self.length}
         if more != 1 or torch.is_grad_enabled() or len(seen) != 1 or seen.pop() >= self.length:
@@ -131,11 +132,12 @@ class PositionCache(Cache):
             for layer in held:
                 layer.length = self.length
             fixed = Fixed(held)
-        self.layers = fixed.layers
+        layers, full = self.layers, iter(fixed.layers)
+        self.layers = [next(full) if isinstance(layer, PositionLayer) else layer for layer in layers]
         try:
             yield True
         finally:
-            self.layers = held
+            self.layers = layers
         fixed.advance(held)
         self._fixed = fixed
 
