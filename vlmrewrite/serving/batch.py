@@ -124,6 +124,7 @@ def map_rows(
         raise ValueError(f"expected a {type(model).__name__} in eval mode, got one in training: call model.eval()")
     source, folder, total = Path(data), Path(output), number_of_rows(data)
     subject = Subject(model, processor, recipe, backend=backend, kernels=kernels)
+    subject.try_size()
     about = {"data": _hash_of(source), "rows": total, "recipe": {subject.name: subject.recipe}}
     about |= {"model": identity_of(base), "batch": batch, "max_new_tokens": max_new_tokens}
     about |= {"backend": backend, "kernels": kernels}
