@@ -103,6 +103,42 @@ def test_a_metric_of_the_users(digits: Any, asked: list[dict[str, Any]]) -> None
     assert {f["id"]: f["error"] for f in done.failures} == {"q1": "the metric: ZeroDivisionError: division by zero"}
 
 
+def test_a_metric_that_always_fails_stops_the_run(digits: Any, asked: list[dict[str, Any]]) -> None:
+    told = set[Any]()
+
+    def never(output: str, sample: Sample) -> float:
+        told.add(sample.id)
+        raise KeyError(sample.id)
+
+    with pytest.raises(RuntimeError, match=r"^unmodified: all of the first 8 samples failed: the metric: KeyError: 'q"):
+        vr.evaluate(*digits, asked, "stride-half", metric=never, **OPTIONS)
+    assert len(told) == 8 < len(asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"batch": "4"}, ValueError, "batch: expected an integer of at least 1, got '4' (str)"),
+        ({"batch": 0}, ValueError, "batch: expected an integer of at least 1, got 0"),
+        ({"max_new_tokens": None}, ValueError, "max_new_tokens: expected an integer of at least 1, got None"),
+        ({"seed": "a"}, ValueError, "seed: expected an integer of at least 0, got 'a' (str)"),
+        ({"recipes": None}, TypeError, "expected a recipe or a list of recipes, got None"),
+        ({"recipes": []}, ValueError, "expected recipes with names of their own, got none"),
+        ({"model": None}, TypeError, "expected a Hugging Face model, got None"),
+        ({"processor": None}, TypeError, "expected a processor of texts and images, got None"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_none(
+    digits: Any, asked: list[dict[str, Any]], change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    given = {"model": digits[0], "processor": digits[1], "data": asked[:2], "recipes": "stride-half"}
+    with pytest.raises(kind, match=f"^{re.escape(message)}"):
+        vr.evaluate(**{**given, **OPTIONS, **change})
+    with pytest.raises(TypeError, match="^expected a processor of texts and images, got "):
+        vr.evaluate(digits[0], digits[1].tokenizer, asked[:2], "stride-half")
+
+
 def test_another_metric_of_the_same_name_is_another_run(
     digits: Any, asked: list[dict[str, Any]], tmp_path: Path
 ) -> None:

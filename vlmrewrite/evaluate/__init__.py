@@ -2,7 +2,7 @@
 
 from vlmrewrite.evaluate.asking import answer_tokens, encode, groups_of, refuse_chats, said, with_image_tokens
 from vlmrewrite.evaluate.data import each_row, fingerprint, number_of_rows, read_data
-from vlmrewrite.evaluate.given import identity_of, metric_of
+from vlmrewrite.evaluate.given import check_counts, identity_of, metric_of
 from vlmrewrite.evaluate.journal import Journal, write_whole
 from vlmrewrite.evaluate.metrics import METRICS, Metric
 from vlmrewrite.evaluate.page import STYLE
@@ -32,6 +32,7 @@ __all__ = [
     "Subject",
     "Together",
     "answer_tokens",
+    "check_counts",
     "cost_of",
     "each_row",
     "encode",

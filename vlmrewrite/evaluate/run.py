@@ -14,7 +14,7 @@ import torch
 
 from vlmrewrite.errors import shown
 from vlmrewrite.evaluate.asking import encode, groups_of, said
-from vlmrewrite.evaluate.given import checked
+from vlmrewrite.evaluate.given import check_counts, checked
 from vlmrewrite.evaluate.journal import PAGE, RESULTS, Journal, opened, write_whole
 from vlmrewrite.evaluate.metrics import Metric, rouge_l, token_match
 from vlmrewrite.evaluate.page import page
@@ -81,11 +81,12 @@ def evaluate(
     Raises:
         ValueError: data, metric, recipe, model or folder cannot be used, or processes of a group were given different
             ones; of data one line for each faulty row. Nothing is written.
+        TypeError: model, processor, data or recipes are nothing of the kind.
         RuntimeError: all of the first samples failed under a recipe, or no sample came through under all of them; or
             another process of the group failed.
     """
-    if batch < 1 or max_new_tokens < 1:
-        raise ValueError(f"expected batch >= 1 and max_new_tokens >= 1, got {batch} and {max_new_tokens}")
+    check_counts(batch=batch, max_new_tokens=max_new_tokens)
+    check_counts(0, seed=seed)
     together = Together()
     given = together.agreed(lambda: checked(model, processor, data, recipes, metric, backend, kernels))
     samples, subjects, score = given.samples, given.subjects, given.score
@@ -163,7 +164,8 @@ class _Asking:
                     before = line["score"] if subject.name == UNMODIFIED else before
                     if line["score"] not in (before, None):
                         record["pictures"].append({"id": sample.id, "recipe": subject.name, "images": mine["pictures"]})
-        return lines, record, {name: (bool(found[name]), [*said.values()]) for name, said in errors.items()}
+        failed = {name: [x["error"] for x in lines if x["recipe"] == name] for name in found}
+        return lines, record, {name: (None in said, [x for x in said if x]) for name, said in failed.items()}
 
     def _judged(self, sample: Sample, mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         """How an answer is; where the metric fails, with the error, and no score."""

@@ -18,6 +18,7 @@ from vlmrewrite.evaluate import (
     Journal,
     Sample,
     Subject,
+    check_counts,
     each_row,
     groups_of,
     id_of,
@@ -110,9 +111,7 @@ def map_rows(
         RuntimeError: the model failed on the first rows, all of them (they are asked again when the run goes on), its
             device no longer works, or processes of the cluster were lost again and again. What was done stays done.
     """
-    if batch < 1 or max_new_tokens < 1 or actors < 1:
-        got = f"batch={batch}, max_new_tokens={max_new_tokens}, actors={actors}"
-        raise ValueError(f"expected numbers of at least 1, got {got}")
+    check_counts(batch=batch, max_new_tokens=max_new_tokens, actors=actors)
     if ray is not None:
         ray_module()
         if load is None:

@@ -126,11 +126,11 @@ def train(
     weights = identity_of(base)
     transformers.set_seed(seed)
     with modes_kept(base), processor_set(), applied(base, recipe, backend="eager", strict=True):
+        blocks = trainable_blocks(base)
         processor = applied_recipe(base).processor(processor)
         first = answered(processor, samples[:1], end_tokens(base))  # fails before anything is written
         if applied_recipe(base).sets_processor:
             refuse_smaller(base, {name: x.to(base.device) for name, x in first.items()})
-        blocks = trainable_blocks(base)
         if others := other_learners(base):
             raise ValueError(
                 f"{others[0]} and {len(others) - 1} more parameters ask for a gradient: blocks alone are trained here;"
