@@ -193,7 +193,8 @@ def test_a_pipeline_of_one_size(digits: Any, sizes: Path) -> None:
     vr.restore(model)
 
 
-def test_the_oracle_and_an_export_say_so_too(sizes: Path) -> None:
+@pytest.mark.slow
+def test_the_oracle_and_a_listing_say_so_too(sizes: Path) -> None:
     model, processor = with_processor(sizes, "cpu", "auto")
     inputs = dict(question(processor, "w10", read_images([sizes / "picture.png"])))
     with pytest.warns(UserWarning, match=TOLD):
@@ -212,6 +213,7 @@ class Serve:
         manager.shutdown()
 
 
+@pytest.mark.slow
 def test_a_server(sizes: Path, picture: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(import_utils, "is_serve_available", lambda: True)
     monkeypatch.setattr(command, "Serve", Serve)

@@ -103,6 +103,7 @@ def test_a_metric_of_the_users(digits: Any, asked: list[dict[str, Any]]) -> None
     assert {f["id"]: f["error"] for f in done.failures} == {"q1": "the metric: ZeroDivisionError: division by zero"}
 
 
+@pytest.mark.slow
 def test_a_metric_that_always_fails_stops_the_run(digits: Any, asked: list[dict[str, Any]]) -> None:
     told = set[Any]()
 
