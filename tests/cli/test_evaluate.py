@@ -13,7 +13,7 @@ import torch
 import vlmrewrite as vr
 from examples.digits.model import load
 from examples.digits.scenes import held_out_questions
-from vlmrewrite.evaluate import METRICS, Sample
+from vlmrewrite.evaluate import METRICS, Sample, alone
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.passes import Stride
 from vlmrewrite.runtime import SESSIONS
@@ -138,6 +138,18 @@ def test_arguments_that_are_none(
         vr.evaluate(**{**given, **OPTIONS, **change})
     with pytest.raises(TypeError, match="^expected a processor of texts and images, got "):
         vr.evaluate(digits[0], digits[1].tokenizer, asked[:2], "stride-half")
+
+
+def test_two_runs_do_not_share_a_folder(digits: Any, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with (
+        alone(folder),
+        pytest.raises(ValueError, match="^.*out: another run is writing to it; expected a folder of its"),
+    ):
+        vr.evaluate(*digits, asked[:2], "stride-half", output=folder, **OPTIONS)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    vr.evaluate(*digits, asked[:2], "stride-half", output=folder, **OPTIONS | {"batch": np.int64(2)})
+    assert (folder / "results.json").is_file()
 
 
 def test_another_metric_of_the_same_name_is_another_run(

@@ -69,7 +69,7 @@ def checked(
 def check_counts(least: int = 1, **counts: Any) -> None:
     """Raise ValueError for arguments that are no integers, or are too small; by name."""
     for name, value in counts.items():
-        if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        if type(value) is bool or not isinstance(value, Integral) or value < least:
             raise ValueError(f"{name}: expected an integer of at least {least}, got {shown(value)}")
 
 
