@@ -1,4 +1,4 @@
-"""Every shipped recipe against the unmodified model and the native loop, in each setting of a plan; a JSON file.
+"""Shipped recipes that drop tokens, against the unmodified model and the native loop, in each setting of a plan: JSON.
 
     python -m benchmarks.run cpu --out benchmarks/cpu.json
     python -m benchmarks.run tiny --out /tmp/tiny.json         # the same in a minute, to try it
@@ -115,7 +115,11 @@ def main() -> None:
     parser.add_argument("--setting", type=int, action="append", help="of the plan, from 0; may be given several times")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    recipes = [r for r in shipped_recipes().values() if not options.recipe or r.name in options.recipe]
+    shipped = shipped_recipes()
+    for name in options.recipe or ():
+        if name not in shipped or shipped[name].sets_processor:
+            parser.error(f"--recipe: expected one that is shipped and makes no pictures smaller, got {name!r}")
+    recipes = [r for r in shipped.values() if not r.sets_processor and r.name in (options.recipe or shipped)]
     found = {name_of(run): run for run in read(options.out)} if options.out.exists() else {}
     for i, setting in enumerate(PLANS[options.plan]):
         if options.setting and i not in options.setting:

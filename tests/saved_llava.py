@@ -16,25 +16,29 @@ SPECIAL = {"<pad>": 0, "<unk>": 1, "<image>": IMAGE}
 WORDS = {f"w{i}": i for i in range(VOCABULARY) if i not in SPECIAL.values()}
 
 
-def saved_llava(path: Path) -> Path:
-    """Write a tiny LLaVA with weights and processor, and ``picture.png``, into a folder; returns the folder."""
-    FAMILIES["llava"]().model.save_pretrained(path)
-    words = Tokenizer(WordLevel(WORDS | SPECIAL, "<unk>"))
-    words.pre_tokenizer = WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words,
+def words() -> PreTrainedTokenizerFast:
+    """A tokenizer of the words of a tiny model."""
+    made = Tokenizer(WordLevel(WORDS | SPECIAL, "<unk>"))
+    made.pre_tokenizer = WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made,
         pad_token="<pad>",
         unk_token="<unk>",
         extra_special_tokens={"image_token": "<image>"},
         padding_side="left",
         model_input_names=["input_ids", "attention_mask"],
     )
+
+
+def saved_llava(path: Path) -> Path:
+    """Write a tiny LLaVA with weights and processor, and ``picture.png``, into a folder; returns the folder."""
+    FAMILIES["llava"]().model.save_pretrained(path)
     pictures = CLIPImageProcessorPil(
         do_resize=False, size={"shortest_edge": 16}, do_center_crop=False, crop_size={"height": 16, "width": 16}
     )
     LlavaProcessor(
         image_processor=pictures,
-        tokenizer=tokenizer,
+        tokenizer=words(),
         patch_size=4,
         vision_feature_select_strategy="default",
         image_token="<image>",

@@ -14,7 +14,16 @@ from torch import nn
 
 from vlmrewrite.compat import Apart
 from vlmrewrite.errors import noted, shown
-from vlmrewrite.hf import base_model_of, check_support, device_of, elsewhere, language_model, on_base_model
+from vlmrewrite.hf import (
+    APPLIED,
+    base_model_of,
+    check_support,
+    device_of,
+    elsewhere,
+    language_model,
+    on_base_model,
+    refuse_one_size,
+)
 from vlmrewrite.ops import Backend, Kernels, choose
 from vlmrewrite.oracle import verify_applied
 from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
@@ -24,7 +33,6 @@ from vlmrewrite.runtime import SESSIONS, Session, install_session, remove_sessio
 from vlmrewrite.saving import METHODS, Stored, named_folder, put_blocks, read, refuse_other
 
 
-@on_base_model
 def apply(
     model: nn.Module,
     recipe: str | os.PathLike[str] | Recipe | Pass | Sequence[Pass],
@@ -41,7 +49,8 @@ def apply(
     first call with an image on, the decoder runs as the recipe's passes say.
 
     Args:
-        model: an unmodified model with ``get_image_features`` and a causal text decoder.
+        model: an unmodified model with ``get_image_features`` and a causal text decoder; or a pipeline of transformers
+            with such a model, whose processor is set too, if the recipe says how.
         recipe: name of a shipped recipe, path of a YAML file, :class:`Recipe`, or passes in order; or a folder that
             ``save_pretrained`` or :func:`vlmrewrite.save_blocks` of a rewritten model has written to, or a repository
             of the Hub that holds the same files (``"owner/name"``): its blocks are put in place too. ``"auto"``: what
@@ -61,15 +70,17 @@ def apply(
         the same model.
 
     Warns:
-        UserWarning: inputs have to be made by ``recipe.processor(processor)``.
+        UserWarning: inputs have to be made by ``recipe.processor(processor)``, and ``model`` is no pipeline.
 
     Raises:
-        ValueError: the recipe, the blocks or the model cannot be used, or a recipe is applied already. The model is
-            unchanged.
+        ValueError: the recipe, the blocks or the model cannot be used, or a recipe is applied already; or a pipeline's
+            processor cannot be set as the recipe says. The model is unchanged.
         FileNotFoundError: there is no such file, folder or repository.
         TypeError: ``model`` is not a Hugging Face model.
         RuntimeError: kernels asked for by name cannot run here.
     """
+    given: Any = model
+    model = base_model_of(model)
     if isinstance(model, nn.Module) and model in SESSIONS:
         raise ValueError(
             f"recipe {SESSIONS[model].recipe.name!r} is applied to this {type(model).__name__} already; call"
@@ -80,7 +91,7 @@ def apply(
     elif calibration is not None or budget is not None:
         raise ValueError(f"expected calibration and budget with the recipe 'auto' alone, got {shown(recipe)}")
     if named_folder(recipe):
-        return apply_stored(model, read(recipe), backend=backend, kernels=kernels, strict=strict)  # type: ignore[arg-type]
+        return apply_stored(given, read(recipe), backend=backend, kernels=kernels, strict=strict)  # type: ignore[arg-type]
     chosen = Recipe.of(recipe)
     depth = check_support(model, offloaded=True)
     selected = _backend(chosen.backend if backend == "auto" else backend)
@@ -97,14 +108,28 @@ def apply(
             " offloaded or on several devices: expected a recipe without blocks, or a model that is on one device"
         )
     blocks = Apart(build(model, plan.blocks)) if plan.blocks else None
+    own = None if isinstance(given, nn.Module) else getattr(given, "processor", None)
+    if own is not None and chosen.sets_processor:
+        refuse_one_size(model, own, made := chosen.processor(own))
     install_session(model, Session(chosen, selected, picked, strict, plan, blocks, inner), METHODS)
-    if any(hasattr(item, "processor") for item in chosen.passes):
+    if own is not None and chosen.sets_processor:
+        vars(model)[APPLIED].callback(setattr, given, "processor", own)
+        given.processor = made
+    elif chosen.sets_processor:
         warnings.warn(
             f"recipe {chosen.name!r} makes pictures smaller by way of the processor, which apply does not see: make the"
-            " inputs with recipe.processor(processor), where recipe is a vlmrewrite.Recipe",
-            stacklevel=3,
+            " inputs with recipe.processor(processor), where recipe is vlmrewrite.Recipe.of(...)",
+            stacklevel=2,
         )
-    return model
+    return given  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def processor_set() -> Iterator[None]:
+    """While the block runs, :func:`apply` does not say that inputs have to be made in another way: they are."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*make the inputs with recipe.processor", UserWarning)
+        yield
 
 
 def apply_stored(model: nn.Module, stored: Stored, **options: Any) -> nn.Module:
@@ -113,10 +138,11 @@ def apply_stored(model: nn.Module, stored: Stored, **options: Any) -> nn.Module:
     Raises:
         ValueError: it belongs to another model, or as for :func:`apply`; the model is unchanged.
     """
-    refuse_other(model, stored)
+    base = base_model_of(model)
+    refuse_other(base, stored)
     apply(model, stored.recipe, **options)
     try:
-        put_blocks(model, stored)
+        put_blocks(base, stored)
     except BaseException:
         restore(model)
         raise

@@ -6,8 +6,7 @@ import dataclasses
 import functools
 import json
 import os
-import typing
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from importlib.resources import files
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -18,8 +17,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PrivateAttr,
 from vlmrewrite import moved
 from vlmrewrite.errors import explain, one_of, plain_name, shown
 from vlmrewrite.markup import heading, items
-from vlmrewrite.plan import Depth, Layers
-from vlmrewrite.registry import as_passes, find_pass, is_pass_class
+from vlmrewrite.registry import as_passes, find_pass, is_pass_class, layers_named
 from vlmrewrite.registry import known_passes as known_passes
 
 LARGEST = 1_000_000
@@ -60,6 +58,11 @@ class Recipe(BaseModel):
         parts = [heading(f"Recipe {self.name}", 3), items(filter(None, [self.description, about]))]
         return "".join(["<div>", *parts, heading("Passes, in order"), items(map(repr, self.passes)), "</div>"])
 
+    @property
+    def sets_processor(self) -> bool:
+        """Whether a pass works by way of the processor, so that inputs have to be made with :meth:`processor`."""
+        return any(hasattr(item, "processor") for item in self.passes)
+
     def processor(self, processor: Any) -> Any:
         """A processor as the passes need it, a copy if one sets it; ValueError if it cannot be set so."""
         setting = (item.processor for item in self.passes if hasattr(item, "processor"))
@@ -74,7 +77,7 @@ class Recipe(BaseModel):
         problems = []
         for i, item in enumerate(self.passes):
             where = f"{self._source}: passes[{i}].{item.name}" if self._source else type(item).__name__
-            for key, value in _layers_named(item):
+            for key, value in layers_named(item):
                 if value >= depth:
                     expected = f"expected a layer in 0 .. {depth - 1} (the decoder has {depth})"
                     problems.append(f"{where}.{key}: {expected}, got {value}")
@@ -244,25 +247,6 @@ def _read_pass(item: object, where: str, problems: list[str]) -> object:
     except ValueError as error:
         problems.append(f"{where}: {error}")
     return None
-
-
-def _layers_named(item: Any) -> Iterator[tuple[str, int]]:
-    """The layers that a pass's options name by number, each with its key."""
-    hints = typing.get_type_hints(type(item), include_extras=True)
-    for field in dataclasses.fields(item):
-        value = getattr(item, field.name)
-        if not _holds_layers(hints[field.name]):
-            continue
-        listed = isinstance(value, list | tuple)
-        for i, at in enumerate(value if listed else [value]):
-            if type(at) is int:
-                yield f"{field.name}[{i}]" if listed else field.name, at
-
-
-def _holds_layers(hint: Any) -> bool:
-    """Whether a type is a depth or layers, or may be one."""
-    checks = [typing.get_args(kind)[1] for kind in (Depth, Layers)]
-    return hint in checks or any(map(_holds_layers, typing.get_args(hint)))
 
 
 class _PlainDumper(yaml.SafeDumper):

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
+import typing
+from collections.abc import Iterator
 from importlib.metadata import EntryPoint, entry_points
 from typing import Any
 
 from pydantic.dataclasses import is_pydantic_dataclass
 
 from vlmrewrite.errors import one_of, shown
+from vlmrewrite.plan import Depth, Layers
 
 GROUP = "vlmrewrite.passes"
 """The entry-point group under which other packages register their passes: `name = "module:Class"`."""
@@ -100,3 +104,22 @@ def as_passes(value: object) -> tuple[object, ...]:
         if not is_pass_class(type(item)):
             raise ValueError(f"expected a pass (a class made with frozen_pass) as item {i}, got {shown(item)}")
     return tuple(value)
+
+
+def layers_named(item: Any) -> Iterator[tuple[str, int]]:
+    """The layers that a pass's options name by number, each with its key."""
+    hints = typing.get_type_hints(type(item), include_extras=True)
+    for field in dataclasses.fields(item):
+        value = getattr(item, field.name)
+        if not _holds_layers(hints[field.name]):
+            continue
+        listed = isinstance(value, list | tuple)
+        for i, at in enumerate(value if listed else [value]):
+            if type(at) is int:
+                yield f"{field.name}[{i}]" if listed else field.name, at
+
+
+def _holds_layers(hint: Any) -> bool:
+    """Whether a type is a depth or layers, or may be one."""
+    checks = [typing.get_args(kind)[1] for kind in (Depth, Layers)]
+    return hint in checks or any(map(_holds_layers, typing.get_args(hint)))

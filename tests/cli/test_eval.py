@@ -133,7 +133,7 @@ def test_a_run_that_was_killed_goes_on(
     code = KILLED.replace("{data!r}", repr(str(questions))).replace("{output!r}", repr(str(folder)))
     ended = subprocess.run([sys.executable, "-W", "ignore", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert ended.returncode == -9, ended.stderr
-    assert {path.name for path in folder.iterdir()} == {"run.json", "samples.jsonl", "progress.jsonl"}
+    assert {path.name for path in folder.iterdir()} == {".lock", "run.json", "samples.jsonl", "progress.jsonl"}
     first = (folder / "progress.jsonl").read_text()
     assert first.count("\n") == 1 and not (folder / "samples.jsonl").read_text().endswith("\n")
     with (folder / "progress.jsonl").open("a") as file:

@@ -13,7 +13,7 @@ import torch
 import vlmrewrite as vr
 from examples.digits.model import load
 from examples.digits.scenes import held_out_questions
-from vlmrewrite.evaluate import METRICS, Sample
+from vlmrewrite.evaluate import METRICS, Sample, alone
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.passes import Stride
 from vlmrewrite.runtime import SESSIONS
@@ -101,6 +101,55 @@ def test_a_metric_of_the_users(digits: Any, asked: list[dict[str, Any]]) -> None
     done = vr.evaluate(*digits, asked[:4], [Stride(keep=0.5)][0], metric=picky, **OPTIONS)
     assert [row.n for row in done.rows] == [3, 3] and done.rows[1].accuracy == 1
     assert {f["id"]: f["error"] for f in done.failures} == {"q1": "the metric: ZeroDivisionError: division by zero"}
+
+
+@pytest.mark.slow
+def test_a_metric_that_always_fails_stops_the_run(digits: Any, asked: list[dict[str, Any]]) -> None:
+    told = set[Any]()
+
+    def never(output: str, sample: Sample) -> float:
+        told.add(sample.id)
+        raise KeyError(sample.id)
+
+    with pytest.raises(RuntimeError, match=r"^unmodified: all of the first 8 samples failed: the metric: KeyError: 'q"):
+        vr.evaluate(*digits, asked, "stride-half", metric=never, **OPTIONS)
+    assert len(told) == 8 < len(asked)
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "message"),
+    [
+        ({"batch": "4"}, ValueError, "batch: expected an integer of at least 1, got '4' (str)"),
+        ({"batch": 0}, ValueError, "batch: expected an integer of at least 1, got 0"),
+        ({"max_new_tokens": None}, ValueError, "max_new_tokens: expected an integer of at least 1, got None"),
+        ({"seed": "a"}, ValueError, "seed: expected an integer of at least 0, got 'a' (str)"),
+        ({"recipes": None}, TypeError, "expected a recipe or a list of recipes, got None"),
+        ({"recipes": []}, ValueError, "expected recipes with names of their own, got none"),
+        ({"model": None}, TypeError, "expected a Hugging Face model, got None"),
+        ({"processor": None}, TypeError, "expected a processor of texts and images, got None"),
+    ],
+    ids=str,
+)
+def test_arguments_that_are_none(
+    digits: Any, asked: list[dict[str, Any]], change: dict[str, Any], kind: type[Exception], message: str
+) -> None:
+    given = {"model": digits[0], "processor": digits[1], "data": asked[:2], "recipes": "stride-half"}
+    with pytest.raises(kind, match=f"^{re.escape(message)}"):
+        vr.evaluate(**{**given, **OPTIONS, **change})
+    with pytest.raises(TypeError, match="^expected a processor of texts and images, got "):
+        vr.evaluate(digits[0], digits[1].tokenizer, asked[:2], "stride-half")
+
+
+def test_two_runs_do_not_share_a_folder(digits: Any, asked: list[dict[str, Any]], tmp_path: Path) -> None:
+    folder = tmp_path / "out"
+    with (
+        alone(folder),
+        pytest.raises(ValueError, match="^.*out: another run is writing to it; expected a folder of its"),
+    ):
+        vr.evaluate(*digits, asked[:2], "stride-half", output=folder, **OPTIONS)
+    assert [path.name for path in folder.iterdir()] == [".lock"]
+    vr.evaluate(*digits, asked[:2], "stride-half", output=folder, **OPTIONS | {"batch": np.int64(2)})
+    assert (folder / "results.json").is_file()
 
 
 def test_another_metric_of_the_same_name_is_another_run(

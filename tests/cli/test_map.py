@@ -196,7 +196,7 @@ def test_bad_input(digits: Any, data: Path, tmp_path: Path) -> None:
     for given, kind, said in (
         ({"data": tmp_path / "none.jsonl"}, FileNotFoundError, "expected a file with data"),
         ({"data": CHECKPOINT / "model.safetensors"}, ValueError, r"expected a file that ends in \.jsonl or \.parquet"),
-        ({"batch": 0}, ValueError, "expected numbers of at least 1, got batch=0, max_new_tokens=2, actors=1"),
+        ({"batch": 0}, ValueError, "batch: expected an integer of at least 1, got 0"),
         ({"recipe": "sts-haf"}, ValueError, "unknown recipe 'sts-haf'"),
         ({"output": data}, ValueError, "expected a folder, or nothing, got a file"),
     ):

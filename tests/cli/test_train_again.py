@@ -200,3 +200,10 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     assert device_of("auto") == device_of("cuda") == torch.device("cuda", 3)
     monkeypatch.delenv("LOCAL_RANK")
     assert device_of("auto") == torch.device("cuda") and device_of("cpu").type == "cpu"
+
+
+def test_a_model_that_ends_no_text(digits: Any, questions: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setattr(digits[0].generation_config, "eos_token_id", None)
+    with pytest.raises(ValueError, match=r"names the token that ends a text \(eos_token_id\), got none"):
+        vr.train(*digits, questions, "dpvr", output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()

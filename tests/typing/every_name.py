@@ -80,6 +80,7 @@ def search(model: nn.Module, processor: Any, data: Path) -> vr.Recipe | None:
     if found.recipe is not None:
         vr.apply(model, found.recipe)
         assert_type(found.recipe.processor(processor), Any)
+        assert_type(found.recipe.sets_processor, bool)
     vr.apply(model, "auto", calibration=(processor, data), budget="kv=0.5")
     return found.recipe
 

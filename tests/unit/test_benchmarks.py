@@ -120,7 +120,7 @@ def test_the_table() -> None:
 
 @pytest.mark.parametrize("path", STORED, ids=lambda path: path.name)
 def test_stored_measurements_are_whole(path: Path) -> None:
-    recipes = ["unmodified", *shipped_recipes()]
+    recipes = ["unmodified", *(name for name, recipe in shipped_recipes().items() if not recipe.sets_processor)]
     for found in read(path):
         assert [row["name"] for row in found["rows"]] == recipes
         assert table(found)

@@ -8,15 +8,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, FastV, Random, Stride, VidCom2
+from vlmrewrite.passes import DAPE, DPVR, STS, VISOR, VTW, DivPrune, Downsample, FastV, Random, Stride, VidCom2
 from vlmrewrite.plan.budget import Budget, layer_index, tokens_kept
 from vlmrewrite.plan.pipeline import frozen_pass
 from vlmrewrite.recipe import Recipe, shipped_recipes
 from vlmrewrite.registry import find_pass, known_passes
 
-PRUNING = ["divprune-half", "fastv-half", "random-half", "stride-half", "sts-128", "sts-32", "sts-64", "sts-half"]
+CONTROLS = ["downsample-half", "random-half", "stride-half"]
+PRUNING = ["divprune-half", "fastv-half", "sts-128", "sts-32", "sts-64", "sts-half"]
 NAMES = [
     "dape-half",
+    *CONTROLS,
     *PRUNING,
     "vidcom2-quarter",
     "dpvr",
@@ -47,6 +49,7 @@ def test_shipped_recipes() -> None:
         "dpvr": (DPVR(at=0.5625, fuse=1, branch="copy"),),
         "sts-dpvr": (STS(keep=0.5, refine=0.25, at=0.25), DPVR()),
         "visor-policy": (VISOR(policy="confidence", chain=chain, threshold=0.8),),
+        "downsample-half": (Downsample(keep=0.5),),
         "divprune-half": (DivPrune(keep=0.5),),
         "fastv-half": (FastV(keep=0.5, at=2),),
         "random-half": (Random(keep=0.5, at=0, seed=0),),

@@ -63,6 +63,8 @@ def test_references(file: Path) -> None:
         {"choices": ["x", "y"], "answer": "B"},
         {"choices": [1, 0], "answer": 0},
         {"choices": ["1", "2", "4"], "answer": 1},
+        {"answer": 5.0},
+        {"choices": [1.0, 2.5], "answer": 1},
     ]
     found = read(file, *(ROW | a for a in answers))
     assert [s.answers for s in found] == [
@@ -74,8 +76,10 @@ def test_references(file: Path) -> None:
         ("y",),
         ("0",),
         ("2",),
+        ("5",),
+        ("1",),
     ]
-    assert [s.id for s in found] == [*range(8)]
+    assert [s.id for s in found] == [*range(10)]
     [named] = read(file, ROW | {"id": "q7", "kind": "count", "answer": None})
     assert (named.id, named.kind, named.answers) == ("q7", "count", ())
 
@@ -100,7 +104,11 @@ def test_chats(file: Path) -> None:
         (ROW | {"images": []}, "expected 'image' or 'images', got both"),
         (ROW | {"image": "no.png"}, "no.png: No such file or directory"),
         (ROW | {"image": "broken.png"}, "expected an image file, got "),
-        (ROW | {"image": "words.txt"}, "words.txt: cannot identify image file"),
+        (ROW | {"image": "words.txt"}, "words.txt: of no format that Pillow knows"),
+        (ROW | {"image": ""}, "image: expected a path, got an empty text"),
+        (ROW | {"image": "data:image/png;base64,@@@"}, "image: expected a data: URL in base64, got 'data:image/png;"),
+        (ROW | {"image": "data:image/png;base64,AAAA"}, "expected an image file, got 3 bytes: of no format that Pil"),
+        ({"video": "a.mp4", "prompt": "?"}, "got videos, which are not read: give frames as 'images'"),
         (ROW | {"image": "https://example.org/a.png"}, "image: expected one on disk, got 'https://example.org/a.png'"),
         (ROW | {"image": 3}, "image: expected a path, bytes or a PIL image, got 3"),
         ({"image": "pictures/a b.png"}, "expected 'prompt' or 'messages', got neither"),
@@ -115,6 +123,13 @@ def test_chats(file: Path) -> None:
         (ROW | {"answers": []}, "answers: expected a list of at least one reference, got [] (list)"),
         (ROW | {"answer": "a", "answers": ["a"]}, "expected 'answer' or 'answers', got both"),
         (ROW | {"choices": ["x", "y"], "answer": "z"}, "answer: expected one of the choices 'x', 'y', got 'z' (str)"),
+        (ROW | {"answer": float("nan")}, "answer: expected a reference (text, a number, or a box of four), got nan"),
+        (ROW | {"choices": [1, 2], "answer": 0}, "answer: expected one of the choices '1', '2', got 0"),
+        (
+            ROW | {"choices": ["x", "X "], "answer": "x"},
+            "choices: expected options that differ but for case and spaces",
+        ),
+        (ROW | {"choices": ["x", "y"], "answer": [1]}, "answer: expected one of the choices 'x', 'y', got [1] (list)"),
         (ROW | {"choices": ["x", "y"], "answer": 2}, "answer: expected one of the choices 'x', 'y', got 2"),
         (ROW | {"choices": ["x", "y"]}, "expected an 'answer' beside 'choices', got none"),
         (ROW | {"choices": ["x"], "answer": "x"}, "choices: expected a list of at least two options"),
@@ -144,8 +159,15 @@ def test_data_that_is_none(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         read_data("no.jsonl")
     with pytest.raises(ValueError, match=r"words\.txt: expected a file that ends in \.jsonl or \.parquet"):
         read_data(file.parent / "words.txt")
-    with pytest.raises(ValueError, match="expected at least one sample, got none"):
+    with pytest.raises(ValueError, match=r"expected at least one sample, got none from .*my\.jsonl, which holds none$"):
         read(file, "")
+    with pytest.raises(ValueError, match=r"my\.jsonl: expected JSON Lines, .* got a list: write a row a line$"):
+        read(file, json.dumps([ROW, ROW], indent=1))
+    file.write_bytes(json.dumps(ROW).encode() + b"\n\xe9\n")
+    with pytest.raises(ValueError, match=r"my\.jsonl: expected text in UTF-8: .* byte 0xe9"):
+        read_data(file)
+    file.write_bytes(b"\xef\xbb\xbf" + json.dumps(ROW).encode())  # as Windows writes it
+    assert len(read_data(file)) == 1
     with pytest.raises(TypeError, match="expected the path of a .jsonl or .parquet file, or rows, got 3"):
         read_data(3)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
@@ -162,6 +184,11 @@ def test_parquet(file: Path) -> None:
     parquet.write_table(pyarrow.Table.from_pylist(rows), file.with_suffix(".parquet"))
     found = read_data(file.with_suffix(".parquet"))
     assert [(s.answers, s.pictures()[0].size) for s in found] == [((str(i),), (3, 2)) for i in range(3)]
+    data = bytearray(file.with_suffix(".parquet").read_bytes())
+    data[4:40] = b"\xff" * 36  # the head of the first page
+    file.with_suffix(".parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"my\.parquet: expected a Parquet file that is whole: "):
+        read_data(file.with_suffix(".parquet"))
 
 
 def test_the_fingerprint_sees_pixels(file: Path) -> None:

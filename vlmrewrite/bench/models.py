@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import contextlib
 import platform
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vlmrewrite.api import applied, report, resumed
+from vlmrewrite.api import applied, processor_set, report, resumed
 from vlmrewrite.bench.clock import peak_of, set_apart, uncollected
 from vlmrewrite.bench.native import NativeLoop
 from vlmrewrite.bench.rows import UNMODIFIED, Row, summary
 from vlmrewrite.capture import LIMIT
 from vlmrewrite.clock import Clock, clock_of, now
 from vlmrewrite.compat import graphs_allowed
-from vlmrewrite.hf import encode_images
+from vlmrewrite.hf import encode_images, refuse_smaller
 from vlmrewrite.ops import Backend, resolve
 from vlmrewrite.recipe import Recipe
+from vlmrewrite.report import captured
 from vlmrewrite.runtime import Session, session_of
 
 __all__ = ["UNMODIFIED", "Row", "bench", "device_name"]
@@ -36,6 +38,7 @@ def bench(
     repeat: int = 7,
     new_tokens: int = 16,
     native: bool = False,
+    others: Mapping[str, dict[str, Any]] = MappingProxyType({}),
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure prefill, decoding, memory and K/V bytes of the model and of each recipe, taking turns.
@@ -51,6 +54,8 @@ def bench(
         native: also measure, behind each recipe, a hand-written eager loop over the model's own layers on the tokens
             that the recipe kept: see :class:`vlmrewrite.bench.native.NativeLoop`. Its logits are held against the
             recipe's, in the round that is not counted.
+        others: for each recipe that sets the processor, by its name, what stands for ``inputs``: the same prompt and
+            images, by the processor that ``recipe.processor`` gives.
         progress: called before each measurement with a description.
 
     Returns:
@@ -60,7 +65,8 @@ def bench(
         ``"refused"``, the reason why there is none. ``"clock"`` says by which seconds the ratios go.
 
     Raises:
-        ValueError: fewer than one round or fewer than two tokens; or a native loop beside a compiled model.
+        ValueError: fewer than one round or fewer than two tokens; a native loop beside a compiled model; or a recipe
+            that sets the processor has no inputs in ``others``, or has some that the model does not take.
     """
     if repeat < 1 or new_tokens < 2:
         raise ValueError(f"expected repeat >= 1 and new_tokens >= 2, got {repeat} and {new_tokens}")
@@ -68,13 +74,21 @@ def bench(
     chosen = resolve(backend, device)
     if native and chosen != "eager":
         raise ValueError(f"native=True measures an eager loop; expected backend='eager', got {chosen!r}")
+    if lacking := [r.name for r in recipes if r.sets_processor and r.name not in others]:
+        raise ValueError(
+            f"recipe {lacking[0]!r} makes pictures smaller: expected others={{{lacking[0]!r}: its inputs}}"
+        )
+    for smaller in others.values():
+        refuse_smaller(model, smaller)
     with torch.no_grad():
-        encoded = encode_images(model, dict(inputs))
+        encoded, *rest = (encode_images(model, dict(x)) for x in (inputs, *others.values()))
+    apart = dict(zip(others, rest, strict=True))
     subjects = [_Subject(model, encoded, Row(UNMODIFIED), chosen)]
     for recipe in recipes:
-        with applied(model, recipe, backend=chosen):
+        with processor_set(), applied(model, recipe, backend=chosen):
             session = session_of(model)
-        subjects.append(_Subject(model, encoded, Row(recipe.name), chosen, session, native=native))
+        given = apart.get(recipe.name, encoded)
+        subjects.append(_Subject(model, given, Row(recipe.name), chosen, session, native=native))
     # Inductor gives up on a model that has had too many graphs, without a word; that would be no comparison.
     with torch.no_grad(), graphs_allowed(LIMIT):
         for subject in subjects:
@@ -86,7 +100,9 @@ def bench(
                     progress(f"round {i} of {repeat}: {subject.row.name}")
                     subject.measure(new_tokens)
     clock, plain = clock_of(device), subjects[0].row
-    plain.flops = next((s.row.flops_before for s in subjects if s.row.flops_before), None)
+    plain.flops = next((s.row.flops_before for s in subjects if s.row.flops_before and s.inputs is encoded), None)
+    if apart and plain.flops is None:
+        plain.flops = _flops(model, inputs)
     return {
         "device": device_name(device),
         "threads": torch.get_num_threads(),
@@ -105,6 +121,14 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return platform.processor() or platform.machine()
+
+
+def _flops(model: Any, inputs: dict[str, Any]) -> int:
+    """Matmul FLOPs of the unmodified decoder layers' prefill."""
+    with torch.no_grad():
+        [program] = captured(model, dict(inputs))
+    assert program.call is not None
+    return sum(c.flops for c in program.costs(program.call.counts))
 
 
 @dataclass

@@ -53,18 +53,22 @@ def apply(
     chosen = recipe_named(recipe)
     a_question("--prompt", prompt)
     at_least("--max-new-tokens", max_new_tokens, 1)
-    from vlmrewrite.api import applied, report
+    from vlmrewrite.api import applied, processor_set, report
     from vlmrewrite.cli import loading
     from vlmrewrite.cli.config import local, read_config
+    from vlmrewrite.hf import refuse_smaller
 
     given, model = model, local(model, weights=True)
     where, (config, _) = loading.device_of(device), read_config(model)
     kind, pictures = loading.dtype_of(dtype, config, where), loading.read_images(image)
     processor = loading.read_processor(model)
-    inputs = loading.question(processor, prompt, pictures).to(where, dtype=kind)
+    made = chosen.processor(processor)
+    inputs = [loading.question(x, prompt, pictures).to(where, dtype=kind) for x in (processor, made)]
     loaded = loading.with_weights(model, kind, where)
+    if made is not processor:
+        refuse_smaller(loaded, inputs[1])
 
-    def answer(name: str) -> dict[str, Any]:
+    def answer(name: str, inputs: Any) -> dict[str, Any]:
         seconds = []
         for _ in range(2 if timing else 1):
             begun = time.perf_counter()
@@ -72,12 +76,12 @@ def apply(
             new = ids[:, inputs["input_ids"].shape[1] :].cpu()  # which waits for a GPU
             seconds.append(time.perf_counter() - begun)
         text = str(processor.batch_decode(new, skip_special_tokens=True)[0]).strip()
-        told = {"name": name, "answer": text, "new_tokens": new.shape[1]}
+        told = {"name": name, "answer": text, "prompt_tokens": inputs["input_ids"].shape[1], "new_tokens": new.shape[1]}
         return told | ({"seconds_first": seconds[0], "seconds": seconds[1]} if timing else {})
 
-    answers = [answer("unmodified")]
-    with applied(loaded, chosen, backend=backend, kernels=kernels):
-        answers.append(answer(chosen.name))
+    answers = [answer("unmodified", inputs[0])]
+    with processor_set(), applied(loaded, chosen, backend=backend, kernels=kernels):
+        answers.append(answer(chosen.name, inputs[1]))
         what = report(loaded)
     if page is not None:
         page.write_text(what.to_html(), encoding="utf-8")
@@ -92,4 +96,7 @@ def apply(
         rate = one["new_tokens"] / one["seconds"]
         took = f"{one['seconds_first']:.3g} s the first time, {one['seconds']:.3g} s the second"
         print(f"{one['name']:{width}}  {took} ({one['new_tokens']} tokens, {rate:.3g} a second)")
+    if made is not processor:
+        before, after = (one["prompt_tokens"] for one in answers)
+        print(f"{chosen.name:{width}}  was given smaller pictures: {after} tokens of a prompt in place of {before}")
     print(f"\n{what.detail() if detail else what}")

@@ -85,6 +85,12 @@ def bench(
         raise ValueError(f"--native measures an eager loop: expected --backend eager, got {backend}")
     counts = {"text": text, "images": images, "rows": rows, "image_tokens": image_tokens}
     made_up = {name: n for name, n in counts.items() if n is not None}
+    pictures = [r.name for r in chosen if r.sets_processor]
+    if pictures and not image:
+        raise ValueError(
+            f"recipe {pictures[0]!r} makes pictures smaller, and a made-up prompt has none: expected --image and"
+            " --prompt"
+        )
     if bool(image) != (prompt is not None) or (image and made_up):
         raise ValueError("expected both --image and --prompt, or any of --text, --images, --rows, --image-tokens")
     if prompt is not None:
@@ -99,9 +105,12 @@ def bench(
     kind = loading.dtype_of(dtype, config, where)
     shape = None if image else made_up_shape(config, written, made_up.pop("image_tokens", None), made_up)[0]
     inputs: Any = None
+    others = dict[str, Any]()
     if image and prompt is not None:
-        inputs = loading.question(loading.read_processor(model), prompt, loading.read_images(image))
-        inputs = dict(inputs.to(where, dtype=kind))
+        own, files = loading.read_processor(model), loading.read_images(image)
+        makers = {"": own} | {r.name: r.processor(own) for r in chosen if r.sets_processor}
+        others = {n: dict(loading.question(p, prompt, files).to(where, dtype=kind)) for n, p in makers.items()}
+        inputs = others.pop("")
     if random_weights:
         loaded = loading.with_random_weights(config, config_file(model), kind, where)
     else:
@@ -119,6 +128,7 @@ def bench(
             repeat=repeat,
             new_tokens=new_tokens,
             native=native,
+            others=others,
             progress=lambda text: progress.update(task, description=text, completed=next(done)),
         )
         progress.update(task, description="done", completed=(repeat + 1) * len(names))

@@ -66,11 +66,17 @@ def evaluate(
     at_least("--max-new-tokens", max_new_tokens, 1)
     at_least("--limit", 1 if limit is None else limit, 1)
     chosen: list[Any] = [name if Path(name).is_dir() else recipe_named(name) for name in recipe]
+    from vlmrewrite.recipe import Recipe
+
+    names = [one.name if isinstance(one, Recipe) else Path(one).resolve().name for one in chosen]
+    if len({"unmodified", *names}) <= len(names):
+        raise ValueError(f"--recipe: expected recipes with names of their own, got {', '.join(names)}")
     from vlmrewrite.evaluate import evaluate as measure
-    from vlmrewrite.evaluate import read_data
+    from vlmrewrite.evaluate import metric_of, read_data
 
     with a_line_each():
         samples = read_data(data)[:limit]
+        metric_of(metric, samples)  # before a model is loaded
     from vlmrewrite.cli import loading
     from vlmrewrite.cli.config import local
 

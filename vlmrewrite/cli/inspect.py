@@ -91,7 +91,8 @@ def inspect(
     if chosen is not None:
         chosen.check_layers(program.plan.depth)
     planned = program if chosen is None else rewritten(program, chosen.passes)
-    count, found = sum(p.numel() for p in built.parameters()), summary(planned)
+    count = sum(p.numel() for p in built.parameters())
+    found = summary(planned, () if chosen is None else chosen.passes)
     about = {"model": str(given), "class": type(built).__name__, "parameters": count, "dtype": dtype}
     about |= {"prompt": dataclasses.asdict(shape), "image_tokens_from": source}
     about |= {"recipe": None if chosen is None else catalogue.recipe_data(chosen)}
@@ -114,6 +115,8 @@ def inspect(
         table.append(row)
     headings = [f"variant {i}" for i in range(len(every))] if dispatches else [chosen.name, "ratio"]
     print_table(["prefill", "unmodified", *headings], table)
+    if chosen.sets_processor:
+        print("note: smaller pictures are shown by --image-size and --image-tokens; their costs, by bench and eval")
     for note in found["notes"]:
         print(f"note: {note}")
 

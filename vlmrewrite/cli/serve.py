@@ -28,9 +28,12 @@ def serve(
     """
     chosen: Any = recipe if Path(recipe).is_dir() else recipe_named(recipe)
     from vlmrewrite import compat
-    from vlmrewrite.api import apply
+    from vlmrewrite.api import apply, processor_set
     from vlmrewrite.cli import loading
     from vlmrewrite.cli.config import local, read_config
+    from vlmrewrite.hf import refuse_one_size
+    from vlmrewrite.recipe import Recipe
+    from vlmrewrite.saving import read
 
     given, model = model, local(model, weights=True)
     where, (config, _) = loading.device_of(device), read_config(model)
@@ -41,7 +44,13 @@ def serve(
             f" {type(processor).__name__} has none: save one beside it, as chat_template.jinja"
         )
 
-    def load() -> Any:
-        return apply(loading.with_weights(model, kind, where), chosen, backend=backend, kernels=kernels)
+    made = (chosen if isinstance(chosen, Recipe) else read(chosen).recipe).processor(processor)
 
-    compat.serve(str(given), load, processor, host=host, port=port)
+    def load() -> Any:
+        loaded = loading.with_weights(model, kind, where)
+        if made is not processor:
+            refuse_one_size(loaded, processor, made)
+        with processor_set():
+            return apply(loaded, chosen, backend=backend, kernels=kernels)
+
+    compat.serve(str(given), load, made, host=host, port=port)

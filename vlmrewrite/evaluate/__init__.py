@@ -2,8 +2,8 @@
 
 from vlmrewrite.evaluate.asking import answer_tokens, encode, groups_of, refuse_chats, said, with_image_tokens
 from vlmrewrite.evaluate.data import each_row, fingerprint, number_of_rows, read_data
-from vlmrewrite.evaluate.given import identity_of, metric_of
-from vlmrewrite.evaluate.journal import Journal, write_whole
+from vlmrewrite.evaluate.given import check_counts, identity_of, metric_of
+from vlmrewrite.evaluate.journal import Journal, alone, write_whole
 from vlmrewrite.evaluate.metrics import METRICS, Metric
 from vlmrewrite.evaluate.page import STYLE
 from vlmrewrite.evaluate.plot import cost_of, front, pareto
@@ -31,7 +31,9 @@ __all__ = [
     "Scored",
     "Subject",
     "Together",
+    "alone",
     "answer_tokens",
+    "check_counts",
     "cost_of",
     "each_row",
     "encode",

@@ -55,7 +55,8 @@ def read_data(data: Any) -> list[Sample]:
         more = [f"and {len(problems) - _SHOWN} more rows that cannot be used"] * (len(problems) > _SHOWN)
         raise ValueError("\n".join(problems[:_SHOWN] + more))
     if not samples:
-        raise ValueError(f"expected at least one sample, got none from {shown(data)}")
+        name = f"{os.fspath(data)}, which holds none" if isinstance(data, str | os.PathLike) else shown(data)
+        raise ValueError(f"expected at least one sample, got none from {name}")
     return samples
 
 
@@ -85,14 +86,26 @@ def each_row(data: Any) -> Iterator[tuple[str, Any]]:
             return
         if path.suffix not in (".jsonl", ".json", ".ndjson"):
             raise ValueError(f"{path}: expected a file that ends in .jsonl or .parquet")
-        with path.open(encoding="utf-8") as file:
-            for i, line in enumerate(file, 1):
-                if line.strip():
-                    yield f"{path} line {i}", Json(line)
+        yield from _lines(path)
     elif isinstance(data, Iterable) and not isinstance(data, Mapping | bytes):
         yield from ((f"data[{i}]", row) for i, row in enumerate(data))
     else:
         raise TypeError(f"expected the path of a .jsonl or .parquet file, or rows, got {shown(data)}")
+
+
+def _lines(path: Path) -> Iterator[tuple[str, Json]]:
+    """Lines that are not empty, and what each is called."""
+    with path.open(encoding="utf-8-sig") as file:
+        try:
+            for i, line in enumerate(file, 1):
+                if i == 1 and line.lstrip().startswith("["):
+                    raise ValueError(
+                        f"{path}: expected JSON Lines, a mapping in each line, got a list: write a row a line"
+                    )
+                if line.strip():
+                    yield f"{path} line {i}", Json(line)
+        except UnicodeDecodeError as e:
+            raise ValueError(f"{path}: expected text in UTF-8: {e}") from None
 
 
 def number_of_rows(data: Any) -> int:
@@ -107,8 +120,11 @@ def number_of_rows(data: Any) -> int:
 def _parquet(path: Path) -> Iterator[Any]:
     """Rows of a file, of which only some are in memory at a time."""
     with _opened(path) as file:
-        for rows in file.iter_batches(batch_size=_ROWS):
-            yield from rows.to_pylist()
+        try:
+            for rows in file.iter_batches(batch_size=_ROWS):
+                yield from rows.to_pylist()
+        except (OSError, ValueError) as e:  # what pyarrow raises
+            raise ValueError(f"{path}: expected a Parquet file that is whole: {e}") from e
 
 
 def _opened(path: Path) -> Any:

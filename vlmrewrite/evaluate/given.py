@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from numbers import Integral
 from typing import Any, NamedTuple
 
-from vlmrewrite.errors import one_of
+from torch import nn
+from transformers import PreTrainedTokenizerBase
+
+from vlmrewrite.errors import one_of, shown
 from vlmrewrite.evaluate.asking import refuse_chats
 from vlmrewrite.evaluate.data import fingerprint, read_data
 from vlmrewrite.evaluate.metrics import METRICS, Metric, lacking, usual
@@ -35,14 +39,21 @@ def checked(
     """Read and check what :func:`vlmrewrite.evaluate` was given.
 
     Raises:
-        ValueError: it cannot be used; of data one line for each faulty row.
+        ValueError, TypeError: it cannot be used; of data one line for each faulty row.
     """
+    if not isinstance(base_model_of(model), nn.Module):
+        raise TypeError(f"expected a Hugging Face model, got {shown(model)}")
+    if processor is None or isinstance(processor, PreTrainedTokenizerBase):
+        raise TypeError(f"expected a processor of texts and images, got {shown(processor)}")
+    one = isinstance(recipes, str | os.PathLike | Recipe | Pass)
+    if not one and not isinstance(recipes, Iterable):
+        raise TypeError(f"expected a recipe or a list of recipes, got {shown(recipes)}")
     samples = read_data(data)
     name, score = metric_of(metric, samples)
     refuse_chats(processor, samples)
     if base_model_of(model).training:
         raise ValueError(f"expected a {type(model).__name__} in eval mode, got one in training: call model.eval()")
-    given = [recipes] if isinstance(recipes, str | os.PathLike | Recipe | Pass) else list(recipes)
+    given = [recipes] if one else list(recipes)
     subjects = [Subject(model, processor)]
     subjects += [Subject(model, processor, recipe, backend=backend, kernels=kernels) for recipe in given]
     names = [subject.name for subject in subjects]
@@ -53,6 +64,13 @@ def checked(
     told = {"recipes": {s.name: s.recipe for s in subjects[1:]}, "model": identity_of(base_model_of(model))}
     about = {"data": fingerprint(samples), "samples": len(samples), "metric": name, "metric_code": _code(metric)}
     return Given(samples, subjects, score, about | {"backend": backend, "kernels": kernels} | told)
+
+
+def check_counts(least: int = 1, **counts: Any) -> None:
+    """Raise ValueError for arguments that are no integers, or are too small; by name."""
+    for name, value in counts.items():
+        if type(value) is bool or not isinstance(value, Integral) or value < least:
+            raise ValueError(f"{name}: expected an integer of at least {least}, got {shown(value)}")
 
 
 def metric_of(metric: str | Metric, samples: Sequence[Sample]) -> tuple[str, Metric | None]:

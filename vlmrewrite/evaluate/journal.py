@@ -7,10 +7,44 @@ import os
 from pathlib import Path
 from typing import Any, cast
 
+from filelock import FileLock, Timeout
+
 from vlmrewrite.errors import shown
 from vlmrewrite.evaluate.together import Together
 
 ABOUT, SAMPLES, PROGRESS, RESULTS, PAGE = "run.json", "samples.jsonl", "progress.jsonl", "results.json", "report.html"
+
+
+def _check(folder: Path) -> None:
+    """Raise ValueError for a folder that is none, or holds files of something else."""
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder}: expected a folder, or nothing, got a file")
+    for name in () if (folder / ABOUT).is_file() else (SAMPLES, PROGRESS, RESULTS, PAGE):
+        if (folder / name).exists():
+            raise ValueError(f"{folder}: expected an empty folder or one with {ABOUT}, got one with {name} alone")
+
+
+class alone:
+    """While the block runs, no other run writes to a folder, which is made if there is none.
+
+    Raises:
+        ValueError: another one does, or the folder holds files of something else.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        _check(folder)
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.lock = FileLock(self.folder / ".lock", timeout=0)
+        try:
+            self.lock.acquire()
+        except Timeout:
+            raise ValueError(f"{self.folder}: another run is writing to it; expected a folder of its own") from None
+
+    def __exit__(self, *_: object) -> None:
+        self.lock.release()
 
 
 class Journal:
@@ -34,14 +68,10 @@ class Journal:
         if folder is None:
             return
         about = json.loads(json.dumps(about))
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder}: expected a folder, or nothing, got a file")
+        _check(folder)
         if (folder / ABOUT).is_file():
             self._resume(folder, about)
             return
-        for name in (SAMPLES, PROGRESS, RESULTS, PAGE):
-            if (folder / name).exists():
-                raise ValueError(f"{folder}: expected an empty folder or one with {ABOUT}, got one with {name} alone")
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / ABOUT, json.dumps(about, indent=1) + "\n")
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import base64
+import binascii
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +54,8 @@ def sample_of(row: Any, i: int, folder: Path, references: bool = True) -> Sample
     elif not isinstance(prompt, str) or not prompt.strip():
         raise ValueError(f"prompt: expected a question, got {shown(prompt)}")
     if not images:
+        if "video" in row or "videos" in row:
+            raise ValueError("expected an 'image' or 'images', got videos, which are not read: give frames as 'images'")
         raise ValueError("expected an 'image' or 'images', got none: vision tokens are what this is about")
     name = row.get("id", i)
     if not isinstance(name, str | int) or isinstance(name, bool):
@@ -92,23 +96,26 @@ def _references(row: dict[str, Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
     if not given:
         raise ValueError("expected an 'answer' beside 'choices', got none")
     options = tuple(_reference(x) for x in choices)
+    if len({" ".join(x.lower().split()) for x in options}) < len(options):
+        raise ValueError(f"choices: expected options that differ but for case and spaces, got {shown(choices)}")
     return tuple(_option(x, options, choices) for x in given), options
 
 
 def _reference(value: Any) -> str:
     if isinstance(value, list | tuple) and len(value) == 4 and all(isinstance(x, int | float) for x in value):
         return json.dumps(list(value))  # a box
-    if isinstance(value, bool) or not isinstance(value, str | int | float) or not str(value).strip():
+    number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    if not number and not (isinstance(value, str) and value.strip()):
         raise ValueError(f"answer: expected a reference (text, a number, or a box of four), got {shown(value)}")
-    return str(value)
+    return str(int(value) if isinstance(value, float) and value.is_integer() else value)  # a table makes 5.0 of 5
 
 
 def _option(value: Any, options: tuple[str, ...], choices: Sequence[Any]) -> str:
     """The option that an answer means: itself, its letter, or its place from 0 (a number, where they are text)."""
     place = type(value) is int and all(isinstance(x, str) for x in choices)
-    if str(value) in options and not place:
-        return str(value)
-    at = value if type(value) is int else -1
+    if not place and isinstance(value, str | int | float) and _reference(value) in options:
+        return _reference(value)
+    at = value if place else -1
     if isinstance(value, str) and len(value.strip()) == 1:
         at = ord(value.strip().upper()) - ord("A")
     if 0 <= at < len(options):
@@ -160,8 +167,14 @@ def _picture(image: Any, folder: Path) -> Picture:
     """
     if isinstance(image, Mapping):
         image = image.get("bytes") or image.get("path")
+    if isinstance(image, str) and not image.strip():
+        raise ValueError("image: expected a path, got an empty text")
     if isinstance(image, str) and image.startswith("data:"):
-        image = base64.b64decode(image.partition(",")[2])
+        url = image
+        try:
+            image = base64.b64decode("".join(url.partition(",")[2].split()), validate=True)
+        except binascii.Error as e:
+            raise ValueError(f"image: expected a data: URL in base64, got {shown(url)}: {e}") from None
     elif isinstance(image, str) and image.startswith("file:"):
         image = Path(url2pathname(urlsplit(image).path))
     elif isinstance(image, str) and image.startswith(("http:", "https:")):
@@ -172,10 +185,13 @@ def _picture(image: Any, folder: Path) -> Picture:
         if callable(getattr(image, "convert", None)):
             return image
         raise ValueError(f"image: expected a path, bytes or a PIL image, got {shown(image)}")
+    from PIL import UnidentifiedImageError  # only what reads images needs it
+
     try:
         with opened(image) as file:
             file.verify()
     except Exception as e:  # OSError, SyntaxError, and Pillow's own of pictures that are too large
         name = f"{len(image)} bytes" if isinstance(image, bytes) else str(image)
-        raise ValueError(f"image: expected an image file, got {name}: {getattr(e, 'strerror', None) or e}") from None
+        why = "of no format that Pillow knows" if isinstance(e, UnidentifiedImageError) else e
+        raise ValueError(f"image: expected an image file, got {name}: {getattr(e, 'strerror', None) or why}") from None
     return image

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import warnings
@@ -14,8 +15,8 @@ import torch
 
 from vlmrewrite.errors import shown
 from vlmrewrite.evaluate.asking import encode, groups_of, said
-from vlmrewrite.evaluate.given import checked
-from vlmrewrite.evaluate.journal import PAGE, RESULTS, Journal, opened, write_whole
+from vlmrewrite.evaluate.given import Given, check_counts, checked
+from vlmrewrite.evaluate.journal import PAGE, RESULTS, Journal, alone, opened, write_whole
 from vlmrewrite.evaluate.metrics import Metric, rouge_l, token_match
 from vlmrewrite.evaluate.page import page
 from vlmrewrite.evaluate.results import Evaluation, rows_of
@@ -80,27 +81,45 @@ def evaluate(
 
     Raises:
         ValueError: data, metric, recipe, model or folder cannot be used, or processes of a group were given different
-            ones; of data one line for each faulty row. Nothing is written.
+            ones, or another run writes to the folder; of data one line for each faulty row. Nothing is written.
+        TypeError: model, processor, data or recipes are nothing of the kind.
         RuntimeError: all of the first samples failed under a recipe, or no sample came through under all of them; or
             another process of the group failed.
     """
-    if batch < 1 or max_new_tokens < 1:
-        raise ValueError(f"expected batch >= 1 and max_new_tokens >= 1, got {batch} and {max_new_tokens}")
+    check_counts(batch=batch, max_new_tokens=max_new_tokens)
+    check_counts(0, seed=seed)
+    batch, max_new_tokens, seed = int(batch), int(max_new_tokens), int(seed)  # NumPy's are no JSON
     together = Together()
     given = together.agreed(lambda: checked(model, processor, data, recipes, metric, backend, kernels))
-    samples, subjects, score = given.samples, given.subjects, given.score
-    names = [subject.name for subject in subjects]
     about = {**given.about, "batch": batch, "max_new_tokens": max_new_tokens}
     together.same(about | {"seed": seed, "output": None if output is None else str(output)})
-    journal = opened(None if output is None else Path(output), about, together)
-    notes = []
+    folder, first = None if output is None else Path(output), together.rank == 0
+    with contextlib.ExitStack() as stack:
+        together.agreed(lambda: None if folder is None or not first else stack.enter_context(alone(folder)))
+        journal = opened(folder, about, together)
+        return _evaluated(model, given, journal, together, about | {"seed": seed}, progress)
+
+
+def _evaluated(
+    model: Any,
+    given: Given,
+    journal: Journal,
+    together: Together,
+    about: dict[str, Any],
+    progress: Callable[[int, int], None],
+) -> Evaluation:
+    """Ask what the journal does not hold yet, and put together what it holds then."""
+    samples, subjects, score = given.samples, given.subjects, given.score
+    names, batch, notes = [subject.name for subject in subjects], about["batch"], list[str]()
     if len(samples) < FEW:
         notes.append(f"{len(samples)} samples: intervals are wide below {FEW}")
         if together.rank == 0:
-            warnings.warn(notes[0], stacklevel=2)
+            warnings.warn(notes[0], stacklevel=3)
     if score is None:
         notes.append("the data has no references: scores are shares of tokens that are the unmodified model's")
-    asking = _Asking(subjects, score, max_new_tokens, {line["recipe"] for line in journal.lines if not line["error"]})
+    asking = _Asking(
+        subjects, score, about["max_new_tokens"], {line["recipe"] for line in journal.lines if not line["error"]}
+    )
     batches = [samples[start : start + batch] for start in range(0, len(samples), batch)]
     for turn in range(len(journal.batches)):
         progress(turn * batch, len(samples))
@@ -110,11 +129,11 @@ def evaluate(
         made = together.each(lambda own=own: asking.ask(batches[own], own) if own < len(batches) else None)  # type: ignore[misc]
         together.agreed(lambda made=made: asking.keep(journal, [x for x in made if x is not None]))  # type: ignore[misc]
     progress(len(samples), len(samples))
-    rows = rows_of(names, samples, journal.lines, journal.batches, seed)
+    rows = rows_of(names, samples, journal.lines, journal.batches, about["seed"])
     failures = tuple({k: line[k] for k in ("id", "recipe", "error")} for line in journal.lines if line["error"])
     left = len({line["id"] for line in failures})
     notes += [f"{left} of {len(samples)} samples failed, and are in no row"] * bool(left)
-    about |= {"device": str(base_model_of(model).device), "torch": torch.__version__, "seed": seed}
+    about |= {"device": str(base_model_of(model).device), "torch": torch.__version__}
     done = Evaluation(rows, tuple(journal.lines), failures, about, tuple(notes))
     together.agreed(lambda: _write(journal, done, samples))
     return done
@@ -163,7 +182,8 @@ class _Asking:
                     before = line["score"] if subject.name == UNMODIFIED else before
                     if line["score"] not in (before, None):
                         record["pictures"].append({"id": sample.id, "recipe": subject.name, "images": mine["pictures"]})
-        return lines, record, {name: (bool(found[name]), [*said.values()]) for name, said in errors.items()}
+        failed: dict[str, list[Any]] = {name: [x["error"] for x in lines if x["recipe"] == name] for name in found}
+        return lines, record, {name: (None in said, [x for x in said if x]) for name, said in failed.items()}
 
     def _judged(self, sample: Sample, mine: dict[str, Any], base: dict[str, Any]) -> dict[str, Any]:
         """How an answer is; where the metric fails, with the error, and no score."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +14,11 @@ from torch import Tensor, nn
 from transformers import LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from vlmrewrite.api import applied, report, resumed
+from vlmrewrite.api import applied, processor_set, report, resumed
 from vlmrewrite.clock import Seconds, clock_of, now
 from vlmrewrite.evaluate.asking import encode
 from vlmrewrite.evaluate.sample import Sample
-from vlmrewrite.hf import base_model_of, encode_images, language_model
+from vlmrewrite.hf import base_model_of, language_model, refuse_one_size, refuse_smaller
 from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.report import captured
 from vlmrewrite.runtime import Session, session_of
@@ -81,11 +80,9 @@ class Subject:
         self._warm, self._graphs = False, 0
         if recipe is None:
             return
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", ".*make the inputs with recipe.processor", UserWarning)  # they are
-            with applied(self.base, recipe, **options):
-                self.session = session_of(self.base)
-                blocks = getattr(self.base, ATTRIBUTE, None)
+        with processor_set(), applied(self.base, recipe, **options):
+            self.session = session_of(self.base)
+            blocks = getattr(self.base, ATTRIBUTE, None)
         self.processor, self._own = self.session.recipe.processor(processor), processor
         self.name, self.recipe = self.session.recipe.name, repr(self.session.recipe.passes)
         if isinstance(recipe, str | os.PathLike) and Path(recipe).is_dir():
@@ -98,11 +95,18 @@ class Subject:
         if self.session is None or self.processor is self._own:
             return
         try:
-            with torch.no_grad():
-                encode_images(self.base, dict(encode(self.processor, [sample]).to(self.base.device)))
-        except Exception as e:
-            why = " ".join(f"{type(e).__name__}: {e}".split())
-            raise ValueError(f"{self.name}: {type(self.base).__name__} does not take smaller pictures: {why}") from e
+            refuse_smaller(self.base, encode(self.processor, [sample]).to(self.base.device))
+        except ValueError as e:
+            raise ValueError(f"{self.name}: {e}") from e
+
+    def try_size(self) -> None:
+        """The same with a picture that is made up, as far as one can be, where samples are yet to come."""
+        if self.session is None or self.processor is self._own:
+            return
+        try:
+            refuse_one_size(self.base, self._own, self.processor)
+        except ValueError as e:
+            raise ValueError(f"{self.name}: {e}") from e
 
     def answer(self, inputs: Any, longest: int, whole: Any = None) -> Answered:
         """Answer a batch greedily; where a graph had to be captured for it, a second time, which counts.
@@ -231,11 +235,11 @@ def divergence(before: Tensor, after: Tensor) -> list[float]:
 
 
 def end_tokens(model: Any) -> set[int]:
-    """The tokens that end a text, of the model and of a language model in it that generates."""
+    """The tokens that end a text, of the model and of a language model in it that generates; none if none is named."""
     found = set[int]()
     for part in filter(None, (model, language_model(model))):
         ends = part.generation_config.eos_token_id
-        found |= set(ends) if isinstance(ends, list) else {ends}
+        found |= set(ends) if isinstance(ends, list) else {ends} - {None}
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, BatchFeature
 
-from vlmrewrite.api import applied_recipe, apply
+from vlmrewrite.api import applied_recipe, apply, processor_set
 from vlmrewrite.errors import one_of
 from vlmrewrite.evaluate import Sample, encode, end_tokens
 from vlmrewrite.harness.settings import Settings
@@ -57,7 +57,8 @@ class Answering:
         self.model, self.processor = model.to(device).eval(), AutoProcessor.from_pretrained(pretrained, **source)
         self.recipe = recipe
         if recipe is not None:
-            apply(self.model, recipe, **options)
+            with processor_set():
+                apply(self.model, recipe, **options)
             self.processor = applied_recipe(self.model).processor(self.processor)
 
     def answers(self, samples: Sequence[Sample], settings: Settings) -> list[tuple[str, int]]:

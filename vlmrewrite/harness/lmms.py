@@ -15,7 +15,7 @@ from lmms_eval.utils import simple_parse_args_string
 from torch import nn
 from tqdm import tqdm
 
-from vlmrewrite.api import applied_recipe, apply
+from vlmrewrite.api import applied_recipe, apply, processor_set
 from vlmrewrite.errors import one_of
 from vlmrewrite.evaluate import Sample
 from vlmrewrite.harness.answering import Answering
@@ -85,8 +85,9 @@ class Asked(lmms):
         model = getattr(made, "model", None)
         if not isinstance(model, nn.Module):
             raise ValueError(f"base={base}: expected a class whose model is a torch module, got {type(model).__name__}")
-        apply(model, **options)
-        if any(hasattr(item, "processor") for item in applied_recipe(model).passes):
+        with processor_set():
+            apply(model, **options)
+        if applied_recipe(model).sets_processor:
             raise ValueError(f"base={base} makes its inputs itself: expected a recipe that leaves pictures as large")
         return made
 

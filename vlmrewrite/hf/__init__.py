@@ -54,7 +54,7 @@ from vlmrewrite.hf.mixers import (
     recurrent_mixers,
 )
 from vlmrewrite.hf.numbers import goes_by_number
-from vlmrewrite.hf.pictures import smaller
+from vlmrewrite.hf.pictures import refuse_one_size, refuse_smaller, smaller
 from vlmrewrite.hf.placement import scattered
 from vlmrewrite.hf.support import check_support
 from vlmrewrite.hf.undo import Undo, drop
@@ -140,7 +140,9 @@ __all__ = [
     "put_forward",
     "recurrent_mixers",
     "refuse_implementation",
+    "refuse_one_size",
     "refuse_packed",
+    "refuse_smaller",
     "run_around",
     "scattered",
     "sites",

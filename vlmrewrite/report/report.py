@@ -15,7 +15,7 @@ from vlmrewrite.ops import Run
 from vlmrewrite.plan import Call, Pass, describe
 from vlmrewrite.report.memory import peak_memory
 from vlmrewrite.report.picture import KeptTokens, kept_picture
-from vlmrewrite.report.summary import compared, dropping_nothing, other_layers, saving_nothing, verdicts
+from vlmrewrite.report.summary import by_processor, compared, dropping_nothing, other_layers, saving_nothing, verdicts
 from vlmrewrite.report.words import lines_of
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime import Session
@@ -174,10 +174,12 @@ def make_report(
         notes.append(f"Inductor compiled {compiled_calls} of the {plain_calls} calls without a new image")
     notes += uncompiled
     if program is None or call is None:
-        untried: tuple[dict[str, Any], ...] = tuple(
-            {"name": p.name, "configuration": repr(p), "matched": None, "changed": None, "reason": None} for p in passes
+        untried: dict[str, Any] = {"matched": None, "changed": None, "reason": None}
+        listed = tuple(
+            {"name": p.name, "configuration": repr(p), **untried, "by_processor": hasattr(p, "processor")}
+            for p in passes
         )
-        return Report(recipe, backend, None, untried, graphs=graphs, notes=tuple(notes))
+        return Report(recipe, backend, None, listed, graphs=graphs, notes=tuple(notes))
     variants = () if dispatch is None else dispatch.plan.variants
     followed = [(variants[run.variant], len(run.kept)) for run in runs if run.kept]
     layers, totals = compared(program, call.counts, call.past, held, followed)
@@ -190,7 +192,7 @@ def make_report(
             f" ({told}): totals hold their {wasted / 1e9:.4g} GFLOP"
         )
     notes += other_layers(program.plan) + dropping_nothing(program.plan, call.counts)
-    notes += saving_nothing(totals, "the last call")
+    notes += by_processor(passes) + saving_nothing(totals, "the last call", passes)
     summary = {
         "summary": describe(call.counts),
         "rows": len(call.counts.text),
@@ -212,7 +214,7 @@ def make_report(
         recipe,
         backend,
         plan,
-        tuple(verdicts(program.outcomes)),
+        tuple(verdicts(program.outcomes, passes)),
         tuple(layers),
         totals,
         summary,

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from vlmrewrite.analysis import LayerCost
-from vlmrewrite.plan import Outcome, Plan, TokenCounts
+from vlmrewrite.plan import Outcome, Pass, Plan, TokenCounts
 from vlmrewrite.rewrite import Program
 
 
@@ -85,13 +85,26 @@ def other_layers(plan: Plan) -> list[str]:
     ]
 
 
-def saving_nothing(totals: dict[str, dict[str, float]], where: str) -> list[str]:
-    """A line if there are as many FLOPs after as before, or more."""
+def saving_nothing(totals: dict[str, dict[str, float]], where: str, passes: Sequence[Pass] = ()) -> list[str]:
+    """A line if there are as many FLOPs after as before, or more, and not all passes leave saving to the processor."""
+    if passes and all(hasattr(p, "processor") for p in passes):
+        return []
     return [f"this recipe saves no FLOPs on {where}"] * (totals["after"]["flops"] >= totals["before"]["flops"])
 
 
-def verdicts(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """What became of each pass: see :class:`vlmrewrite.plan.Outcome`."""
+def by_processor(passes: Sequence[Pass]) -> list[str]:
+    """A line on each pass that works by way of the processor, and so leaves the graph as it is."""
+    return [
+        f"{p!r} is the processor's part: costs, before and after, are those of the pictures that came, and what smaller"
+        " ones save is not in them"
+        for p in passes
+        if hasattr(p, "processor")
+    ]
+
+
+def verdicts(outcomes: Sequence[Outcome], passes: Sequence[Pass] = ()) -> list[dict[str, Any]]:
+    """What became of each pass: see :class:`vlmrewrite.plan.Outcome`; and whether the processor does what it is for."""
+    outside = {repr(p) for p in passes if hasattr(p, "processor")}
     return [
         {
             "name": o.name,
@@ -99,6 +112,7 @@ def verdicts(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
             "matched": o.reason is None,
             "changed": o.changed,
             "reason": o.reason,
+            "by_processor": o.configuration in outside,
         }
         for o in outcomes
     ]
@@ -110,14 +124,20 @@ def verdict(told: dict[str, Any]) -> str:
         return "not tried yet"
     if not told["matched"]:
         return f"REFUSED: {told['reason']}"
+    if told["by_processor"]:
+        return "matched, BY THE PROCESSOR: the graph stays as it is"
     return "matched" if told["changed"] else "matched, CHANGES NOTHING"
 
 
-def summary(program: Program) -> dict[str, Any]:
+def summary(program: Program, passes: Sequence[Pass] = ()) -> dict[str, Any]:
     """What each layer works on and costs, before and after, the totals, and what is to be noted; plain values.
 
     Of a dispatch, ``variants`` holds layers and totals of each of its plans, and those outside are the last one's, the
     most demanding; ``chooser`` says who chooses.
+
+    Args:
+        program: captured or rewritten.
+        passes: what it was rewritten by.
 
     Raises:
         ValueError: the program's call is not known.
@@ -128,6 +148,7 @@ def summary(program: Program) -> dict[str, Any]:
     found = [compared(replace(program, plan=plan), program.call.counts, program.call.past) for plan in plans]
     each = [{"layers": layers, "totals": totals} for layers, totals in found]
     notes = other_layers(program.plan) + dropping_nothing(program.plan, program.call.counts)
-    notes += saving_nothing(found[0][1], "this prompt") if program.outcomes else []
-    about = {"passes": verdicts(program.outcomes), **each[-1], "seconds": program.seconds, "notes": notes}
+    notes += by_processor(passes)
+    notes += saving_nothing(found[0][1], "this prompt", passes) if program.outcomes else []
+    about = {"passes": verdicts(program.outcomes, passes), **each[-1], "seconds": program.seconds, "notes": notes}
     return about | ({"variants": each, "chooser": str(program.plan.chooser)} if program.plan.variants else {})

@@ -12,12 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 
 from vlmrewrite.evaluate import (
     Journal,
     Sample,
     Subject,
+    alone,
+    check_counts,
     each_row,
     groups_of,
     id_of,
@@ -110,9 +111,7 @@ def map_rows(
         RuntimeError: the model failed on the first rows, all of them (they are asked again when the run goes on), its
             device no longer works, or processes of the cluster were lost again and again. What was done stays done.
     """
-    if batch < 1 or max_new_tokens < 1 or actors < 1:
-        got = f"batch={batch}, max_new_tokens={max_new_tokens}, actors={actors}"
-        raise ValueError(f"expected numbers of at least 1, got {got}")
+    check_counts(batch=batch, max_new_tokens=max_new_tokens, actors=actors)
     if ray is not None:
         ray_module()
         if load is None:
@@ -124,10 +123,11 @@ def map_rows(
         raise ValueError(f"expected a {type(model).__name__} in eval mode, got one in training: call model.eval()")
     source, folder, total = Path(data), Path(output), number_of_rows(data)
     subject = Subject(model, processor, recipe, backend=backend, kernels=kernels)
+    subject.try_size()
     about = {"data": _hash_of(source), "rows": total, "recipe": {subject.name: subject.recipe}}
     about |= {"model": identity_of(base), "batch": batch, "max_new_tokens": max_new_tokens}
     about |= {"backend": backend, "kernels": kernels}
-    with _alone(folder):
+    with alone(folder):
         journal = Journal(folder, about)
         before = len(journal.lines)
         pending = _pending(source, processor, {line["row"] for line in journal.lines})
@@ -240,26 +240,6 @@ def _asking(
     if (found := identity_of(base_model_of(model))) != same:
         raise ValueError(f"load: expected the model that the run is of, {same}, got {found}")
     return _Asking(Subject(model, processor, recipe, backend=backend, kernels=kernels), longest).ask
-
-
-class _alone:
-    """While the block runs, no other run writes to a folder."""
-
-    def __init__(self, folder: Path) -> None:
-        if folder.exists() and not folder.is_dir():
-            raise ValueError(f"{folder}: expected a folder, or nothing, got a file")
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.lock = FileLock(self.folder / ".lock", timeout=0)
-        try:
-            self.lock.acquire()
-        except Timeout:
-            raise ValueError(f"{self.folder}: another run is writing to it; expected a folder of its own") from None
-
-    def __exit__(self, *_: object) -> None:
-        self.lock.release()
 
 
 def _finished(folder: Path, lines: list[Line], before: int) -> Mapped:

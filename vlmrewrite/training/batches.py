@@ -19,14 +19,18 @@ def answered(processor: Any, samples: Sequence[Sample], ends: Collection[int]) -
     Args:
         processor: the model's.
         samples: with answers.
-        ends: tokens that end a text.
+        ends: tokens that end a text, one at least.
 
     Returns:
         what a forward takes; ``labels`` int64 [B, T], -100 but for answers.
 
     Raises:
-        ValueError, OSError: as :func:`vlmrewrite.evaluate.encode`; or a sample has no answer.
+        ValueError, OSError: as :func:`vlmrewrite.evaluate.encode`; or a sample has no answer, or no token ends a text.
     """
+    if not ends:
+        raise ValueError(
+            "expected a model whose generation_config names the token that ends a text (eos_token_id), got none"
+        )
     if bare := [s.id for s in samples if not s.answers]:
         raise ValueError(f"expected samples with an answer, got {bare[0]!r} without")
     try:

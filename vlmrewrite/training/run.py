@@ -16,11 +16,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from vlmrewrite.api import applied, applied_recipe
+from vlmrewrite.api import applied, applied_recipe, processor_set
 from vlmrewrite.checkpoint import load_blocks, save_blocks
 from vlmrewrite.compat import modes_kept, part_trainer
 from vlmrewrite.evaluate import Sample, end_tokens, fingerprint, identity_of, numbers_of, read_data, refuse_chats
-from vlmrewrite.hf import base_model_of
+from vlmrewrite.hf import base_model_of, refuse_smaller
 from vlmrewrite.training.batches import answered, refuse_damaged
 from vlmrewrite.training.blocks import other_learners, trainable_blocks
 from vlmrewrite.training.folder import (
@@ -125,8 +125,12 @@ def train(
     base, folder = base_model_of(model), Path(output)
     weights = identity_of(base)
     transformers.set_seed(seed)
-    with modes_kept(base), applied(base, recipe, backend="eager", strict=True):
+    with modes_kept(base), processor_set(), applied(base, recipe, backend="eager", strict=True):
         blocks = trainable_blocks(base)
+        processor = applied_recipe(base).processor(processor)
+        first = answered(processor, samples[:1], end_tokens(base))  # fails before anything is written
+        if applied_recipe(base).sets_processor:
+            refuse_smaller(base, {name: x.to(base.device) for name, x in first.items()})
         if others := other_learners(base):
             raise ValueError(
                 f"{others[0]} and {len(others) - 1} more parameters ask for a gradient: blocks alone are trained here;"
