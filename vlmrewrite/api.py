@@ -7,6 +7,7 @@ import importlib
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,8 @@ from vlmrewrite.recipe import Recipe
 from vlmrewrite.report import Report, report_on
 from vlmrewrite.runtime import SESSIONS, Session, install_session, remove_session, session_of
 from vlmrewrite.saving import METHODS, Stored, named_folder, put_blocks, read, refuse_other
+
+_PROCESSOR_SET: ContextVar[bool] = ContextVar("vlmrewrite_processor_set", default=False)
 
 
 def apply(
@@ -115,7 +118,7 @@ def apply(
     if own is not None and chosen.sets_processor:
         vars(model)[APPLIED].callback(setattr, given, "processor", own)
         given.processor = made
-    elif chosen.sets_processor:
+    elif chosen.sets_processor and not _PROCESSOR_SET.get():
         warnings.warn(
             f"recipe {chosen.name!r} makes pictures smaller by way of the processor, which apply does not see: make the"
             " inputs with recipe.processor(processor), where recipe is vlmrewrite.Recipe.of(...)",
@@ -127,9 +130,11 @@ def apply(
 @contextlib.contextmanager
 def processor_set() -> Iterator[None]:
     """While the block runs, :func:`apply` does not say that inputs have to be made in another way: they are."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*make the inputs with recipe.processor", UserWarning)
+    token = _PROCESSOR_SET.set(True)
+    try:
         yield
+    finally:
+        _PROCESSOR_SET.reset(token)
 
 
 def apply_stored(model: nn.Module, stored: Stored, **options: Any) -> nn.Module:
