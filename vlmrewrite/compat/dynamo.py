@@ -134,15 +134,11 @@ def _of_fixed_sizes(graph: torch.fx.Graph, argument: str) -> None:
 
 def _without_shapes(graph: torch.fx.Graph) -> None:
     """In a backend: put the numbers of each ``torch.Size`` that is made in its place, as other shapes are written."""
-    for node in graph.find_nodes(op="call_function", target=torch.Size):
-        numbers: Any = node.args[0]
-        shape: dict[Any, Any] = {node: tuple(numbers)}
-
-        def known(n: torch.fx.Node, shape: dict[Any, Any] = shape) -> Any:
-            return shape.get(n, n)
-
-        for user in [*node.users]:
-            user.args, user.kwargs = map_arg(user.args, known), map_arg(user.kwargs, known)
+    made: list[Any] = graph.find_nodes(op="call_function", target=torch.Size)
+    shapes: dict[torch.fx.Node, Any] = {node: tuple(node.args[0]) for node in made}
+    for user in {user: None for node in made for user in node.users}:
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: shapes.get(n, n))
+    for node in made:
         graph.erase_node(node)
 
 
