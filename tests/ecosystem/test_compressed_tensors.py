@@ -13,6 +13,7 @@ from vlmrewrite.testing.models import ZOO, Row
 
 quantization = pytest.importorskip("compressed_tensors.quantization")
 compressors = pytest.importorskip("compressed_tensors.compressors")
+offload = pytest.importorskip("compressed_tensors.offload")
 
 pytestmark = pytest.mark.filterwarnings("ignore:You passed .quantization_config.:UserWarning")
 CHANNEL, GROUP = {"strategy": "channel"}, {"strategy": "group", "group_size": 8}
@@ -66,11 +67,19 @@ def test_weights_that_are_unpacked_as_they_are_loaded(folder):
 
 
 @torch.no_grad()
-def test_weights_that_stay_packed_are_refused(folder):
-    """The library exchanges the forward of each module, and unpacks at the first call."""
-    model, inputs = loaded(folder, True), TINY.inputs([Row(1, 3, 4)], seed=1)
+def test_weights_that_are_unpacked_by_the_first_call(folder):
+    """What the library keeps around every module since is refused, until it is taken off; its linear maps' stays."""
+    model, inputs = loaded(folder, True), TINY.inputs([Row(1, 3, 4), Row(2, 1, 2)], side="left", seed=1)
     vr.apply(model, "sts-half")
     with pytest.raises(CaptureError, match=r"the forward of \S+ was exchanged on the instance"):
         model(**inputs)
     vr.restore(model)
     assert model(**inputs).logits.isfinite().all()
+    offload.remove_dispatch(model, onload_tensors=True)
+    assert "forward" in vars(model.get_decoder().layers[0].mlp.up_proj)
+    for recipe in ([STS(keep=6, refine=3, at=1)], [FastV(at=1, keep=4)]):
+        assert vr.verify(model, inputs, recipe) < 1e-4
+    how = inputs | {"max_new_tokens": 6, "do_sample": False}
+    expected = model.generate(**how)
+    with vr.applied(model, [Stride(1.0)]):
+        assert torch.equal(model.generate(**how), expected)

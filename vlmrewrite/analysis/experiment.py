@@ -13,10 +13,11 @@ from torch.fx.node import map_arg
 
 from vlmrewrite.analysis.functions import TRIED, Function, as_calls
 from vlmrewrite.analysis.graph import expression, is_number, sizes, symbols, value
+from vlmrewrite.analysis.tokenwise import rule_of
 from vlmrewrite.compat import has_gradient, operator_of, schema_of
 from vlmrewrite.ops import Differentiable
 
-_OURS = ("aten", "prim", "prims", "vlm")
+_OURS = ("prim", "prims", "vlm")
 _KEPT, _LOUD = slice(0, None, 2), 1000.0
 
 
@@ -26,7 +27,7 @@ class _UntriedError(Exception):
 
 @torch.no_grad()
 def try_operators(gm: GraphModule, inputs: Mapping[Node, object]) -> None:
-    """Try each operator, and autograd function, of another library in a captured graph; note what came out.
+    """Try each operator, and autograd function, of which nothing is known in a captured graph; note what came out.
 
     Its weights are the model's; its tokens are random. Half of them are left out, which are a thousand times larger
     than the others: what works along tokens, and be it that it scales all of them by the largest, gives the others
@@ -40,7 +41,8 @@ def try_operators(gm: GraphModule, inputs: Mapping[Node, object]) -> None:
     as_calls(gm)
     for node in gm.graph.nodes:
         operator = operator_of(node.target) if node.op == "call_function" else None
-        if isinstance(node.target, Function) or (operator is not None and operator.namespace not in _OURS):
+        unknown = operator is not None and operator.namespace not in _OURS and rule_of(node.target) is None
+        if isinstance(node.target, Function) or unknown:
             key = repr((node.target, map_arg(node.args, _form), map_arg(node.kwargs, _form)))
             if key not in found:
                 known = operator is None or has_gradient(operator)
@@ -68,7 +70,8 @@ def _trial(node: Node, operator: Any, gm: GraphModule, inputs: Mapping[Node, obj
             _compare(node, made, axis)
     except Exception as e:
         told = str(e) if isinstance(e, _UntriedError) else f"on made-up tokens it raised {type(e).__name__}: {e}"
-        return f"{node.target} is not known to treat tokens alike: {told}"
+        named = " of ".join(map(str, (node.target, *(x for x in node.args if isinstance(x, str)))))
+        return f"{named} is not known to treat tokens alike: {told}"
     return None
 
 

@@ -44,7 +44,7 @@ def not_token_wise(node: Node, length: object, batch: object = None) -> str | No
     if node.op not in ("call_function", "call_method"):
         return f"a {node.op} node is not recognised"
     target = called(node)
-    rule = next((rule for kind, rule in _RULES if target in kind), _aligned if TRIED in node.meta else None)
+    rule = rule_of(target) or (_aligned if TRIED in node.meta else None)
     reason = hidden_write(node) or node.meta.get(TRIED)
     if reason is not None or rule is None:
         return reason or f"{name_of(target)!r} is not known to treat tokens alike"
@@ -61,6 +61,11 @@ def not_token_wise(node: Node, length: object, batch: object = None) -> str | No
         return "the shape of its result is not known"
     lost = tokens and any("token" not in _axes(x, length).values() for x in out)
     return "its result has no token axis" if lost and target not in operators.CONSTANTS else None
+
+
+def rule_of(target: Any) -> Callable[[Node, object], str | None] | None:
+    """What says of a node with this target why it may mix tokens; None if nothing is known of the target."""
+    return next((rule for kind, rule in _RULES if target in kind), None)
 
 
 def _tensors(nodes: object) -> list[Tensor]:

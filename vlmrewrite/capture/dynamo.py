@@ -21,6 +21,7 @@ from vlmrewrite.compat import at_graph_limit, global_hooks, graph_limit, untrace
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, hooked, parameter_inputs, scattered
 from vlmrewrite.kvcache import PositionCache
+from vlmrewrite.ops import keep_whole, know
 
 _LOG = logging.getLogger(__name__)
 
@@ -89,13 +90,19 @@ class CapturedForward:
             CaptureError: the forward could not be captured as one graph.
             RuntimeError: something else ran in place of the graph, or there would be too many graphs.
         """
+        known = know(whole or model)
         if (alike := self._look(model)) is not None:
             try:
                 return self._run(runner, model, cache, kwargs, images, whole, alike)
             except UnlikeError as e:
                 self.whole = str(e)
                 _LOG.info("all layers of %s are traced: %s", type(whole or model).__name__, self.whole)
-        return self._run(runner, model, cache, kwargs, images, whole)
+        try:
+            return self._run(runner, model, cache, kwargs, images, whole)
+        except CaptureError as e:
+            if not keep_whole(whole or model, e.details, known):
+                raise
+        return self(runner, model, cache, kwargs, images, whole)
 
     @property
     def copied(self) -> int:

@@ -13,6 +13,7 @@ import torch
 import torch._dynamo
 import torch.fx
 from torch import Tensor
+from torch.fx.node import map_arg
 
 from vlmrewrite.compat.private import attribute, find, patched
 from vlmrewrite.compat.stored import keep_compiled
@@ -90,6 +91,7 @@ def captured(
     def lasting(gm: torch.fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
         _unguarded("_CAN_RECORD_REGISTRY")
         _of_fixed_sizes(gm.graph, fixed)
+        _without_shapes(gm.graph)
         return backend(gm, example_inputs)  # type: ignore[no-any-return]
 
     return _behind_dynamo(function, lasting, options, traced)
@@ -128,6 +130,16 @@ def _of_fixed_sizes(graph: torch.fx.Graph, argument: str) -> None:
             x = node.meta["example_value"]
             for size in [x] if isinstance(x, torch.SymInt) else x.shape if isinstance(x, torch.nn.Parameter) else ():
                 int(size)  # a guard, by which the symbol is a number from here on
+
+
+def _without_shapes(graph: torch.fx.Graph) -> None:
+    """In a backend: put the numbers of each ``torch.Size`` that is made in its place, as other shapes are written."""
+    made: list[Any] = graph.find_nodes(op="call_function", target=torch.Size)
+    shapes: dict[torch.fx.Node, Any] = {node: tuple(node.args[0]) for node in made}
+    for user in {user: None for node in made for user in node.users}:
+        user.args, user.kwargs = map_arg((user.args, user.kwargs), lambda n: shapes.get(n, n))
+    for node in made:
+        graph.erase_node(node)
 
 
 def inductor(gm: torch.fx.GraphModule) -> Callable[..., Any]:
@@ -222,13 +234,14 @@ def tracing_options(**dynamo: Any) -> Iterator[None]:
 
     Hooks on modules are guarded: a graph is captured again where they have changed. What transformers checks of tensors
     (``torch_compilable_check``) is left out: the host has compared the number of tokens and features, and torch 2.11
-    cannot trace it.
+    cannot trace it. Parameters are a graph's inputs, also where somebody has Inductor make constants of them.
     """
     with (
         find("torch._dynamo.convert_frame", "compile_lock"),
         _environment("TRANSFORMERS_DISABLE_TORCH_CHECK", "1"),
         patched("torch.fx.experimental._config", use_duck_shape=False),
         patched("torch._dynamo.config", **_OPTIONS, **dynamo),
+        patched("torch._inductor.config", freezing=False),
         _symbols_in_messages(),
         _compiling_here_alone(),
     ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -41,8 +42,8 @@ def dequantise(block: nn.Module) -> int:
         inside: Any = getattr(module, "in_features", None)
         outside: Any = getattr(module, "out_features", None)
         linear = isinstance(inside, int) and isinstance(outside, int)
-        if not own and linear and not any(module.children()):
-            odd = dict(module.named_buffers(recurse=False))
+        if not own and linear and (path in several or not any(module.children())):
+            odd = dict(module.named_buffers())
         if not odd and path not in several:
             continue
         (name, first), *_ = (odd or own).items()
@@ -65,7 +66,8 @@ def dequantise(block: nn.Module) -> int:
 
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module has the sizes of a linear map, and does what one does, but for the rounding of a few bits."""
-    inside, first = getattr(module, "in_features", None), next(module.parameters(), None)
+    inside, held = getattr(module, "in_features", None), itertools.chain(module.parameters(), module.buffers())
+    first = next(held, None)
     if not isinstance(inside, int) or not isinstance(getattr(module, "out_features", None), int) or first is None:
         return False
     plain = next((p for p in module.parameters() if _trainable(p)), torch.empty(()))

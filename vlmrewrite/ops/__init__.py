@@ -35,6 +35,7 @@ from vlmrewrite.ops.recurrent import RECURRENT, mixers_swapped, recurrent, swap_
 from vlmrewrite.ops.rows import ROWS, TOKENS, Along, Join, Run, cut, joined
 from vlmrewrite.ops.scoring import counted, greedy_flops, least_of, like_member, per_image, shared_out
 from vlmrewrite.ops.selection import select, token_index
+from vlmrewrite.ops.whole import keep_whole, know, whole_until
 
 __all__ = [
     "ATTENTION",
@@ -79,11 +80,13 @@ __all__ = [
     "greedy_scratch",
     "interpreted",
     "joined",
+    "keep_whole",
     "kernel_attention",
     "kernel_mask",
     "kernel_mask_everywhere",
     "kernel_mask_softcapped",
     "kernels_missing",
+    "know",
     "kv_append",
     "least_of",
     "like_member",
@@ -103,4 +106,5 @@ __all__ = [
     "unhidden",
     "upper_products",
     "visible",
+    "whole_until",
 ]

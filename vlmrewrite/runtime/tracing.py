@@ -17,7 +17,7 @@ from vlmrewrite.compiler import program_of
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, on_base_model, refuse_packed, tidy
 from vlmrewrite.kvcache import PositionCache
-from vlmrewrite.ops import mixers_swapped
+from vlmrewrite.ops import mixers_swapped, whole_until
 from vlmrewrite.plan import FEATURES
 from vlmrewrite.rewrite import Program
 from vlmrewrite.runtime.around import entering, in_place_of
@@ -63,6 +63,7 @@ def trace(model: nn.Module, inputs: dict[str, Any]) -> Program:
         for each in (hf.attention_swapped(model), mixers_swapped(model), torch.no_grad()):
             stack.enter_context(each)
         stack.callback((undo := hf.Undo(model)).close)
+        stack.enter_context(whole_until(undo))
         put_below(undo, model, None)
         kwargs, prompt.sizes = tidy(model, (), dict(inputs), prompt.encodings.append, encode=not inner)
         if kwargs.get("use_cache") is False:
