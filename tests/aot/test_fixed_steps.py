@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -245,6 +246,60 @@ def test_a_decode_step_that_cannot_be_captured(as_they_are, seen, monkeypatch, b
         assert "run without the compiler" in " ".join(str(vr.report(tiny.model)).split())
 
 
+def test_what_one_call_cannot_is_not_said_of_others(seen, monkeypatch):
+    """A call that is wrong in any way raises its own error; one without positions is another form of call."""
+    tiny = family("qwen2_5_vl", dtype=torch.float64)
+    inputs, token = tiny.inputs(ONE), torch.tensor([[9]])
+    monkeypatch.setattr(text, "resolve", lambda *_: "inductor")
+    n = inputs["input_ids"].shape[1]
+    with torch.no_grad(), vr.applied(tiny.model, [Stride(0.5)]):
+
+        def prompt():
+            cache = StaticCache(tiny.model.config.get_text_config(), n + 9)
+            tiny.model(**inputs, past_key_values=cache)
+            return cache
+
+        def step(cache, **more):
+            before = len(seen)
+            tiny.model(input_ids=token, past_key_values=cache, **more)
+            return len(seen) - before, cache._fixed is not None
+
+        at = torch.full((4, 1, 1), n)
+        assert step(prompt(), position_ids=at) == (1, True)
+        with pytest.raises(RuntimeError, match="cannot be multiplied"):
+            step(prompt(), position_ids=at.repeat(1, 1, 5))
+        assert step(cache := prompt(), position_ids=at) == (1, True)
+        with pytest.warns(UserWarning, match="keys that grow"):
+            assert step(cache) == (1, False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert step(cache) == (1, False)
+        assert step(cache, position_ids=at) == (1, True)
+
+
+def test_a_mask_that_is_too_short_is_the_same_error(llava, seen):
+    inputs, step = llava.inputs(TWO, side="left"), torch.tensor([[9], [8]])
+    with torch.no_grad(), vr.applied(llava.model, SOME, backend="inductor"):
+        cache = StaticCache(llava.model.config.get_text_config(), inputs["input_ids"].shape[1] + 3)
+        llava.model(**inputs, past_key_values=cache)
+        with pytest.raises(RuntimeError, match="index|size"):
+            llava.model(input_ids=step, attention_mask=inputs["attention_mask"], past_key_values=cache)
+
+
+def test_steps_under_autocast_behind_a_prompt_without(llava, seen):
+    inputs, results = llava.inputs(ONE), []
+    for backend in ("eager", "inductor"):
+        with torch.no_grad(), vr.applied(llava.model, SOME, backend=backend):
+            cache = StaticCache(llava.model.config.get_text_config(), inputs["input_ids"].shape[1] + 3)
+            llava.model(**inputs, past_key_values=cache)
+            with torch.autocast("cpu", torch.bfloat16):
+                results += [llava.model(input_ids=torch.tensor([[9]]), past_key_values=cache).logits for _ in range(2)]
+            assert cache.layers[0].keys.dtype is torch.float32
+    assert len(seen) == 2
+    for got, expected in zip(results[2:], results[:2], strict=True):
+        torch.testing.assert_close(got, expected, atol=3e-2, rtol=3e-2)
+
+
 def test_free_slots_are_those_behind_all_that_was_written():
     positions = torch.tensor([[0, -1, 2, FREE, FREE], [-1, 1, 2, FREE, FREE]])
     assert free_slots(positions, torch.tensor([[3], [3]])).tolist() == [3]
@@ -254,7 +309,8 @@ def test_free_slots_are_those_behind_all_that_was_written():
     for one, new, end in zip(got, (k, v, pos), (-2, -2, -1), strict=True):
         assert torch.equal(one.narrow(end, 3, 2), new)
     assert torch.equal(got[0][:, :, :3], keys[:, :, :3])
-    torch.library.opcheck(torch.ops.vlm.kv_append.default, (keys, values, positions, k, v, pos, True))
+    for half in (k, v), (k.half(), v.half()):
+        torch.library.opcheck(torch.ops.vlm.kv_append.default, (keys, values, positions, *half, pos, True))
     grown = kv_append(keys[:, :, :3], values[:, :, :3], positions[:, :3], k, v, pos)
     assert all(map(torch.equal, got, grown))
 

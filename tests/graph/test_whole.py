@@ -7,6 +7,7 @@ import functools
 
 import pytest
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import nn
 
@@ -255,8 +256,8 @@ def test_operators_of_pytorch_itself_are_tried():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_parameters_are_inputs_where_inductor_is_asked_to_freeze_them(monkeypatch):
+def test_parameters_are_inputs_where_inductor_is_asked_to_freeze_them():
     """As libraries ask it to, for the whole process."""
-    monkeypatch.setattr("torch._inductor.config.freezing", True)
     tiny = ZOO["llava"](layers=3, seed=5)
-    forward_agreement(tiny.model, tiny.inputs(ROWS), [DPVR(at=2)]).check()
+    with torch._inductor.config.patch(freezing=True):
+        forward_agreement(tiny.model, tiny.inputs(ROWS), [DPVR(at=2)]).check()

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vlmrewrite import ops
 from vlmrewrite.analysis import append_of
+from vlmrewrite.errors import CaptureError
 from vlmrewrite.kvcache import PositionCache
 from vlmrewrite.lower.lowering import lower
 from vlmrewrite.lower.pieces import behind, positions_apart
@@ -61,7 +62,7 @@ def kv_write(
 
 def write(held: Tensor, new: Tensor, at: Tensor) -> Tensor:
     """Write to slots ``at`` int64 [t] of keys or values [B, Hk, C, D], or positions [B, C], in place."""
-    return held.index_copy_(min(2, held.dim() - 1), at, new)
+    return held.index_copy_(min(2, held.dim() - 1), at, new.to(held.dtype))
 
 
 def _in_full(graph: torch.fx.Graph) -> None:
@@ -70,7 +71,7 @@ def _in_full(graph: torch.fx.Graph) -> None:
     for grown in graph.find_nodes(op="call_function", target=ops.KV_APPEND):
         keys, values, positions, k, v, pos, _ = grown.args
         if not all(x in inputs and set(x.users) == {grown} for x in (keys, values)):
-            raise RuntimeError(f"something else than {grown.name} reads what its layer of the cache held before")
+            raise CaptureError(f"something else than {grown.name} reads what its layer of the cache held before", "")
         with graph.inserting_before(grown):
             if first := positions not in slots:
                 slots[positions] = graph.call_function(ops.free_slots, (positions, pos))
@@ -123,6 +124,7 @@ class DecodeStep(NamedTuple):
 
         Raises:
             RuntimeError: an attention's keys do not come from the cache, or it cannot be lowered so.
+            CaptureError: ``full``, and a layer's keys are read beside what is appended to them.
         """
         graph = copy.deepcopy(gm.graph)
         _positioned(graph, plain)

@@ -145,7 +145,8 @@ def kv_append(
         return k, v, pos
     if fixed:
         at = free_slots(positions, pos)
-        return keys.index_copy(2, at, k), values.index_copy(2, at, v), positions.index_copy(1, at, pos)
+        new = k.to(keys.dtype), v.to(values.dtype)
+        return keys.index_copy(2, at, new[0]), values.index_copy(2, at, new[1]), positions.index_copy(1, at, pos)
     return torch.cat([keys, k], 2), torch.cat([values, v], 2), torch.cat([positions, pos], 1)
 
 
@@ -179,9 +180,10 @@ def _kv_append_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     past = 0 if keys is None else keys.shape[2]
     n = past if fixed else past + k.shape[2]
+    of_k, of_v = (keys, values) if fixed and keys is not None and values is not None else (k, v)
     return (
-        k.new_empty(k.shape[0], k.shape[1], n, k.shape[3]),
-        v.new_empty(v.shape[0], v.shape[1], n, v.shape[3]),
+        of_k.new_empty(k.shape[0], k.shape[1], n, k.shape[3]),
+        of_v.new_empty(v.shape[0], v.shape[1], n, v.shape[3]),
         pos.new_empty(pos.shape[0], n),
     )
 

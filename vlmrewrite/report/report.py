@@ -109,7 +109,7 @@ def report_on(model: nn.Module, session: Session, memory: bool) -> Report:
         compiled_calls=session.text.compiled.total(),
         memory=peak_memory(session) if memory else {},
         inner=inner,
-        uncompiled=[*session.text.why.values()],
+        uncompiled=[*dict.fromkeys(session.text.why.values())],
     )
     return made if latest is None else replace(made, kept=kept_picture(model, latest))
 

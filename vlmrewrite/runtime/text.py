@@ -26,51 +26,65 @@ class TextCalls:
     Attributes:
         calls: how many there were, by thread, so that none waits for another, and whether a cache was there.
         compiled: how many of them a compiler ran, by thread.
-        why: why a compiler runs none, or none of a fixed length, where it was to; by what is done instead.
+        why: why a compiler runs none, or none of a fixed length, where it was to; by what is done instead, and the
+            names of the arguments of the calls that it holds for.
     """
 
     def __init__(self, backend: Backend, kernels: Kernels) -> None:
         self._backend, self._kernels = backend, kernels
         self.calls: Counter[tuple[int, bool]] = Counter()
         self.compiled: Counter[int] = Counter()
-        self.why: dict[str, str] = {}
+        self.why: dict[tuple[str, frozenset[str]], str] = {}
 
     def __call__(self, model: nn.Module, cache: PositionCache | None, kwargs: dict[str, Any]) -> Any:
         """Run a forward, of a model or its decoder, with the arguments of that but for the cache."""
-        device = hf.device_of(model)
+        device, failed = hf.device_of(model), None
         self.calls[threading.get_ident(), cache is not None and cache.get_seq_length() > 0] += 1
         if cache is not None:
             kwargs = hf.without_full_mask(kwargs)
-            backend = resolve(self._backend, device)
-            if backend != "eager" and _EAGER not in self.why and not (hf.lends(model) or cache.stores):
+            backend, form = resolve(self._backend, device), frozenset(k for k, x in kwargs.items() if x is not None)
+            if backend != "eager" and (_EAGER, form) not in self.why and not (hf.lends(model) or cache.stores):
                 try:
-                    out = self._compiled(model, cache, kwargs, device, backend)
+                    out = self._compiled(model, cache, kwargs, form, device, backend)
                 except CaptureError as e:
                     if self._backend != "auto":
                         raise
-                    self._tell(model, _EAGER, e)
+                    failed = str(e)
                 else:
                     self.compiled[threading.get_ident()] += 1
                     return out
         kernels = self._kernels if choose(self._kernels, device).kernel == "triton" else None
         with capture.running(cache, kernels):
             forward, kwargs = type(model).forward, hf.keeping_all_tokens(kwargs)
-            return forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
+            out = forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
+        if failed is not None:
+            self._tell(model, _EAGER, form, failed)
+        return out
 
-    def _compiled(self, model: nn.Module, cache: PositionCache, kwargs: Any, device: torch.device, how: Running) -> Any:
+    def _compiled(
+        self,
+        model: nn.Module,
+        cache: PositionCache,
+        kwargs: dict[str, Any],
+        form: frozenset[str],
+        device: torch.device,
+        how: Running,
+    ) -> Any:
         """The same behind a compiler, which is given all layers' keys at once."""
         given = kwargs["inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"]
         mask, more = kwargs.get("attention_mask"), int(given.shape[1])
-        may_be = _GROWING not in self.why and (mask is None or (isinstance(mask, Tensor) and mask.dim() == 2))
+        bits = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > cache.get_seq_length())
         try:
-            with cache.in_full(more if may_be else 0) as full:
-                longer = mask if mask is None or not full else F.pad(mask, (0, cache.length - mask.shape[1]), value=1)
+            with cache.in_full(more if bits and (_GROWING, form) not in self.why else 0) as full:
+                longer = F.pad(mask, (0, cache.length - mask.shape[1]), value=1) if full and mask is not None else mask
                 return self._step(model, cache, kwargs | {"attention_mask": longer}, more, full, device, how)
         except CaptureError as e:
             if not full:
                 raise
-            self._tell(model, _GROWING, e)
-        return self._compiled(model, cache, kwargs, device, how)
+            failed = str(e)
+        out = self._step(model, cache, kwargs, more, False, device, how)
+        self._tell(model, _GROWING, form, failed)
+        return out
 
     def _step(
         self,
@@ -94,9 +108,12 @@ class TextCalls:
             cache.contiguous()
         return captures_of(model).text(runner, model, cache, kwargs, None)
 
-    def _tell(self, model: nn.Module, what: str, why: CaptureError) -> None:
-        self.why[what] = f"decode steps of {type(model).__name__} {what}: {why}"
-        warnings.warn(self.why[what], stacklevel=4)
+    def _tell(self, model: nn.Module, what: str, form: frozenset[str], why: str) -> None:
+        """Say it, once; calls of this form are so from here on, since the other way did what this one could not."""
+        told = f"decode steps of {type(model).__name__} {what}: {why}"
+        if told not in self.why.values():
+            warnings.warn(told, stacklevel=5)
+        self.why[what, form] = told
 
 
 _EAGER = "run without the compiler"
