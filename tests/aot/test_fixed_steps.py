@@ -107,7 +107,7 @@ WAYS = {
 
 
 @pytest.mark.slow
-@settings(max_examples=15)
+@settings(max_examples=10)
 @given(ways=st.lists(st.sampled_from([*WAYS, "two tokens", "eager", "image"]), min_size=2, max_size=8))
 def test_whatever_is_done_to_the_cache_between_steps(ways):
     """Steps of other lengths, eager ones, turns with an image, copies; and the length is used up."""

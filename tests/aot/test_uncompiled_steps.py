@@ -20,6 +20,7 @@ SOME = [STS(keep=6, refine=3, at=1)]
 TOLD = {"do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
 
+@pytest.mark.slow
 def test_a_forward_that_asks_for_the_length_is_compiled_as_without_a_static_cache(as_they_are, seen, monkeypatch):
     tiny = FAMILIES["llava"](layers=2)
     tiny.model.requires_grad_(False)
@@ -42,6 +43,7 @@ def test_a_forward_that_asks_for_the_length_is_compiled_as_without_a_static_cach
     torch.testing.assert_close(torch.stack(got.logits), torch.stack(expected.logits), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["auto", "inductor"])
 def test_a_decode_step_that_cannot_be_captured(as_they_are, seen, monkeypatch, backend):
     """Chosen by "auto", the compiler is left out, which is said; asked for, it is an error."""
@@ -74,6 +76,7 @@ def test_a_decode_step_that_cannot_be_captured(as_they_are, seen, monkeypatch, b
         assert "run without the compiler" in " ".join(str(vr.report(tiny.model)).split())
 
 
+@pytest.mark.slow
 def test_what_one_call_cannot_is_not_said_of_others(seen, monkeypatch):
     """A call that is wrong in any way raises its own error; one without positions is another form of call."""
     tiny = family("qwen2_5_vl", dtype=torch.float64)
