@@ -46,6 +46,7 @@ class Session:
         checkpointing: which layers the backward pass computes again, as of the last call in training.
         compile_told: whether it was said that ``torch.compile`` around the model compiles nothing.
         untraced: why the decoder alone is captured, and not the model's forward; None where that is not so.
+        text: calls without an image.
     """
 
     recipe: Recipe
@@ -61,16 +62,15 @@ class Session:
     _calls: Latest = field(default_factory=Latest)
     _lock: Any = field(default_factory=threading.RLock)
     compile_told: bool = False
+    text: TextCalls = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.text = TextCalls(self.backend, self.kernels)
 
     @functools.cached_property
     def executables(self) -> Executables:
         """Each captured graph under it."""
         return Executables(self.recipe, self.backend, self.kernels, self.strict)
-
-    @functools.cached_property
-    def text(self) -> TextCalls:
-        """Calls without an image."""
-        return TextCalls(self.backend, self.kernels)
 
     @property
     def latest(self) -> LastCall | None:
