@@ -18,7 +18,7 @@ from vlmrewrite.lower import by_kind, lower
 from vlmrewrite.ops import choice
 from vlmrewrite.ops.choice import Kernels
 from vlmrewrite.passes import STS, Stride
-from vlmrewrite.runtime import SESSIONS, executables, session
+from vlmrewrite.runtime import SESSIONS, executables, session, text
 from vlmrewrite.testing.models import FAMILIES, Row
 
 pytestmark = pytest.mark.usefixtures("unshared")
@@ -57,7 +57,7 @@ def test_captures_die_with_their_model(restore, features):
 
 @pytest.mark.slow
 def test_captures_of_text_die_with_their_model(monkeypatch):
-    monkeypatch.setattr(session, "resolve", lambda *_: "inductor")
+    monkeypatch.setattr(text, "resolve", lambda *_: "inductor")
     monkeypatch.setattr("vlmrewrite.lower.pieces.inductor", lambda gm: gm)
     refs = used(SOME, True)
     collect()
@@ -110,7 +110,7 @@ def test_auto_means_where_the_model_is_when_it_is_called(llava, monkeypatch):
         return "eager"
 
     with vr.applied(llava.model, [Stride(keep=2)], backend="auto"):
-        monkeypatch.setattr(session, "resolve", watched)
+        monkeypatch.setattr(text, "resolve", watched)
         monkeypatch.setattr(executables, "resolve", watched)
         assert vr.report(llava.model).backend == "auto"
         llava.model(**llava.inputs([Row(1)]))

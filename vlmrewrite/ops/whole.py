@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import logging
 import threading
 import types
@@ -78,14 +79,13 @@ def know(model: nn.Module) -> int:
     """How many maps of a model are kept whole. Notes where their handles are: it may have been copied, or moved."""
     kept: list[nn.Module] = vars(model).get(_KEPT, [])
     for module in kept:
-        _MODULES[module._buffers[_HANDLE].data_ptr()] = weakref.ref(module)  # type: ignore[union-attr]
+        _MODULES[module.get_buffer(_HANDLE).data_ptr()] = weakref.ref(module)
     return len(kept)
 
 
 def _place(undo: Undo, module: nn.Module, name: str) -> None:
     undo.put(module, _NAME, name)
-    like = next(x for held in (module._parameters, module._buffers) for x in held.values() if x is not None)
-    module.register_buffer(_HANDLE, like.new_zeros(1, dtype=torch.int8), persistent=False)
+    module.register_buffer(_HANDLE, next(_held(module)).new_zeros(1, dtype=torch.int8), persistent=False)
     undo.callback(_forget, module)
     if "forward" in vars(module):
         undo.put(module, _OWN, vars(module)["forward"])
@@ -98,8 +98,12 @@ def _is_foreign(module: nn.Module) -> bool:
     """Whether a module is a linear map of no known kind, and holds what it is made of, and no other map."""
     if not _has_sizes(module) or any(map(_has_sizes, [*module.modules()][1:])) or _NAME in vars(module):
         return False
-    held = (x for tensors in (module._parameters, module._buffers) for x in tensors.values())
-    return any(x is not None for x in held) and (type(module) is not nn.Linear or exchanged(module))
+    return next(_held(module), None) is not None and (type(module) is not nn.Linear or exchanged(module))
+
+
+def _held(module: nn.Module) -> Iterator[Tensor]:
+    """What a module holds itself."""
+    return itertools.chain(module.parameters(recurse=False), module.buffers(recurse=False))
 
 
 def _is_named(module: Any, failed: str) -> bool:
@@ -118,8 +122,8 @@ def _has_sizes(module: nn.Module) -> bool:
 
 
 def _forget(module: nn.Module) -> None:
-    module._buffers.pop(_HANDLE, None)
-    module._non_persistent_buffers_set.discard(_HANDLE)
+    if hasattr(module, _HANDLE):
+        delattr(module, _HANDLE)
 
 
 def _own(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
