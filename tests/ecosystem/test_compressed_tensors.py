@@ -53,15 +53,21 @@ def loaded(folder, run_compressed):
     return LlavaForConditionalGeneration.from_pretrained(folder, quantization_config=how).eval()
 
 
-@torch.no_grad()
-def test_weights_that_are_unpacked_as_they_are_loaded(folder):
-    model, inputs = loaded(folder, False), TINY.inputs([Row(1, 3, 4), Row(2, 1, 2)], side="left", seed=1)
+def agrees(model, inputs):
+    """Recipes with the oracle, and keeping all tokens with the model itself; what is given to `generate()`."""
     for recipe in ([STS(keep=6, refine=3, at=1)], [FastV(at=1, keep=4)]):
         assert vr.verify(model, inputs, recipe) < 1e-4
     how = inputs | {"max_new_tokens": 6, "do_sample": False}
     expected = model.generate(**how)
     with vr.applied(model, [Stride(1.0)]):
         assert torch.equal(model.generate(**how), expected)
+    return how, expected
+
+
+@torch.no_grad()
+def test_weights_that_are_unpacked_as_they_are_loaded(folder):
+    model, inputs = loaded(folder, False), TINY.inputs([Row(1, 3, 4), Row(2, 1, 2)], side="left", seed=1)
+    how, expected = agrees(model, inputs)
     with vr.applied(model, "sts-half"):
         assert model.generate(**how).shape == expected.shape
 
@@ -77,9 +83,4 @@ def test_weights_that_are_unpacked_by_the_first_call(folder):
     assert model(**inputs).logits.isfinite().all()
     offload.remove_dispatch(model, onload_tensors=True)
     assert "forward" in vars(model.get_decoder().layers[0].mlp.up_proj)
-    for recipe in ([STS(keep=6, refine=3, at=1)], [FastV(at=1, keep=4)]):
-        assert vr.verify(model, inputs, recipe) < 1e-4
-    how = inputs | {"max_new_tokens": 6, "do_sample": False}
-    expected = model.generate(**how)
-    with vr.applied(model, [Stride(1.0)]):
-        assert torch.equal(model.generate(**how), expected)
+    agrees(model, inputs)

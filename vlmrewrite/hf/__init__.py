@@ -69,7 +69,7 @@ from vlmrewrite.hf.vision import (
     images_of,
     watched,
 )
-from vlmrewrite.hf.weights import chosen, dequantise
+from vlmrewrite.hf.weights import chosen, dequantise, has_sizes
 from vlmrewrite.hf.wrapped import base_model_of, on_base_model
 
 __all__ = [
@@ -113,6 +113,7 @@ __all__ = [
     "goes_by_number",
     "grids",
     "has_own_forward",
+    "has_sizes",
     "hollow",
     "hooked",
     "images_of",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,9 +39,7 @@ def dequantise(block: nn.Module) -> int:
         if path in several:
             own = dict(module.named_parameters())
         odd = {name: p for name, p in own.items() if not _trainable(p)}
-        inside: Any = getattr(module, "in_features", None)
-        outside: Any = getattr(module, "out_features", None)
-        linear = isinstance(inside, int) and isinstance(outside, int)
+        linear = has_sizes(module)
         if not own and linear and (path in several or not any(module.children())):
             odd = dict(module.named_buffers())
         if not odd and path not in several:
@@ -53,7 +51,8 @@ def dequantise(block: nn.Module) -> int:
                 f" a {type(module).__name__} whose {name} is a {type(first).__name__} of {first.dtype}"
             )
         how: Any = {"device": first.device, "dtype": like.dtype}
-        made = nn.Linear(inside, outside, getattr(module, "bias", None) is not None, **how)
+        inside: Any = module.in_features
+        made = nn.Linear(inside, cast(Any, module).out_features, getattr(module, "bias", None) is not None, **how)
         with _without_dropout(module):
             nothing = module(torch.zeros(1, inside, **how))
             made.weight.copy_((module(torch.eye(inside, **how)) - nothing).T)
@@ -64,12 +63,17 @@ def dequantise(block: nn.Module) -> int:
     return stored
 
 
+def has_sizes(module: nn.Module) -> bool:
+    """Whether a module says how many features go in, and come out, as a linear map does."""
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
 def _is_linear(module: nn.Module) -> bool:
     """Whether a module has the sizes of a linear map, and does what one does, but for the rounding of a few bits."""
-    inside, held = getattr(module, "in_features", None), itertools.chain(module.parameters(), module.buffers())
-    first = next(held, None)
-    if not isinstance(inside, int) or not isinstance(getattr(module, "out_features", None), int) or first is None:
+    first = next(itertools.chain(module.parameters(), module.buffers()), None)
+    if not has_sizes(module) or first is None:
         return False
+    inside: Any = module.in_features
     plain = next((p for p in module.parameters() if _trainable(p)), torch.empty(()))
     x = torch.randn(9, inside, generator=torch.Generator().manual_seed(0)).to(first.device, plain.dtype)
     with _without_dropout(module):

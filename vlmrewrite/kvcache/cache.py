@@ -129,8 +129,7 @@ class PositionCache(Cache):
             return
         fixed, self._fixed = self._fixed, None  # if the block fails, something may have been written
         if fixed is None or not fixed.still(held):
-            for layer in held:
-                layer.length = self.length
+            self.reserve(more)
             fixed = Fixed(held)
         layers, full = self.layers, iter(fixed.layers)
         self.layers = [next(full) if isinstance(layer, PositionLayer) else layer for layer in layers]

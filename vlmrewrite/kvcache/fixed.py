@@ -53,7 +53,7 @@ class Fixed:
 
     def __init__(self, cache: Sequence[PositionLayer]) -> None:
         """Give each layer of a cache room for what is left of the sequence, and its positions too."""
-        made: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
+        made: dict[tuple[int, int], Tensor] = {}
         with torch.inference_mode(False):
             self._seen = stays_where_it_is(torch.tensor(cache[0].seen, device=cache[0].keys.device))
         self.layers = list[FixedLayer]()
@@ -65,11 +65,10 @@ class Fixed:
                 with torch.inference_mode(False):
                     full = stays_where_it_is(held.new_full((held.shape[0], key[1]), FREE))
                 full[:, : held.shape[1]] = held
-                made[key] = full, held
+                made[key] = full
             for x in (buffer.keys, buffer.values):  # what is hidden weighs nothing, but nothing times NaN is NaN
                 stays_where_it_is(x)[:, :, held.shape[1] :].zero_()
-            full, _ = made[key]
-            self.layers.append(FixedLayer(buffer, full, self._seen, layer.length))
+            self.layers.append(FixedLayer(buffer, made[key], self._seen, layer.length))
             self._held.append((buffer, held))
         self._next = cache[0].seen
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -155,18 +157,9 @@ def attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: object, **__: object) ->
     return q.new_empty(q.shape[0], q.shape[2], q.shape[1], v.shape[-1])
 
 
-def _kv_append_op(
-    keys: Tensor | None,
-    values: Tensor | None,
-    positions: Tensor | None,
-    k: Tensor,
-    v: Tensor,
-    pos: Tensor,
-    fixed: bool = False,
-) -> tuple[Tensor, Tensor, Tensor]:
-    if keys is None:
-        return k.clone(), v.clone(), pos.clone()  # an operator's output must not be its input
-    return kv_append(keys, values, positions, k, v, pos, fixed)
+def _kv_append_op(keys: Tensor | None, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+    k, v, pos = kv_append(keys, *rest)
+    return (k, v, pos) if keys is not None else (k.clone(), v.clone(), pos.clone())  # an output must not be an input
 
 
 def _kv_append_fake(
@@ -178,12 +171,12 @@ def _kv_append_fake(
     pos: Tensor,
     fixed: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    past = 0 if keys is None else keys.shape[2]
-    n = past if fixed else past + k.shape[2]
-    of_k, of_v = (keys, values) if fixed and keys is not None and values is not None else (k, v)
+    if fixed and keys is not None and values is not None and positions is not None:
+        return torch.empty_like(keys), torch.empty_like(values), torch.empty_like(positions)
+    n = (0 if keys is None else keys.shape[2]) + k.shape[2]
     return (
-        of_k.new_empty(k.shape[0], k.shape[1], n, k.shape[3]),
-        of_v.new_empty(v.shape[0], v.shape[1], n, v.shape[3]),
+        k.new_empty(k.shape[0], k.shape[1], n, k.shape[3]),
+        v.new_empty(v.shape[0], v.shape[1], n, v.shape[3]),
         pos.new_empty(pos.shape[0], n),
     )
 

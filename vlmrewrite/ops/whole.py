@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vlmrewrite.hf import APPLIED, Undo, exchanged, lends, put_forward
+from vlmrewrite.hf import APPLIED, Undo, exchanged, has_sizes, lends, put_forward
 
 _LOG = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def _place(undo: Undo, module: nn.Module, name: str) -> None:
 
 def _is_foreign(module: nn.Module) -> bool:
     """Whether a module is a linear map of no known kind, and holds what it is made of, and no other map."""
-    if not _has_sizes(module) or any(map(_has_sizes, [*module.modules()][1:])) or _NAME in vars(module):
+    if not has_sizes(module) or any(map(has_sizes, [*module.modules()][1:])) or _NAME in vars(module):
         return False
     return next(_held(module), None) is not None and (type(module) is not nn.Linear or exchanged(module))
 
@@ -115,10 +115,6 @@ def _is_named(module: Any, failed: str) -> bool:
     return code is not None and any(
         f'"{code.co_filename}", line ' in line and line.endswith(f", in {code.co_name}") for line in failed.splitlines()
     )
-
-
-def _has_sizes(module: nn.Module) -> bool:
-    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
 
 
 def _forget(module: nn.Module) -> None:
