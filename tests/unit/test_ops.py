@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import vlmrewrite as vr
 from vlmrewrite import ops
@@ -163,6 +164,34 @@ def test_plain_attention_is_masked_attention(heads, softcap):
     plain = ops.attention(q, k, v, softcap=softcap)
     masked = ops.attention(q, k, v, None, at[:, 2:], at, None, False, softcap)
     torch.testing.assert_close(plain, masked)
+
+
+class Largest(TorchDispatchMode):
+    """How many numbers the largest tensor has that is made while it is entered."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **kwargs or {})
+        made = [x for x in (out if isinstance(out, tuple) else [out]) if isinstance(x, torch.Tensor)]
+        self.numel = max([self.numel, *(x.numel() for x in made)])
+        return out
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize("seen", [False, True])
+@pytest.mark.parametrize("n", [1, 5])
+def test_keys_of_several_heads_are_not_copied_for_each(n, seen, softcap):
+    q, k, v = (randn(2, h, m, 64).double() for h, m in ((8, n), (2, 50), (2, 50)))
+    mask = randn(2, 1, n, 50) > 0 if seen else None
+    with Largest() as made:
+        got = ops.attend(q, k, v, mask, 0.3, softcap, 0.0)
+    assert made.numel <= k.numel()
+    scores = q @ k.repeat_interleave(4, 1).mT * 0.3
+    scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
+    shown = torch.ones(n, 50, dtype=torch.bool).tril(50 - n) if mask is None else mask
+    weights = scores.masked_fill(~shown, -torch.inf).softmax(-1, dtype=torch.float32 if softcap else None).double()
+    torch.testing.assert_close(got, (weights @ v.repeat_interleave(4, 1)).transpose(1, 2), atol=1e-12, rtol=1e-12)
 
 
 def test_a_query_that_sees_nothing_gives_zeros():

@@ -58,36 +58,46 @@ def attend(
     """
     if softcap is not None:
         return _attend_softcapped(q, k, v, seen, scale, softcap, dropout)
-    n, m, causal = q.shape[2], k.shape[2], False
+    (rows, heads, n, _), (others, m), causal = q.shape, k.shape[1:3], False
     if seen is None and n > 1:  # a branch, since a symbolic comparison is no bool that the kernel below would take
         if n == m:
             causal = True
         else:
             seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None]
-    gqa = q.shape[1] != k.shape[1]
-    if gqa and seen is not None:
-        k, v, gqa = repeat_heads(k, q.shape[1]), repeat_heads(v, q.shape[1]), False
+    gqa = heads != others
+    if gqa and n == 1:
+        out = F.scaled_dot_product_attention(_in_groups(q, k), k, v, attn_mask=seen, dropout_p=dropout, scale=scale)
+        return out.reshape(rows, 1, heads, -1)
+    if gqa and seen is not None and q.device.type != "cpu":  # no fast kernel elsewhere takes both
+        (k, v), gqa = (x.repeat_interleave(heads // others, 1) for x in (k, v)), False
     out = F.scaled_dot_product_attention(
         q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
     )
     return out.transpose(1, 2).contiguous()
 
 
-def repeat_heads(x: Tensor, heads: int) -> Tensor:
-    """Keys or values [B, Hk, m, D] for each of ``heads`` query heads: [B, heads, m, D]."""
-    return x.repeat_interleave(heads // x.shape[1], dim=1)
+def _in_groups(q: Tensor, k: Tensor) -> Tensor:
+    """Queries [B, H, n, D], those of one head of the keys [B, Hk, m, D] below one another: [B, Hk, H / Hk * n, D]."""
+    return q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """Of each query [B, H, n, D] with the keys [B, Hk, m, D] of its head: [B, H, n, m]."""
+    pairs = _in_groups(q, k) @ k.transpose(2, 3)
+    return pairs.reshape(*q.shape[:3], k.shape[2])
 
 
 def _attend_softcapped(
     q: Tensor, k: Tensor, v: Tensor, seen: Tensor | None, scale: float | None, softcap: float, dropout: float
 ) -> Tensor:
-    scores = q @ repeat_heads(k, q.shape[1]).transpose(2, 3) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    scores = products(q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = torch.tanh(scores / softcap) * softcap
     if seen is None:
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     bias = seen if seen.dtype != torch.bool else torch.zeros_like(scores).masked_fill(~seen, float("-inf"))
-    weights = (scores + bias).softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(q.dtype)
-    return (F.dropout(weights, dropout) @ repeat_heads(v, q.shape[1])).transpose(1, 2).contiguous()
+    weights = F.dropout((scores + bias).softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(q.dtype), dropout)
+    out = (_in_groups(weights, v) @ v).reshape(*q.shape[:3], -1)
+    return out.transpose(1, 2).contiguous()
 
 
 def everywhere(q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:

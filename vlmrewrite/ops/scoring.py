@@ -10,7 +10,7 @@ from contextvars import ContextVar
 import torch
 from torch import Tensor
 
-from vlmrewrite.ops.attention import repeat_heads, visible
+from vlmrewrite.ops.attention import products, visible
 from vlmrewrite.ops.library import REFERENCES, define, kinds
 
 
@@ -41,7 +41,7 @@ def attention_received(
     Returns:
         fp32 [F].
     """
-    scores = q.float() @ repeat_heads(k, q.shape[1]).float().transpose(2, 3)
+    scores = products(q.float(), k.float())
     scores = scores * (q.shape[-1] ** -0.5 if scale is None else scale)
     scores = scores if softcap is None else torch.tanh(scores / softcap) * softcap
     seen = visible(mask, q_pos, k_pos, False)
