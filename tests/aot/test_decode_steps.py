@@ -11,7 +11,7 @@ import vlmrewrite as vr
 from tests.small import long, places
 from vlmrewrite.capture import CAPTURES
 from vlmrewrite.kvcache import layer
-from vlmrewrite.kvcache.layer import LEAST
+from vlmrewrite.kvcache.buffer import LEAST
 from vlmrewrite.passes import STS
 from vlmrewrite.testing.models import FAMILIES, Row
 

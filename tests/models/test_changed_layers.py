@@ -30,10 +30,10 @@ def without_the_first(model: nn.Module) -> None:
 
 def test_states_are_those_of_the_config_as_it_is() -> None:
     model = ZOO["qwen3_5"](layers=4).model
-    depth, states = cache_states(model)
+    depth, states, _ = cache_states(model)
     assert (depth, sorted(states)) == (4, [0, 1, 2])
     without_the_first(model)
-    depth, states = cache_states(model)
+    depth, states, _ = cache_states(model)
     assert (depth, sorted(states)) == (3, [0, 1])
 
 

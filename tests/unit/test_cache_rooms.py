@@ -13,8 +13,8 @@ from tests.caches import HEADS, MODES, D, allocated, forward, prefilled, tokens
 from tests.small import places
 from vlmrewrite import ops
 from vlmrewrite.kvcache import layer as layer_module
+from vlmrewrite.kvcache.buffer import LEAST, SHARE, Buffer
 from vlmrewrite.kvcache.cache import PositionCache
-from vlmrewrite.kvcache.layer import LEAST, SHARE, Buffer
 from vlmrewrite.lower.decode_step import DecodeStep
 
 

@@ -43,6 +43,7 @@ from vlmrewrite.hf.inputs import (
 )
 from vlmrewrite.hf.lent import APPLIED, Site, copied, device_of, elsewhere, hollow, lends, put_forward, sites, to_bring
 from vlmrewrite.hf.mixers import (
+    Kept,
     attending,
     cache_argument,
     cache_layers,
@@ -81,6 +82,7 @@ __all__ = [
     "Encoded",
     "EncoderOutput",
     "Encoding",
+    "Kept",
     "Projection",
     "Site",
     "Sizes",

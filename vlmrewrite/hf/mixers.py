@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 from torch import nn
@@ -25,8 +25,6 @@ _USUAL = (DynamicLayer, DynamicSlidingWindowLayer)
 _OF_TOKENS = ("hidden_states", "position_embeddings", "attention_mask", "position_ids")
 
 CACHE_ARGUMENTS = ("cache_params", "past_key_values")
-
-_STATES: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], tuple[int, dict[int, int]]]] = WeakKeyDictionary()
 
 
 def cache_layers(model: nn.Module) -> list[Any]:
@@ -59,20 +57,35 @@ def feedforward_layers(model: nn.Module, layers: Sequence[Any] | None = None) ->
     return [i for i in idle if not any(map(cache_argument, inside[i]))]
 
 
-def cache_states(model: nn.Module) -> tuple[int, dict[int, int]]:
-    """How many decoder layers there are, and how many states each keeps that has no keys.
+class Kept(NamedTuple):
+    """What a decoder's layers keep of the tokens before.
 
-    Found once for a model, as long as its config says the same.
+    Attributes:
+        depth: how many layers there are.
+        states: of layers without keys, how many states each keeps.
+        windows: of layers that slide, how many tokens a token sees, itself included.
     """
+
+    depth: int
+    states: dict[int, int]
+    windows: dict[int, int]
+
+
+def cache_states(model: nn.Module) -> Kept:
+    """What a model's decoder keeps; found once for a model, as long as its config says the same."""
     config = vars(model.config.get_text_config(decoder=True))  # type: ignore[union-attr, operator]
-    known = _STATES.get(model)
+    known = _KEPT.get(model)
     if known is None or known[0] != config:
         layers = cache_layers(model)
         states = {i: x.number_of_states for i, x in enumerate(layers) if is_recurrent(x)}
         states |= dict.fromkeys(feedforward_layers(model, layers), 0)
+        windows = {i: n for i, x in enumerate(layers) if isinstance(n := getattr(x, "sliding_window", None), int)}
         told = {k: list(x) if isinstance(x, list) else x for k, x in config.items()}
-        known = _STATES[model] = told, (len(layers), states)
+        known = _KEPT[model] = told, Kept(len(layers), states, windows)
     return known[1]
+
+
+_KEPT: WeakKeyDictionary[nn.Module, tuple[dict[str, Any], Kept]] = WeakKeyDictionary()
 
 
 def refuse_cache_layers(model: nn.Module) -> None:

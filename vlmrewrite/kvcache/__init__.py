@@ -3,7 +3,8 @@
 In: keys and values as a model's attention makes them. Out: all keys, values and positions of a layer.
 """
 
-from vlmrewrite.kvcache.cache import PositionCache, adopt, adopted
+from vlmrewrite.kvcache.adopt import adopt, adopted
+from vlmrewrite.kvcache.cache import PositionCache
 from vlmrewrite.kvcache.layer import PositionLayer
 
 __all__ = ["PositionCache", "PositionLayer", "adopt", "adopted"]

@@ -5,17 +5,18 @@ from __future__ import annotations
 import contextlib
 import copy
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache, DynamicLayer, QuantizedCache, StaticCache
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from vlmrewrite.hf import cache_states, cannot_hold
+from vlmrewrite.hf import Kept, cache_states
 from vlmrewrite.kvcache.fixed import Fixed
 from vlmrewrite.kvcache.layer import PositionLayer, Shared, T, once
-from vlmrewrite.kvcache.state import FINAL, StateLayer
+from vlmrewrite.kvcache.state import StateLayer
 from vlmrewrite.kvcache.stored import StoredLayer
 
 
@@ -25,7 +26,8 @@ class PositionCache(Cache):
     ``length`` is that of the whole sequence, if somebody has said it; else 0.
 
     Args:
-        model: for which; where it has layers without keys, the cache has a :class:`StateLayer` for each from the start.
+        model: for which; where it has layers without keys, the cache has a :class:`StateLayer` for each from the start,
+            and those that slide over a window let go of what is before it.
         stores: empty transformers layers that keep keys and values, one for each layer, the last of them for all behind
             it; without any, the cache keeps them itself.
     """
@@ -33,8 +35,8 @@ class PositionCache(Cache):
     layers: list[Any]
 
     def __init__(self, model: nn.Module | None = None, stores: Sequence[CacheLayerMixin] = ()) -> None:
-        depth, states = (0, {}) if model is None else cache_states(model)
-        self.stores = stores
+        depth, states, self._windows = Kept(0, {}, {}) if model is None else cache_states(model)
+        self.stores, self.record_past = stores, False
         if states:
             made = [StateLayer(states[i]) if i in states else self._new(i) for i in range(depth)]
             super().__init__(layers=made)  # type: ignore[arg-type]
@@ -149,12 +151,27 @@ class PositionCache(Cache):
         """The layers that hold keys."""
         return [layer for layer in self.layers if isinstance(layer, PositionLayer)]
 
+    def activate_past_recording(self) -> None:
+        """Keep all tokens from here on, so that any number can be forgotten again."""
+        self.record_past = True
+        super().activate_past_recording()
+
+    def let_go(self) -> None:
+        """Forget what no later token sees; see :meth:`PositionLayer.let_go`. What is stored elsewhere stays."""
+        shared: dict[int, Shared] = defaultdict(dict)
+        for i, window in () if self.record_past or self.stores else self._windows.items():
+            if i < len(self.layers):
+                self.layers[i].let_go(window, shared[window])
+
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last ``-tokens_to_remove`` logical tokens; see :meth:`PositionLayer.crop`.
 
         Raises:
             NotImplementedError: there are recurrent layers; nothing is forgotten.
+            RuntimeError: a layer that slides has let go of tokens that are seen then; nothing is forgotten.
         """
+        for layer in self.attended:
+            layer.refuse_crop(tokens_to_remove)
         self._each("crop", tokens_to_remove)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -243,56 +260,3 @@ class PositionCache(Cache):
     def kv_bytes(self) -> int:
         """Bytes of the keys and values held, as they are stored, without the spare room."""
         return sum(layer.nbytes() for layer in self.attended)
-
-
-@contextlib.contextmanager
-def adopted(given: Any, model: nn.Module) -> Iterator[PositionCache]:
-    """The cache of a model's call: a new one, or the one given, turned in place into a :class:`PositionCache`.
-
-    Its owner goes on with it. That is undone if the block fails.
-
-    Raises:
-        TypeError: it is no transformers cache.
-        NotImplementedError: it is one of a kind that cannot hold another number of tokens in each layer, or is to go
-            back to earlier states.
-        ValueError: it holds tokens that went through the unmodified model.
-    """
-    if given is None or isinstance(given, PositionCache):
-        yield PositionCache(model) if given is None else given
-        return
-    before = adopt(given, model)
-    try:
-        yield cast(PositionCache, given)
-    except BaseException:
-        given.__class__, given.__dict__ = before
-        raise
-
-
-def adopt(given: Any, model: nn.Module) -> tuple[Any, Any]:
-    """Turn a cache that somebody gave into a :class:`PositionCache`, in place; what it was is returned.
-
-    One with a static length keeps it: see :class:`PositionLayer`. One that is quantised or offloaded stays so: see
-    :class:`StoredLayer`.
-
-    Raises:
-        TypeError, NotImplementedError, ValueError: as for :func:`adopted`.
-    """
-    if not isinstance(given, Cache):
-        raise TypeError(f"past_key_values is a {type(given).__name__}; expected a transformers Cache")
-    if type(given) not in (DynamicCache, StaticCache, QuantizedCache):
-        raise NotImplementedError(cannot_hold(given))
-    if int(given.get_seq_length()) > 0:
-        raise ValueError(
-            f"past_key_values holds {int(given.get_seq_length())} tokens that went through the unmodified model;"
-            " start again with an empty cache"
-        )
-    stores: Sequence[Any] = given.layers if type(given) is QuantizedCache else [DynamicLayer()] * given.offloading
-    before, made = (given.__class__, given.__dict__), PositionCache(model, stores)
-    if given.offloading:
-        made.offloading, made.only_non_sliding, made.prefetch_stream = True, False, given.prefetch_stream
-    final = any(isinstance(layer, StateLayer) and not layer.is_croppable for layer in made.layers)
-    if final and any(getattr(layer, "record_past", False) for layer in given.layers):
-        raise NotImplementedError(f"{FINAL}: generate without an assistant")
-    made.length = max((getattr(layer, "max_cache_len", 0) for layer in given.layers), default=0)
-    given.__class__, given.__dict__ = PositionCache, made.__dict__
-    return before

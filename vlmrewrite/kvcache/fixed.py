@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from vlmrewrite.compat import stays_where_it_is
-from vlmrewrite.kvcache.layer import Buffer, PositionLayer
+from vlmrewrite.kvcache.buffer import Buffer
+from vlmrewrite.kvcache.layer import PositionLayer
 from vlmrewrite.ops import FREE
 
 

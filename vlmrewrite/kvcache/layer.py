@@ -1,11 +1,4 @@
-"""One layer's keys and values, with the logical position of each, and spare room behind them.
-
-A token is appended without copying those before it, unless these are so few that copying takes less time. A layer
-makes a buffer when it first appends to more, with room for a share of what it holds; where none is left it makes
-another. So the memory of a cache that grows is at most an eighth more than its tokens need (8 tokens, if that is more),
-of which one layer's is there twice while it moves; and a token that stays is copied some nine times in all, not once a
-step.
-"""
+"""One layer's keys and values, with the logical position of each."""
 
 from __future__ import annotations
 
@@ -17,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
-from vlmrewrite.compat import memory_is_shared
+from vlmrewrite.kvcache.buffer import SHARE, Buffer
 
 T = TypeVar("T")
 
@@ -34,64 +27,12 @@ def once(shared: Shared, objects: tuple[object, ...], make: Callable[[], T]) -> 
     return made
 
 
-SHARE, LEAST = 8, 8
-"""Buffer is made for an eighth more tokens than there are, and for at least 8 more."""
-
 SMALL = 1 << 17
 """Keys of fewer bytes are copied at each append: it takes less time than two views of a buffer."""
 
-
-class Buffer:
-    """Memory of a layer for more tokens than it holds; only for tensors that no gradient is recorded for.
-
-    A buffer never moves. It is made by copying, never around tensors that came from elsewhere, and it is an ordinary
-    tensor in inference mode too, so that it can be written to after it.
-
-    Attributes:
-        keys, values: [B, Hk, capacity, D] and [B, Hk, capacity, Dv], contiguous.
-        shown: the first tokens of both, what the layer holds. A layer that holds other tensors has no buffer.
-        written: how many tokens somebody may have been shown; after a crop more than are shown now.
-    """
-
-    def __init__(self, keys: Tensor, values: Tensor, more: int, room: int = 0, rows: Tensor | None = None) -> None:
-        """Copy keys and values (of some rows) to where ``more`` tokens, and ``room`` or some to spare, can follow."""
-        batch, n = keys.shape[0] if rows is None else len(rows), keys.shape[2]
-        capacity = n + room + 1 if room >= more else n + more + max(LEAST, (n + more) // SHARE)
-        with torch.inference_mode(False):
-            self.keys, self.values = (x.new_empty(batch, x.shape[1], capacity, x.shape[3]) for x in (keys, values))
-        self.written = 0
-        for new, old in zip(self.show(n), (keys, values), strict=True):
-            if rows is None:
-                new.copy_(old)
-            else:
-                torch.index_select(old, 0, rows, out=new)
-
-    def show(self, n: int) -> tuple[Tensor, Tensor]:
-        """The first ``n`` tokens, which the layer holds from now on."""
-        self.written = max(self.written, n)
-        # .data: no views to autograd, which would take each append for a change of what was shown before, nor to
-        # Dynamo, which would guard the buffer's shape too.
-        self.shown = self.keys.narrow(2, 0, n).data, self.values.narrow(2, 0, n).data
-        return self.shown
-
-    def takes(self, more: int) -> bool:
-        """Whether ``more`` tokens can be written after those shown, in sight of nobody, and one slot stay free.
-
-        (Were all slots in use, the strides of what is shown would be those of a tensor without spare room, and a
-        compiler would compile for it anew.)
-        """
-        n = self.shown[0].shape[2]
-        if n < self.written and not any(memory_is_shared(x, 2) for x in (self.keys, self.values)):
-            self.written = n
-        mine = torch.is_inference_mode_enabled() or not self.keys.is_inference()  # and not a copy made in that mode
-        return mine and n >= self.written and n + more < self.keys.shape[2]
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Write k [B, Hk, t, D] and v [B, Hk, t, Dv] after what is shown; :meth:`takes` said that they fit."""
-        n, t = self.shown[0].shape[2], k.shape[2]
-        self.keys.narrow(2, n, t).copy_(k)
-        self.values.narrow(2, n, t).copy_(v)
-        return self.show(n + t)
+LATE = 64
+"""Tokens before the window of a layer that slides that stay, so that as many can be forgotten at the end, and that wait
+until there are as many (or an eighth of the window, if that is more) before they are let go."""
 
 
 def _same_kind(x: Tensor, y: Tensor) -> bool:
@@ -120,6 +61,7 @@ class PositionLayer(DynamicLayer):
         self.positions: Any = None
         self.buffer: Buffer | None = None
         self.seen, self.holes, self.length = 0, False, 0
+        self.window, self.since, self._looked_at = 0, 0, 0
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing to allocate: the first update brings the tensors."""
@@ -205,14 +147,54 @@ class PositionLayer(DynamicLayer):
         """Forget everything."""
         self.__init__()  # type: ignore[misc]
 
+    def let_go(self, window: int, shared: Shared) -> None:
+        """Forget tokens that no later one sees, where the sequence's length is not known: some at a time.
+
+        Args:
+            window: how many tokens a token of this layer sees, itself included; :data:`LATE` before it stay too.
+            shared: of layers with the same window.
+        """
+        if self.length or self.positions is None:
+            return
+        enough, n = max(LATE, window // SHARE), self.positions.shape[1]
+        if n < max(window + LATE, self._looked_at) + enough:
+            return
+        since = self.seen - window - LATE + 1
+
+        def needed() -> tuple[int, Tensor]:
+            first = int((self.positions >= since).any(0).int().argmax())
+            return first, self.positions[:, first:].clone(memory_format=torch.contiguous_format)
+
+        first, left = once(shared, (self.positions,), needed)
+        self._looked_at = n
+        if first < enough:
+            return
+        keys, values, copies = self.keys[:, :, first:], self.values[:, :, first:], self._copies()
+        self.buffer = None if copies else Buffer(keys, values, 1)
+        self.keys, self.values = (keys.clone(), values.clone()) if self.buffer is None else self.buffer.shown
+        self.positions, self._looked_at = left, n - first
+        self.window, self.since = window, max(self.since, since)
+
+    def refuse_crop(self, tokens_to_remove: int) -> None:
+        """Raise the error of :meth:`crop`, if there would be one."""
+        if tokens_to_remove > 0:
+            raise ValueError(f"crop expects a number of tokens to remove as a negative integer, got {tokens_to_remove}")
+        end = max(0, self.seen + tokens_to_remove)
+        if max(0, end - self.window + 1) < min(self.since, end):
+            raise RuntimeError(
+                f"crop({tokens_to_remove}) of a cache of {self.seen} tokens: a layer that sees {self.window} of them"
+                f" let go of others; expected at most {LATE} to remove, or activate_past_recording(), which keeps all,"
+                " on the cache while it is empty"
+            )
+
     def crop(self, tokens_to_remove: int, shared: Shared | None = None) -> None:
         """Forget the last ``-tokens_to_remove`` *logical* tokens, whether or not this layer kept them.
 
         Raises:
             ValueError: for a positive number (transformers' convention).
+            RuntimeError: tokens that are seen then were let go; nothing is forgotten.
         """
-        if tokens_to_remove > 0:
-            raise ValueError(f"crop expects a number of tokens to remove as a negative integer, got {tokens_to_remove}")
+        self.refuse_crop(tokens_to_remove)
         if tokens_to_remove == 0 or self.positions is None:
             return
         before = self.positions.shape[1]

@@ -48,7 +48,7 @@ def _positioned(graph: torch.fx.Graph, plain: bool) -> None:
 def kv_write(
     keys: Tensor, values: Tensor, positions: Tensor, k: Tensor, v: Tensor, pos: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What :func:`vlmrewrite.ops.attention.kv_append` does, for a :class:`vlmrewrite.kvcache.layer.Buffer`, and in it.
+    """What :func:`vlmrewrite.ops.attention.kv_append` does, for a :class:`vlmrewrite.kvcache.buffer.Buffer`, and in it.
 
     Args:
         keys: [B, Hk, capacity, D]. values: [B, Hk, capacity, Dv]. They hold as many tokens as there are positions.
