@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, QuantizedCache, StaticCache
@@ -15,10 +15,15 @@ from vlmrewrite.kvcache.state import FINAL, StateLayer
 
 
 @contextlib.contextmanager
-def adopted(given: Any, model: nn.Module) -> Iterator[PositionCache]:
+def adopted(given: Any, model: nn.Module, keep: bool) -> Iterator[PositionCache]:
     """The cache of a model's call: a new one, or the one given, turned in place into a :class:`PositionCache`.
 
     Its owner goes on with it. That is undone if the block fails.
+
+    Args:
+        given: what the call was given, or None.
+        model: whose call it is.
+        keep: whether somebody goes on with it.
 
     Raises:
         TypeError: it is no transformers cache.
@@ -26,17 +31,16 @@ def adopted(given: Any, model: nn.Module) -> Iterator[PositionCache]:
             back to earlier states.
         ValueError: it holds tokens that went through the unmodified model.
     """
-    if given is None or isinstance(given, PositionCache):
-        if given is not None:
-            given.let_go()
-        yield PositionCache(model) if given is None else given
-        return
-    before = adopt(given, model)
+    cache = PositionCache(model) if given is None else given
+    before = None if isinstance(cache, PositionCache) else adopt(given, model)
     try:
-        yield cast(PositionCache, given)
+        yield cache
     except BaseException:
-        given.__class__, given.__dict__ = before
+        if before is not None:
+            given.__class__, given.__dict__ = before
         raise
+    if keep:
+        cache.let_go()
 
 
 def adopt(given: Any, model: nn.Module) -> tuple[Any, Any]:

@@ -134,8 +134,8 @@ class Session:
             refuse_unrewritten(model, "forward", hf.images_of(kwargs), current_prompt((self, "call")))
             return out
         past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
-        with adopted(past, model) as cache:
-            keep = past is not None or wants_cache(model, use_cache)
+        keep = past is not None or wants_cache(model, use_cache)
+        with adopted(past, model, keep) as cache:
             given, rest = Given.of(kwargs, cache, prompt)
             images, untraced = hf.marked(rest, cache) if given is None else given.images, None
             if not images:
@@ -170,7 +170,7 @@ class Session:
             kwargs = {k: x for k, x in kwargs.items() if k not in (ARGUMENT, "return_dict")}
             past, use_cache = kwargs.pop("past_key_values", None), kwargs.pop("use_cache", None)
             keep = past is not None or wants_cache(model, use_cache)
-            with adopted(past, model) as cache:
+            with adopted(past, model, keep) as cache:
                 given, rest = entering(kwargs, cache, prompt, images, runs)
                 if given is None:
                     return self.text(decoder, cache if keep else None, rest)
