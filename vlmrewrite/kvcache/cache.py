@@ -157,9 +157,14 @@ class PositionCache(Cache):
         super().activate_past_recording()
 
     def let_go(self) -> None:
-        """Forget what no later token sees; see :meth:`PositionLayer.let_go`. What is stored elsewhere stays."""
+        """Forget what no later token sees; see :meth:`PositionLayer.let_go`.
+
+        What is stored elsewhere stays, and so does what gradients are recorded for.
+        """
+        if self.record_past or self.stores or torch.is_grad_enabled():
+            return
         shared: dict[int, Shared] = defaultdict(dict)
-        for i, window in () if self.record_past or self.stores else self._windows.items():
+        for i, window in self._windows.items():
             if i < len(self.layers):
                 self.layers[i].let_go(window, shared[window])
 
