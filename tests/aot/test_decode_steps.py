@@ -12,7 +12,7 @@ from tests.small import long, places
 from vlmrewrite.capture import CAPTURES
 from vlmrewrite.kvcache import layer
 from vlmrewrite.kvcache.buffer import LEAST
-from vlmrewrite.passes import STS
+from vlmrewrite.passes import STS, Stride
 from vlmrewrite.testing.models import FAMILIES, Row
 
 
@@ -87,3 +87,17 @@ def test_a_turn_with_an_image_after_decoding_keeps_no_old_room(as_they_are):
             steps(tiny.model, torch.tensor([[9]]), cache, 2)
             tiny.model(input_ids=more["input_ids"], pixel_values=more["pixel_values"], past_key_values=cache)
             assert all(layer.buffer is None for layer in cache.layers)
+
+
+@pytest.mark.slow
+def test_steps_in_a_window_are_compiled_once(monkeypatch, seen):
+    """Nothing is let go of between them, only behind the prompt."""
+    monkeypatch.setattr(layer, "LATE", 3)
+    tiny = FAMILIES["gemma3"](layers=2)
+    tiny.model.requires_grad_(False)
+    with torch.no_grad(), vr.applied(tiny.model, [Stride(0.5)], backend="inductor"):
+        for before, lengths in ((3, 1), (60, 2)):
+            how = {"max_new_tokens": 30, "min_new_tokens": 30, "return_dict_in_generate": True}
+            out = tiny.model.generate(**tiny.inputs([Row(1, before, 3)]), **how)
+            assert len(set(out.past_key_values.kv_lengths())) == lengths
+            assert len(CAPTURES[tiny.model].text.graphs) == lengths

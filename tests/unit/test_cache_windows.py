@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import DynamicCache, StaticCache
 
 import vlmrewrite as vr
 from tests.caches import MODES, allocated, forward, prefilled, tokens
@@ -44,6 +45,13 @@ def seen_by_the_next(layer, window: int):
     return [[x[here].tolist() for x in held] for *held, here in of_token]
 
 
+def lacking(layer, whole, window: int, tokens: int) -> bool:
+    """Whether a layer has let go of what a next token would see without the last so many."""
+    end = max(0, whole.seen - tokens)
+    needed = whole.positions[(whole.positions > end - window) & (whole.positions < end)].unique()
+    return not torch.isin(needed, layer.positions).all()
+
+
 def with_holes(cache: PositionCache) -> PositionCache:
     """The second row has lost some of its tokens, in the same slots of all layers but the last."""
     lost = cache.layers[0].positions.clone()
@@ -74,14 +82,12 @@ def test_what_a_later_token_sees_is_there(small, ops, holes, mode):
             ours.let_go()
             before = copy.deepcopy(ours)
             if what == "crop":
-                if how > LATE and any(layer.since for layer in ours.layers):
-                    with contextlib.suppress(RuntimeError):
-                        ours.crop(-how)
-                        whole.crop(-how)
-                        continue
-                    assert ours.kv_lengths() == before.kv_lengths() and ours.get_seq_length() == before.get_seq_length()
+                gone = any(lacking(ours.layers[i], whole.layers[i], n, how) for i, n in WINDOWS.items())
+                with pytest.raises(RuntimeError) if gone else contextlib.suppress(RuntimeError if holes else ()):
+                    ours.crop(-how)
+                if ours.get_seq_length() == whole.get_seq_length():
+                    assert ours.kv_lengths() == before.kv_lengths()
                     continue
-                ours.crop(-how)
                 whole.crop(-how)
             for cache in (ours, whole):
                 if what == "rows":
@@ -100,7 +106,7 @@ def test_what_a_later_token_sees_is_there(small, ops, holes, mode):
 def test_what_cannot_be_taken_back_is_refused():
     cache = sliding(prefilled(40))
     cache.let_go()
-    expected = r"crop\(-4\) of a cache of 40 tokens: a layer that sees 5 of them .* at most 3 to remove"
+    expected = r"crop\(-4\) of a cache of 40 tokens: a layer that sees 5 of them let go .* at most 3 to remove"
     with pytest.raises(RuntimeError, match=expected):
         cache.crop(-4)
     assert (cache.get_seq_length(), cache.kv_lengths()) == (40, [7, 7, 11])
@@ -133,12 +139,22 @@ def test_what_is_to_go_back_keeps_all():
 
 
 @torch.no_grad()
-def test_a_length_that_is_known_keeps_all():
+@pytest.mark.parametrize("name", ["length", "steady"])
+def test_a_length_that_is_known_or_a_compiler_keeps_all(name):
     cache = sliding(prefilled(40))
-    for layer in cache.layers:
-        layer.length = 60
+    setattr(cache, name, 60)
     cache.let_go()
     assert cache.kv_lengths() == [40, 40, 40]
+
+
+@torch.no_grad()
+def test_what_is_filled_anew_is_whole():
+    cache = sliding(prefilled(40))
+    cache.let_go()
+    cache.crop(-40)
+    forward(cache, 7, 0)
+    cache.crop(-6)
+    assert cache.kv_lengths() == [1, 1, 1]
 
 
 def test_what_gradients_are_recorded_for_stays():
@@ -160,6 +176,24 @@ def test_nothing_is_wanted_from_the_device_until_there_is_something_to_let_go(mo
         let_go += len(looks)
         forward(cache, 1, seed)
     assert let_go <= 3 * (60 // LATE + 1)
+
+
+CACHES = {
+    "without a config": (lambda config, n: DynamicCache(), True),
+    "with one": (lambda config, n: DynamicCache(config=config), False),
+    "static": (lambda config, n: StaticCache(config, n), True),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", CACHES)
+def test_caches_that_are_given(kind):
+    tiny, (make, keeps) = family("gemma3"), CACHES[kind]
+    inputs = tiny.inputs([Row(1, 6, 3)])
+    cache = make(tiny.model.config, inputs["input_ids"].shape[1] + 30)
+    with torch.no_grad(), vr.applied(tiny.model, [Stride(0.5)]):
+        tiny.model.generate(**inputs, max_new_tokens=30, min_new_tokens=30, do_sample=False, past_key_values=cache)
+    assert (len(set(cache.kv_lengths())) == 1) == keeps
 
 
 def generated(tiny, monkeypatch, windows, inputs, **how):

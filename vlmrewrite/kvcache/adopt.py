@@ -66,8 +66,9 @@ def adopt(given: Any, model: nn.Module) -> tuple[Any, Any]:
     if given.offloading:
         made.offloading, made.only_non_sliding, made.prefetch_stream = True, False, given.prefetch_stream
     final = any(isinstance(layer, StateLayer) and not layer.is_croppable for layer in made.layers)
-    made.record_past = any(getattr(layer, "record_past", False) for layer in given.layers)
-    if final and made.record_past:
+    recorded = any(getattr(layer, "record_past", False) for layer in given.layers)
+    made.record_past = recorded or not given.layers  # as transformers' own keeps all that knows no config
+    if final and recorded:
         raise NotImplementedError(f"{FINAL}: generate without an assistant")
     made.length = max((getattr(layer, "max_cache_len", 0) for layer in given.layers), default=0)
     given.__class__, given.__dict__ = PositionCache, made.__dict__

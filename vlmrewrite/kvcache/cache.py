@@ -23,7 +23,7 @@ from vlmrewrite.kvcache.stored import StoredLayer
 class PositionCache(Cache):
     """A transformers cache of :class:`PositionLayer`; grows as the model updates it.
 
-    ``length`` is that of the whole sequence, if somebody has said it; else 0.
+    ``length`` is that of the whole sequence, if somebody has said it; else 0. ``steady``: a compiler runs its steps.
 
     Args:
         model: for which; where it has layers without keys, the cache has a :class:`StateLayer` for each from the start,
@@ -36,7 +36,7 @@ class PositionCache(Cache):
 
     def __init__(self, model: nn.Module | None = None, stores: Sequence[CacheLayerMixin] = ()) -> None:
         depth, states, self._windows = Kept(0, {}, {}) if model is None else cache_states(model)
-        self.stores, self.record_past = stores, False
+        self.stores, self.record_past, self.steady = stores, False, False
         if states:
             made = [StateLayer(states[i]) if i in states else self._new(i) for i in range(depth)]
             super().__init__(layers=made)  # type: ignore[arg-type]
@@ -153,15 +153,16 @@ class PositionCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Keep all tokens from here on, so that any number can be forgotten again."""
-        self.record_past = True
         super().activate_past_recording()
+        self.record_past = True
 
     def let_go(self) -> None:
         """Forget what no later token sees; see :meth:`PositionLayer.let_go`.
 
-        What is stored elsewhere stays, and so does what gradients are recorded for.
+        Not where the sequence's length was said, keys are stored elsewhere, or gradients are recorded; nor between
+        compiled steps, which would be compiled anew for layers of another length.
         """
-        if self.record_past or self.stores or torch.is_grad_enabled():
+        if self.record_past or self.stores or self.length or self.steady or torch.is_grad_enabled():
             return
         shared: dict[int, Shared] = defaultdict(dict)
         for i, window in self._windows.items():

@@ -148,13 +148,13 @@ class PositionLayer(DynamicLayer):
         self.__init__()  # type: ignore[misc]
 
     def let_go(self, window: int, shared: Shared) -> None:
-        """Forget tokens that no later one sees, where the sequence's length is not known: some at a time.
+        """Forget tokens that no later one sees, some at a time.
 
         Args:
             window: how many tokens a token of this layer sees, itself included; :data:`LATE` before it stay too.
             shared: of layers with the same window.
         """
-        if self.length or self.positions is None:
+        if self.positions is None:
             return
         enough, n = max(LATE, window // SHARE), self.positions.shape[1]
         if n < max(window + LATE, self._looked_at) + enough:
@@ -179,12 +179,12 @@ class PositionLayer(DynamicLayer):
         """Raise the error of :meth:`crop`, if there would be one."""
         if tokens_to_remove > 0:
             raise ValueError(f"crop expects a number of tokens to remove as a negative integer, got {tokens_to_remove}")
-        end = max(0, self.seen + tokens_to_remove)
+        end, most = max(0, self.seen + tokens_to_remove), max(0, self.seen - self.since - self.window + 1)
         if max(0, end - self.window + 1) < min(self.since, end):
             raise RuntimeError(
                 f"crop({tokens_to_remove}) of a cache of {self.seen} tokens: a layer that sees {self.window} of them"
-                f" let go of others; expected at most {LATE} to remove, or activate_past_recording(), which keeps all,"
-                " on the cache while it is empty"
+                f" let go of others; expected at most {most} to remove, or activate_past_recording(), which keeps all,"
+                " on an empty cache"
             )
 
     def crop(self, tokens_to_remove: int, shared: Shared | None = None) -> None:
@@ -199,6 +199,7 @@ class PositionLayer(DynamicLayer):
             return
         before = self.positions.shape[1]
         self.seen = max(0, self.seen + tokens_to_remove)
+        self.since, self._looked_at = (self.since, self._looked_at) if self.seen else (0, 0)
         self.positions, holes = once({} if shared is None else shared, (self.positions,), self._cropped)
         self.holes = self.holes or holes
         self._keep(self.positions.shape[1], before)

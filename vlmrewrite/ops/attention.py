@@ -67,7 +67,7 @@ def attend(
     gqa = heads != others
     if gqa and n == 1:
         out = F.scaled_dot_product_attention(_in_groups(q, k), k, v, attn_mask=seen, dropout_p=dropout, scale=scale)
-        return out.reshape(rows, 1, heads, -1)
+        return out.reshape(rows, 1, heads, v.shape[3])
     if gqa and seen is not None and q.device.type != "cpu":  # no fast kernel elsewhere takes both
         (k, v), gqa = (x.repeat_interleave(heads // others, 1) for x in (k, v)), False
     out = F.scaled_dot_product_attention(
@@ -78,7 +78,8 @@ def attend(
 
 def _in_groups(q: Tensor, k: Tensor) -> Tensor:
     """Queries [B, H, n, D], those of one head of the keys [B, Hk, m, D] below one another: [B, Hk, H / Hk * n, D]."""
-    return q.reshape(q.shape[0], k.shape[1], -1, q.shape[3])
+    (rows, heads, n, size), others = q.shape, k.shape[1]
+    return q.reshape(rows, others, heads // others * n, size)
 
 
 def products(q: Tensor, k: Tensor) -> Tensor:
@@ -96,7 +97,7 @@ def _attend_softcapped(
         seen = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril(k.shape[2] - q.shape[2])
     bias = seen if seen.dtype != torch.bool else torch.zeros_like(scores).masked_fill(~seen, float("-inf"))
     weights = F.dropout((scores + bias).softmax(-1, dtype=torch.float32).nan_to_num(0.0).to(q.dtype), dropout)
-    out = (_in_groups(weights, v) @ v).reshape(*q.shape[:3], -1)
+    out = (_in_groups(weights, v) @ v).reshape(*q.shape[:3], v.shape[3])
     return out.transpose(1, 2).contiguous()
 
 

@@ -214,7 +214,7 @@ class Session:
             )
         if isinstance(keep, int) and keep != kwargs["logits_to_keep"]:
             out["logits"] = out.logits[:, -keep:]
-        ran = told[0]
+        ran, cache.steady = told[0], False
         for prompt in (current_prompt(self), current_prompt((self, "call"))):
             if prompt is not None:
                 prompt.made = ran

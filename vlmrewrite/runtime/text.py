@@ -72,7 +72,7 @@ class TextCalls:
     ) -> Any:
         """The same behind a compiler, which is given all layers' keys at once."""
         given = kwargs["inputs_embeds" if kwargs.get("input_ids") is None else "input_ids"]
-        mask, more = kwargs.get("attention_mask"), int(given.shape[1])
+        mask, more, cache.steady = kwargs.get("attention_mask"), int(given.shape[1]), True
         bits = mask is None or (isinstance(mask, Tensor) and mask.dim() == 2 and mask.shape[1] > cache.get_seq_length())
         try:
             with cache.in_full(more if bits and (_GROWING, form) not in self.why else 0) as full:
