@@ -153,7 +153,7 @@ class PositionCache(Cache):
 
     def activate_past_recording(self) -> None:
         """Keep all tokens from here on, so that any number can be forgotten again."""
-        super().activate_past_recording()
+        super().activate_past_recording()  # type: ignore[no-untyped-call]
         self.record_past = True
 
     def let_go(self) -> None:
