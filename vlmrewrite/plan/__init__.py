@@ -30,6 +30,7 @@ from vlmrewrite.plan.tokens import (
     contains,
 )
 from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
+from vlmrewrite.plan.wanted import for_last
 
 __all__ = [
     "ATTRIBUTE",
@@ -75,6 +76,7 @@ __all__ = [
     "describe",
     "dispatched",
     "events",
+    "for_last",
     "frozen_pass",
     "layer_index",
     "run_passes",

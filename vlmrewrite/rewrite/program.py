@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from vlmrewrite.analysis import Anatomy, LayerCost, as_cast, costs
+from vlmrewrite.analysis import Anatomy, LayerCost, as_cast, costs, of_last_column
 from vlmrewrite.errors import noted
 from vlmrewrite.markup import Shown
 from vlmrewrite.ops import Run, cut
@@ -113,6 +113,17 @@ class Program(Shown):
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""
         plan, here = self.plan, frozenset(FEATURES) - missing.keys()
         return replace(self, plan=Plan(plan.depth, here, dict(missing), plan.owners, plan.kinds))
+
+    @functools.cached_property
+    def of_last(self) -> dict[int, tuple[int, ...]]:
+        """See :func:`vlmrewrite.analysis.of_last_column`; the inputs by their places."""
+        place = {node: i for i, node in enumerate(self.captured.graph.find_nodes(op="placeholder"))}
+        return {layer: tuple(place[n] for n in counts) for layer, counts in of_last_column(self.anatomy).items()}
+
+    def reads_last(self, inputs: Sequence[Any]) -> bool:
+        """Whether the last column is all that is read behind the decoder, given the captured graph's flat inputs."""
+        counts = self.of_last.get(self.plan.depth - 1)
+        return counts is not None and all(inputs[i] == 1 for i in counts)
 
     @functools.cached_property
     def needs(self) -> set[str]:
