@@ -214,12 +214,6 @@ class Call:
         return (columns if self.padding is None else columns * self.padding).amax(1, keepdim=True)
 
     @cached_property
-    def ends_it(self) -> bool:
-        """Whether each row's last prompt token is in the last column."""
-        ends = self.last[:, 0] == self.length - 1
-        return bool((ends if self.ends is None else ends & self.ends).all())
-
-    @cached_property
     def last_valid(self) -> Tensor:
         """All True, bool [B, 1]."""
         return torch.ones_like(self.last, dtype=torch.bool)

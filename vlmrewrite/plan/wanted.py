@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from vlmrewrite.plan.call import Call
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.plan.tokens import All, Last
 
@@ -33,3 +34,9 @@ def for_last(plan: Plan, of_last: Collection[int]) -> Plan:
         if entry.owner is None:
             break
     return new if new.selections() == plan.selections() else plan  # what was chosen is told
+
+
+def ends_in_last_column(call: Call) -> bool:
+    """Whether each row's last prompt token is in this call, in the last column."""
+    there = call.last[:, 0] == call.length - 1
+    return bool((there if call.ends is None else there & call.ends).all())

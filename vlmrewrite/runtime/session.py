@@ -25,7 +25,7 @@ from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, Encoding, refuse_packed, tidy, wants_cache
 from vlmrewrite.kvcache import PositionCache, adopted
 from vlmrewrite.ops import Backend, Kernels
-from vlmrewrite.plan import All, Plan, blocks_of
+from vlmrewrite.plan import All, Plan, blocks_of, ends_in_last_column
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.around import entering, in_place_of, refuse_unrewritten
 from vlmrewrite.runtime.executables import Executables
@@ -231,7 +231,7 @@ class Session:
         sites = hf.sites(inputs) if hf.elsewhere(model) else ()
         call, missing = given.call(graph, inputs, *self._asked, model)
         assert call is not None, "a call on the meta device runs nothing"
-        last = not torch.is_grad_enabled() and program_of(graph).reads_last(inputs) and call.ends_it
+        last = not torch.is_grad_enabled() and program_of(graph).reads_last(inputs) and ends_in_last_column(call)
         how = call.vision.device, blocks, again, sites, last
         executable = self.executables.of(graph, missing, *how)
         if more := executable.program.needs - self._asked[0]:  # of a pass that makes do with something else
