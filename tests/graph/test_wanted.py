@@ -96,6 +96,19 @@ def test_layers_that_share_keys_run_on_it_too():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("rows", [[Row(0, 9, 3)], [Row(0, 9, 3), Row(0, 3, 2)], [Row(1, 3, 2), Row(2, 1, 4)]], ids=str)
+def test_a_decoder_that_leaves_tokens_out_itself(rows):
+    tiny = ZOO["gemma4"](layers=4)
+    inputs, how = tiny.inputs(rows, side="left"), {"max_new_tokens": 5, "min_new_tokens": 5, "do_sample": False}
+    with torch.no_grad():
+        expected = tiny.model(**inputs, logits_to_keep=1).logits, tiny.model.generate(**inputs, **how)
+        with vr.applied(tiny.model, [Stride(1.0)]):
+            got = tiny.model(**inputs, logits_to_keep=1).logits, tiny.model.generate(**inputs, **how)
+    torch.testing.assert_close(got[0], expected[0], atol=1e-5, rtol=1e-5)
+    assert torch.equal(got[1], expected[1])
+
+
+@pytest.mark.slow
 def test_the_graph_runs_no_other_token_through_the_last_layers():
     tiny = ZOO["gemma4"](layers=4)
     program = vr.trace(tiny.model, tiny.inputs([Row(1, 3, 4)]) | {"logits_to_keep": 1})

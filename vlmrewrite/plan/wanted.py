@@ -13,13 +13,14 @@ def for_last(plan: Plan, of_last: Collection[int]) -> Plan:
     """The plan without what no result depends on, where each row's last prompt token is all that is read.
 
     The last layer that makes keys, and those behind it, run on that token alone; their keys are as before. A branch
-    that rejoins behind the decoder is left out. A plan that leaves all layers as they are stays so.
+    that rejoins behind the decoder is left out. A plan that leaves all layers as they are stays so, unless some share
+    keys: models of that kind do so themselves.
 
     Args:
         plan: not changed.
         of_last: the layers behind which nothing but the next layer reads another token.
     """
-    if not plan.variants and all({*entry.sets()} == {All} for entry in plan.layers):
+    if not plan.variants and all({*entry.sets()} == {All} and entry.owner is None for entry in plan.layers):
         return plan
     new = plan.copy()
     new.variants = tuple(for_last(variant, of_last) for variant in plan.variants)
