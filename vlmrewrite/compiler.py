@@ -98,7 +98,7 @@ def rewritten(
     times.append(time.perf_counter())
     try:
         modules = _modules(program, plan, blocks)
-        done = for_last(plan, program.of_last) if last else plan
+        done = for_last(plan, program.of_last[0]) if last else plan
         variants = [
             legalize(program.captured, program.anatomy, variant, modules, program.parameters)
             for variant in done.variants or (done,)

@@ -115,15 +115,23 @@ class Program(Shown):
         return replace(self, plan=Plan(plan.depth, here, dict(missing), plan.owners, plan.kinds))
 
     @functools.cached_property
-    def of_last(self) -> dict[int, tuple[int, ...]]:
-        """See :func:`vlmrewrite.analysis.of_last_column`; the inputs by their places."""
-        place = {node: i for i, node in enumerate(self.captured.graph.find_nodes(op="placeholder"))}
-        return {layer: tuple(place[n] for n in counts) for layer, counts in of_last_column(self.anatomy).items()}
+    def of_last(self) -> tuple[frozenset[int], list[int]]:
+        """The layers of :func:`vlmrewrite.analysis.of_last_column`, and places of the inputs that have to be 1 for it.
+
+        None, unless the last layer is one of them.
+        """
+        found = of_last_column(self.anatomy)
+        counts = found.get(self.plan.depth - 1)
+        if counts is None:
+            return frozenset(), []
+        inputs = self.captured.graph.find_nodes(op="placeholder")
+        layers = frozenset(layer for layer, own in found.items() if own <= counts)
+        return layers, [i for i, node in enumerate(inputs) if node in counts]
 
     def reads_last(self, inputs: Sequence[Any]) -> bool:
         """Whether the last column is all that is read behind the decoder, given the captured graph's flat inputs."""
-        counts = self.of_last.get(self.plan.depth - 1)
-        return counts is not None and all(inputs[i] == 1 for i in counts)
+        layers, counts = self.of_last
+        return bool(layers) and all(inputs[i] == 1 for i in counts)
 
     @functools.cached_property
     def needs(self) -> set[str]:
