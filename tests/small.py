@@ -16,7 +16,7 @@ from vlmrewrite.plan import ATTRIBUTE
 from vlmrewrite.plan.pipeline import run_passes
 from vlmrewrite.plan.plan import Plan
 from vlmrewrite.testing import models, strategies
-from vlmrewrite.testing.models import Row, tiny
+from vlmrewrite.testing.models import Row, families, tiny
 
 CHAIN = [{"cross_layers": [0, 2]}, {"self_layers": [0], "cross_layers": [2]}, {"self_layers": [0, 1, 2, 3]}]
 """Configurations of VISOR to choose among, from the cheapest to the most demanding."""
@@ -33,6 +33,13 @@ ONE_EACH = {
 
 WITH_BLOCKS = [STS(keep=5, refine=3, at=1), DPVR(at=2, branch="random")]
 """A recipe that adds parameters to the model."""
+
+
+@functools.cache
+def with_heads_of_their_own():
+    """A LLaVA each of whose heads has its own keys: attention sums as transformers' own does."""
+    text = LlamaConfig(**tiny.decoder_sizes(4, num_key_value_heads=4))
+    return families.llava_of("llava", text, 0)
 
 
 def planned(*passes, depth=8, features=frozenset()):

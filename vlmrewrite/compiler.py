@@ -21,7 +21,7 @@ from vlmrewrite.capture import Graph
 from vlmrewrite.hf import Checkpointing, Site
 from vlmrewrite.lower import Executable, behind, by_kind, lower, placed, recomputed
 from vlmrewrite.ops import Kernels, Running
-from vlmrewrite.plan import FEATURES, Pass, Plan, build, run_passes
+from vlmrewrite.plan import FEATURES, Pass, Plan, build, for_last, run_passes
 from vlmrewrite.progress import waiting
 from vlmrewrite.rewrite import Program, check_sets, dispatch, legalize
 
@@ -87,16 +87,21 @@ def rewritten(
     strict: bool = False,
     blocks: nn.ModuleDict | None = None,
     propagate: bool = True,
+    last: bool = False,
 ) -> Program:
-    """:func:`rewrite`, for who tells the user by other means what was refused: without its warnings."""
+    """:func:`rewrite`, for who tells the user by other means what was refused: without its warnings.
+
+    With ``last``, for calls of which each row's last prompt token, in the last column, is all that is read.
+    """
     times = [time.perf_counter()]
     plan, outcomes = run_passes(program.plan, [passes] if isinstance(passes, Pass) else list(passes), strict=strict)
     times.append(time.perf_counter())
     try:
         modules = _modules(program, plan, blocks)
+        done = for_last(plan, program.of_last[0]) if last else plan
         variants = [
             legalize(program.captured, program.anatomy, variant, modules, program.parameters)
-            for variant in plan.variants or (plan,)
+            for variant in done.variants or (done,)
         ]
         cut = dispatch(variants, program.captured.graph, program.anatomy) if plan.variants else None
         times.append(time.perf_counter())
@@ -130,6 +135,7 @@ def compile(
     device: torch.device,
     again: Checkpointing | None = None,
     sites: Sequence[Site | None] = (),
+    last: bool = False,
 ) -> Executable:
     """Make a captured program ready to run under some passes.
 
@@ -141,6 +147,7 @@ def compile(
         kernels, backend, device: what runs it, and where.
         again: which layers the backward pass computes again.
         sites: where the captured graph's inputs are, if that may not be one place for all.
+        last: whether each row's last prompt token, in the last column, is all that is read.
 
     Raises:
         ValueError: a pass is refused and ``strict`` is set, or a pass or the rewrite fails; notes name the pass.
@@ -149,7 +156,7 @@ def compile(
     """
     begun = time.perf_counter()
     with waiting("rewriting the graph"):
-        made = rewritten(program, passes, strict=strict, blocks=blocks)
+        made = rewritten(program, passes, strict=strict, blocks=blocks, last=last)
         lowered = [lower(gm, kernels, device) for gm in made.graphs]
         graphs = tuple(low.graph_module for low in lowered)
     running = graphs

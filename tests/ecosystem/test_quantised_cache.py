@@ -7,7 +7,7 @@ import torch
 from transformers import QuantizedCache
 
 import vlmrewrite as vr
-from tests.small import family
+from tests.small import family, with_heads_of_their_own
 from tests.unit.test_cache_stores import held
 from vlmrewrite.kvcache.stored import StoredLayer
 from vlmrewrite.passes import STS, Stride
@@ -38,7 +38,7 @@ def _quantisers():
 @pytest.mark.parametrize("beams", [1, 2])
 @pytest.mark.parametrize("name", WAYS)
 def test_without_a_dropped_token_it_is_the_unmodified_models(name, beams):
-    tiny = family("llava")
+    tiny = with_heads_of_their_own()
     how = GREEDY | {"max_new_tokens": 9, "num_beams": beams, "cache_implementation": "quantized"}
     how |= {"cache_config": WAYS[name]} | tiny.inputs([Row(2, 3, 4)], seed=13)
     expected = tiny.model.generate(**how)

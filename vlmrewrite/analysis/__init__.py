@@ -13,6 +13,7 @@ from vlmrewrite.analysis.operators import hidden_write, writes, written
 from vlmrewrite.analysis.regions import CASTING, as_cast, cast, regions
 from vlmrewrite.analysis.rows import ALONG, Rows
 from vlmrewrite.analysis.tokenwise import VERDICT, mixes
+from vlmrewrite.analysis.wanted import of_last_column
 
 __all__ = [
     "ALONG",
@@ -36,6 +37,7 @@ __all__ = [
     "is_number",
     "mixes",
     "needed",
+    "of_last_column",
     "reachable",
     "regions",
     "same",

@@ -30,6 +30,7 @@ from vlmrewrite.plan.tokens import (
     contains,
 )
 from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
+from vlmrewrite.plan.wanted import ends_in_last_column, for_last
 
 __all__ = [
     "ATTRIBUTE",
@@ -74,7 +75,9 @@ __all__ = [
     "contains",
     "describe",
     "dispatched",
+    "ends_in_last_column",
     "events",
+    "for_last",
     "frozen_pass",
     "layer_index",
     "run_passes",

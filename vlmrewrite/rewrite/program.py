@@ -13,7 +13,7 @@ import torch
 import torch.fx
 from torch import Tensor, nn
 
-from vlmrewrite.analysis import Anatomy, LayerCost, as_cast, costs
+from vlmrewrite.analysis import Anatomy, LayerCost, as_cast, costs, of_last_column
 from vlmrewrite.errors import noted
 from vlmrewrite.markup import Shown
 from vlmrewrite.ops import Run, cut
@@ -113,6 +113,25 @@ class Program(Shown):
         """The program without passes, for calls that lack some of the plan's FEATURES, with the reasons."""
         plan, here = self.plan, frozenset(FEATURES) - missing.keys()
         return replace(self, plan=Plan(plan.depth, here, dict(missing), plan.owners, plan.kinds))
+
+    @functools.cached_property
+    def of_last(self) -> tuple[frozenset[int], list[int]]:
+        """The layers of :func:`vlmrewrite.analysis.of_last_column`, and places of the inputs that have to be 1 for it.
+
+        None, unless the last layer is one of them.
+        """
+        found = of_last_column(self.anatomy)
+        counts = found.get(self.plan.depth - 1)
+        if counts is None:
+            return frozenset(), []
+        inputs = self.captured.graph.find_nodes(op="placeholder")
+        layers = frozenset(layer for layer, own in found.items() if own <= counts)
+        return layers, [i for i, node in enumerate(inputs) if node in counts]
+
+    def reads_last(self, inputs: Sequence[Any]) -> bool:
+        """Whether the last column is all that is read behind the decoder, given the captured graph's flat inputs."""
+        layers, counts = self.of_last
+        return bool(layers) and all(inputs[i] == 1 for i in counts)
 
     @functools.cached_property
     def needs(self) -> set[str]:

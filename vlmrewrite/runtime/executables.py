@@ -46,6 +46,7 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
         blocks: nn.ModuleDict | None,
         again: Checkpointing | None,
         sites: tuple[Site | None, ...],
+        last: bool = False,
     ) -> Executable:
         """The graph under the recipe.
 
@@ -55,13 +56,14 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
             blocks: modules of the recipe's blocks that are in use.
             again: which layers the backward pass computes again.
             sites: where its inputs are, if weights come and go or are on several devices.
+            last: whether each row's last prompt token, in the last column, is all that is read, and without gradients.
 
         Raises:
             NotImplementedError: layers are to be computed again behind Inductor, or weights are elsewhere there, or in
                 blocks; or see :func:`vlmrewrite.compiler.compile`.
         """
         made, form = self.setdefault(graph, {}), again and again.form
-        key = frozenset(missing), device, replaced(), blocks, form, sites
+        key = frozenset(missing), device, replaced(), blocks, form, sites, last
         with contextlib.nullcontext() if key in made else self._lock:
             if key not in made:
                 program, backend = program_of(graph).lacking(missing), resolve(self._backend, device)
@@ -73,7 +75,7 @@ class Executables(WeakKeyDictionary[Graph, dict[Any, Executable]]):
                 if eager is not None and self._backend in ("inductor", "inductor-whole"):
                     raise NotImplementedError(eager.format(self._backend))
                 backend = backend if eager is None else "eager"
-                how = self._recipe.passes, self._strict, blocks, self._kernels, backend, device, again, sites
+                how = self._recipe.passes, self._strict, blocks, self._kernels, backend, device, again, sites, last
                 made[key] = new = compile(program, *how)
                 told = {f"{o.configuration} does nothing: {o.reason}" for o in new.program.outcomes if o.reason}
                 for message in sorted(told - self._warned):

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 
 from vlmrewrite import capture, hf
 from vlmrewrite.capture import CapturedForward, Graph, captures_of
+from vlmrewrite.compiler import program_of
 from vlmrewrite.errors import CaptureError
 from vlmrewrite.hf import Encoded, Encoding, refuse_packed, tidy, wants_cache
 from vlmrewrite.kvcache import PositionCache, adopted
 from vlmrewrite.ops import Backend, Kernels
-from vlmrewrite.plan import All, Plan, blocks_of
+from vlmrewrite.plan import All, Plan, blocks_of, ends_in_last_column
 from vlmrewrite.recipe import Recipe
 from vlmrewrite.runtime.around import entering, in_place_of, refuse_unrewritten
 from vlmrewrite.runtime.executables import Executables
@@ -230,11 +231,13 @@ class Session:
         sites = hf.sites(inputs) if hf.elsewhere(model) else ()
         call, missing = given.call(graph, inputs, *self._asked, model)
         assert call is not None, "a call on the meta device runs nothing"
-        executable = self.executables.of(graph, missing, call.vision.device, blocks, again, sites)
+        last = not torch.is_grad_enabled() and program_of(graph).reads_last(inputs) and ends_in_last_column(call)
+        how = call.vision.device, blocks, again, sites, last
+        executable = self.executables.of(graph, missing, *how)
         if more := executable.program.needs - self._asked[0]:  # of a pass that makes do with something else
             call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], model)
             assert call is not None
-            executable = self.executables.of(graph, missing, call.vision.device, blocks, again, sites)
+            executable = self.executables.of(graph, missing, *how)
         result = executable.run(hf.to_bring(inputs) if sites else inputs, call)
         kind, layouts = call.vision.device.type, Layout.of_all(graph, inputs)
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None

@@ -55,7 +55,9 @@ class TextCalls:
                     return out
         kernels = self._kernels if choose(self._kernels, device).kernel == "triton" else None
         with capture.running(cache, kernels):
-            forward, kwargs = type(model).forward, hf.keeping_all_tokens(kwargs)
+            forward = type(model).forward
+            if kwargs.get("attention_mask") is not None:  # which some decoders would cut as another form of it
+                kwargs = hf.keeping_all_tokens(kwargs)
             out = forward(model, past_key_values=cache, use_cache=cache is not None, return_dict=True, **kwargs)
         if failed is not None:
             self._tell(model, _EAGER, form, failed)
