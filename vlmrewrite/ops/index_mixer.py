@@ -6,6 +6,7 @@ import copy
 import functools
 import inspect
 import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,20 +32,27 @@ class _Held(DynamicLayer):
     Args:
         index: the name of the method that takes what the index holds of some tokens, and returns all of it.
         there: keys, values and index, of all tokens; None: stop as soon as they are made.
+        at: where in these belongs what is given, int64 [B, n]; None: it is there already.
     """
 
-    def __init__(self, index: str, there: Sequence[Tensor] | None) -> None:
+    def __init__(self, index: str, there: Sequence[Tensor] | None, at: Tensor | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.there, self.made = there, dict[str, tuple[Tensor, ...]]()
-        setattr(self, index, functools.partial(self._note, "index"))
+        self.there, self.at, self.made = there, at, dict[str, tuple[Tensor, ...]]()
+        note = functools.partial(_Held._note, weakref.proxy(self), "index")  # no cycle, which would keep all tensors
+        setattr(self, index, note)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         return self._note("keys", key_states, value_states)  # type: ignore[no-any-return]
 
     def _note(self, what: str, *given: Tensor) -> Any:
-        if self.there is not None:
-            return tuple(self.there[:2]) if what == "keys" else self.there[2]
         self.made[what] = given
+        if self.there is not None:
+            own = self.there[:2] if what == "keys" else self.there[2:]
+            if self.at is not None:
+                for x, new in zip(own, given, strict=True):
+                    at = self.at.to(x.device).view(len(x), *[1] * (x.dim() - 3), -1, 1)
+                    x.scatter_(-2, at.expand_as(new), new.to(x.dtype))
+            return tuple(own) if what == "keys" else own[0]
         if len(self.made) == 2:
             raise _MadeError
         return given if what == "keys" else given[0]
@@ -77,9 +85,13 @@ class IndexedMixer(Named):
             at = torch.arange(n, device=hidden.device)
             self._run(parts, held, (at <= at[:, None])[None, None], at[None], weights)
         except _MadeError:
-            (k, v), (index,) = held.made["keys"], held.made["index"]
-        else:
+            pass
+        return self._packed(held)
+
+    def _packed(self, held: _Held) -> tuple[Tensor, Tensor]:
+        if len(held.made) < 2:
             raise NotImplementedError(f"{self._name()} has an index, and made no keys, or nothing for that index")
+        (k, v), (index,) = held.made["keys"], held.made["index"]
         if index.dim() not in (3, 4) or not index.is_floating_point():
             raise NotImplementedError(
                 f"the index of {self._name()} holds {index.dtype} {list(index.shape)} of some tokens; expected"
@@ -102,6 +114,20 @@ class IndexedMixer(Named):
             places: their own places among the keys, int64 [B, n].
             weights: the module's parameters, in order.
         """
+        return self._taken(self._run(parts, self._holding(parts, k, v, weights), seen[:, None], places, weights))
+
+    def step(self, parts: Parts, k: Tensor, v: Tensor, seen: Tensor, places: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """:meth:`attend` and :meth:`keys` in one, with the module's own parameters.
+
+        Args:
+            parts, seen, places: as for :meth:`attend`.
+            k, v: what is held, and room for these tokens, at their places; it may be filled.
+        """
+        held = self._holding(parts, k, v, None, places)
+        out = self._taken(self._run(parts, held, seen[:, None], places, None))
+        return out, *self._packed(held)
+
+    def _holding(self, parts: Parts, k: Tensor, v: Tensor, weights: Any, at: Tensor | None = None) -> _Held:
         if self._heads is None:
             self.keys(parts, weights)
         assert self._heads is not None
@@ -109,8 +135,9 @@ class IndexedMixer(Named):
         keys, index = (x.to(dtype) for x, dtype in zip(both, self._dtypes, strict=True))
         if self._tail:
             index = index.unflatten(2, (*self._tail, -1)).transpose(1, 2)
-        held = _Held(self._index, (keys.unflatten(2, self._heads).transpose(1, 2), v, index))
-        out = self._run(parts, held, seen[:, None], places, weights)
+        return _Held(self._index, (keys.unflatten(2, self._heads).transpose(1, 2), v, index), at)
+
+    def _taken(self, out: Any) -> Tensor:
         out, *rest = out if isinstance(out, tuple) else (out,)
         if any(x is not None for x in rest):
             raise NotImplementedError(
@@ -160,21 +187,39 @@ class IndexedMixer(Named):
                 f"{self._name()} takes more from other tokens than the keys, values and index that are held of them"
             )
 
-    def _run(self, parts: Parts, held: _Held, seen: Tensor, places: Tensor, weights: Sequence[Tensor]) -> Any:
+    def _run(self, parts: Parts, held: _Held, seen: Tensor, places: Tensor, weights: Sequence[Tensor] | None) -> Any:
         module: Any = self.module()
         hidden: Any = parts["hidden_states"]
-        names = (name for name, _ in module.named_parameters())
-        made: Any = copied(module, dict(zip(names, weights, strict=True)))
-        for one in (m for m in made.modules() if "config" in vars(m)):
-            vars(one)["config"] = self._config
+        made: Any = module
+        if weights is not None:
+            names = (name for name, _ in module.named_parameters())
+            made = copied(module, dict(zip(names, weights, strict=True)))
+        made = _configured(made, self._config)
         given = {self.cache: Cache(layers=[held] * (module.layer_idx + 1)), "attention_mask": seen.to(hidden.device)}
-        taken = inspect.signature(type(module).forward).parameters
-        if "position_ids" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values()):
+        if _takes_places(type(module).forward):
             given["position_ids"] = places.to(hidden.device)
         return type(module).forward(made, **parts, **given)
 
     def _name(self) -> str:
         return type(self.module()).__name__
+
+
+def _configured(module: nn.Module, config: Any) -> nn.Module:
+    """The module with another config, in itself and all in it; parts without any are the module's own."""
+    own = {name: m and _configured(m, config) for name, m in module._modules.items()}
+    if "config" not in vars(module) and all(m is module._modules[name] for name, m in own.items()):
+        return module
+    made = type(module).__new__(type(module))
+    vars(made).update(vars(module), _modules=own)
+    if "config" in vars(module):
+        vars(made)["config"] = config
+    return made
+
+
+@functools.cache
+def _takes_places(forward: Callable[..., Any]) -> bool:
+    taken = inspect.signature(forward).parameters
+    return "position_ids" in taken or any(p.kind is p.VAR_KEYWORD for p in taken.values())
 
 
 def of_each(x: Any, change: Callable[[Tensor], Tensor]) -> Any:

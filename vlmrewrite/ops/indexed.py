@@ -3,16 +3,18 @@
 One part makes what the cache holds of each token: keys, values, and what the index holds of it. The other takes the
 queries, and all that is held. Between them lie the cache and the plan, so that a layer may hold any set of tokens.
 
-What selects keys may go by their places (blocks of neighbours), so each row is taken alone, without its padding and
-without tokens that are not held, one key behind the other. ``position_ids`` that the module asks for are these places.
+What selects keys may go by their places (blocks of neighbours), so each row's keys are laid one behind the other,
+without its padding and without tokens that are not held. ``position_ids`` that the module asks for are these places.
+Rows are run together: behind the keys of a row that has fewer lie some that it does not see, as later tokens do in a
+prompt. A step of one token runs the module once, which makes what is held of it and takes that at its place.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -69,43 +71,78 @@ def indexed(
     """
     module: Any = MIXERS[mixer]
     last, every = everywhere(q, k)
-    q_pos, k_pos = last if q_pos is None else q_pos, every if k_pos is None else k_pos
-    found = visible(None if plain else mask, q_pos, k_pos, False)
-    assert found is not None
-    seen = (found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2)[:, 0]
-    seen = seen.expand(q.shape[0], -1, -1)
-    held = seen.any(1)
-    places = (held[:, None] & (k_pos[:, None] <= q_pos[:, :, None])).sum(-1) - 1
+    q_pos = (last if q_pos is None else q_pos).expand(q.shape[0], -1)
+    k_pos = (every if k_pos is None else k_pos).expand(q.shape[0], -1)
     out = q.new_zeros(q.shape[0], q.shape[2], widths[0], dtype=dtype_of(given))
-    for rows, at, keys in _groups(seen.any(2), held):
-        if at is None or keys is None:
-            parts, here = parts_of(q, given, widths), (k, v, seen, places)
-            out = module.attend(parts, *here, weights)
+    for rows in looked_at(None if plain else mask, q_pos, k_pos):
+        here = rows.held(k), rows.held(v), rows.seen, rows.places
+        if rows.at is None:
+            parts = parts_of(q, given, widths)
+            part = out = module.attend(parts, *here, weights)
         else:
-            which = rows[:, None]
-            parts = parts_of(q[which, :, at].transpose(1, 2), given, widths)
-            some = k[which, :, keys].transpose(1, 2), v[which, :, keys].transpose(1, 2)
-            here = *some, seen[which[:, :, None], at[:, :, None], keys[:, None]], places[which, at]
-            out[which, at] = (part := module.attend(parts, *here, weights))
-        module.try_apart(parts, *here, out if at is None else part, weights)
+            parts = parts_of(q[rows.which, :, rows.at].transpose(1, 2), given, widths)
+            out[rows.which, rows.at] = part = module.attend(parts, *here, weights)
+        module.try_apart(parts, *here, part, weights)
     return out.unsqueeze(2)
 
 
-def _groups(queries: Tensor, keys: Tensor) -> Iterator[tuple[Tensor, Tensor | None, Tensor | None]]:
-    """Rows with as many queries and keys as one another, with the places of both; None where that is all of all rows.
+class Rows(NamedTuple):
+    """Rows with as many tokens that see a key as one another.
+
+    Attributes:
+        which: the rows, int64 [R, 1].
+        at: those tokens, int64 [R, n]; None for all tokens of all rows.
+        keys: what they see, and behind it, where a row has fewer keys than another, some that none of them sees, int64
+            [R, m]; None for all keys as they lie.
+        seen: who sees which of these, bool [R, n, m].
+        places: of the tokens among their row's keys, int64 [R, n].
+    """
+
+    which: Tensor
+    at: Tensor | None
+    keys: Tensor | None
+    seen: Tensor
+    places: Tensor
+
+    def held(self, x: Tensor) -> Tensor:
+        """Of keys or values [B, Hk, M, D] these rows', one behind the other: [R, Hk, m, D]."""
+        return x if self.keys is None else x[self.which, :, self.keys].transpose(1, 2)
+
+
+def looked_at(mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, plain: bool = False) -> list[Rows]:
+    """How the rows lie for an index: the keys of each one behind the other.
 
     Args:
-        queries: which there are, bool [B, n]. keys: likewise, [B, m].
+        mask, q_pos, k_pos: as for :func:`vlmrewrite.ops.attention.visible`, with all rows.
+        plain: of no meaning: what is seen is told one by one in any case.
     """
-    every = torch.arange(len(queries), device=queries.device)
-    if bool(queries.all()) and bool(keys.all()):
-        yield every, None, None
-        return
-    counts = torch.stack([queries.sum(1), keys.sum(1)], 1)
-    for n, m in counts.unique(dim=0).tolist():
+    found = visible(mask, q_pos, k_pos, False)
+    assert found is not None
+    seen = (found if found.dtype == torch.bool else found > torch.finfo(found.dtype).min / 2)[:, 0]
+    asking, held = seen.any(2), seen.any(1)
+    places = (held[:, None] & (k_pos[:, None] <= q_pos[:, :, None])).sum(-1) - 1
+    every, all_ask = torch.arange(len(seen), device=seen.device)[:, None], bool(asking.all())
+    if all_ask and bool(held.all()):
+        return [Rows(every, None, None, seen, places)]
+    counts, groups = asking.sum(1), list[Rows]()
+    for n in counts.unique().tolist():
         if n:
-            rows = every[(counts == counts.new_tensor([n, m])).all(1)]
-            yield rows, queries[rows].nonzero()[:, 1].view(-1, n), keys[rows].nonzero()[:, 1].view(-1, m)
+            which = every[counts == n]
+            own = held[which[:, 0]]
+            keys = own.byte().argsort(dim=1, descending=True, stable=True)[:, : int(own.sum(1).max())]
+            at = asking[which[:, 0]].nonzero()[:, 1].view(-1, n)
+            some = seen[which[:, :, None], at[:, :, None], keys[:, None]]
+            groups.append(Rows(which, None if all_ask else at, keys, some, places[which, at]))
+    return groups
+
+
+def looked_at_alone(mask: Tensor | None, q_pos: Tensor, k_pos: Tensor, plain: bool = False) -> Rows | None:
+    """:func:`looked_at` for the last token of each row; None unless all of them see themselves."""
+    found = looked_at(mask, q_pos, k_pos)
+    if not found or found[0].at is not None:
+        return None
+    keys, last = found[0].keys, k_pos.shape[1] - 1
+    return found[0] if keys is None or bool((keys.gather(1, found[0].places) == last).all()) else None
 
 
 def flops_of_indexed(node_args: Sequence[Any], weights: Sequence[Tensor]) -> tuple[int, int, int]:
@@ -139,6 +176,22 @@ differentiate("index_keys", _KEYS, index_keys)
 differentiate("indexed", _ARGUMENTS, indexed)
 
 INDEX_KEYS, INDEXED = torch.ops.vlm.index_keys.default, torch.ops.vlm.indexed.default
+
+
+def _room(cache: Any, layer_idx: int, hidden: Tensor) -> tuple[Tensor, Tensor] | None:
+    """A layer's keys and values, the last of them empty for a step's token; None where those have to be made first."""
+    layer = cache.layer(layer_idx)
+    if hidden.shape[1] != 1 or layer.keys is None or cache.stores or torch.is_grad_enabled():
+        return None
+    room = [x.new_zeros(len(hidden), x.shape[1], 1, x.shape[3]) for x in (layer.keys, layer.values)]
+    return cache.update(*room, layer_idx)  # type: ignore[no-any-return]
+
+
+def _fill(room: tuple[Tensor, Tensor], made: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Put what was made of a step's token into its place."""
+    for x, new in zip(room, made, strict=True):
+        x[:, :, -1:] = new
+    return room
 
 
 def indexed_forward(module: nn.Module, index: str) -> Callable[..., Any]:
@@ -176,15 +229,23 @@ def indexed_forward(module: nn.Module, index: str) -> Callable[..., Any]:
                 if each.shape[1] != hidden.shape[1]:
                     raise NotImplementedError(f"{name_of} is given {name} of other tokens than its own")
             parts[name] = x
+        tracing, n = torch.compiler.is_dynamo_compiling(), hidden.shape[1]
+        room = None if tracing or cache is None else _room(cache, self.layer_idx, hidden)
+        if room is not None:
+            rows: Rows | None = cache.seen_by(cache.layers[self.layer_idx], hidden[:, None], mask, looked_at_alone)
+            if rows is not None:
+                here = rows.held(room[0]), rows.held(room[1]), rows.seen, rows.places
+                out, *made = mixer.step(parts, *here)
+                _fill(room, made)
+                return out, None
         q, said, widths = packed(parts)
         more = said, widths, list(self.parameters()), number
-        tracing = torch.compiler.is_dynamo_compiling()
         k, v = INDEX_KEYS(q, *more)
         q_pos = k_pos = None
         if cache is not None:
-            k, v = cache.update(k, v, self.layer_idx)
+            k, v = cache.update(k, v, self.layer_idx) if room is None else _fill(room, (k, v))
             if not tracing:
-                layer, n = cache.layers[self.layer_idx], q.shape[2]
+                layer = cache.layers[self.layer_idx]
                 k_pos = layer.positions
                 q_pos = torch.arange(layer.seen - n, layer.seen, device=q.device).repeat(q.shape[0], 1)
         plain = mask is None and q_pos is None
