@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import vlmrewrite as vr
-from tests.small import family
+from tests.small import crossed, family
 from vlmrewrite.compiler import rewritten
 from vlmrewrite.passes import DPVR, STS, VISOR, FastV, Stride
 from vlmrewrite.plan import All, Last, Plan, Text, Vision, for_last
@@ -33,9 +33,7 @@ def last_alone(model) -> bool:
 
 
 @pytest.mark.slow
-@pytest.mark.wide
-@pytest.mark.parametrize("recipe", RECIPES)
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "recipe"), crossed(FAMILIES, RECIPES))
 @given(
     st.lists(st.builds(Row, st.integers(0, 2), st.integers(1, 5), st.integers(1, 4)), min_size=1, max_size=3), st.data()
 )
