@@ -64,14 +64,14 @@ def attend(
             causal = True
         else:
             seen = torch.ones(n, m, dtype=torch.bool, device=q.device).tril(m - n)[None, None]
-    gqa = heads != others
-    if gqa and n == 1:
+    grouped: dict[str, bool] = {"enable_gqa": True} if heads != others else {}  # no comparison: it may be symbolic
+    if grouped and n == 1:
         out = F.scaled_dot_product_attention(_in_groups(q, k), k, v, attn_mask=seen, dropout_p=dropout, scale=scale)
         return out.reshape(rows, 1, heads, v.shape[3])
-    if gqa and seen is not None and q.device.type != "cpu":  # no fast kernel elsewhere takes both
-        (k, v), gqa = (x.repeat_interleave(heads // others, 1) for x in (k, v)), False
+    if grouped and seen is not None and q.device.type != "cpu":  # no fast kernel elsewhere takes both
+        (k, v), grouped = (x.repeat_interleave(heads // others, 1) for x in (k, v)), {}
     out = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=gqa
+        q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=scale, **grouped
     )
     return out.transpose(1, 2).contiguous()
 
