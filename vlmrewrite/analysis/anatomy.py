@@ -8,6 +8,7 @@ No module name is looked at.
 
 from __future__ import annotations
 
+import functools
 import operator
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -120,6 +121,15 @@ class Anatomy:
     dtype: torch.dtype
     logits: int
     states: int = 0
+
+    @functools.cached_property
+    def between(self) -> dict[int, frozenset[Node]]:
+        """By layer, what stands between the one before and it, with that one's exit; none where nothing does."""
+        return {
+            b.index: frozenset(reachable([a.exit]) & needed([b.entry], {a.exit}))
+            for a, b in pairwise(self.layers)
+            if a.exit is not b.entry
+        }
 
 
 def analyse(gm: GraphModule, features: Mapping[str, Mapping[str, int]]) -> Anatomy:

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import operator
-from itertools import pairwise
 from typing import Any
 
 from torch.fx import Node
 
 from vlmrewrite.analysis.anatomy import Anatomy
-from vlmrewrite.analysis.graph import axis, needed, reachable
+from vlmrewrite.analysis.graph import axis
 from vlmrewrite.analysis.tokenwise import mixes
 
 
@@ -21,10 +20,7 @@ def of_last_column(anatomy: Anatomy) -> dict[int, frozenset[Node]]:
     Returns:
         for each of them, the graph's inputs that have to be 1 for it: how many logits are asked for.
     """
-    between = [
-        reachable([a.exit]) & needed([b.entry], {a.exit}) for a, b in pairwise(anatomy.layers) if a.exit is not b.entry
-    ]
-    inside = frozenset[Node]().union(*(layer.region for layer in anatomy.layers), *between)
+    inside = frozenset[Node]().union(*(layer.region for layer in anatomy.layers), *anatomy.between.values())
     found = {layer.index: _counts(layer.exit, inside, anatomy) for layer in anatomy.layers}
     return {index: counts for index, counts in found.items() if counts is not None}
 

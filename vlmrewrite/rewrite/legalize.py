@@ -10,7 +10,6 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from torch import nn
 from torch.fx import Node
 from torch.fx.node import map_arg
 
-from vlmrewrite.analysis import Anatomy, Layer, hidden_write, needed, reachable, where, writes
+from vlmrewrite.analysis import Anatomy, Layer, hidden_write, reachable, where, writes
 from vlmrewrite.compat import assert_scalar
 from vlmrewrite.ops import TOKENS
 from vlmrewrite.plan import NEEDS, All, Branch, Edit, Extra, Last, LayerPlan, Plan, Selection, TokenSet
@@ -114,12 +113,7 @@ class _Rewrite:
         self.stream = Stream(env[anatomy.layers[0].entry], self.emit, self.sets, anatomy.states)
         self.nodes = LayerNodes(anatomy, env, self.emit, self.sets, self.stream)
         self._parameters = {env[n]: named[n.name] for n in env if n.op == "placeholder" and n.name in named}
-        self._between = {
-            b.index: frozenset(reachable([a.exit]) & needed([b.entry], {a.exit}))
-            for a, b in pairwise(anatomy.layers)
-            if a.exit is not b.entry
-        }
-        inside = [*(layer.region for layer in anatomy.layers), *self._between.values()]
+        inside = [*(layer.region for layer in anatomy.layers), *anatomy.between.values()]
         self._outside = set(graph.nodes) - {env[n] for nodes in inside for n in nodes}
         self._replaced: dict[Node, int] = {}
         self._away: dict[Branch, Node] = {}
@@ -129,7 +123,7 @@ class _Rewrite:
 
     def arrive(self, layer: Layer) -> None:
         """Do what stands between the layer before and this one, for all tokens."""
-        between, entry = self._between.get(layer.index), self.nodes.env[layer.entry]
+        between, entry = self.anatomy.between.get(layer.index), self.nodes.env[layer.entry]
         if between is None:
             return
         if not self.stream.changed:

@@ -118,7 +118,7 @@ class Program(Shown):
     def of_last(self) -> tuple[frozenset[int], list[int]]:
         """The layers of :func:`vlmrewrite.analysis.of_last_column`, and places of the inputs that have to be 1 for it.
 
-        None, unless the last layer is one of them.
+        Nothing, unless the last layer is one of them.
         """
         found = of_last_column(self.anatomy)
         counts = found.get(self.plan.depth - 1)
