@@ -11,11 +11,9 @@ images the matrix of all distances is not kept (only its rows' extremes, block b
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -24,7 +22,9 @@ from vlmrewrite.draw import Draw
 from vlmrewrite.ops import (
     SIDE,
     Array,
+    Places,
     Products,
+    Renewals,
     define,
     greedy_choice,
     greedy_flops,
@@ -87,18 +87,24 @@ def _closest_other(x: Tensor) -> Tensor:
     return best
 
 
-def _then(_: int, potential: Array, rows: npt.NDArray[np.intp], pick: int, products: Array) -> Array:
+def _then(_: int, potential: Array, rows: Places, pick: int, products: Array) -> Array:
     return np.maximum(potential, products)
+
+
+def _after(potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
+    more = pairwise(_cosines, picks, rows).amax(0).cpu().double()
+    return more if potential is None else potential.maximum(more)
 
 
 class _Cosine:
     """Bounds of the similarities, products of rows of norm 1: off by at most ``product_rounding(C)``."""
 
-    def __init__(self, x: Tensor, _: int) -> None:
+    def __init__(self, x: Tensor, k: int) -> None:
         self.x = F.normalize(x, dim=2)
-        self.products = Products(self.x, x.shape[1], SIDE)
-        off = product_rounding(x.shape[2], x.device)
+        self.products, self.renewals = Products(self.x, x.shape[1], SIDE), Renewals(self.x, k, _after)
+        off = sum(product_rounding(x.shape[2], x.device))
         self.off = np.array([-off, off], np.float32)[:, None, None]
+        self.bounds: Array | None = None
 
     def first(self) -> Tensor:
         if self.products.gram is None:
@@ -106,13 +112,35 @@ class _Cosine:
         self.products.gram.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         return self.products.gram.amax(2)
 
-    def bounded(self, bounds: Array | None, picks: Sequence[int]) -> Array:
-        more = self.products.of(picks, None if bounds is None else bounds[0], _then) + self.off
-        return more if bounds is None else np.maximum(bounds, more, out=bounds)
+    def bounded(self, picks: Places) -> Array:
+        more = self.products.of(picks, None if self.bounds is None else self.bounds[0], _then) + self.off
+        self.bounds = more if self.bounds is None else np.maximum(self.bounds, more, out=self.bounds)
+        self.bounds[:, np.arange(len(picks)), picks] = np.inf
+        lower: Array = self.bounds[0]
+        return lower
 
-    def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
-        more = pairwise(_cosines, picks, rows).amax(0)
-        return more if potential is None else potential.maximum(more)
+    def above(self, images: Places, rows: Places) -> Array:
+        assert self.bounds is not None
+        bound: Array = self.bounds[1, images, rows]
+        return bound
+
+    def exactly(self, image: int, rows: Places, picks: Places) -> Array:
+        assert self.bounds is not None
+        if self.products.rows is None:
+            potential = self.renewals.of(image, rows, picks)
+        else:
+            potential = self._by_closest(self.products.rows[image][np.ix_(rows, picks)], image, rows, picks)
+        self.bounds[:, image, rows] = potential
+        return potential
+
+    def _by_closest(self, products: Array, image: int, rows: Places, picks: Places) -> Array:
+        """As :meth:`exactly`, by the picks that may be most similar to a row, by their products [r, p]."""
+        row, pick = (products >= products.max(1, keepdims=True) - 2 * self.off[1, 0, 0]).nonzero()
+        x = self.x[image]
+        cosines = _cosines(x[torch.from_numpy(rows[row])], x[torch.from_numpy(picks[pick])]).cpu().numpy()
+        found = np.full(len(rows), -np.inf)
+        np.maximum.at(found, row, cosines)
+        return found
 
 
 define(

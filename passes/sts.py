@@ -13,11 +13,9 @@ features; here 1e-6, the token nearest to the mean feature, and the projected on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import ClassVar, Literal
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -25,7 +23,9 @@ from vlmrewrite.draw import Draw
 from vlmrewrite.ops import (
     SIDE,
     Array,
+    Places,
     Products,
+    Renewals,
     added_in_order,
     define,
     greedy_choice,
@@ -40,13 +40,22 @@ from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 EPSILON = 1e-6
 
+UNIT, STEPS = 2.0**-24, 16
+"""What one step in fp32 rounds by; and how many of them all potentials may be off by in the same direction."""
+
+SUM = 2.0**-40
+"""What sums of some thousand numbers in fp64 are off, in units of themselves."""
+
+NEAR = 2.0**-5
+"""Of a distance that is off by more than this part of itself, both ends are looked at."""
+
 
 def sts_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) -> Tensor:
     """Greedy repulsion sampling (arXiv 2606.03569, section 3, stage 1), each image for itself.
 
     The first token is the one nearest to the mean; then always the one with the smallest potential
-    ``U(i) = sum over chosen j of 1 / (|v_i - v_j|^2 + 1e-6)`` is added. Distances and sums are fp32; ties go to the
-    first token.
+    ``U(i) = sum over chosen j of 1 / (|v_i - v_j|^2 + 1e-6)`` is added. Each term is computed in fp32, and their sum in
+    fp64; ties go to the first token.
 
     Args:
         features: [F, C], any float dtype.
@@ -62,56 +71,100 @@ def sts_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) 
 
 def repel(x: Tensor, k: int) -> Tensor:
     """The definition: the first ``k`` picks of one image, x fp32 [m, C], k < m; what is not a number is picked last."""
-    potential, left = torch.zeros(len(x), device=x.device), torch.ones(len(x), dtype=torch.bool, device=x.device)
-    pick = _squares(x, x.mean(0)).argmin()
-    picks = [pick]
+    potential, left = torch.zeros(len(x), dtype=torch.float64, device="cpu"), torch.ones(len(x), dtype=torch.bool)
+    picks = [int(_squares(x, x.mean(0)).argmin())]
     for _ in range(k - 1):
-        potential += 1 / (_squares(x, x.index_select(0, pick[None])) + EPSILON)
-        left = left.index_fill(0, pick[None], False)
-        pick = least_of(potential, left)
-        picks.append(pick)
-    return torch.stack(picks)
+        potential += (1 / (_squares(x, x[picks[-1:]]) + EPSILON)).cpu()
+        left[picks[-1]] = False
+        picks.append(int(least_of(potential, left)))
+    return torch.tensor(picks, device=x.device)
 
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     return (x - y).square_().sum(1)
 
 
-class _Repulsion:
-    """Bounds of the potentials by ``|x - y|^2 = |x|^2 + |y|^2 - 2 xy``, the mean taken out, so that less cancels.
+def _after(potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
+    return added_in_order(potential, 1 / (pairwise(_squares, picks, rows) + EPSILON))
 
-    Products, squares and differences are off by at most ``product_rounding(C) (|x|^2 + |y|^2)``: each has its own share
-    of the 12 deviations in there. A sum of potentials is off by ``product_rounding(k)`` of itself.
+
+class _Repulsion:
+    """Bounds of the potentials by ``d / 2 = |x|^2 / 2 + |y|^2 / 2 - xy``, the mean taken out, so that less cancels.
+
+    A distance is off by at most ``product_rounding(C) (|x|^2 + |y|^2)``, its definition's rounding included: each has
+    its own share of the 12 deviations in there. What the products with one pick are off says nothing of those with
+    another, unless these picks are equal, so that the errors of a sum of ``1 / d`` add up like random ones. All but
+    :data:`STEPS`: of taking out the mean, of rounding ``|x|^2`` from fp64, of the definition's last steps. A term whose
+    distance is off by more than :data:`NEAR` of itself counts with both ends of its bounds.
+
+    Attributes:
+        least: the potentials times two, fp64.
+        more: what they may be beyond, where distances are small.
+        error, largest: sum, and largest, of what terms are off, in units of what a distance is.
     """
 
     def __init__(self, x: Tensor, k: int) -> None:
         self.x, self.mean = x, torch.stack([one.mean(0) for one in x])
         centred = x - self.mean[:, None]
-        self.products = Products(centred, k)
-        squares, off = self.products.squares().cpu().numpy(), product_rounding(x.shape[2], x.device)
-        sign = np.array([1, -1], np.float32)[:, None, None]  # farther is less: the lower bound first
-        self.sums: Array = squares * (1 + sign * off) + EPSILON / 2
-        self.factor = 1 - sign * product_rounding(k, x.device)
+        self.products, self.renewals = Products(centred, k), Renewals(x, k, _after)
+        parts = centred.flatten(0, 1).split(SIDE // 2)
+        squares = torch.cat([part.cpu().double().square_().sum(1) for part in parts]).view(x.shape[:2]).numpy()
+        equal = (np.diff(np.sort(squares, 1), axis=1) == 0).any(1)[:, None]
+        off, short = product_rounding(x.shape[2], x.device)
+        self.each = np.float32(STEPS * UNIT + off + short)
+        self.alike = np.where(equal, self.each, np.float32(STEPS * UNIT + short)) / (1 - 2 * NEAR)
+        self.random = np.where(equal, np.float32(0), np.float32(off)) / (1 - 2 * NEAR)
+        self.halves = (squares / 2).astype(np.float32)
+        self.least, self.more, self.lower = (np.zeros_like(squares) for _ in range(3))
+        self.error, self.largest, self.sizes, self.terms, self.off = (np.zeros_like(self.halves) for _ in range(5))
 
     def first(self) -> Tensor:
         pairs = zip(self.x, self.mean, strict=True)
         return torch.stack([torch.cat([_squares(some, mean) for some in x.split(SIDE)]) for x, mean in pairs])
 
-    def bounded(self, bounds: Array | None, picks: Sequence[int]) -> Array:
-        more: Array = self.sums + self.sums[:, np.arange(len(picks)), picks][:, :, None]
-        more -= 2 * self.products.of(picks, None if bounds is None else bounds[0], self._then)
-        np.reciprocal(np.maximum(more, EPSILON, out=more), out=more)
-        more *= self.factor
-        return more if bounds is None else np.add(bounds, more, out=bounds)
+    def bounded(self, picks: Places) -> Array:
+        images, sizes, terms = np.arange(len(picks)), self.sizes, self.terms
+        np.add(self.halves, self.halves[images, picks][:, None] + np.float32(EPSILON / 2), out=sizes)
+        np.subtract(sizes, self.products.of(picks, self.least, self._then), out=terms)
+        np.maximum(terms, EPSILON / 2, out=terms)[images, picks] = np.inf
+        np.reciprocal(terms, out=terms)
+        sizes *= terms
+        if sizes.max() * self.each > NEAR:
+            self._both_ends()
+        sizes *= terms
+        self.least += terms
+        self.least[images, picks] = np.inf
+        self.error += sizes
+        np.maximum(self.largest, sizes, out=self.largest)
+        off = np.sqrt(self.largest, out=self.off)
+        off *= np.sqrt(self.error, out=terms)  # the root of the product of both might leave the range of fp32
+        off *= self.random
+        off += np.multiply(self.alike, self.error, out=terms)
+        return np.subtract(self.least, off, out=self.lower)
 
-    def _then(self, image: int, potential: Array, rows: npt.NDArray[np.intp], pick: int, products: Array) -> Array:
-        sums: Array = self.sums[0, image, rows]
-        more: Array = potential + 1 / np.maximum(sums + sums[pick] - 2 * products, EPSILON)
+    def _both_ends(self) -> None:
+        near = self.sizes * self.each > NEAR
+        half = 1 / self.terms[near]
+        off = self.each * self.sizes[near] * half  # sizes times terms, divided by the term: what a half is off
+        least = (1 - STEPS * UNIT) / (half + off)
+        self.more[near] += (1 + STEPS * UNIT) / np.maximum(half - off, EPSILON / 2) - least
+        self.terms[near], self.sizes[near] = least, 0
+
+    def above(self, images: Places, rows: Places) -> Array:
+        bound: Array = self.least[images, rows] + self.off[images, rows] + self.more[images, rows]
+        return bound
+
+    def exactly(self, image: int, rows: Places, picks: Places) -> Array:
+        potential = self.renewals.of(image, rows, picks)
+        self.least[image, rows] = 2 * potential * (1 - SUM)
+        self.more[image, rows] = 4 * potential * SUM
+        self.error[image, rows] = self.largest[image, rows] = 0
+        return potential
+
+    def _then(self, image: int, potential: Array, rows: Places, pick: int, products: Array) -> Array:
+        sizes: Array = self.halves[image, rows]
+        more: Array = potential + 1 / np.maximum(sizes + sizes[pick] - products, EPSILON / 2)
         return more
-
-    def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
-        more = 1 / (pairwise(_squares, picks, rows) + EPSILON)
-        return added_in_order(torch.zeros_like(more[0]) if potential is None else potential, more)
 
 
 define(

@@ -7,17 +7,7 @@ from vlmrewrite.ops.attention import ATTENTION, FREE, KV_APPEND, attend, attenti
 from vlmrewrite.ops.choice import Backend, Choice, Kernels, Running, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
 from vlmrewrite.ops.experts import EXPERT_LINEAR, expert_linear
-from vlmrewrite.ops.greedy import (
-    SIDE,
-    Array,
-    Products,
-    added_in_order,
-    greedy_choice,
-    greedy_scratch,
-    pairwise,
-    product_rounding,
-    upper_products,
-)
+from vlmrewrite.ops.greedy import Products, greedy_choice, greedy_scratch, product_rounding, upper_products
 from vlmrewrite.ops.indexed import INDEX_KEYS, INDEXED, flops_of_indexed
 from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, SCRATCH, define, replaced
 from vlmrewrite.ops.linear import Differentiable
@@ -32,6 +22,7 @@ from vlmrewrite.ops.positional import (
     unhidden,
 )
 from vlmrewrite.ops.recurrent import RECURRENT, mixers_swapped, recurrent, swap_mixers
+from vlmrewrite.ops.renewals import SIDE, Array, Places, Renewals, added_in_order, pairwise
 from vlmrewrite.ops.rows import ROWS, TOKENS, Along, Join, Run, cut, joined
 from vlmrewrite.ops.scoring import counted, greedy_flops, least_of, like_member, per_image, shared_out
 from vlmrewrite.ops.selection import select, token_index
@@ -60,7 +51,9 @@ __all__ = [
     "Differentiable",
     "Join",
     "Kernels",
+    "Places",
     "Products",
+    "Renewals",
     "Run",
     "Running",
     "added_in_order",

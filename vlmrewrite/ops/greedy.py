@@ -12,21 +12,18 @@ the potentials of nearly all tokens are so near to one another that nearly all a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, cast
+from collections.abc import Callable, Iterator
+from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from vlmrewrite.ops.renewals import SIDE, Array, Places
 from vlmrewrite.ops.scoring import is_counted, left_of
 
 ROOM = 2**24
 """Numbers in a batch's features, and in its matrix of products: 64 MiB of fp32."""
-
-SIDE = 144
-"""Rows whose products or distances are computed at a time."""
 
 WORTH = 10
 """The matrix of all products is made if one in so many of its rows is used, or more."""
@@ -35,11 +32,7 @@ AHEAD, AMONG = (16, 64), 3
 """Rows of it that are computed at a time where it is not made, the fewest and the most; and among how many times as
 many rows these are looked for."""
 
-
-Array = npt.NDArray[np.float32]
-"""Bounds are on the host: NumPy's functions of some hundred numbers take less time than PyTorch's."""
-
-Then = Callable[[int, Array, npt.NDArray[np.intp], int, Array], Array]
+Then = Callable[[int, Array, Places, int, Array], Array]
 
 
 class Rule(Protocol):
@@ -54,81 +47,51 @@ class Rule(Protocol):
     def first(self) -> Tensor:
         """The score that the first pick has least, by its definition, fp32 [I, m]."""
 
-    def bounded(self, bounds: Array | None, picks: Sequence[int]) -> Array:
-        """Lower and upper bounds of the potentials [2, I, m], None before the first pick, after one more pick each."""
+    def bounded(self, picks: Places) -> Array:
+        """Lower bounds of the potentials [I, m], after one more pick each, [I]; infinite for all picks."""
 
-    def exactly(self, potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
-        """Potentials of some tokens [r, C], fp32 [r], None before the first pick, after more picks, [p, C]."""
+    def above(self, images: Places, rows: Places) -> Array:
+        """Upper bounds of some of them, [n], of as many images and tokens in them."""
+
+    def exactly(self, image: int, rows: Places, picks: Places) -> Array:
+        """Potentials of some tokens of an image, [r], after its picks, [p], by the definition: fp64 [r].
+
+        From now on, the bounds are these and what further picks change of them.
+        """
 
 
-def search(rule: Rule, k: int) -> list[list[int]]:
-    """The first ``k`` picks of each image, in order.
+def search(rule: Rule, k: int) -> Places:
+    """The first ``k`` picks of each image, in order, [I, k].
 
     Args:
         rule: of I images of m tokens, all finite.
         k: 1 <= k < m.
     """
     score = rule.first()
-    picks = [[pick] for pick in score.argmin(1).tolist()]
-    bounds: Array | None = None
-    past = rule.x.new_empty(len(score), k - 1, rule.x.shape[2])  # the picks' features, so that none is gathered again
-    known, seen, there = torch.zeros_like(score), torch.zeros_like(score, dtype=torch.int64), [0] * len(score)
-    for t in range(k - 1):
-        bounds = rule.bounded(bounds, last := [own[-1] for own in picks])
-        bounds[:, np.arange(len(last)), last] = np.inf
-        for image, (lower, upper) in enumerate(zip(*bounds, strict=True)):
-            own, least = np.flatnonzero(lower <= upper.min()).tolist(), 0
+    picks, images = np.empty((len(score), k), np.intp), np.arange(len(score))
+    picks[:, 0] = last = score.argmin(1).cpu().numpy()
+    for t in range(1, k):
+        lower = rule.bounded(last)
+        last = lower.argmin(1)
+        rivals = lower <= rule.above(images, last)[:, None]
+        for image in range(len(images)) if np.count_nonzero(rivals) > len(images) else ():
+            own = rivals[image].nonzero()[0]
             if len(own) > 1:
-                rows, n = torch.tensor(own, device=score.device), there[image]
-                there[image] = t + 1
-                past[image, n : t + 1] = rule.x[image, picks[image][n:]]
-                true = _renewed(rule, known[image], seen[image], rule.x[image], rows, past[image, : t + 1])
-                bounds[:, image, own] = true.cpu().numpy()
-                least = int(true.argmin())
-            picks[image].append(own[least])
+                last[image] = own[rule.exactly(image, own, picks[image, :t]).argmin()]
+        picks[:, t] = last
     return picks
 
 
-def _renewed(rule: Rule, known: Tensor, seen: Tensor, x: Tensor, rows: Tensor, picks: Tensor) -> Tensor:
-    """Potentials of some rows by the definition, going on from those that are ``known``, [m], after ``seen`` picks."""
-    before = seen[rows]
-    for n in set(before.tolist()):
-        these = rows[before == n]
-        known[these] = rule.exactly(known[these] if n else None, x[these], picks[n:])
-    seen[rows] = len(picks)
-    return known[rows]
-
-
-def added_in_order(total: Tensor, terms: Tensor) -> Tensor:
-    """``total``, fp32 [r], and each row of ``terms`` [p, r], one after the other, each sum rounded.
-
-    On a CPU, ``index_add`` does that; elsewhere its order is not known.
-    """
-    if total.device.type == "cpu":
-        return total[None].index_add(0, torch.zeros(len(terms), dtype=torch.int64, device="cpu"), terms)[0]
-    for more in terms:
-        total = total + more
-    return total
-
-
-def pairwise(f: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """``f(x, y)``, the same whichever is which, of each row x of a [n, C] and y of b [r, C]: [n, r]."""
-    if len(a) < len(b):
-        return torch.stack([f(b, x) for x in a])
-    parts = a.split(SIDE)  # what is computed on the way stays in the processor's cache
-    return torch.cat([torch.stack([f(part, y) for y in b], 1) for part in parts])
-
-
-def product_rounding(n: int, device: torch.device) -> float:
+def product_rounding(n: int, device: torch.device) -> tuple[float, float]:
     """What a sum of ``n`` products of fp32 numbers is off, in units of the sum of their sizes.
 
     Each of n steps rounds by at most 2^-24 of the sum. Errors add up like random ones, to a standard deviation of at
     most sqrt(n) / 3 units of it; 12 times as much is allowed. Where the user lets matrix products be computed
-    from shorter numbers, each product is off by two units of theirs.
+    from shorter numbers, each product is off by two units of theirs besides, which is the second number.
     """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     short = {"bf16": 2.0**-8, "tf32": 2.0**-11}.get(backend.matmul.fp32_precision, 0.0)
-    return 4 * math.sqrt(n + 16) * 2.0**-24 + short
+    return 4 * math.sqrt(n + 16) * 2.0**-24, short
 
 
 def upper_products(x: Tensor, side: int) -> Iterator[tuple[int, Tensor]]:
@@ -161,7 +124,7 @@ class Products:
         images, m, _ = x.shape
         self.x = x
         self.gram = self._gram(side) if images * m * m <= ROOM and k * WORTH >= m else None
-        self._rows = None if self.gram is None else self.gram.cpu().numpy()
+        self.rows: Array | None = None if self.gram is None else self.gram.cpu().numpy()
         self._known: list[dict[int, Array]] = [{} for _ in range(images)]
         self._ahead, self._used, self._left = [AHEAD[0]] * images, [0] * images, [k] * images
 
@@ -176,7 +139,7 @@ class Products:
                 to[begin:end, begin:end] += pairs[:, : len(pairs)].triu(1)
         return gram
 
-    def of(self, picks: Sequence[int], likely: Array | None, then: Then) -> Array:
+    def of(self, picks: Places, likely: Array | None, then: Then) -> Array:
         """Of each image's row with the pick's number, with all of its rows: [I, m].
 
         Args:
@@ -185,9 +148,9 @@ class Products:
             then: the potentials of some rows of an image, [s], after another pick among them; takes the image, the
                 potentials, the numbers of the rows, the pick's place among them, and its products with them, [s].
         """
-        if self._rows is not None:
-            return cast(Array, self._rows[np.arange(len(picks)), picks])
-        rows = [self._row(i, x, None if likely is None else likely[i], then) for i, x in enumerate(picks)]
+        if self.rows is not None:
+            return self.rows[np.arange(len(picks)), picks]
+        rows = [self._row(i, x, None if likely is None else likely[i], then) for i, x in enumerate(picks.tolist())]
         return np.stack(rows) if len(rows) > 1 else rows[0][None]
 
     def _row(self, image: int, pick: int, likely: Array | None, then: Then) -> Array:
@@ -221,13 +184,6 @@ class Products:
         order: list[int] = rows[found].tolist()
         return order
 
-    def squares(self) -> Tensor:
-        """Of each row with itself, [I, m]."""
-        if self.gram is not None:
-            return self.gram.diagonal(dim1=1, dim2=2).clone()
-        norms: Tensor = torch.linalg.vector_norm(self.x, dim=2)
-        return norms.square()
-
 
 @torch.no_grad()
 def greedy_choice(
@@ -247,7 +203,7 @@ def greedy_choice(
         keep: how many to choose of each image, int64 [I], on the CPU; of an image that has fewer, all.
         rule: called with fp32 features of images of m tokens each, [J, m, C], and how many to choose, k < m.
         definition: the same for one image, [m, C], and how many to choose, k < m; returns the picks, int64 [k]. It is
-            asked where features are not finite, or so large that their squares are not.
+            asked where features are not finite, or so large that squares, or what they are off, leave fp32's range.
 
     Returns:
         the chosen tokens, bool [F].
@@ -270,11 +226,11 @@ def greedy_choice(
         for at in range(0, len(images), together):
             index = torch.stack(images[at : at + together])
             x = _taken(features, index).float()
-            finite = (8 * torch.linalg.vector_norm(x, dim=(1, 2)).square()).isfinite()
+            finite = (2.0**32 * torch.linalg.vector_norm(x, dim=(1, 2)).square()).isfinite()
             some = finite.nonzero()[:, 0]
             if len(some):
                 picks = search(rule(x if len(some) == len(x) else x[some], k), k)
-                chosen[index[some].gather(1, torch.tensor(picks, device=member.device))] = True
+                chosen[index[some].gather(1, torch.from_numpy(picks).to(member.device))] = True
             for i in (~finite).nonzero()[:, 0].tolist():
                 chosen[index[i, definition(x[i], k)]] = True
     return chosen
