@@ -140,7 +140,8 @@ class _Repulsion:
         off *= np.sqrt(self.error, out=terms)  # the root of the product of both might leave the range of fp32
         off *= self.random
         off += np.multiply(self.alike, self.error, out=terms)
-        return np.subtract(self.least, off, out=self.lower)
+        np.subtract(self.least, off, out=self.lower)
+        return self.lower
 
     def _both_ends(self) -> None:
         near = self.sizes * self.each > NEAR

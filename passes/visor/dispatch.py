@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -81,17 +81,25 @@ def start_of(likeliest: Tensor, flops: Tensor, threshold: float) -> tuple[int, l
 
 @dataclass(frozen=True)
 class Confidence:
-    """From plan ``start`` on, the next one for rows whose most likely next token is below ``threshold``."""
+    """From plan ``start`` on, the next one for rows whose most likely next token is below ``threshold``.
+
+    Where ``start`` is ``"running"``, a call begins with the plan that cost least for rows of earlier calls.
+    """
 
     at: Depth
     threshold: float
-    start: int = 0
+    start: int | Literal["running"] = 0
     op: ClassVar[None] = None
     weights: ClassVar[tuple[str, ...]] = ()
 
-    def first(self, value: Tensor | None, images: Tensor, variants: int) -> int:
-        """The same for all."""
-        return self.start
+    @property
+    def running(self) -> bool:
+        """Whether earlier calls say where to start."""
+        return self.start == "running"
+
+    def first(self, value: Tensor | None, images: Tensor, variants: int) -> int | None:
+        """The same for all; None where it is not said here."""
+        return None if self.start == "running" else self.start
 
     def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> Tensor | None:
         """The next, for rows with an image that are not confident, unless it was the last."""

@@ -52,7 +52,9 @@ class VISOR:
         threshold: of the policy ``"confidence"``, in (0, 1].
         start: of the policy ``"confidence"``: the configuration that it begins with, by its number in the chain. Where
             most prompts end with a later one, the first ones are work for nothing: :func:`vlmrewrite.calibrate` with
-            prompts of the kind finds the start that costs least.
+            prompts of the kind finds the start that costs least. ``"running"``: the one that costs least by what share
+            of the rows of earlier calls (of this model, since the recipe was applied) each configuration did not do
+            for, so that what a prompt is answered depends on those before it.
         enough: of the policy ``"router"``, in (0, 1]: a row runs the first configuration such that, by the router's
             probabilities, none behind it is needed with at least this one; the closer to 1, the more work. Blocks that
             were trained with another one can be loaded. None: the likeliest configuration.
@@ -70,7 +72,7 @@ class VISOR:
     policy: Literal["confidence", "router"] | Callable[..., Any] | None = None
     chain: tuple[dict[str, Any], ...] | list[dict[str, Any]] = ()
     threshold: Annotated[float, Field(gt=0, le=1)] = THRESHOLD
-    start: Annotated[int, Field(ge=0)] = dataclasses.field(default=0, metadata={"blocks": False})
+    start: int | Literal["running"] = dataclasses.field(default=0, metadata={"blocks": False})
     enough: Annotated[float, Field(gt=0, le=1)] | None = dataclasses.field(default=None, metadata={"blocks": False})
     cross: Annotated[Layers, Field(exclude=True)] = ()
 
@@ -97,8 +99,10 @@ class VISOR:
         if self.chain:
             if len(self.chain) < 2:
                 raise ValueError("expected a chain of at least two configurations, got one")
-            if self.start >= len(self.chain):
-                raise ValueError(f"start={self.start}; expected the number of one of {len(self.chain)} configurations")
+            if self.start != "running" and not 0 <= self.start < len(self.chain):
+                raise ValueError(
+                    f"start={self.start}; expected the number of one of {len(self.chain)} configurations, or 'running'"
+                )
             self.configurations()
         if not isinstance(self.self_layers, float) and not isinstance(self.cross_layers, float):
             _apart(self.self_layers, self.cross_layers)

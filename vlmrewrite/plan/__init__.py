@@ -29,7 +29,7 @@ from vlmrewrite.plan.tokens import (
     Vision,
     contains,
 )
-from vlmrewrite.plan.vocabulary import Branch, Chooser, Edit, LayerPlan, Policy
+from vlmrewrite.plan.vocabulary import Begin, Branch, Chooser, Edit, LayerPlan, Policy
 from vlmrewrite.plan.wanted import ends_in_last_column, for_last
 
 __all__ = [
@@ -39,6 +39,7 @@ __all__ = [
     "NEEDS",
     "PER",
     "All",
+    "Begin",
     "Branch",
     "Budget",
     "Call",

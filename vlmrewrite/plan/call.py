@@ -27,6 +27,7 @@ from vlmrewrite.plan.tokens import (
     Videos,
     Vision,
 )
+from vlmrewrite.plan.vocabulary import Begin
 
 GROUPED = ("lengths", "ordinal", "grid", "frames")
 """Facts that are of groups of tokens; see :data:`vlmrewrite.plan.counts.PER`."""
@@ -67,6 +68,7 @@ class Call:
             each piece.
         sizes: counts of the call that these are some rows of, by which the lengths of sets go; None: its own.
         follows: of a dispatch, the plan that all rows follow, whatever its chooser says; None: as the chooser says.
+        begins: of a dispatch, the plan that it begins with where the chooser leaves that open; None: the first.
         picked: whether some of the tower's features do not stand there.
     """
 
@@ -83,6 +85,7 @@ class Call:
     video_frames: Sequence[Sequence[int]] | None = None
     sizes: TokenCounts | None = None
     follows: int | None = None
+    begins: Begin | None = None
     picked: bool = False
 
     def __post_init__(self) -> None:
@@ -191,9 +194,8 @@ class Call:
     @cached_property
     def frame(self) -> Tensor:
         """Number of each vision token's frame within its video, 0 in an image; int64 [F]."""
-        counts = self.counts
-        numbers = _on_host([i for image in counts.each for i in range(len(image))])
-        return numbers.repeat_interleave(_on_host(counts.sizes("frame"))).to(self.vision.device)
+        numbers = _on_host([i for image in self.counts.each for i in range(len(image))])
+        return numbers.repeat_interleave(_on_host(self.counts.sizes("frame"))).to(self.vision.device)
 
     @cached_property
     def vision_tokens(self) -> Tensor:
@@ -210,8 +212,7 @@ class Call:
         """Column of each row's last prompt token, int64 [B, 1]."""
         if self.prompt_end is not None:
             return self.prompt_end[:, None]
-        columns = self.everywhere
-        return (columns if self.padding is None else columns * self.padding).amax(1, keepdim=True)
+        return (self.everywhere if self.padding is None else self.everywhere * self.padding).amax(1, keepdim=True)
 
     @cached_property
     def last_valid(self) -> Tensor:

@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from vlmrewrite.plan.budget import Depth
 from vlmrewrite.plan.needs import operator_of
 from vlmrewrite.plan.tokens import All, Text, TokenSet
+
+
+class Begin(NamedTuple):
+    """With which plan a call begins, of a dispatch whose chooser leaves it to what earlier calls showed; and why."""
+
+    variant: int
+    why: str
 
 
 class Chooser(Protocol):
@@ -22,6 +29,8 @@ class Chooser(Protocol):
     One that is trained may have a method ``loss(value, right)``: a scalar that is added to the model's loss in calls
     with labels, from what ``op`` returned for rows with labels and an image, and how many of their labels each plan
     predicts, int64 [b, C].
+
+    One that leaves it to earlier calls with which plan a call begins has ``running``, True.
 
     Attributes:
         at: the layer at whose entry the plans part.
@@ -42,8 +51,8 @@ class Chooser(Protocol):
     def weights(self) -> tuple[str, ...]:
         """Its parameters."""
 
-    def first(self, value: Tensor | None, images: Tensor, variants: int) -> Tensor | int:
-        """Which variant to run, of each row, int64 [B], or one for all.
+    def first(self, value: Tensor | None, images: Tensor, variants: int) -> Tensor | int | None:
+        """Which variant to run, of each row, int64 [B], or one for all; None: the one that a call begins with.
 
         Args:
             value: what ``op`` returned.

@@ -206,6 +206,8 @@ def make_report(
         kept = [f"variant {run.variant}: {n} row{'s' * (n != 1)}" for run in runs if (n := len(run.kept))]
         kept = [x.partition(":")[0] for x in kept] if len(kept) == 1 else kept
         notes.append(f"layers and totals are those of {', '.join(kept)} of the plan, which the last call kept")
+        if call.begins is not None:
+            notes.append(f"the last call {call.begins.why}")
         assert dispatch.dispatch is not None
         if (reason := dispatch.dispatch.together) is not None and len(call.counts.text) > 1:
             notes.append(f"all rows of a call follow the plan of the most demanding one: {reason}")

@@ -177,6 +177,8 @@ class Program(Shown):
         assert chooser is not None and parted is not None
         value = None if chooser.op is None else shared[0]
         wanted = chooser.first(value, call.with_images, n) if call.follows is None else call.follows
+        if wanted is None:
+            wanted = call.begins.variant if call.begins is not None else 0
         first = parted.each(chooser, wanted, rows)
         waiting, runs, kept = dict(enumerate(first)), list[Run](), list[tuple[Run, Any, Any]]()
         while waiting:
@@ -255,6 +257,11 @@ class Program(Shown):
             if call is not None:
                 given = self.arguments(self.inputs, call, i)
                 propagate_fakes(self.anatomy, rewritten, given, call.counts.size)
+
+    def apart(self, call: Call) -> list[float]:
+        """FLOPs of each plan of a dispatch in a call, behind the layer where they part."""
+        each = (costs(self.anatomy, plan, call.counts, call.past) for plan in self.plan.variants)
+        return [float(sum(cost.flops for cost in found[self.plan.parts_at :])) for found in each]
 
     def costs(self, counts: TokenCounts, past: int = 0, held: Sequence[int] = ()) -> list[LayerCost]:
         """Tokens, FLOPs and K/V bytes of each layer in a call; see :func:`vlmrewrite.analysis.costs`."""

@@ -32,6 +32,7 @@ from vlmrewrite.runtime.executables import Executables
 from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, encoded_in, prompt_of
 from vlmrewrite.runtime.latest import Latest
 from vlmrewrite.runtime.learning import learning
+from vlmrewrite.runtime.running import Running
 from vlmrewrite.runtime.text import TextCalls
 
 
@@ -48,6 +49,7 @@ class Session:
         compile_told: whether it was said that ``torch.compile`` around the model compiles nothing.
         untraced: why the decoder alone is captured, and not the model's forward; None where that is not so.
         text: calls without an image.
+        running: of a recipe that asks for it, what rows of earlier calls showed; None: no call is visible to another.
     """
 
     recipe: Recipe
@@ -64,9 +66,11 @@ class Session:
     _lock: Any = field(default_factory=threading.RLock)
     compile_told: bool = False
     text: TextCalls = field(init=False)
+    running: Running | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.text = TextCalls(self.backend, self.kernels)
+        self.running = Running() if getattr(self.plan.chooser, "running", False) else None
 
     @functools.cached_property
     def executables(self) -> Executables:
@@ -238,7 +242,11 @@ class Session:
             call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], model)
             assert call is not None
             executable = self.executables.of(graph, missing, *how)
+        if self.running is not None and call.follows is None:
+            call.begins = self.running.begin(executable.program.apart(call))
         result = executable.run(hf.to_bring(inputs) if sites else inputs, call)
+        if call.begins is not None and self.running is not None:
+            self.running.add(result.runs, call.with_images.tolist(), len(executable.program.plan.variants))
         kind, layouts = call.vision.device.type, Layout.of_all(graph, inputs)
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         told.append(LastCall(executable, replace(result, out=None), call, given, layouts, autocast))
