@@ -70,7 +70,8 @@ def attention_forward(
         look = ops.kernel_mask if softcap is None else ops.kernel_mask_softcapped
         what = cache.seen_by(layer, query, attention_mask, look)
         return ops.kernel_attention(query, key, value, what, scaling, softcap), None
-    seen = cache.seen_by(layer, query, attention_mask, ops.visible)
+    plain = layer.plainly(query.shape[2], attention_mask)
+    seen = None if plain else cache.seen_by(layer, query, attention_mask, ops.visible)
     return ops.attend(query, key, value, seen, scaling, softcap, dropout), None
 
 

@@ -228,10 +228,9 @@ class PositionCache(Cache):
         """
 
         def look() -> T:
-            t, positions = q.shape[2], layer.positions
-            plain = mask is None and not layer.holes and (t == 1 or positions.shape[1] == t)
+            t = q.shape[2]
             q_pos = torch.arange(layer.seen - t, layer.seen, device=q.device)[None].expand(q.shape[0], -1)
-            return visible(mask, q_pos, positions, plain)
+            return visible(mask, q_pos, layer.positions, layer.plainly(t, mask))
 
         return once(self._shared, (layer.positions, mask, visible), look)
 

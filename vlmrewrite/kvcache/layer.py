@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from transformers.cache_utils import DynamicLayer
 
@@ -76,7 +75,9 @@ class PositionLayer(DynamicLayer):
             self.took(keys, values, positions, key_states.shape[2])
             return keys, values
         shared: Shared = kwargs.get("shared", {})
-        self.positions = once(shared, (self.positions,), lambda: self._grown(key_states))
+        if (found := shared.get(key := (id(self.positions),))) is None:  # as once does, with less ado
+            found = shared[key] = (self.positions,), self._grown(key_states)
+        self.positions = found[1]
         keys, values = self._append(key_states, value_states)
         self.is_initialized = True
         self.seen += key_states.shape[2]
@@ -96,7 +97,7 @@ class PositionLayer(DynamicLayer):
         if self.positions is None:
             return self._next(key_states)
         if type(self.seen) is int and key_states.shape[2] == 1 and len(key_states) == len(self.positions):
-            return F.pad(self.positions, (0, 1), value=self.seen)  # in a third of the time
+            return torch.constant_pad_nd(self.positions, (0, 1), self.seen)  # in a third of the time
         return torch.cat([self.positions, self._next(key_states)], 1)
 
     def _append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -112,6 +113,10 @@ class PositionLayer(DynamicLayer):
     def _copies(self) -> bool:
         """Whether tokens that are appended come with a copy of all: under gradients, or where that is cheaper."""
         return torch.is_grad_enabled() or (self.buffer is None and not self.length and self.keys.nbytes < SMALL)
+
+    def plainly(self, queries: int, mask: Tensor | None) -> bool:
+        """Whether so many queries, the last tokens, see all keys that are not after them, and no mask says more."""
+        return mask is None and not self.holes and (queries == 1 or self.positions.shape[1] == queries)
 
     def own(self) -> Buffer | None:
         """The buffer that this layer's keys and values lie in."""
