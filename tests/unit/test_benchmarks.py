@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import host
+from benchmarks import host, running
 from benchmarks.compare import main, read
 from benchmarks.run import PLANS
 from benchmarks.table import table
@@ -156,3 +156,11 @@ def test_what_the_host_does_is_told_by_recipe(capsys: pytest.CaptureFixture[str]
 def test_what_is_beyond_is_the_least_and_the_median_of_each_call() -> None:
     ours, plain = [[3.0, 5.0], [9.0, 4.0], [4.0, 6.0]], [[1.0, 1.0], [1.0, 3.0], [2.0, 2.0]]
     assert host.beyond(ours, plain) == (3.5 - 1.0, 4.5 - 1.5)
+
+
+@pytest.mark.slow
+def test_a_running_start_is_told_of_all_calls_and_the_last(capsys: pytest.CaptureFixture[str]) -> None:
+    running.main(["--layers", "2", "--rows", "4", "--image-tokens", "16", "--hidden", "64", "--calls", "3"])
+    rows = [row.split() for row in capsys.readouterr().out.splitlines()[2:]]
+    assert [name for name, *_ in rows] == ["0", "running"]
+    assert all(float(x) > 0 for _, *numbers in rows for x in numbers)
