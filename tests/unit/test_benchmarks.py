@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import host, running
+from benchmarks import host, running, selection
 from benchmarks.compare import main, read
 from benchmarks.run import PLANS
 from benchmarks.table import table
@@ -164,3 +164,12 @@ def test_a_running_start_is_told_of_all_calls_and_the_last(capsys: pytest.Captur
     rows = [row.split() for row in capsys.readouterr().out.splitlines()[2:]]
     assert [name for name, *_ in rows] == ["0", "running"]
     assert all(float(x) > 0 for _, *numbers in rows for x in numbers)
+
+
+@pytest.mark.slow
+def test_what_selection_takes_is_a_part_of_a_prefill(capsys: pytest.CaptureFixture[str]) -> None:
+    selection.main(["--layers", "2", "--image-tokens", "64", "--hidden", "64", "--calls", "1", "--recipe", "sts-half"])
+    name, whole, _, part, _, share = capsys.readouterr().out.splitlines()[-1].split()
+    assert name == "sts-half"
+    assert 0 < float(part) < float(whole)
+    assert share.endswith("%")
