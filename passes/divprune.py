@@ -33,6 +33,7 @@ from vlmrewrite.ops import (
     like_member,
     pairwise,
     product_rounding,
+    small_first,
     upper_products,
 )
 from vlmrewrite.plan import Budget, Per, Plan, Policy, frozen_pass
@@ -60,7 +61,7 @@ def divprune_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Ten
 def spread(x: Tensor, k: int) -> Tensor:
     """The definition: the first ``k`` picks of one image, x fp32 [m, C], k < m; what is not a number is picked last."""
     x = F.normalize(x, dim=1)
-    pick = _closest_other(x).argmin()
+    pick = _closest_other(small_first(x)).argmin()
     picks = [pick]
     similarity = torch.full((len(x),), -torch.inf, device=x.device)  # to the most similar chosen token
     left = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -97,18 +98,20 @@ def _after(potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
 
 
 class _Cosine:
-    """Bounds of the similarities, products of rows of norm 1: off by at most ``product_rounding(C)``."""
+    """Bounds of the similarities, products of rows of norm 1: off by at most what ``product_rounding(C)`` says."""
 
     def __init__(self, x: Tensor, k: int) -> None:
         self.x = F.normalize(x, dim=2)
-        self.products, self.renewals = Products(self.x, x.shape[1], SIDE), Renewals(self.x, k, _after)
+        ordered = torch.stack([small_first(one) for one in self.x])
+        self.products = Products(ordered, x.shape[1], SIDE)  # for the first pick, all of the matrix is needed
+        self.renewals = Renewals(self.x, k, _after)
         off = sum(product_rounding(x.shape[2], x.device))
         self.off = np.array([-off, off], np.float32)[:, None, None]
         self.bounds: Array | None = None
 
     def first(self) -> Tensor:
         if self.products.gram is None:
-            return torch.stack([_closest_other(x) for x in self.x])
+            return torch.stack([_closest_other(x) for x in self.products.x])
         self.products.gram.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         return self.products.gram.amax(2)
 

@@ -35,13 +35,15 @@ from vlmrewrite.ops import (
     like_member,
     pairwise,
     product_rounding,
+    small_first,
 )
 from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 EPSILON = 1e-6
 
 UNIT, STEPS = 2.0**-24, 16
-"""What one step in fp32 rounds by; and how many of them all potentials may be off by in the same direction."""
+"""What one step in fp32 rounds by; and how many such steps are not like random ones: all distances of a token may be
+off by them in the same direction."""
 
 SUM = 2.0**-40
 """What sums of some thousand numbers in fp64 are off, in units of themselves."""
@@ -93,9 +95,10 @@ class _Repulsion:
 
     A distance is off by at most ``product_rounding(C) (|x|^2 + |y|^2)``, its definition's rounding included: each has
     its own share of the 12 deviations in there. What the products with one pick are off says nothing of those with
-    another, unless these picks are equal, so that the errors of a sum of ``1 / d`` add up like random ones. All but
-    :data:`STEPS`: of taking out the mean, of rounding ``|x|^2`` from fp64, of the definition's last steps. A term whose
-    distance is off by more than :data:`NEAR` of itself counts with both ends of its bounds.
+    another, so that the errors of a sum of ``1 / d`` add up like random ones; but for picks that are equal, of which
+    there are none in an image where no two norms are equal. All but :data:`STEPS`: of taking out the mean, of rounding
+    ``|x|^2`` from fp64, of the definition's last steps. A term whose distance is off by more than :data:`NEAR` of
+    itself counts with both ends of its bounds; what others are off is bounded by its linear part and a bit more.
 
     Attributes:
         least: the potentials times two, fp64.
@@ -105,7 +108,7 @@ class _Repulsion:
 
     def __init__(self, x: Tensor, k: int) -> None:
         self.x, self.mean = x, torch.stack([one.mean(0) for one in x])
-        centred = x - self.mean[:, None]
+        centred = torch.stack([small_first(one - mean) for one, mean in zip(x, self.mean, strict=True)])
         self.products, self.renewals = Products(centred, k), Renewals(x, k, _after)
         parts = centred.flatten(0, 1).split(SIDE // 2)
         squares = torch.cat([part.cpu().double().square_().sum(1) for part in parts]).view(x.shape[:2]).numpy()

@@ -83,7 +83,7 @@ def start_of(likeliest: Tensor, flops: Tensor, threshold: float) -> tuple[int, l
 class Confidence:
     """From plan ``start`` on, the next one for rows whose most likely next token is below ``threshold``.
 
-    Where ``start`` is ``"running"``, a call begins with the plan that cost least for rows of earlier calls.
+    Where ``start`` is ``"running"``, a call begins with the plan that, by the rows of earlier calls, costs least.
     """
 
     at: Depth
@@ -99,7 +99,7 @@ class Confidence:
 
     def first(self, value: Tensor | None, images: Tensor, variants: int) -> int | None:
         """The same for all; None where it is not said here."""
-        return None if self.start == "running" else self.start
+        return None if self.running else self.start  # type: ignore[return-value]
 
     def then(self, tried: int, logits: Tensor, images: Tensor, variants: int) -> Tensor | None:
         """The next, for rows with an image that are not confident, unless it was the last."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from examples.digits.scenes import held_out_questions
 from vlmrewrite.evaluate import METRICS, Sample, alone
 from vlmrewrite.hf import base_model_of
 from vlmrewrite.passes import Stride
+from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.runtime import SESSIONS
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +49,15 @@ def test_samples_that_fail_do_not_stop_the_run(digits: Any, asked: list[dict[str
         False,
         False,
     ]
+
+
+def test_a_recipe_whose_answers_depend_on_those_before_is_refused(
+    digits: Any, asked: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    [policy] = shipped_recipes()["visor-policy"].passes
+    with pytest.raises(ValueError, match=r"start: running.*expected a start by number"):
+        vr.evaluate(*digits, asked[:2], [replace(policy, start="running")], output=tmp_path / "out", **OPTIONS)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_recipe_that_fails_for_one_sample(

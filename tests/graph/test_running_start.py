@@ -48,12 +48,12 @@ def after(*runs):
     ],
 )
 def test_the_variant_that_costs_least_by_the_running_share(runs, variant):
-    assert after(*runs).begin(COSTS).variant == variant
+    assert after(*runs).begin(3, lambda: COSTS).variant == variant
 
 
 def test_now_and_then_it_looks_again():
     running = after(seen(ENOUGH, 0))
-    found = [running.begin(COSTS).variant for _ in range(2 * AGAIN)]
+    found = [running.begin(3, lambda: COSTS).variant for _ in range(2 * AGAIN)]
     assert [i for i, x in enumerate(found) if x == 0] == [AGAIN - 1, 2 * AGAIN - 1]
     assert {*found} == {0, 2}
 
@@ -61,7 +61,7 @@ def test_now_and_then_it_looks_again():
 def test_no_more_than_three_hundredths_are_lost_on_rows_that_are_never_sure():
     running, costs, total = Running(), [1.0, 2.6, 6.0], 0.0
     for _ in range(50 * AGAIN):
-        first = running.begin(costs).variant
+        first = running.begin(3, lambda: costs).variant
         total += sum(costs[first:])
         running.add([Run(i, [0], [0] if i == 2 else []) for i in range(first, 3)], [True], 3)
     assert total / (50 * AGAIN * costs[-1]) < 1 / 0.97
@@ -70,7 +70,7 @@ def test_no_more_than_three_hundredths_are_lost_on_rows_that_are_never_sure():
 def test_rows_without_an_image_say_nothing():
     running = Running()
     running.add([seen(0, 20)], [False] * 20, 3)
-    assert "of 8 rows that it takes to choose, 0" in running.begin(COSTS).why
+    assert "of 8 rows that it takes to choose, 0" in running.begin(3, lambda: COSTS).why
 
 
 @torch.no_grad()
@@ -89,7 +89,9 @@ def test_calls_begin_where_earlier_ones_ended_and_say_so():
     each = [0, 1, 2]  # two rows with an image a call: after four calls there are enough
     assert variants == [*[each] * 4, *[[2]] * (AGAIN - 5), each]
     assert "of 8 rows that it takes to choose, 2 were seen" in notes[1]
-    assert "began with variant 2, at 1.00 of the last one's cost; unsure were 100% after variant 0" in notes[4]
+    assert "began with variant 2, expected at 1.00 of the last one's cost" in notes[4]
+    assert "unsure were 100% after variant 0" in notes[4]
+
     assert "to look again" in notes[-1]
     with vr.applied(tiny.model, recipe):  # applied anew, it has seen nothing
         tiny.model(**inputs)
@@ -127,6 +129,20 @@ def test_threads_and_copies():
         thread.join()
     model(**inputs)
     assert [run.variant for run in vr.runtime.session_of(model).last().result.runs] == [2]
+
+
+def test_calls_in_training_see_and_are_seen_by_no_other():
+    tiny = family("llava")
+    model, inputs = copy.deepcopy(tiny.model), tiny.inputs([Row(1)], seed=2)
+    vr.apply(model, VISOR(policy="confidence", chain=CHAIN, threshold=0.99, start="running"))
+    session = vr.runtime.session_of(model)
+    session.running.add([seen(8, 0)], [True] * 8, 3)
+    with torch.no_grad():
+        for training, first in ((True, 0), (False, 2), (True, 0)):
+            model(**inputs) if not training else model.train()(**inputs)
+            assert session.last().result.runs[0].variant == first
+            model.eval()
+    assert session.unlearned == 0
 
 
 def test_it_is_a_part_of_the_recipe(tmp_path):

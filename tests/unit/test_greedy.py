@@ -12,7 +12,18 @@ from vlmrewrite.passes.divprune import divprune_sample, spread
 from vlmrewrite.passes.sts import repel, sts_sample
 
 RULES = {"repulsion": (sts_sample, repel), "cosine": (divprune_sample, spread)}
-KINDS = ("random", "far from zero", "copies", "near copies", "integers", "signs", "tiny", "huge", "zeros")
+KINDS = (
+    "random",
+    "one large channel",
+    "far from zero",
+    "copies",
+    "near copies",
+    "integers",
+    "signs",
+    "tiny",
+    "huge",
+    "zeros",
+)
 
 
 def features(kind, n, channels, seed):
@@ -22,6 +33,9 @@ def features(kind, n, channels, seed):
     match kind:
         case "far from zero":
             return x + 50 * torch.randn(channels, generator=make)
+        case "one large channel":
+            small = 10.0 ** -(2 + seed % 3) * (1 + 0.3 * torch.rand(n, 1, generator=make)).expand(-1, channels)
+            return torch.cat([x[:, :1].sign(), small[:, 1:]], 1)
         case "copies":
             return x[some]
         case "near copies":
@@ -59,7 +73,7 @@ def picked(op, x, member, lengths, keep):
     st.sampled_from(KINDS),
     st.integers(1, 40),
     st.integers(1, 40),
-    st.sampled_from([1, 2, 3, 9, 64, 200]),
+    st.sampled_from([1, 2, 3, 9, 64, 128, 200, 384]),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
     st.integers(0, 999),
 )
@@ -69,7 +83,7 @@ def test_picks_are_those_of_the_definition(rule, kind, n, k, channels, dtype, se
     assert torch.equal(picked(op, x, member, [n], [k]), defined(definition, x, member, [n], [k]))
 
 
-@pytest.mark.parametrize("kind", ["random", "near copies", "copies", "integers"])
+@pytest.mark.parametrize("kind", ["random", "near copies", "copies", "integers", "one large channel"])
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("keep", [[70, 70, 100], [300, 300, 200]])
 def test_picks_are_those_of_the_definition_in_images_of_a_real_size(rule, kind, keep):

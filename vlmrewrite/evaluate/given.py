@@ -57,6 +57,11 @@ def checked(
     subjects = [Subject(model, processor)]
     subjects += [Subject(model, processor, recipe, backend=backend, kernels=kernels) for recipe in given]
     names = [subject.name for subject in subjects]
+    if running := [s.name for s in subjects if s.session is not None and s.session.running is not None]:
+        raise ValueError(
+            f"recipe {running[0]!r} begins where earlier rows say (start: running), so that its answers depend on their"
+            " order, and parts of a run do not share it; expected a start by number, as vlmrewrite.calibrate finds it"
+        )
     for subject in subjects[1:]:
         subject.try_pictures(samples[0])
     if not given or len(set(names)) < len(names):

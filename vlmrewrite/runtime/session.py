@@ -72,6 +72,11 @@ class Session:
         self.text = TextCalls(self.backend, self.kernels)
         self.running = Running() if getattr(self.plan.chooser, "running", False) else None
 
+    @property
+    def unlearned(self) -> int:
+        """How many more rows with an image it takes until calls begin where earlier ones say, if they are to."""
+        return 0 if self.running is None else self.running.unlearned
+
     @functools.cached_property
     def executables(self) -> Executables:
         """Each captured graph under it."""
@@ -242,11 +247,13 @@ class Session:
             call, missing = given.call(graph, inputs, more | self._asked[0], self._asked[1], model)
             assert call is not None
             executable = self.executables.of(graph, missing, *how)
-        if self.running is not None and call.follows is None:
-            call.begins = self.running.begin(executable.program.apart(call))
+        seen = self.running if call.follows is None and not model.training else None
+        plans = len(executable.program.plan.variants)
+        if seen is not None:
+            call.begins = seen.begin(plans, functools.partial(executable.program.apart, call))
         result = executable.run(hf.to_bring(inputs) if sites else inputs, call)
-        if call.begins is not None and self.running is not None:
-            self.running.add(result.runs, call.with_images.tolist(), len(executable.program.plan.variants))
+        if seen is not None:
+            seen.add(result.runs, call.with_images.tolist(), plans)
         kind, layouts = call.vision.device.type, Layout.of_all(graph, inputs)
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
         told.append(LastCall(executable, replace(result, out=None), call, given, layouts, autocast))

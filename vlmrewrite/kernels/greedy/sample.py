@@ -6,8 +6,8 @@ go on from the best of all. All programs of a group must run at the same time: t
 multiprocessors.
 
 Rows that fit are kept in registers, their distances sums of squared differences, as in the references; for others see
-:mod:`vlmrewrite.kernels.greedy.lookahead`. Potentials are summed in fp32, where the reference of STS sums in fp64: of
-tokens whose potentials are nearer than that rounds, another may be picked.
+:mod:`vlmrewrite.kernels.greedy.lookahead`. Potentials are summed in fp32, where the reference of repulsion sums in
+fp64: of tokens whose potentials are nearer than that rounds, another may be picked.
 """
 
 from __future__ import annotations
