@@ -73,8 +73,8 @@ def spread(x: Tensor, k: int) -> Tensor:
     return torch.stack(picks)
 
 
-def _cosines(x: Tensor, y: Tensor) -> Tensor:
-    return (x * y).sum(1)
+def _cosines(x: Tensor, y: Tensor, room: Tensor | None = None) -> Tensor:
+    return torch.mul(x, y, out=room).sum(1)
 
 
 def _closest_other(x: Tensor) -> Tensor:

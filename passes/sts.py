@@ -82,8 +82,8 @@ def repel(x: Tensor, k: int) -> Tensor:
     return torch.tensor(picks, device=x.device)
 
 
-def _squares(x: Tensor, y: Tensor) -> Tensor:
-    return (x - y).square_().sum(1)
+def _squares(x: Tensor, y: Tensor, room: Tensor | None = None) -> Tensor:
+    return torch.sub(x, y, out=room).square_().sum(1)
 
 
 def _after(potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:

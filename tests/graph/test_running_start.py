@@ -91,7 +91,6 @@ def test_calls_begin_where_earlier_ones_ended_and_say_so():
     assert "of 8 rows that it takes to choose, 2 were seen" in notes[1]
     assert "began with variant 2, expected at 1.00 of the last one's cost" in notes[4]
     assert "unsure were 100% after variant 0" in notes[4]
-
     assert "to look again" in notes[-1]
     with vr.applied(tiny.model, recipe):  # applied anew, it has seen nothing
         tiny.model(**inputs)

@@ -56,9 +56,13 @@ def added_in_order(total: Tensor | None, terms: Tensor) -> Tensor:
     return total[None].index_add(0, torch.zeros(len(terms), dtype=torch.int64, device="cpu"), terms)[0]
 
 
-def pairwise(f: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
-    """``f(x, y)``, the same whichever is which, of each row x of a [n, C] and y of b [r, C]: [n, r]."""
+def pairwise(f: Callable[[Tensor, Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> Tensor:
+    """``f(x, y, room)``, the same whichever is which, of each row x of a [n, C] and y of b [r, C]: [n, r].
+
+    ``room`` is as large as x, for what is computed on the way: with the same memory each time it stays in the
+    processor's cache.
+    """
+    room = a.new_empty(min(max(len(a), len(b)), SIDE), a.shape[1])
     if len(a) < len(b):
-        return torch.stack([f(b, x) for x in a])
-    parts = a.split(SIDE)  # what is computed on the way stays in the processor's cache
-    return torch.cat([torch.stack([f(part, y) for y in b], 1) for part in parts])
+        return torch.stack([torch.cat([f(some, x, room[: len(some)]) for some in b.split(SIDE)]) for x in a])
+    return torch.cat([torch.stack([f(some, y, room[: len(some)]) for y in b], 1) for some in a.split(SIDE)])
