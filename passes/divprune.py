@@ -61,7 +61,7 @@ def divprune_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Ten
 def spread(x: Tensor, k: int) -> Tensor:
     """The definition: the first ``k`` picks of one image, x fp32 [m, C], k < m; what is not a number is picked last."""
     x = F.normalize(x, dim=1)
-    pick = _closest_other(small_first(x)).argmin()
+    pick = _closest_other(small_first(x[None])[0]).argmin()
     picks = [pick]
     similarity = torch.full((len(x),), -torch.inf, device=x.device)  # to the most similar chosen token
     left = torch.ones(len(x), dtype=torch.bool, device=x.device)
@@ -102,8 +102,7 @@ class _Cosine:
 
     def __init__(self, x: Tensor, k: int) -> None:
         self.x = F.normalize(x, dim=2)
-        ordered = torch.stack([small_first(one) for one in self.x])
-        self.products = Products(ordered, x.shape[1], SIDE)  # for the first pick, all of the matrix is needed
+        self.products = Products(small_first(self.x), x.shape[1], SIDE)  # the first pick is of all of the matrix
         self.renewals = Renewals(self.x, k, _after)
         off = sum(product_rounding(x.shape[2], x.device))
         self.off = np.array([-off, off], np.float32)[:, None, None]

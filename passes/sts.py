@@ -108,7 +108,7 @@ class _Repulsion:
 
     def __init__(self, x: Tensor, k: int) -> None:
         self.x, self.mean = x, torch.stack([one.mean(0) for one in x])
-        centred = torch.stack([small_first(one - mean) for one, mean in zip(x, self.mean, strict=True)])
+        centred = small_first(x - self.mean[:, None])
         self.products, self.renewals = Products(centred, k), Renewals(x, k, _after)
         parts = centred.flatten(0, 1).split(SIDE // 2)
         squares = torch.cat([part.cpu().double().square_().sum(1) for part in parts]).view(x.shape[:2]).numpy()

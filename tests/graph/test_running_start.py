@@ -13,7 +13,7 @@ from tests.small import family
 from vlmrewrite.ops import Run
 from vlmrewrite.passes import VISOR
 from vlmrewrite.recipe import Recipe
-from vlmrewrite.runtime.running import AGAIN, ENOUGH, WINDOW, Running
+from vlmrewrite.runtime.running import AGAIN, ENOUGH, WINDOW, RunningShare
 from vlmrewrite.testing.models import Row
 
 CHAIN = ({"cross_layers": [0, 2]}, {"self_layers": [2], "cross_layers": [0]}, {"self_layers": 1.0})
@@ -27,7 +27,7 @@ def seen(unsure, sure, variant=0):
 
 
 def after(*runs):
-    running = Running()
+    running = RunningShare()
     for run in runs:
         running.add([run], [True] * len(run.rows), 3)
     return running
@@ -59,7 +59,7 @@ def test_now_and_then_it_looks_again():
 
 
 def test_no_more_than_three_hundredths_are_lost_on_rows_that_are_never_sure():
-    running, costs, total = Running(), [1.0, 2.6, 6.0], 0.0
+    running, costs, total = RunningShare(), [1.0, 2.6, 6.0], 0.0
     for _ in range(50 * AGAIN):
         first = running.begin(3, lambda: costs).variant
         total += sum(costs[first:])
@@ -68,7 +68,7 @@ def test_no_more_than_three_hundredths_are_lost_on_rows_that_are_never_sure():
 
 
 def test_rows_without_an_image_say_nothing():
-    running = Running()
+    running = RunningShare()
     running.add([seen(0, 20)], [False] * 20, 3)
     assert "of 8 rows that it takes to choose, 0" in running.begin(3, lambda: COSTS).why
 

@@ -97,17 +97,22 @@ def product_rounding(n: int, device: torch.device) -> tuple[float, float]:
 
 
 def small_first(x: Tensor) -> Tensor:
-    """X [m, C]; where few channels are most of it, in an order in which products add these last.
+    """X [I, m, C]; where few channels are most of an image, in an order in which products add these last.
 
     Against a sum that is large from the start, numbers of one size round alike, and not like random ones. Of few
     channels, no more than is allowed for comes of it.
     """
-    channels = x.shape[1]
-    if channels <= 64:
+    orders = [_small_first(one) for one in x] if x.shape[2] > 64 else [None]
+    if not any(order is not None for order in orders):
         return x
-    sizes = x.square().sum(0)
-    large = sizes.topk(8).values.sum() > 4 / math.sqrt(channels) * sizes.sum()
-    return x.index_select(1, sizes.argsort()) if bool(large) else x
+    pairs = zip(x, orders, strict=True)
+    return torch.stack([one if order is None else one.index_select(1, order) for one, order in pairs])
+
+
+def _small_first(x: Tensor) -> Tensor | None:
+    sizes = torch.stack([part.square().sum(0) for part in x.split(SIDE)]).sum(0)
+    large = sizes.topk(8).values.sum() > 4 / math.sqrt(len(sizes)) * sizes.sum()
+    return sizes.argsort() if bool(large) else None
 
 
 def upper_products(x: Tensor, side: int) -> Iterator[tuple[int, Tensor]]:

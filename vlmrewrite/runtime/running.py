@@ -12,11 +12,11 @@ from vlmrewrite.plan import Begin
 WINDOW, ENOUGH = 16, 8
 """Rows that a running share is of, the last ones that a plan ran for; and how many it takes to go by it."""
 
-AGAIN = 24
+AGAIN = 48
 """One call in so many begins with the cheapest plan, whatever was seen: prompts may have become other ones."""
 
 
-class Running:
+class RunningShare:
     """The running share of rows that each plan did not do for; the same calls in the same order make the same of it.
 
     A plan behind the first is tried on rows that the one before did not do for. What it shows of them stands for all

@@ -32,7 +32,7 @@ from vlmrewrite.runtime.executables import Executables
 from vlmrewrite.runtime.facts import ARGUMENT, Given, LastCall, Layout, Prompt, current_prompt, encoded_in, prompt_of
 from vlmrewrite.runtime.latest import Latest
 from vlmrewrite.runtime.learning import learning
-from vlmrewrite.runtime.running import Running
+from vlmrewrite.runtime.running import RunningShare
 from vlmrewrite.runtime.text import TextCalls
 
 
@@ -66,11 +66,11 @@ class Session:
     _lock: Any = field(default_factory=threading.RLock)
     compile_told: bool = False
     text: TextCalls = field(init=False)
-    running: Running | None = field(init=False)
+    running: RunningShare | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.text = TextCalls(self.backend, self.kernels)
-        self.running = Running() if getattr(self.plan.chooser, "running", False) else None
+        self.running = RunningShare() if getattr(self.plan.chooser, "running", False) else None
 
     @property
     def unlearned(self) -> int:
