@@ -25,6 +25,7 @@ from vlmrewrite.ops import (
     Places,
     Products,
     Renewals,
+    channel_order,
     define,
     greedy_choice,
     greedy_flops,
@@ -61,7 +62,7 @@ def divprune_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Ten
 def spread(x: Tensor, k: int) -> Tensor:
     """The definition: the first ``k`` picks of one image, x fp32 [m, C], k < m; what is not a number is picked last."""
     x = F.normalize(x, dim=1)
-    pick = _closest_other(small_first(x[None])[0]).argmin()
+    pick = _closest_other(x.index_select(1, channel_order(x))).argmin()
     picks = [pick]
     similarity = torch.full((len(x),), -torch.inf, device=x.device)  # to the most similar chosen token
     left = torch.ones(len(x), dtype=torch.bool, device=x.device)

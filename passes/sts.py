@@ -73,13 +73,16 @@ def sts_sample(features: Tensor, member: Tensor, lengths: Tensor, keep: Tensor) 
 
 def repel(x: Tensor, k: int) -> Tensor:
     """The definition: the first ``k`` picks of one image, x fp32 [m, C], k < m; what is not a number is picked last."""
-    potential, left = torch.zeros(len(x), dtype=torch.float64, device="cpu"), torch.ones(len(x), dtype=torch.bool)
-    picks = [int(_squares(x, x.mean(0)).argmin())]
+    potential = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    left = torch.ones(len(x), dtype=torch.bool, device=x.device)
+    pick = _squares(x, x.mean(0)).argmin()
+    picks = [pick]
     for _ in range(k - 1):
-        potential += (1 / (_squares(x, x[picks[-1:]]) + EPSILON)).cpu()
-        left[picks[-1]] = False
-        picks.append(int(least_of(potential, left)))
-    return torch.tensor(picks, device=x.device)
+        potential += 1 / (_squares(x, x.index_select(0, pick[None])) + EPSILON)
+        left = left.index_fill(0, pick[None], False)
+        pick = least_of(potential, left)
+        picks.append(pick)
+    return torch.stack(picks)
 
 
 def _squares(x: Tensor, y: Tensor, room: Tensor | None = None) -> Tensor:

@@ -7,7 +7,15 @@ from vlmrewrite.ops.attention import ATTENTION, FREE, KV_APPEND, attend, attenti
 from vlmrewrite.ops.choice import Backend, Choice, Kernels, Running, choose, resolve, unfit
 from vlmrewrite.ops.device import interpreted, kernels_missing
 from vlmrewrite.ops.experts import EXPERT_LINEAR, expert_linear
-from vlmrewrite.ops.greedy import Products, greedy_choice, greedy_scratch, product_rounding, small_first, upper_products
+from vlmrewrite.ops.greedy import (
+    Products,
+    channel_order,
+    greedy_choice,
+    greedy_scratch,
+    product_rounding,
+    small_first,
+    upper_products,
+)
 from vlmrewrite.ops.indexed import INDEX_KEYS, INDEXED, flops_of_indexed
 from vlmrewrite.ops.library import KERNELS, OPAQUE, REFERENCES, SCRATCH, define, replaced
 from vlmrewrite.ops.linear import Differentiable
@@ -60,6 +68,7 @@ __all__ = [
     "attend",
     "attention",
     "attention_blocks",
+    "channel_order",
     "choose",
     "counted",
     "cut",

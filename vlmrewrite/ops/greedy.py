@@ -97,22 +97,28 @@ def product_rounding(n: int, device: torch.device) -> tuple[float, float]:
 
 
 def small_first(x: Tensor) -> Tensor:
-    """X [I, m, C]; where few channels are most of an image, in an order in which products add these last.
-
-    Against a sum that is large from the start, numbers of one size round alike, and not like random ones. Of few
-    channels, no more than is allowed for comes of it.
-    """
-    orders = [_small_first(one) for one in x] if x.shape[2] > 64 else [None]
-    if not any(order is not None for order in orders):
+    """The channels of each image, x [I, m, C], in the order of :func:`channel_order`."""
+    orders = [channel_order(one) for one in x]
+    if all(bool((order[1:] > order[:-1]).all()) for order in orders):
         return x
-    pairs = zip(x, orders, strict=True)
-    return torch.stack([one if order is None else one.index_select(1, order) for one, order in pairs])
+    return torch.stack([one.index_select(1, order) for one, order in zip(x, orders, strict=True)])
 
 
-def _small_first(x: Tensor) -> Tensor | None:
+def channel_order(x: Tensor) -> Tensor:
+    """In which order products of the rows of x [m, C] add their channels: as they are, unless few are most of them.
+
+    These come last then. Against a sum that is large from the start, numbers of one size round alike, and not like
+    random ones. Where there are few channels, no more than is allowed for comes of it.
+
+    Returns:
+        int64 [C].
+    """
+    channels = torch.arange(x.shape[1], device=x.device)
+    if len(channels) <= 64:
+        return channels
     sizes = torch.stack([part.square().sum(0) for part in x.split(SIDE)]).sum(0)
-    large = sizes.topk(8).values.sum() > 4 / math.sqrt(len(sizes)) * sizes.sum()
-    return sizes.argsort() if bool(large) else None
+    large = sizes.topk(8).values.sum() > 4 / math.sqrt(len(channels)) * sizes.sum()
+    return torch.where(large, sizes.argsort(), channels)
 
 
 def upper_products(x: Tensor, side: int) -> Iterator[tuple[int, Tensor]]:

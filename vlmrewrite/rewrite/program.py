@@ -177,7 +177,7 @@ class Program(Shown):
         assert chooser is not None and parted is not None
         value = None if chooser.op is None else shared[0]
         wanted = chooser.first(value, call.with_images, n) if call.follows is None else call.follows
-        if wanted is None:
+        if wanted is None and getattr(chooser, "running", False):
             wanted = call.begins.variant if call.begins is not None else 0
         first = parted.each(chooser, wanted, rows)
         waiting, runs, kept = dict(enumerate(first)), list[Run](), list[tuple[Run, Any, Any]]()
