@@ -14,6 +14,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -60,6 +61,16 @@ class Setting:
         tower.image_size = tower.patch_size * GRID.get(self.image_tokens, 24)
         return config
 
+    def made(self) -> tuple[Any, dict[str, Any]]:
+        """The model with random weights, on a CPU in fp32, and the prompt."""
+        model = with_random_weights(self.config(), CONFIG, torch.float32, torch.device("cpu"))
+        _, inputs = captured_prompt(model, self.shape())
+        return model, inputs
+
+    def shape(self) -> Shape:
+        """That of the prompt."""
+        return Shape(self.image_tokens, self.text, self.images, self.rows)
+
     def model(self) -> str:
         """Its name."""
         return f"LLaVA {self.layers}x{self.hidden}"
@@ -84,9 +95,7 @@ PLANS = {
 
 def measured(setting: Setting, recipes: list[Recipe]) -> dict[str, Any]:
     """What :func:`vlmrewrite.bench.bench` returns for a setting, with the setting."""
-    model = with_random_weights(setting.config(), CONFIG, torch.float32, torch.device("cpu"))
-    shape = Shape(setting.image_tokens, setting.text, setting.images, setting.rows)
-    _, inputs = captured_prompt(model, shape)
+    model, inputs = setting.made()
     begun = time.process_time()
     found = bench(
         model,
@@ -98,7 +107,24 @@ def measured(setting: Setting, recipes: list[Recipe]) -> dict[str, Any]:
         native=True,
         progress=lambda text: print(f"  {time.process_time() - begun:6.0f} s {text}", file=sys.stderr, flush=True),
     )
-    return {"model": setting.model(), "prompt": str(shape), **found}
+    return {"model": setting.model(), "prompt": str(setting.shape()), **found}
+
+
+def one_setting(
+    parser: argparse.ArgumentParser, arguments: Sequence[str] | None, **defaults: int
+) -> tuple[Any, Setting]:
+    """The options of a script that measures one setting, an image a row, on one thread; and the setting.
+
+    Args:
+        parser: with what other options it has.
+        arguments: of the command line; None: the process's.
+        **defaults: of whole numbers: layers, rows, image_tokens, hidden, and any others.
+    """
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    return options, Setting(options.layers, options.rows, 1, options.image_tokens, 1, hidden=options.hidden)
 
 
 def name_of(run: dict[str, Any]) -> tuple[str, str]:

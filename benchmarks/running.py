@@ -18,9 +18,7 @@ from typing import Any
 import torch
 
 import vlmrewrite as vr
-from benchmarks.run import CONFIG, Setting
-from vlmrewrite.cli.loading import with_random_weights
-from vlmrewrite.cli.prompt import Shape, captured_prompt
+from benchmarks.run import one_setting
 from vlmrewrite.recipe import shipped_recipes
 from vlmrewrite.runtime import following
 
@@ -35,13 +33,8 @@ def seconds(model: Any, inputs: dict[str, Any]) -> float:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure both ways to start."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in {"layers": 8, "rows": 4, "image-tokens": 576, "hidden": 1024, "calls": 72}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    setting = Setting(options.layers, options.rows, 1, options.image_tokens, 1, hidden=options.hidden)
-    plain = with_random_weights(setting.config(), CONFIG, torch.float32, torch.device("cpu"))
-    _, inputs = captured_prompt(plain, Shape(options.image_tokens, setting.text, 1, options.rows))
+    options, setting = one_setting(parser, arguments, layers=8, rows=4, image_tokens=576, hidden=1024, calls=72)
+    plain, inputs = setting.made()
     policy: Any = shipped_recipes()["visor-policy"].passes[0]
     print(f"{setting.model()}, {options.rows} rows, {options.calls} calls: x unmodified")
     print("start           of all    of the last third")

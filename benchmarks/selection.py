@@ -19,9 +19,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 import vlmrewrite as vr
-from benchmarks.run import CONFIG, Setting
-from vlmrewrite.cli.loading import with_random_weights
-from vlmrewrite.cli.prompt import Shape, captured_prompt
+from benchmarks.run import one_setting
 
 
 def selecting(model: Any, inputs: dict[str, Any]) -> float:
@@ -36,13 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Measure one recipe after another."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--recipe", action="append", help="one of them; may be given several times")
-    for name, default in {"layers": 16, "hidden": 1024, "rows": 1, "image-tokens": 576, "calls": 3}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args(arguments)
-    torch.set_num_threads(1)
-    setting = Setting(options.layers, options.rows, 1, options.image_tokens, 1, hidden=options.hidden)
-    model = with_random_weights(setting.config(), CONFIG, torch.float32, torch.device("cpu"))
-    _, inputs = captured_prompt(model, Shape(options.image_tokens, setting.text, 1, options.rows))
+    options, setting = one_setting(parser, arguments, layers=16, rows=1, image_tokens=576, hidden=1024, calls=3)
+    model, inputs = setting.made()
     print(f"{setting.model()}, {options.rows} x {options.image_tokens}\nrecipe           prefill   selection    share")
     with torch.inference_mode():
         for recipe in options.recipe or ["sts-64"]:

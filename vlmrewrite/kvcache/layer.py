@@ -75,9 +75,7 @@ class PositionLayer(DynamicLayer):
             self.took(keys, values, positions, key_states.shape[2])
             return keys, values
         shared: Shared = kwargs.get("shared", {})
-        if (found := shared.get(key := (id(self.positions),))) is None:  # as once does, with less ado
-            found = shared[key] = (self.positions,), self._grown(key_states)
-        self.positions = found[1]
+        self.positions = once(shared, (self.positions,), lambda: self._grown(key_states))
         keys, values = self._append(key_states, value_states)
         self.is_initialized = True
         self.seen += key_states.shape[2]

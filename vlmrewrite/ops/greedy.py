@@ -38,13 +38,7 @@ Then = Callable[[int, Array, Places, int, Array], Array]
 
 
 class Rule(Protocol):
-    """What greedy search takes the least of: bounds from products, and the definition.
-
-    Attributes:
-        x: what distances are taken of, fp32 [I, m, C].
-    """
-
-    x: Tensor
+    """What greedy search takes the least of: bounds from products, and the definition."""
 
     def first(self) -> Tensor:
         """The score that the first pick has least, by its definition, fp32 [I, m]."""
