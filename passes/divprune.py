@@ -115,17 +115,16 @@ class _Cosine:
         self.products.gram.diagonal(dim1=1, dim2=2).fill_(-torch.inf)
         return self.products.gram.amax(2)
 
-    def bounded(self, picks: Places) -> Array:
+    def next(self, picks: Places) -> tuple[Places, dict[int, Places]]:
         more = self.products.of(picks, None if self.bounds is None else self.bounds[0], _then) + self.off
         self.bounds = more if self.bounds is None else np.maximum(self.bounds, more, out=self.bounds)
-        self.bounds[:, np.arange(len(picks)), picks] = np.inf
-        lower: Array = self.bounds[0]
-        return lower
-
-    def above(self, images: Places, rows: Places) -> Array:
-        assert self.bounds is not None
-        bound: Array = self.bounds[1, images, rows]
-        return bound
+        images = np.arange(len(picks))
+        self.bounds[:, images, picks] = np.inf
+        lower, upper = self.bounds
+        last = lower.argmin(1)
+        near = lower <= upper[images, last][:, None]
+        several = (np.count_nonzero(near, 1) > 1).nonzero()[0] if np.count_nonzero(near) > len(last) else ()
+        return last, {int(image): near[image].nonzero()[0] for image in several}
 
     def exactly(self, image: int, rows: Places, picks: Places) -> Array:
         assert self.bounds is not None

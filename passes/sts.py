@@ -31,19 +31,23 @@ from vlmrewrite.ops import (
     greedy_choice,
     greedy_flops,
     greedy_scratch,
+    in_order,
     least_of,
     like_member,
+    order_of,
     pairwise,
     product_rounding,
-    small_first,
 )
 from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
 EPSILON = 1e-6
 
-UNIT, STEPS = 2.0**-24, 16
+UNIT, STEPS = 2.0**-24, 8
 """What one step in fp32 rounds by; and how many such steps are not like random ones: all distances of a token may be
-off by them in the same direction."""
+off by them in the same direction. Taking out the mean is at most 3 of them, norms are 2."""
+
+OFTEN = 16
+"""After how many picks the largest error is looked for; in between, the largest of each pick are added up."""
 
 SUM = 2.0**-40
 """What sums of some thousand numbers in fp64 are off, in units of themselves."""
@@ -93,61 +97,103 @@ def _after(potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
     return added_in_order(potential, 1 / (pairwise(_squares, picks, rows) + EPSILON))
 
 
+def _centred(x: Tensor) -> tuple[Tensor, Array, Tensor, list[Tensor]]:
+    """What all features are read for, some rows at a time.
+
+    Returns:
+        features without their mean [I, m, C]; their squared norms, fp64 [I, m]; these as :func:`_squares` has them,
+        fp32 [I, m]; the order of the channels of each image.
+    """
+    side, norms, first, orders = min(SIDE // 2, x.shape[1]), [], [], []
+    centred, room = torch.empty_like(x), x.new_empty(side, x.shape[2])
+    wide = torch.empty_like(room, dtype=torch.float64, device="cpu")
+    for image, to in zip(x, centred, strict=True):
+        mean, channels = image.mean(0), x.new_zeros(x.shape[2])
+        for rows, out in zip(image.split(side), to.split(side), strict=True):
+            squares = torch.mul(torch.sub(rows, mean, out=out), out, out=room[: len(out)])
+            channels += squares.sum(0)
+            first.append(squares.sum(1))
+            norms.append(wide[: len(rows)].copy_(squares).sum(1))
+        orders.append(order_of(channels))
+    shape = x.shape[:2]
+    return centred, torch.cat(norms).view(shape).numpy(), torch.cat(first).view(shape), orders
+
+
 class _Repulsion:
     """Bounds of the potentials by ``d / 2 = |x|^2 / 2 + |y|^2 / 2 - xy``, the mean taken out, so that less cancels.
 
     A distance is off by at most ``product_rounding(C) (|x|^2 + |y|^2)``, its definition's rounding included: each has
     its own share of the 12 deviations in there. What the products with one pick are off says nothing of those with
     another, so that the errors of a sum of ``1 / d`` add up like random ones; but for picks that are equal, of which
-    there are none in an image where no two norms are equal. All but :data:`STEPS`: of taking out the mean, of rounding
-    ``|x|^2`` from fp64, of the definition's last steps. A term whose distance is off by more than :data:`NEAR` of
-    itself counts with both ends of its bounds; what others are off is bounded by its linear part and a bit more.
+    there are none in an image where no two norms are equal. All but :data:`STEPS`: of taking out the mean, of squares
+    and norms that are rounded to fp32, of the last steps of sums. A term whose distance is off by more than
+    :data:`NEAR` of itself counts with both ends of its bounds; what others are off is bounded by its linear part and a
+    bit more.
 
     Attributes:
         least: the potentials times two, fp64.
         more: what they may be beyond, where distances are small.
         error, largest: sum, and largest, of what terms are off, in units of what a distance is.
+        errors, largests: of each image, no less than any of these, [I].
     """
 
     def __init__(self, x: Tensor, k: int) -> None:
-        self.x, self.mean = x, torch.stack([one.mean(0) for one in x])
-        centred = small_first(x - self.mean[:, None])
-        self.products, self.renewals = Products(centred, k), Renewals(x, k, _after)
-        parts = centred.flatten(0, 1).split(SIDE // 2)
-        squares = torch.cat([part.cpu().double().square_().sum(1) for part in parts]).view(x.shape[:2]).numpy()
-        equal = (np.diff(np.sort(squares, 1), axis=1) == 0).any(1)[:, None]
+        centred, squares, self._first, orders = _centred(x)
+        self._images = np.arange(len(x))
+        self.products, self.renewals = Products(in_order(centred, orders), k), Renewals(x, k, _after)
+        equal = (np.diff(np.sort(squares, 1), axis=1) == 0).any(1)
         off, short = product_rounding(x.shape[2], x.device)
         self.each = np.float32(STEPS * UNIT + off + short)
         self.alike = np.where(equal, self.each, np.float32(STEPS * UNIT + short)) / (1 - 2 * NEAR)
         self.random = np.where(equal, np.float32(0), np.float32(off)) / (1 - 2 * NEAR)
         self.halves = (squares / 2).astype(np.float32)
-        self.least, self.more, self.lower = (np.zeros_like(squares) for _ in range(3))
-        self.error, self.largest, self.sizes, self.terms, self.off = (np.zeros_like(self.halves) for _ in range(5))
+        self.least, self.more = np.zeros_like(squares), np.zeros_like(squares)
+        self.error, self.largest, self.sizes, self.terms = (np.zeros_like(self.halves) for _ in range(4))
+        self.errors, self.largests, self.picked = np.zeros(len(x)), np.zeros(len(x)), 0
 
     def first(self) -> Tensor:
-        pairs = zip(self.x, self.mean, strict=True)
-        return torch.stack([torch.cat([_squares(some, mean) for some in x.split(SIDE)]) for x, mean in pairs])
+        return self._first
 
-    def bounded(self, picks: Places) -> Array:
-        images, sizes, terms = np.arange(len(picks)), self.sizes, self.terms
-        np.add(self.halves, self.halves[images, picks][:, None] + np.float32(EPSILON / 2), out=sizes)
-        np.subtract(sizes, self.products.of(picks, self.least, self._then), out=terms)
-        np.maximum(terms, EPSILON / 2, out=terms)[images, picks] = np.inf
+    def next(self, picks: Places) -> tuple[Places, dict[int, Places]]:
+        self._add(picks)
+        last, rivals = self.least.argmin(1), {}
+        highest = self.least[self._images, last] + self.more[self._images, last]
+        highest += 2 * self._off(slice(None), self.errors, self.largests)
+        near = self.least <= highest[:, None]
+        for image in range(len(last)) if np.count_nonzero(near) > len(last) else ():
+            own = near[image].nonzero()[0]
+            least, off = self.least[image, own], self._off(image, self.error[image, own], self.largest[image, own])
+            first = least.argmin()
+            own = own[least - off <= least[first] + off[first] + self.more[image, own[first]]]
+            if len(own) > 1:
+                rivals[image] = own
+        return last, rivals
+
+    def _add(self, picks: Places) -> None:
+        sizes, terms = self.sizes, self.terms
+        np.add(self.halves, self.halves[self._images, picks][:, None] + np.float32(EPSILON / 2), out=sizes)
+        np.subtract(sizes, self.products.of(picks, self.least if self.picked else None, self._then), out=terms)
+        np.maximum(terms, EPSILON / 2, out=terms)[self._images, picks] = np.inf
         np.reciprocal(terms, out=terms)
         sizes *= terms
         if sizes.max() * self.each > NEAR:
             self._both_ends()
         sizes *= terms
         self.least += terms
-        self.least[images, picks] = np.inf
+        self.least[self._images, picks] = np.inf
         self.error += sizes
         np.maximum(self.largest, sizes, out=self.largest)
-        off = np.sqrt(self.largest, out=self.off)
-        off *= np.sqrt(self.error, out=terms)  # the root of the product of both might leave the range of fp32
-        off *= self.random
-        off += np.multiply(self.alike, self.error, out=terms)
-        np.subtract(self.least, off, out=self.lower)
-        return self.lower
+        most = sizes.max(1)
+        np.maximum(self.largests, most, out=self.largests)
+        self.errors += most
+        self.picked += 1
+        if self.picked % OFTEN == 0:
+            self.errors[:] = self.error.max(1)
+
+    def _off(self, image: int | slice, error: Array, largest: Array) -> Array:
+        """What potentials are off; not by the root of the product, which might leave the range of fp32."""
+        off: Array = self.random[image] * np.sqrt(largest) * np.sqrt(error) + self.alike[image] * error
+        return off
 
     def _both_ends(self) -> None:
         near = self.sizes * self.each > NEAR
@@ -156,10 +202,6 @@ class _Repulsion:
         least = (1 - STEPS * UNIT) / (half + off)
         self.more[near] += (1 + STEPS * UNIT) / np.maximum(half - off, EPSILON / 2) - least
         self.terms[near], self.sizes[near] = least, 0
-
-    def above(self, images: Places, rows: Places) -> Array:
-        bound: Array = self.least[images, rows] + self.off[images, rows] + self.more[images, rows]
-        return bound
 
     def exactly(self, image: int, rows: Places, picks: Places) -> Array:
         potential = self.renewals.of(image, rows, picks)

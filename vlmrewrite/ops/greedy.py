@@ -14,7 +14,7 @@ the potentials of nearly all tokens are so near to one another that nearly all a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -43,11 +43,13 @@ class Rule(Protocol):
     def first(self) -> Tensor:
         """The score that the first pick has least, by its definition, fp32 [I, m]."""
 
-    def bounded(self, picks: Places) -> Array:
-        """Lower bounds of the potentials [I, m], after one more pick each, [I]; infinite for all picks."""
+    def next(self, picks: Places) -> tuple[Places, dict[int, Places]]:
+        """After one more pick of each image, [I].
 
-    def above(self, images: Places, rows: Places) -> Array:
-        """Upper bounds of some of them, [n], of as many images and tokens in them."""
+        Returns:
+            of each image the token that is likely to have the least potential now, [I]; of the images where others may
+            have less, by their bounds, those and it, ascending.
+        """
 
     def exactly(self, image: int, rows: Places, picks: Places) -> Array:
         """Potentials of some tokens of an image, [r], after its picks, [p], by the definition: fp64 [r].
@@ -64,16 +66,12 @@ def search(rule: Rule, k: int) -> Places:
         k: 1 <= k < m.
     """
     score = rule.first()
-    picks, images = np.empty((len(score), k), np.intp), np.arange(len(score))
+    picks = np.empty((len(score), k), np.intp)
     picks[:, 0] = last = score.argmin(1).cpu().numpy()
     for t in range(1, k):
-        lower = rule.bounded(last)
-        last = lower.argmin(1)
-        rivals = lower <= rule.above(images, last)[:, None]
-        for image in range(len(images)) if np.count_nonzero(rivals) > len(images) else ():
-            own = rivals[image].nonzero()[0]
-            if len(own) > 1:
-                last[image] = own[rule.exactly(image, own, picks[image, :t]).argmin()]
+        last, rivals = rule.next(last)
+        for image, own in rivals.items():
+            last[image] = own[rule.exactly(image, own, picks[image, :t]).argmin()]
         picks[:, t] = last
     return picks
 
@@ -92,14 +90,23 @@ def product_rounding(n: int, device: torch.device) -> tuple[float, float]:
 
 def small_first(x: Tensor) -> Tensor:
     """The channels of each image, x [I, m, C], in the order of :func:`channel_order`."""
-    orders = [channel_order(one) for one in x]
+    return in_order(x, [channel_order(one) for one in x])
+
+
+def in_order(x: Tensor, orders: Sequence[Tensor]) -> Tensor:
+    """The channels of each image, x [I, m, C], in an order, int64 [C] each; x itself, where they stay as they are."""
     if all(bool((order[1:] > order[:-1]).all()) for order in orders):
         return x
     return torch.stack([one.index_select(1, order) for one, order in zip(x, orders, strict=True)])
 
 
 def channel_order(x: Tensor) -> Tensor:
-    """In which order products of the rows of x [m, C] add their channels: as they are, unless few are most of them.
+    """In which order products of the rows of x [m, C] add their channels: see :func:`order_of`."""
+    return order_of(torch.stack([part.square().sum(0) for part in x.split(SIDE)]).sum(0))
+
+
+def order_of(sizes: Tensor) -> Tensor:
+    """In which order products add their channels, by the sums of their squares, [C]: as they are, unless few are most.
 
     These come last then. Against a sum that is large from the start, numbers of one size round alike, and not like
     random ones. Where there are few channels, no more than is allowed for comes of it.
@@ -107,10 +114,9 @@ def channel_order(x: Tensor) -> Tensor:
     Returns:
         int64 [C].
     """
-    channels = torch.arange(x.shape[1], device=x.device)
-    if len(channels) <= 64:
+    channels = torch.arange(len(sizes), device=sizes.device)
+    if len(channels) <= 16:
         return channels
-    sizes = torch.stack([part.square().sum(0) for part in x.split(SIDE)]).sum(0)
     large = sizes.topk(8).values.sum() > 4 / math.sqrt(len(channels)) * sizes.sum()
     return torch.where(large, sizes.argsort(), channels)
 
@@ -155,9 +161,10 @@ class Products:
         for x, to in zip(self.x, gram, strict=True):
             for begin, pairs in upper_products(x, side):
                 end = begin + len(pairs)
-                to[begin:end, end:] = pairs[:, len(pairs) :]
-                to[begin:, begin:end] = pairs.triu().T  # each pair is computed once, so ties stay ties
-                to[begin:end, begin:end] += pairs[:, : len(pairs)].triu(1)
+                own = pairs[:, : len(pairs)]
+                own.copy_(own.triu() + own.triu(1).T)  # each pair is computed once, so ties stay ties
+                to[begin:end, begin:] = pairs
+                to[end:, begin:end] = pairs[:, len(pairs) :].T
         return gram
 
     def of(self, picks: Places, likely: Array | None, then: Then) -> Array:
@@ -170,7 +177,7 @@ class Products:
                 potentials, the numbers of the rows, the pick's place among them, and its products with them, [s].
         """
         if self.rows is not None:
-            return self.rows[np.arange(len(picks)), picks]
+            return self.rows[np.arange(len(picks)), picks] if len(picks) > 1 else self.rows[:, picks[0]]
         rows = [self._row(i, x, None if likely is None else likely[i], then) for i, x in enumerate(picks.tolist())]
         return np.stack(rows) if len(rows) > 1 else rows[0][None]
 
@@ -181,7 +188,7 @@ class Products:
         if pick not in known:
             rows = [pick] if likely is None else [i for i in self._next(image, pick, likely, then) if i not in known]
             with torch.autocast(x.device.type, enabled=False):
-                made = (x[rows] @ x.T).cpu().numpy()
+                made = (x @ x[rows].T).T.contiguous().cpu().numpy()  # few columns take less time than few rows
             if (len(known) + len(made)) * len(x) * len(self.x) > ROOM:
                 known.clear()
             known.update(zip(rows, made, strict=True))

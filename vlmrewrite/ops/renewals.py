@@ -12,6 +12,9 @@ from torch import Tensor
 SIDE = 144
 """Rows whose products or distances are computed at a time."""
 
+BLOCK = 2**17
+"""Numbers in a block of differences or products: what stays in a processor's cache while it is squared and added."""
+
 Array = npt.NDArray[np.floating]
 """Bounds are on the host: NumPy's functions of some hundred numbers take less time than PyTorch's."""
 
@@ -62,7 +65,8 @@ def pairwise(f: Callable[[Tensor, Tensor, Tensor], Tensor], a: Tensor, b: Tensor
     ``room`` is as large as x, for what is computed on the way: with the same memory each time it stays in the
     processor's cache.
     """
-    room = a.new_empty(min(max(len(a), len(b)), SIDE), a.shape[1])
+    side = min(max(len(a), len(b)), max(16, BLOCK // a.shape[1]))
+    room = a.new_empty(side, a.shape[1])
     if len(a) < len(b):
-        return torch.stack([torch.cat([f(some, x, room[: len(some)]) for some in b.split(SIDE)]) for x in a])
-    return torch.cat([torch.stack([f(some, y, room[: len(some)]) for y in b], 1) for some in a.split(SIDE)])
+        return torch.stack([torch.cat([f(some, x, room[: len(some)]) for some in b.split(side)]) for x in a])
+    return torch.cat([torch.stack([f(some, y, room[: len(some)]) for y in b], 1) for some in a.split(side)])
