@@ -161,8 +161,8 @@ class Products:
         for x, to in zip(self.x, gram, strict=True):
             for begin, pairs in upper_products(x, side):
                 end = begin + len(pairs)
-                own = pairs[:, : len(pairs)]
-                own.copy_(own.triu() + own.triu(1).T)  # each pair is computed once, so ties stay ties
+                own = pairs[:, : len(pairs)].triu_()
+                own += own.triu(1).T  # each pair is computed once, so ties stay ties
                 to[begin:end, begin:] = pairs
                 to[end:, begin:end] = pairs[:, len(pairs) :].T
         return gram
