@@ -89,7 +89,7 @@ def test_picks_are_those_of_the_definition(rule, kind, n, k, channels, dtype, se
 def test_picks_are_those_of_the_definition_in_images_of_a_real_size(rule, kind, keep):
     op, definition = RULES[rule]
     lengths = [400, 400, 300]
-    x, member = features(kind, 1100, 256, 3), torch.ones(1100, dtype=torch.bool)
+    x, member = features(kind, 1100, 300, 3), torch.ones(1100, dtype=torch.bool)
     assert torch.equal(picked(op, x, member, lengths, keep), defined(definition, x, member, lengths, keep))
 
 

@@ -34,6 +34,9 @@ AHEAD, AMONG = (16, 64), 3
 """Rows of it that are computed at a time where it is not made, the fewest and the most; and among how many times as
 many rows these are looked for."""
 
+PART = 256
+"""Channels whose products are added up at a time: a matrix product of so many is still as fast as one of all."""
+
 Then = Callable[[int, Array, Places, int, Array], Array]
 
 
@@ -77,15 +80,15 @@ def search(rule: Rule, k: int) -> Places:
 
 
 def product_rounding(n: int, device: torch.device) -> tuple[float, float]:
-    """What a sum of ``n`` products of fp32 numbers is off, in units of the sum of their sizes.
+    """What :func:`products` of ``n`` channels are off, in units of the sum of the sizes that they add.
 
-    Each of n steps rounds by at most 2^-24 of the sum. Errors add up like random ones, to a standard deviation of at
-    most sqrt(n) / 3 units of it; 12 times as much is allowed. Where the user lets matrix products be computed
+    Each addition rounds by at most 2^-24 of the sum. Errors add up like random ones: s of them to a standard deviation
+    of at most sqrt(s) / 3 units of it; 12 times as much is allowed. Where the user lets matrix products be computed
     from shorter numbers, each product is off by two units of theirs besides, which is the second number.
     """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
     short = {"bf16": 2.0**-8, "tf32": 2.0**-11}.get(backend.matmul.fp32_precision, 0.0)
-    return 4 * math.sqrt(n + 16) * 2.0**-24, short
+    return 4 * math.sqrt(min(n, PART) + n / PART + 16) * 2.0**-24, short
 
 
 def small_first(x: Tensor) -> Tensor:
@@ -121,6 +124,19 @@ def order_of(sizes: Tensor) -> Tensor:
     return torch.where(large, sizes.argsort(), channels)
 
 
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """The products of rows of x [n, C] and of y [r, C], fp32 [n, r]: sums of :data:`PART` channels, and their sum.
+
+    So fewer numbers are added to a large sum, as they are where PyTorch adds up a row, which it does in several sums.
+    """
+    (first, other), *more = zip(x.split(PART, 1), y.split(PART, 1), strict=True)
+    with torch.autocast(x.device.type, enabled=False):
+        found = first @ other.T
+        for these, those in more:
+            found.addmm_(these, those.T)
+    return found
+
+
 def upper_products(x: Tensor, side: int) -> Iterator[tuple[int, Tensor]]:
     """The products of rows of x [m, C] with one another, ``side`` rows at a time, each pair once.
 
@@ -128,9 +144,7 @@ def upper_products(x: Tensor, side: int) -> Iterator[tuple[int, Tensor]]:
         number of the first row; products of some rows with all from that one on, [r, m - first].
     """
     for begin in range(0, len(x), side):
-        with torch.autocast(x.device.type, enabled=False):
-            pairs = x[begin : begin + side] @ x[begin:].T
-        yield begin, pairs
+        yield begin, products(x[begin : begin + side], x[begin:])
 
 
 class Products:
@@ -187,8 +201,7 @@ class Products:
         self._left[image] -= 1
         if pick not in known:
             rows = [pick] if likely is None else [i for i in self._next(image, pick, likely, then) if i not in known]
-            with torch.autocast(x.device.type, enabled=False):
-                made = (x @ x[rows].T).T.contiguous().cpu().numpy()  # few columns take less time than few rows
+            made = products(x, x[rows]).T.contiguous().cpu().numpy()  # few columns take less time than few rows
             if (len(known) + len(made)) * len(x) * len(self.x) > ROOM:
                 known.clear()
             known.update(zip(rows, made, strict=True))
@@ -202,12 +215,11 @@ class Products:
         first[pick] = -np.inf
         rows = np.argpartition(first, min(AMONG * self._ahead[image], len(first)) - 1)[: AMONG * self._ahead[image]]
         potential, part = first[rows], self.x[image, torch.from_numpy(rows)]
-        with torch.autocast(part.device.type, enabled=False):
-            products = (part @ part.T).cpu().numpy()
+        among = products(part, part).cpu().numpy()
         found = []
         for _ in range(min(self._ahead[image], len(rows), 1 + max(0, self._left[image]))):
             found.append(least := int(potential.argmin()))
-            potential = then(image, potential, rows, least, products[least])
+            potential = then(image, potential, rows, least, among[least])
             potential[least] = np.inf
         order: list[int] = rows[found].tolist()
         return order
