@@ -31,12 +31,12 @@ from vlmrewrite.ops import (
     greedy_choice,
     greedy_flops,
     greedy_scratch,
-    in_order,
     least_of,
     like_member,
     order_of,
     pairwise,
     product_rounding,
+    reordered,
 )
 from vlmrewrite.plan import Budget, Depth, Per, Plan, Policy, frozen_pass
 
@@ -97,12 +97,12 @@ def _after(potential: Tensor | None, rows: Tensor, picks: Tensor) -> Tensor:
     return added_in_order(potential, 1 / (pairwise(_squares, picks, rows) + EPSILON))
 
 
-def _centred(x: Tensor) -> tuple[Tensor, Array, Tensor, list[Tensor]]:
+def _centred(x: Tensor) -> tuple[Tensor, Array, Tensor]:
     """What all features are read for, some rows at a time.
 
     Returns:
-        features without their mean [I, m, C]; their squared norms, fp64 [I, m]; these as :func:`_squares` has them,
-        fp32 [I, m]; the order of the channels of each image.
+        features without their mean, their channels in the order of products, [I, m, C]; their squared norms, fp64
+        [I, m]; these as :func:`_squares` has them, fp32 [I, m].
     """
     side, norms, first, orders = min(SIDE // 2, x.shape[1]), [], [], []
     centred, room = torch.empty_like(x), x.new_empty(side, x.shape[2])
@@ -116,7 +116,7 @@ def _centred(x: Tensor) -> tuple[Tensor, Array, Tensor, list[Tensor]]:
             norms.append(wide[: len(rows)].copy_(squares).sum(1))
         orders.append(order_of(channels))
     shape = x.shape[:2]
-    return centred, torch.cat(norms).view(shape).numpy(), torch.cat(first).view(shape), orders
+    return reordered(centred, orders), torch.cat(norms).view(shape).numpy(), torch.cat(first).view(shape)
 
 
 class _Repulsion:
@@ -126,9 +126,9 @@ class _Repulsion:
     its own share of the 12 deviations in there. What the products with one pick are off says nothing of those with
     another, so that the errors of a sum of ``1 / d`` add up like random ones; but for picks that are equal, of which
     there are none in an image where no two norms are equal. All but :data:`STEPS`: of taking out the mean, of squares
-    and norms that are rounded to fp32, of the last steps of sums. A term whose distance is off by more than
-    :data:`NEAR` of itself counts with both ends of its bounds; what others are off is bounded by its linear part and a
-    bit more.
+    and norms that are rounded to fp32, of the last steps of sums; with hundreds of distances of a token that are the
+    same but for rounding, it might be 12. A term whose distance is off by more than :data:`NEAR` of itself counts with
+    both ends of its bounds; what others are off is bounded by its linear part and a bit more.
 
     Attributes:
         least: the potentials times two, fp64.
@@ -138,9 +138,9 @@ class _Repulsion:
     """
 
     def __init__(self, x: Tensor, k: int) -> None:
-        centred, squares, self._first, orders = _centred(x)
+        centred, squares, self._first = _centred(x)
         self._images = np.arange(len(x))
-        self.products, self.renewals = Products(in_order(centred, orders), k), Renewals(x, k, _after)
+        self.products, self.renewals = Products(centred, k), Renewals(x, k, _after)
         equal = (np.diff(np.sort(squares, 1), axis=1) == 0).any(1)
         off, short = product_rounding(x.shape[2], x.device)
         self.each = np.float32(STEPS * UNIT + off + short)

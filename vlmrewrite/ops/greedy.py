@@ -5,7 +5,8 @@ it takes one row of a matrix product, so that the potentials are known within bo
 overlap, these are rivals: their potentials are computed as the definition says, from fp32 features, pick by pick in
 their order, and decide. So the picks are those of the definition, ties and near duplicates included, as long as what
 many steps round adds up like random numbers: bounds are of so many deviations that chance does not matter, but features
-can be made up (of one size in all channels, say, and alike in most of them) whose roundings are alike.
+can be made up (of one size in all channels, say, and alike in most of them) whose roundings are alike. And as long as a
+row is added up alike whatever rows it is computed with, which CPUs do, and GPUs do not for fewer than some 16 rows.
 
 Lazy greedy search, which renews a potential only when its token comes first in a queue, was tried: on random features
 the potentials of nearly all tokens are so near to one another that nearly all are renewed at each pick, and it loses.
@@ -51,7 +52,8 @@ class Rule(Protocol):
 
         Returns:
             of each image the token that is likely to have the least potential now, [I]; of the images where others may
-            have less, by their bounds, those and it, ascending.
+            have no more, by their bounds, those and it, ascending, so that ties go to the first. Of images without any,
+            the token is the next pick.
         """
 
     def exactly(self, image: int, rows: Places, picks: Places) -> Array:
@@ -80,23 +82,23 @@ def search(rule: Rule, k: int) -> Places:
 
 
 def product_rounding(n: int, device: torch.device) -> tuple[float, float]:
-    """What :func:`products` of ``n`` channels are off, in units of the sum of the sizes that they add.
+    """What :func:`row_products` of ``n`` channels are off, in units of the sum of the sizes that they add.
 
     Each addition rounds by at most 2^-24 of the sum. Errors add up like random ones: s of them to a standard deviation
     of at most sqrt(s) / 3 units of it; 12 times as much is allowed. Where the user lets matrix products be computed
-    from shorter numbers, each product is off by two units of theirs besides, which is the second number.
+    from shorter numbers, each of the two is rounded by as much as these are, which is the second number.
     """
     backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
-    short = {"bf16": 2.0**-8, "tf32": 2.0**-11}.get(backend.matmul.fp32_precision, 0.0)
+    short = {"bf16": 2.0**-7, "tf32": 2.0**-10}.get(backend.matmul.fp32_precision, 0.0)
     return 4 * math.sqrt(min(n, PART) + n / PART + 16) * 2.0**-24, short
 
 
 def small_first(x: Tensor) -> Tensor:
     """The channels of each image, x [I, m, C], in the order of :func:`channel_order`."""
-    return in_order(x, [channel_order(one) for one in x])
+    return reordered(x, [channel_order(one) for one in x])
 
 
-def in_order(x: Tensor, orders: Sequence[Tensor]) -> Tensor:
+def reordered(x: Tensor, orders: Sequence[Tensor]) -> Tensor:
     """The channels of each image, x [I, m, C], in an order, int64 [C] each; x itself, where they stay as they are."""
     if all(bool((order[1:] > order[:-1]).all()) for order in orders):
         return x
@@ -124,14 +126,15 @@ def order_of(sizes: Tensor) -> Tensor:
     return torch.where(large, sizes.argsort(), channels)
 
 
-def products(x: Tensor, y: Tensor) -> Tensor:
+def row_products(x: Tensor, y: Tensor) -> Tensor:
     """The products of rows of x [n, C] and of y [r, C], fp32 [n, r]: sums of :data:`PART` channels, and their sum.
 
-    So fewer numbers are added to a large sum, as they are where PyTorch adds up a row, which it does in several sums.
+    So fewer numbers are added to a large sum: libraries add up such a product before they add it to what is there. As
+    few are where PyTorch adds up a row, which it does in several sums.
     """
     (first, other), *more = zip(x.split(PART, 1), y.split(PART, 1), strict=True)
     with torch.autocast(x.device.type, enabled=False):
-        found = first @ other.T
+        found: Tensor = first @ other.T
         for these, those in more:
             found.addmm_(these, those.T)
     return found
@@ -144,7 +147,7 @@ def upper_products(x: Tensor, side: int) -> Iterator[tuple[int, Tensor]]:
         number of the first row; products of some rows with all from that one on, [r, m - first].
     """
     for begin in range(0, len(x), side):
-        yield begin, products(x[begin : begin + side], x[begin:])
+        yield begin, row_products(x[begin : begin + side], x[begin:])
 
 
 class Products:
@@ -201,7 +204,7 @@ class Products:
         self._left[image] -= 1
         if pick not in known:
             rows = [pick] if likely is None else [i for i in self._next(image, pick, likely, then) if i not in known]
-            made = products(x, x[rows]).T.contiguous().cpu().numpy()  # few columns take less time than few rows
+            made = row_products(x, x[rows]).T.contiguous().cpu().numpy()  # few columns take less time than few rows
             if (len(known) + len(made)) * len(x) * len(self.x) > ROOM:
                 known.clear()
             known.update(zip(rows, made, strict=True))
@@ -215,7 +218,7 @@ class Products:
         first[pick] = -np.inf
         rows = np.argpartition(first, min(AMONG * self._ahead[image], len(first)) - 1)[: AMONG * self._ahead[image]]
         potential, part = first[rows], self.x[image, torch.from_numpy(rows)]
-        among = products(part, part).cpu().numpy()
+        among = row_products(part, part).cpu().numpy()
         found = []
         for _ in range(min(self._ahead[image], len(rows), 1 + max(0, self._left[image]))):
             found.append(least := int(potential.argmin()))

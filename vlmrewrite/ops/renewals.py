@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 SIDE = 144
-"""Rows whose products or distances are computed at a time."""
+"""Rows whose products are computed at a time."""
 
 BLOCK = 2**17
-"""Numbers in a block of differences or products: what stays in a processor's cache while it is squared and added."""
+"""Numbers in a block of differences, or of a row's products with others: what stays in a processor's cache while it is
+added up."""
 
 Array = npt.NDArray[np.floating]
 """Bounds are on the host: NumPy's functions of some hundred numbers take less time than PyTorch's."""
